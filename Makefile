@@ -1,0 +1,48 @@
+# Every command worth knowing. `make demo` and `make test` set up all they need in .venv.
+PYTHON ?= python3
+VENV   := .venv
+RUN    := $(VENV)/bin/python
+PIP     = $(VENV)/bin/pip install --disable-pip-version-check -q -c constraints.txt
+
+.PHONY: demo test check smoke curves wer clean lines
+
+demo: $(VENV)/demo        ## train the tiny model on real speech (CPU, minutes), then listen to out/demo/*.wav
+	$(RUN) train.py configs/tiny.py
+	$(RUN) sample.py --ckpt out/demo --texts assets/demo.txt --out out/demo
+	$(RUN) evaluate.py out/demo
+
+test: $(VENV)/test        ## lint and the whole test suite
+	$(VENV)/bin/ruff check .
+	$(RUN) -m pytest
+
+check: $(VENV)/test       ## lint and the fast tests, for the habit
+	$(VENV)/bin/ruff check .
+	$(RUN) -m pytest -m "not slow"
+
+smoke: $(VENV)/demo       ## every config's tiny twin, from training to sampling
+	$(RUN) train.py configs/tiny.py --smoke
+	$(RUN) train.py configs/tiny_clone.py --smoke
+
+wer: $(VENV)/test         ## word error rate of the demo's recordings, by an offline recogniser
+	$(RUN) evaluate.py out/demo
+
+lines:                    ## how long everything is
+	@wc -l *.py audio/*.py configs/*.py tests/*.py
+
+clean:
+	rm -rf out .pytest_cache .ruff_cache
+
+$(VENV)/core: pyproject.toml constraints.txt
+	$(PYTHON) -c "import sys; sys.exit('multistream needs Python 3.11 or newer, this is ' + sys.version.split()[0]) if sys.version_info < (3, 11) else 0"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch==2.13.0
+	$(PIP) -e .
+	touch $@
+
+$(VENV)/demo: $(VENV)/core
+	$(PIP) -e ".[log]"
+	touch $@
+
+$(VENV)/test: $(VENV)/core
+	$(PIP) -e ".[dev,eval]"
+	touch $@

@@ -1,0 +1,365 @@
+"""Checkpoints: our own run state, whole and exact, and the door to official formats.
+
+    out/NAME/config.json  metrics.jsonl  samples/step_N/*.wav  base/ (LoRA on random weights)
+    out/NAME/ckpt/step_000500/config.json            model, adapter, tokenizer, codec: all that sampling needs
+                              model.safetensors      or adapter.safetensors beside the name of its base
+                              ema.safetensors        averaged weights, when the run keeps them
+                              state/                 optimizer, schedule, scaler, loader, RNG of every rank
+    out/NAME/ckpt/latest -> step_000500              best -> step_000400
+
+A checkpoint is written into a temporary folder and renamed: it is there whole or not at all. Only safetensors and
+JSON, never pickle. This is the only file that has heard official parameter names.
+"""
+
+import json
+import os
+import shutil
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import lora
+from lora import LoraConfig
+from model import ModelConfig, MultistreamLM
+from options import edge, from_json, read_json, replace_file, split_arguments, to_json, write_json
+
+FORMAT, VERSION = "multistream", 1
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+# ---- files of tensors ----
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file whole; a tensor with two names is stored once by the caller's choice of names."""
+    plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    replace_file(path, lambda temporary: save_file(plain, temporary, metadata={"format": "pt"}))
+
+
+def read_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
+    """Read a safetensors file; ValueError names it when it is broken."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} does not exist; the checkpoint is incomplete, use another one")
+    try:
+        with safe_open(str(path), "pt", device) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}      # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}); use another checkpoint, or fetch the file again") from None
+
+
+# ---- models ----
+
+@dataclass
+class Extras:
+    """What a checkpoint says besides weights; sample.py reads it."""
+
+    step: int = 0
+    data: dict[str, Any] | None = None      # codec, tokenizer, normaliser, as DataConfig fields
+    base: str = ""                          # where the weights under an adapter come from
+    folder: str = ""                        # where it was loaded from
+
+
+def save(model: nn.Module, dir: str | Path, extras: Extras | None = None) -> Path:
+    """Write a model, adapters included, as a folder that `load` reads. With `extras.base` only the adapter is written."""
+    folder, extras = Path(dir), extras or getattr(model, "extras", None) or Extras()
+    config: LoraConfig | None = getattr(model, "lora", None)
+    if config is not None and extras.base:
+        write_tensors(folder / "adapter.safetensors", lora.state(model, config))
+    else:
+        write_tensors(folder / "model.safetensors", weights(model))
+    data = dict(extras.data or {})
+    if data and Path(data["tokenizer"]).is_file():         # a checkpoint carries its tokenizer
+        data["tokenizer"] = copy_file(Path(data["tokenizer"]), folder)
+    write_json(folder / "config.json", {
+        "format": FORMAT, "version": VERSION, "model": to_json(model.config), "lora": to_json(config) if config else None,
+        "step": extras.step, "data": data, "base": extras.base if config is not None else "",
+        "versions": {"torch": torch.__version__, "python": sys.version.split()[0]}})
+    return folder
+
+
+def copy_file(source: Path, folder: Path) -> str:
+    replace_file(folder / source.name, lambda temporary: shutil.copyfile(source, temporary))
+    return source.name
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict, each shared tensor once."""
+    tensors = model.state_dict()
+    if model.config.tied:
+        tensors.pop("text_head.weight")
+    return tensors
+
+
+def load(path: str | Path, device: str = "cpu", dtype: str | torch.dtype | None = None, adapter: str | Path | None = None,
+         config: ModelConfig | None = None) -> MultistreamLM:
+    """Load a model: a run folder, a checkpoint folder, a file with its config beside it, or a hub id.
+
+    dtype "fp32", "bf16", "fp16" or a torch dtype, None keeps fp32. `adapter` is a checkpoint folder whose adapter is put
+    on top. `config` replaces the stored one, for switches such as dropout that hold no weights. Strict: every tensor of the file is consumed and every parameter filled. The result carries `extras` and `lora`.
+    """
+    folder = resolve(path)
+    about = read_json(folder / "config.json")
+    if about.get("format") != FORMAT:
+        raise ValueError(f"{folder}/config.json is no multistream checkpoint (model_type {about.get('model_type')!r}); "
+                         "official layouts that can be read are listed by `python checkpoint.py import --help`")
+    if about.get("version") != VERSION:
+        raise ValueError(f"{folder} has checkpoint version {about.get('version')}, this code reads {VERSION}; update the code")
+    data = dict(about["data"])
+    if data and (folder / data["tokenizer"]).is_file():
+        data["tokenizer"] = str(folder / data["tokenizer"])
+    extras = Extras(about["step"], data, about["base"], str(folder))
+    if about["base"]:
+        model = load(resolve_base(about["base"], folder), config=config)
+        fill_adapter(model, folder, about)
+    else:
+        model = build(about, folder, config)
+    model.extras = extras
+    if adapter is not None:
+        fill_adapter(model, resolve(adapter), read_json(resolve(adapter) / "config.json"))
+        model.extras = Extras(read_json(resolve(adapter) / "config.json")["step"], extras.data, str(folder), str(resolve(adapter)))
+    if dtype is not None:
+        model.to(DTYPES[dtype] if isinstance(dtype, str) else dtype)
+    return model.to(device).eval()
+
+
+def build(about: dict[str, Any], folder: Path, config: ModelConfig | None = None) -> MultistreamLM:
+    """Make the model of a config.json and fill it from model.safetensors, and from ema.safetensors where there is one."""
+    stored = from_json(ModelConfig, about["model"], f"{folder}/config.json model")
+    if config is not None and config.table != stored.table:
+        raise ValueError(f"{folder} has another stream table than the config's model; use weights of the same family")
+    with torch.device("meta"):
+        model = MultistreamLM(config or stored)
+    model.to_empty(device="cpu")
+    if about.get("lora"):
+        lora.inject(model, from_json(LoraConfig, about["lora"], f"{folder}/config.json lora"))
+    tensors = read_tensors(folder / "model.safetensors")
+    if (folder / "ema.safetensors").is_file():
+        tensors |= read_tensors(folder / "ema.safetensors")
+    fill(model, tensors, str(folder))
+    return model
+
+
+@torch.no_grad()
+def fill(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
+    """Copy tensors into a model, strictly: ValueError lists what is missing, unexpected or of another shape."""
+    wanted = weights(model)
+    missing, unexpected = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+    if missing or unexpected:
+        raise ValueError(f"{source} does not fit this model: {len(missing)} tensors missing {missing[:3]}, {len(unexpected)} unexpected "
+                         f"{unexpected[:3]}; check that weights and config.json belong together")
+    for name, target in wanted.items():
+        if target.shape != tensors[name].shape:
+            raise ValueError(f"{source}: {name} is {tuple(tensors[name].shape)}, the config wants {tuple(target.shape)}; "
+                             "check that weights and config.json belong together")
+        target.copy_(tensors[name])
+
+
+def fill_adapter(model: MultistreamLM, folder: Path, about: dict[str, Any], zero_ok: bool = False) -> None:
+    """Put the adapter of a checkpoint folder onto a model that has none."""
+    if not about.get("lora"):
+        raise ValueError(f"{folder} holds no adapter; give a checkpoint of a LoRA run")
+    if to_json(model.config.table) != about["model"]["table"]:
+        raise ValueError(f"adapter {folder} was made for another stream table than this model's; use its own base {about['base']!r}")
+    lora.inject(model, from_json(LoraConfig, about["lora"], f"{folder}/config.json lora"))
+    tensors = read_tensors(folder / "adapter.safetensors")
+    if (folder / "ema.safetensors").is_file():
+        tensors |= read_tensors(folder / "ema.safetensors")
+    lora.load_state(model, model.lora, tensors, str(folder), zero_ok)
+
+
+def resolve(path: str | Path) -> Path:
+    """Find the checkpoint folder that a user means: the folder itself, a run's latest one, a file's, or a hub snapshot."""
+    path = Path(path)
+    if path.is_file():
+        path = path.parent
+    for folder in (path / "ckpt" / "latest", path):
+        if (folder / "config.json").is_file() and (folder.name == "latest" or has_weights(folder)):
+            return folder.resolve()
+    if path.exists():
+        raise FileNotFoundError(f"{path} holds no checkpoint (config.json with model or adapter weights); train first or check the path")
+    return from_hub(str(path))
+
+
+def has_weights(folder: Path) -> bool:
+    return any(folder.glob("*.safetensors")) or any(folder.glob("*.safetensors.index.json"))
+
+
+def resolve_base(base: str, folder: Path) -> str:
+    """A base is named relative to the run folder (two above the checkpoint), absolutely, or by hub id."""
+    local = folder.parent.parent / base
+    return str(local) if local.exists() else base
+
+
+def from_hub(name: str) -> Path:
+    """Fetch a hub id, or find it in the local hub cache; HF_HOME, HF_TOKEN and HF_HUB_OFFLINE are honoured."""
+    if name.count("/") != 1 or name.startswith((".", "/")):
+        raise FileNotFoundError(f"{name} does not exist; give a run folder such as out/demo, a checkpoint folder, or a hub id")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = type(error).__name__
+        raise FileNotFoundError(f"{name} is neither a folder here nor can it be fetched ({reason}); "
+                                f"when online run: huggingface-cli download {name}") from None
+
+
+# ---- run state: everything that exact resume needs ----
+
+@dataclass
+class RunState:
+    """The mutable facts of a run, as they stand before update `step`."""
+
+    step: int = 0
+    best: float = float("inf")
+    bad_evals: int = 0
+    skips: int = 0
+    loader: dict[str, Any] | None = None
+    scaler: dict[str, Any] | None = None
+    finished: bool = False
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """AdamW's moments under the parameters' names."""
+    return {f"{key}:{name}": torch.as_tensor(value) for name, p in model.named_parameters() if p in optimizer.state
+            for key, value in optimizer.state[p].items()}
+
+
+def fill_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], source: str) -> None:
+    state: dict[nn.Parameter, dict[str, Tensor]] = {}
+    parameters = dict(model.named_parameters())
+    for name, value in tensors.items():
+        key, _, path = name.partition(":")
+        if path not in parameters:
+            raise ValueError(f"{source}: optimizer state of unknown parameter {path}; the model has changed, start with --resume=never in a new --out")
+        p = parameters[path]
+        state.setdefault(p, {})[key] = value.to(p.device) if key != "step" or optimizer.defaults.get("fused") else value
+    for p, values in state.items():
+        optimizer.state[p] = values
+
+
+def save_run(out: Path, model: MultistreamLM, optimizer: torch.optim.Optimizer, run: RunState, config: Any, extras: Extras,
+             ema: dict[str, Tensor] | None, rank: int, barrier: Any) -> Path:
+    """Write out/ckpt/step_N; every rank calls it, rank 0 writes the model, each rank its RNG."""
+    folder = out / "ckpt" / f"step_{run.step:06d}"
+    temporary = out / "ckpt" / f".writing_{run.step:06d}"
+    if rank == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        (temporary / "state").mkdir(parents=True)
+    barrier()
+    try:
+        write_tensors(temporary / "state" / f"rng_rank{rank}.safetensors", rng_state())
+        if rank == 0:
+            save(model, temporary, extras)
+            write_tensors(temporary / "state" / "optimizer.safetensors", optimizer_tensors(model, optimizer))
+            write_json(temporary / "state" / "run.json", {**to_json(run), "config": to_json(config)})
+            if ema:
+                write_tensors(temporary / "ema.safetensors", ema)
+        barrier()
+        if rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.rename(temporary, folder)
+            point(out / "ckpt" / "latest", folder.name)
+    except OSError:
+        shutil.rmtree(temporary, ignore_errors=True)      # a full disk: give the space back, older checkpoints stay
+        raise
+    barrier()
+    return folder
+
+
+def rng_state() -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def load_run(folder: Path, model: MultistreamLM, optimizer: torch.optim.Optimizer, rank: int) -> tuple[RunState, dict[str, Tensor] | None]:
+    """Fill model and optimizer from a checkpoint and set this rank's RNG; returns the run state and averaged weights."""
+    about = read_json(folder / "state" / "run.json")
+    about.pop("config")
+    config = getattr(model, "lora", None)
+    if config is not None and (folder / "adapter.safetensors").is_file():
+        lora.load_state(model, config, read_tensors(folder / "adapter.safetensors"), str(folder), zero_ok=True)
+    else:
+        fill(model, read_tensors(folder / "model.safetensors"), str(folder))
+    fill_optimizer(model, optimizer, read_tensors(folder / "state" / "optimizer.safetensors"), str(folder))
+    rng = folder / "state" / f"rng_rank{rank}.safetensors"
+    if rng.is_file():                                     # fewer ranks then than now: the new ones keep their seeds
+        states = read_tensors(rng)
+        torch.set_rng_state(states["cpu"])
+        if "cuda" in states and torch.cuda.is_available():
+            torch.cuda.set_rng_state(states["cuda"])
+    ema = folder / "ema.safetensors"
+    return RunState(**about), read_tensors(ema) if ema.is_file() else None
+
+
+def point(link: Path, target: str) -> None:
+    """Make `link` point to `target` in one step."""
+    temporary = link.with_name(f".{link.name}.new")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target)
+    os.replace(temporary, link)
+
+
+def prune(out: Path, keep: int) -> None:
+    """Delete all but the last `keep` checkpoints, the latest and the best, and what an interrupted save left behind."""
+    folder = out / "ckpt"
+    named = {(folder / link).resolve() for link in ("latest", "best")}
+    old = sorted(folder.glob("step_*"))[: -keep or None]
+    for path in [p for p in old if p.resolve() not in named] + list(folder.glob(".writing_*")):
+        shutil.rmtree(path)
+
+
+# ---- import, export, merge ----
+
+def export(model_or_dir: MultistreamLM | str | Path, dir: str | Path, to: str = "multistream") -> Path:
+    """Write a model in another layout. `multistream` merges adapters in fp32 and writes a plain checkpoint."""
+    model = model_or_dir if isinstance(model_or_dir, nn.Module) else load(model_or_dir)
+    if to != FORMAT:
+        raise ValueError(f"--to={to} is not a layout for this model; known here: {FORMAT} (adapters merged)")
+    merged = load_copy(model)
+    lora.strip(merged)
+    merged.lora = None
+    extras = getattr(model, "extras", None) or Extras()
+    return save(merged, dir, replace(extras, base=""))
+
+
+def load_copy(model: MultistreamLM) -> MultistreamLM:
+    """A deep copy, so that exporting leaves the caller's model as it is."""
+    copy = MultistreamLM(model.config)
+    if getattr(model, "lora", None) is not None:
+        lora.inject(copy, model.lora)
+    fill(copy, weights(model), "the model in memory")
+    return copy
+
+
+USAGE = """python checkpoint.py export CKPT --to=multistream --out=DIR      write a plain checkpoint, adapters merged in fp32
+python checkpoint.py merge CKPT --out=DIR                        the same
+python checkpoint.py show CKPT                                   what a checkpoint holds"""
+
+
+def main() -> None:
+    words, pairs = split_arguments(sys.argv[1:], ("help",))
+    if "help" in pairs or len(words) != 2:
+        print(USAGE)
+        raise SystemExit(0 if "help" in pairs else 2)
+    command, path = words
+    if command in ("export", "merge"):
+        if "out" not in pairs:
+            raise ValueError(f"{command} needs --out=DIR, the folder to write")
+        print(f"wrote {export(path, pairs['out'], pairs.get('to', FORMAT))}")
+    elif command == "show":
+        model = load(path)
+        found = lora.norms(model)
+        print(json.dumps({"folder": model.extras.folder, "step": model.extras.step, "parameters": model.count_parameters(),
+                          "data": model.extras.data, "adapters": len(found), "largest |BA|/|W|": max(found.values(), default=0.0)}, indent=1))
+    else:
+        raise ValueError(f"unknown command {command!r}; it is one of export, merge, show")
+
+
+if __name__ == "__main__":
+    edge(main)

@@ -1,0 +1,99 @@
+"""TrainConfig: everything a run needs, composed of the parts that live beside the code that reads them.
+
+A file in configs/ builds one and calls it `config`, and its tiny twin `smoke`. Parsing, overrides and JSON are in
+options.py. Next: train.py.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+from data import DataConfig
+from lora import LoraConfig
+from loss import LossConfig
+from model import ModelConfig
+
+__all__ = ["DataConfig", "LoraConfig", "LossConfig", "ModelConfig", "TrainConfig", "learning_rate"]
+
+SCHEDULES = ("constant", "linear", "cosine", "wsd", "onecycle")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A run: what is trained on what, and how."""
+
+    model: ModelConfig                     # the family
+    data: DataConfig                       # where the tokens come from
+    loss: LossConfig = field(default_factory=LossConfig)   # how streams add up
+    lora: LoraConfig | None = None         # adapters; None trains everything
+    init: str = ""                         # weights to start from: folder, file or hub id; empty = random
+    init_adapter: str = ""                 # adapter to start from (second stage)
+    out: str = "out/run"                   # run folder
+    resume: str = "auto"                   # "auto" continues what is in `out`, "never" refuses to, or a checkpoint folder
+
+    steps: int = 1000                      # optimizer steps
+    batch_size: int = 1                    # packed rows of a micro-batch, on one rank
+    accum: int = 1                         # micro-batches of a step, on one rank
+    lr: float = 1e-3                       # peak learning rate
+    schedule: str = "linear"               # constant, linear, cosine, wsd or onecycle
+    warmup: int = 0                        # steps of linear warm-up (onecycle: of the rise)
+    warmup_offset: int = 0                 # 0: the first update has rate 0 when there is a warm-up; 1 avoids it
+    decay: float = 0.2                     # share of the steps over which wsd falls
+    min_lr: float = 0.0                    # the schedule ends here
+    betas: tuple[float, float] = (0.9, 0.95)   # AdamW
+    eps: float = 1e-8                      # AdamW
+    weight_decay: float = 0.1              # on matrices; vectors have none
+    clip: float = 1.0                      # largest gradient norm, 0 = no limit
+    ema: float = 0.0                       # decay of the averaged weights that evaluation and sampling use, 0 = none
+    dtype: str = "auto"                    # fp32, bf16 or fp16 compute; auto = bf16 where the device has it
+    device: str = "auto"                   # cpu, cuda, or auto
+    compile: bool = False                  # torch.compile each block
+    seed: int = 0                          # of weights, data order, dropout
+
+    eval_every: int = 0                    # steps between evaluations, 0 = only at the end
+    eval_batches: int = 0                  # held-out batches a rank, 0 = all
+    patience: int = 0                      # evaluations without a better loss before stopping, 0 = never
+    prompts: tuple[str, ...] = ()          # texts spoken into out/samples at every evaluation
+    save_every: int = 0                    # steps between checkpoints, 0 = only at the end
+    keep: int = 2                          # checkpoints kept beside the best
+    max_minutes: float = 0.0               # stop and save after this long, 0 = no limit
+    max_skips: int = 10                    # consecutive steps with a non-finite gradient before giving up
+    log_every: int = 10                    # steps between lines of metrics.jsonl
+    trackers: tuple[str, ...] = ()         # also report to: tensorboard, wandb, trackio
+
+    def __post_init__(self) -> None:
+        assert self.schedule in SCHEDULES, f"schedule {self.schedule!r} is none of {SCHEDULES}"
+        assert self.dtype in ("auto", "fp32", "bf16", "fp16"), f"dtype {self.dtype!r} is none of auto, fp32, bf16, fp16"
+        assert min(self.steps, self.batch_size, self.accum) > 0, "steps, batch_size and accum are at least 1"
+        assert 0 <= self.ema < 1, f"ema {self.ema} is outside [0, 1)"
+        unknown = set(self.trackers) - {"tensorboard", "wandb", "trackio"}
+        assert not unknown, f"trackers {sorted(unknown)} are none of tensorboard, wandb, trackio"
+
+
+ONECYCLE_START, ONECYCLE_END = 25.0, 250_000.0     # torch's OneCycleLR: peak / 25 at first, peak / 250,000 at last
+
+
+def learning_rate(step: int, c: TrainConfig) -> float:
+    """Learning rate of update `step`, counted from 0."""
+    if c.schedule == "onecycle":
+        return onecycle(step, c)
+    if step < c.warmup:
+        return c.lr * (step + c.warmup_offset) / c.warmup
+    done = min(1.0, (step - c.warmup) / max(1, c.steps - c.warmup))          # 0 after the warm-up, 1 at the end
+    if c.schedule == "cosine":
+        return c.min_lr + (c.lr - c.min_lr) * (1 + math.cos(math.pi * done)) / 2
+    if c.schedule == "linear":
+        return c.lr + (c.min_lr - c.lr) * done
+    if c.schedule == "wsd":
+        fall = max(0.0, (done - (1 - c.decay)) / c.decay) if c.decay else 0.0
+        return c.lr + (c.min_lr - c.lr) * fall
+    return c.lr
+
+
+def onecycle(step: int, c: TrainConfig) -> float:
+    """Cosine from lr / 25 up to lr over `warmup` steps and down to lr / 250,000 (torch's OneCycleLR, momentum untouched)."""
+    rise = c.warmup - 1
+    if step <= rise:
+        low, high, done = c.lr / ONECYCLE_START, c.lr, step / max(1, rise)
+    else:
+        low, high, done = c.lr, c.lr / ONECYCLE_END, (step - rise) / max(1, c.steps - 1 - rise)
+    return high + (low - high) * (1 + math.cos(math.pi * min(1.0, done))) / 2

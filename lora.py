@@ -1,0 +1,200 @@
+"""Low-rank adapters by hand: LoRA (arXiv:2106.09685), rsLoRA (2312.03732), DoRA (2402.09353).
+
+    y = W x + s B A x          s = alpha / rank, or alpha / sqrt(rank) with rslora;  A (R, in) random, B (out, R) zero
+    y = m * (W + s B A) x / ||W + s B A||                with dora, m (out,) starts as the row norms of W
+
+`inject` hangs an `Adapter` on every Linear whose dotted path a target pattern matches, freezes the rest and may leave
+named modules trainable. A pattern that matches nothing raises. Works on any module that has a `weight` (..., out, in)
+and an `adapter` slot; one per depth step when the weight has a leading axis. Knows nothing of the model.
+"""
+
+import fnmatch
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Which Linears get an adapter, and which."""
+
+    rank: int = 16                        # R
+    alpha: float = 32.0                   # numerator of the scale
+    targets: tuple[str, ...] = ("attn.*", "ffn.*", "audio_ffn.*")   # globs against dotted paths, a leading *. is implied
+    dropout: float = 0.0                  # on the adapter's input, in training
+    rslora: bool = False                  # scale by alpha / sqrt(rank)
+    dora: bool = False                    # train direction and magnitude apart
+    train: tuple[str, ...] = ()           # modules or parameters trained in full beside the adapters
+    ranks: tuple[tuple[str, int], ...] = ()      # (pattern, rank) exceptions, the first match holds
+    alphas: tuple[tuple[str, float], ...] = ()   # (pattern, alpha) exceptions
+
+    def __post_init__(self) -> None:
+        assert self.rank > 0 and 0 <= self.dropout < 1, f"rank {self.rank} and dropout {self.dropout} are out of range"
+
+
+class Adapter(nn.Module):
+    """The low-rank update of one Linear, or of each of its depth steps."""
+
+    def __init__(self, weight: Tensor, rank: int, alpha: float, config: LoraConfig) -> None:
+        super().__init__()
+        *sets, outputs, inputs = weight.shape
+        made = {"device": weight.device, "dtype": torch.float32}
+        self.lora_A = nn.Parameter(torch.empty(*sets, rank, inputs, **made).uniform_(-1, 1) / math.sqrt(inputs))
+        self.lora_B = nn.Parameter(torch.zeros(*sets, outputs, rank, **made))
+        self.lora_magnitude = nn.Parameter(weight.detach().float().norm(dim=-1)) if config.dora else None
+        self.scale = alpha / (math.sqrt(rank) if config.rslora else rank)
+        self.rank, self.alpha, self.dropout = rank, alpha, config.dropout
+        self.enabled = True
+        self.base: Tensor | None = None           # the untouched weight while merged
+
+    def forward(self, x: Tensor, y: Tensor, weight: Tensor, pick: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Adapt y = x W^T.   x (..., in), y (..., out); `pick` selects the weight sets of depth steps"""
+        if not self.enabled or self.base is not None:
+            return y
+        pick = pick or (lambda p: p)
+        a, b = pick(self.lora_A), pick(self.lora_B)
+        low = F.dropout(x, self.dropout, self.training)
+        low = torch.matmul(low.to(a.dtype) if not torch.is_autocast_enabled(x.device.type) else low, a.mT)
+        update = torch.matmul(low, b.mT) * self.scale
+        if self.lora_magnitude is None:
+            return y + update.to(y.dtype)
+        norm = (weight.detach().float() + self.scale * (b @ a).detach()).norm(dim=-1)
+        ratio = pick(self.lora_magnitude) / norm
+        ratio = ratio if ratio.dim() == 1 else ratio.unsqueeze(-2)         # (steps, out) -> (steps, 1, out)
+        return (ratio * (y + update)).to(y.dtype)
+
+    def merged(self, weight: Tensor) -> Tensor:
+        """The adapted weight in fp32.   (..., out, in)"""
+        full = weight.detach().float() + self.scale * (self.lora_B @ self.lora_A).detach().float()
+        if self.lora_magnitude is None:
+            return full
+        return full * (self.lora_magnitude / full.norm(dim=-1)).unsqueeze(-1).detach()
+
+
+def matches(path: str, pattern: str) -> bool:
+    """Glob against a dotted path; the pattern may begin at any dot."""
+    return fnmatch.fnmatchcase(f".{path}", f"*.{pattern}")
+
+
+def linears(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module that can carry an adapter, by path."""
+    return {path: m for path, m in model.named_modules() if hasattr(m, "adapter") and hasattr(m, "weight")}
+
+
+def adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module, Adapter]]:
+    """(path, Linear, Adapter) of every adapted Linear."""
+    for path, module in linears(model).items():
+        if module.adapter is not None:
+            yield path, module, module.adapter
+
+
+def inject(model: nn.Module, config: LoraConfig) -> nn.Module:
+    """Freeze the model, hang adapters on the targets and leave `train` trainable; returns the model.
+
+    ValueError when a pattern matches nothing; it lists what exists.
+    """
+    found = linears(model)
+    for pattern in [*config.targets, *(p for p, _ in (*config.ranks, *config.alphas))]:
+        if not any(matches(path, pattern) for path in found):
+            raise ValueError(f"adapter pattern {pattern!r} matches no Linear; there are {outline(found)}")
+    trained = trained_parameters(model, config)
+    model.requires_grad_(False)
+    for path, module in found.items():
+        if any(matches(path, pattern) for pattern in config.targets):
+            rank = next((r for p, r in config.ranks if matches(path, p)), config.rank)
+            alpha = next((a for p, a in config.alphas if matches(path, p)), config.alpha)
+            module.adapter = Adapter(module.weight, rank, alpha, config)
+    for parameter in trained.values():
+        parameter.requires_grad_(True)
+    model.lora = config                            # saving and loading read it back
+    return model
+
+
+def trained_parameters(model: nn.Module, config: LoraConfig) -> dict[str, nn.Parameter]:
+    """The parameters that `train` names, by module or parameter path."""
+    chosen: dict[str, nn.Parameter] = {}
+    for pattern in config.train:
+        hits = {name: p for name, p in model.named_parameters() if "lora_" not in name
+                and (matches(name, pattern) or matches(name, f"{pattern}.*"))}
+        if not hits:
+            raise ValueError(f"train pattern {pattern!r} matches no parameter; there are {outline(dict(model.named_parameters()))}")
+        chosen |= hits
+    return chosen
+
+
+def outline(names: dict[str, object]) -> str:
+    """Paths with layer numbers folded to N, each once."""
+    folded = dict.fromkeys(".".join("N" if part.isdigit() else part for part in name.split(".")) for name in names)
+    return ", ".join(folded)
+
+
+# ---- merging ----
+
+@torch.no_grad()
+def merge(model: nn.Module) -> nn.Module:
+    """Fold every adapter into its weight: computed in fp32, cast once. The untouched weight is kept for `unmerge`."""
+    for _, module, adapter in adapters(model):
+        if adapter.base is None:
+            adapter.base = module.weight.detach().clone()
+            module.weight.copy_(adapter.merged(module.weight))
+    return model
+
+
+@torch.no_grad()
+def unmerge(model: nn.Module) -> nn.Module:
+    """Undo `merge`, bit for bit."""
+    for _, module, adapter in adapters(model):
+        if adapter.base is not None:
+            module.weight.copy_(adapter.base)
+            adapter.base = None
+    return model
+
+
+def strip(model: nn.Module) -> nn.Module:
+    """Merge and forget the adapters: a plain model."""
+    merge(model)
+    for _, module, _ in list(adapters(model)):
+        module.adapter = None
+    return model
+
+
+@torch.no_grad()
+def norms(model: nn.Module) -> dict[str, float]:
+    """||s B A|| / ||W|| of every adapted Linear: 0 means that the adapter does nothing."""
+    return {path: float((a.merged(m.weight if a.base is None else a.base) - (m.weight if a.base is None else a.base).float()).norm()
+                        / (m.weight if a.base is None else a.base).float().norm()) for path, m, a in adapters(model)}
+
+
+# ---- adapter state ----
+
+def state(model: nn.Module, config: LoraConfig) -> dict[str, Tensor]:
+    """Everything an adapter file holds: lora_A, lora_B, magnitudes, and the fully trained parameters."""
+    names = set(trained_parameters(model, config))
+    return {name: p.detach() for name, p in model.named_parameters() if "lora_" in name or name in names}
+
+
+@torch.no_grad()
+def load_state(model: nn.Module, config: LoraConfig, tensors: dict[str, Tensor], source: str, zero_ok: bool = False) -> None:
+    """Fill an injected model, strictly.
+
+    ValueError names `source` and what is missing, unexpected, of another shape, or has an all-zero B (an adapter that
+    was never trained or never saved); `zero_ok` admits the last, for resuming before the first step.
+    """
+    wanted = state(model, config)
+    missing, unexpected = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+    if missing or unexpected:
+        raise ValueError(f"adapter {source} does not fit: {len(missing)} tensors missing {missing[:3]}, {len(unexpected)} "
+                         f"unexpected {unexpected[:3]}; it was made with other targets or for another model")
+    for name, target in wanted.items():
+        if target.shape != tensors[name].shape:
+            raise ValueError(f"adapter {source}: {name} is {tuple(tensors[name].shape)}, the model wants {tuple(target.shape)}; "
+                             "rank or base model differ")
+    zero = [name for name in wanted if name.endswith("lora_B") and not tensors[name].any()]
+    if zero and not zero_ok:
+        raise ValueError(f"adapter {source}: {len(zero)} lora_B are all zero ({zero[0]}); it would change nothing there, train it first")
+    for name, target in wanted.items():
+        target.copy_(tensors[name])

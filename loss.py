@@ -1,0 +1,128 @@
+"""Grouped, weighted cross-entropy with a global normaliser.
+
+    L = sum over groups g of  lambda_g * (sum of w * nll over the streams of g) / (sum of w over the streams of g)
+
+Both sums run over all micro-batches and all ranks of an optimizer step, so world size and accumulation never change
+the objective. Groups: `modality` (text | audio; Higgs, Moshi, DSAA) or `all` (MOSS-Speech). The model returns the
+numerators per stream (`Sums`); the denominators are known from the grid before anything is computed.
+
+Logits exist for `CHUNK_BYTES` worth of rows at a time and are recomputed in backward: peak memory does not grow with
+the batch or the vocabulary. `cross_entropy_sums_ref` is the definition. Next: data.py.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from streams import StreamTable
+
+CHUNK_BYTES = 32 << 20      # fp32 logits of one chunk; small enough to stay near the caches, large enough for the matmul
+MIN_ROWS = 64
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """How the streams add up."""
+
+    groups: str = "modality"     # "modality": text and audio each have a normaliser; "all": one for everything
+    text: float = 1.0            # lambda of the text group
+    audio: float = 1.0           # lambda of the audio group
+
+    def __post_init__(self) -> None:
+        assert self.groups in ("modality", "all"), f"groups {self.groups!r} is neither 'modality' nor 'all'"
+
+
+@dataclass
+class Sums:
+    """Per-stream sums over targets, each (K,): weighted nll (carries the gradient), weight, hits, count."""
+
+    nll: Tensor
+    weight: Tensor
+    hits: Tensor
+    count: Tensor
+
+    def add(self, rows: Sequence[int], part: "Sums") -> "Sums":
+        """Add the sums of a few streams at their places."""
+        at = torch.tensor(list(rows), device=self.nll.device)
+        return Sums(*(getattr(self, f).index_add(0, at, getattr(part, f)) for f in ("nll", "weight", "hits", "count")))
+
+    def stacked(self) -> Tensor:
+        """All four as one detached (4, K) float64 tensor, ready to be reduced over ranks."""
+        return torch.stack([t.detach().double() for t in (self.nll, self.weight, self.hits, self.count)])
+
+
+def empty_sums(streams: int, like: Tensor) -> Sums:
+    return Sums(*(torch.zeros(streams, device=like.device, dtype=torch.float32) for _ in range(4)))
+
+
+Head = Callable[[Tensor, Tensor], Tensor]      # h (N, D), inputs (N, ...) -> logits (Q, N, V)
+
+
+def chunk_sums(h: Tensor, inputs: Tensor, targets: Tensor, weights: Tensor, head: Head) -> Tensor:
+    """Sums of one chunk of rows.   h (N, D), targets and weights (N, Q) -> (4, Q): nll, weight, hits, count"""
+    logits = head(h, inputs).float()                                              # (Q, N, V)
+    t, w = targets.T, weights.T.float()
+    wanted = (w != 0) & (t >= 0)
+    safe = torch.where(wanted, t, 0)
+    nll = F.cross_entropy(logits.flatten(0, 1), safe.flatten(), reduction="none").view_as(w)
+    w = torch.where(wanted, w, 0.0)
+    hits = ((logits.detach().argmax(-1) == t) & wanted).float() if logits.shape[1] else w
+    return torch.stack([(w * nll).sum(1), w.sum(1), hits.sum(1), wanted.float().sum(1)])
+
+
+def cross_entropy_sums_ref(h: Tensor, inputs: Tensor, head: Head, targets: Tensor, weights: Tensor) -> Sums:
+    """The definition: all logits at once."""
+    return Sums(*chunk_sums(h, inputs, targets, weights, head))
+
+
+def cross_entropy_sums(h: Tensor, inputs: Tensor, head: Head, targets: Tensor, weights: Tensor, logits: int) -> Sums:
+    """Sums over rows h (N, D) with targets and weights (N, Q), a chunk of logits at a time; `logits` numbers a row.
+
+    With no rows one empty chunk still runs: on every rank every parameter takes part in backward.
+    """
+    rows = max(MIN_ROWS, CHUNK_BYTES // (4 * logits))
+    if h.shape[0] <= rows:
+        return cross_entropy_sums_ref(h, inputs, head, targets, weights)
+    total: Tensor | float = 0.0
+    for at in range(0, h.shape[0], rows):
+        part = [x[at : at + rows] for x in (h, inputs, targets, weights)]
+        total = total + (checkpoint(chunk_sums, *part, head, use_reentrant=False) if torch.is_grad_enabled()
+                         else chunk_sums(*part, head))
+    return Sums(*total)
+
+
+# ---- what the sums add up to ----
+
+def groups(table: StreamTable, config: LossConfig) -> list[tuple[float, list[int]]]:
+    """(lambda, streams) of each normaliser; `all` keeps the lambdas inside its one sum, as weights of the streams."""
+    return [(config.text, table.text_out), (config.audio, table.audio_out)]
+
+
+def loss_scale(weight: Tensor, table: StreamTable, config: LossConfig) -> Tensor:
+    """Factor of each stream's nll in the loss, from the step's global weight sums.   (K,) -> (K,)"""
+    scale = torch.zeros_like(weight)
+    everything = weight.sum()
+    for factor, rows in groups(table, config):
+        total = weight[rows].sum() if config.groups == "modality" else everything
+        scale[rows] = factor / total.clamp(min=torch.finfo(weight.dtype).tiny) * (total > 0)
+    return scale
+
+
+def report(sums: Tensor, table: StreamTable, config: LossConfig) -> dict[str, float]:
+    """Name the numbers of (4, K) sums: loss, text and audio loss, and loss and accuracy of every predicted stream."""
+    nll, weight, hits, count = sums
+    scale = loss_scale(weight, table, config)
+    numbers = {"loss": (nll * scale).sum()}
+    for kind, rows in (("text", table.text_out), ("audio", table.audio_out)):
+        if rows and weight[rows].sum() > 0:
+            numbers[f"{kind}_loss"] = nll[rows].sum() / weight[rows].sum()
+            numbers[f"{kind}_accuracy"] = hits[rows].sum() / count[rows].sum()
+    for k in [*table.text_out, *table.audio_out]:
+        if weight[k] > 0:
+            numbers[f"{table.streams[k].name}_loss"] = nll[k] / weight[k]
+            numbers[f"{table.streams[k].name}_accuracy"] = hits[k] / count[k]
+    return {name: float(value) for name, value in numbers.items()}

@@ -1,0 +1,518 @@
+"""Manifests: whatever layout speech comes in -> one list of rows, and what is wrong with each row.
+
+A manifest is a jsonl file, one object a line, audio paths relative to its folder and never leaving it:
+
+    {"id": "digits/4", "audio": "digits/4.opus", "text": "four", "speaker": "allison", "group": "digits", "words": [["four", 0.08]]}
+
+Also understood: language, synthetic, split ("train" | "held-out"), offset and duration (seconds, a piece of a longer
+file), reference {"audio", "text"}, stereo (left = agent, right = user). Without "audio" a row is text only.
+Two kinds of line are virtual: codes of clips joined, and a rule that writes such lines. "manifest" says in which other
+file the clips live (default: this one).
+
+    {"manifest": "manifest.jsonl", "id": "42", "parts": ["digits/4", "digits/2"], "text": "four two"}
+    {"manifest": "manifest.jsonl", "compose": {"group": "digits", "count": [1, 6], "rows": 4000, "seed": 0, "held_out": 0.1}}
+
+Other layouts are recognised and converted: wav + txt folders, metadata.csv / LJSpeech, Higgs ChatML, Moshi stereo.
+A bad row is named with its reason and its fix and left out. Used by data.py; needs nothing but audio/.
+"""
+
+import csv
+import hashlib
+import json
+import os
+import random
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from audio.wav import load_wav
+
+SOUNDS = (".wav", ".flac", ".ogg", ".opus", ".mp3")
+MAX_MANIFEST = 1 << 30      # bytes; what is larger is not a manifest
+MAX_ROWS = 10_000_000       # rows that one compose line may ask for
+COLUMNS = {"audio": ("file_name", "audio", "path", "wav", "filename"),
+           "text": ("text", "transcription", "sentence", "transcript", "normalized_text"),
+           "speaker": ("speaker", "speaker_id", "source", "client_id")}
+Row = dict[str, Any]
+Fault = tuple[str, str, str]    # "reject" | "doubt" (check leaves it out, prepare keeps it) | "warn", reason, fix
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A row that is left out: where it stands, why, and what would mend it."""
+
+    where: str
+    reason: str
+    fix: str
+
+
+@dataclass
+class Manifest:
+    """The rows of one source. Every row has id, text, and `file` (its audio on this machine, "" for none)."""
+
+    path: Path
+    kind: str = "manifest"
+    allow_outside: bool = False
+    rows: list[Row] = field(default_factory=list)
+    clips: dict[str, Row] = field(default_factory=dict)     # by id: own rows and those of the manifests it names
+    virtual: list[Row] = field(default_factory=list)        # compose lines as they were written
+    bad: list[Bad] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def root(self) -> Path:
+        return self.path if self.path.is_dir() else self.path.parent
+
+    def reject(self, where: str, reason: str, fix: str) -> None:
+        self.bad.append(Bad(where, reason, fix))
+
+
+def read_manifest(path: str | Path, allow_outside: bool = False, nested: bool = False) -> Manifest:
+    """Recognise a source and read its rows; rows that cannot be read are in `.bad`.
+
+    Raises FileNotFoundError without the source, ValueError when its layout is unknown.
+    """
+    kind, path = detect(Path(path))
+    m = Manifest(path, kind, allow_outside)
+    virtual = []
+    for where, row in CONVERTERS[kind](m):
+        if not {"parts", "compose", "manifest"} & row.keys():
+            accept(m, where, row)
+        elif nested:
+            m.reject(where, "virtual row in a manifest that another one names", "name the manifest with the audio")
+        else:
+            virtual.append((where, row))
+    for where, row in virtual:
+        add_virtual(m, where, row)
+    return m
+
+
+def detect(path: Path) -> tuple[str, Path]:
+    """Name the layout of a file or folder, and the file that lists its rows."""
+    if path.is_dir():
+        named = [path / n for n in ("manifest.jsonl", "metadata.csv", "metadata.jsonl", "metadata.tsv")]
+        lists = [p for p in named if p.is_file()] or sorted(path.glob("*.jsonl"))
+        if not lists:
+            return "wav + txt", path
+        path = lists[0]
+    if not path.is_file():
+        raise FileNotFoundError(f"data source {path} does not exist; check the path")
+    if path.suffix in (".csv", ".tsv", ".txt"):
+        return "metadata", path
+    keys = next((row.keys() for _, row in json_rows(Manifest(path))), {}.keys())
+    for kind, marks in (("manifest", ("audio", "parts", "compose", "manifest")), ("Higgs ChatML", ("messages",)),
+                        ("Moshi stereo", ("path",)), ("metadata", ("file_name",)), ("manifest", ("text",))):
+        if keys & set(marks):
+            return kind, path
+    raise ValueError(f"{path} has no known layout (first row: {', '.join(keys) or 'none'}); see `python data.py --help`")
+
+
+# ---- reading rows ----
+
+def text_lines(m: Manifest, path: Path | None = None) -> Iterator[tuple[int, str]]:
+    """Yield the numbered lines of a UTF-8 file that are not blank; undecodable ones are rejected."""
+    path = path or m.path
+    if path.stat().st_size > MAX_MANIFEST:
+        raise ValueError(f"{path} has more than {MAX_MANIFEST} bytes; split it into several manifests")
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            text = raw.decode("utf-8-sig", errors="replace").rstrip("\r\n")     # U+FFFD marks what is not UTF-8
+            if "\ufffd" in text:
+                m.reject(f"{path.name} line {number}", "bad encoding", "save the file as UTF-8")
+            elif text.strip():
+                yield number, text
+
+
+def json_rows(m: Manifest) -> Iterator[tuple[str, Row]]:
+    """Yield the objects of a jsonl file, or of a json list, with the place where each stands."""
+    if m.path.suffix == ".json":
+        try:
+            found = json.loads("\n".join(text for _, text in text_lines(m)))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{m.path} is not valid JSON ({error}); mend that line") from None
+        items = [(f"item {i}", row) for i, row in enumerate(found if isinstance(found, list) else [found])]
+    else:
+        items = ((f"line {number}", text) for number, text in text_lines(m))
+    for where, item in items:
+        try:
+            row = json.loads(item) if isinstance(item, str) else item
+        except (json.JSONDecodeError, RecursionError) as error:
+            m.reject(where, "malformed json", f"mend {where}: {error}")
+            continue
+        if isinstance(row, dict):
+            yield where, row
+        else:
+            m.reject(where, "malformed json", f"{where} must be an object {{...}}")
+
+
+def metadata(m: Manifest) -> Iterator[tuple[str, Row]]:
+    """Read LJSpeech `id|text|normalised`, or a csv / tsv / jsonl with a header (datasets' AudioFolder, Common Voice)."""
+    if m.path.suffix == ".jsonl":
+        yield from (("" + where, renamed(row, m)) for where, row in json_rows(m))
+        return
+    lines = list(text_lines(m))
+    if not lines:
+        return
+    mark = next((c for c in "|\t" if c in lines[0][1]), ",")
+    quoting = csv.QUOTE_NONE if mark == "|" else csv.QUOTE_MINIMAL
+    table = list(csv.reader((text for _, text in lines), delimiter=mark, quoting=quoting))
+    header = [name.strip().lower() for name in table[0]]
+    headed = any(name in header for name in COLUMNS["audio"])
+    if not headed:
+        m.notes.append("no header: read as LJSpeech id|text|normalised text")
+    for number, cells in enumerate(table[headed:], 1 + headed):
+        if headed:
+            yield f"row {number}", renamed(dict(zip(header, cells, strict=False)), m)
+        else:
+            yield f"row {number}", {"id": cells[0], "audio": lj_path(m.root, cells[0]), "text": cells[-1] or cells[1]}
+
+
+def lj_path(root: Path, name: str) -> str:
+    return next((p for p in (f"wavs/{name}.wav", f"wav/{name}.wav", f"{name}.wav") if (root / p).is_file()),
+                f"wavs/{name}.wav")
+
+
+def renamed(row: Row, m: Manifest) -> Row:
+    """Give the columns of other people's tables our names; say once which."""
+    found = {ours: next((n for n in names if n in row), "") for ours, names in COLUMNS.items()}
+    note = "columns: " + ", ".join(f"{theirs} -> {ours}" for ours, theirs in found.items() if theirs)
+    if note not in m.notes:
+        m.notes.append(note)
+    new = {ours: row[theirs] for ours, theirs in found.items() if theirs}
+    if "audio" in new and not (m.root / str(new["audio"])).is_file() and (m.root / "clips" / str(new["audio"])).is_file():
+        new["audio"] = f"clips/{new['audio']}"                # Common Voice
+    return {k: row[k] for k in ("id", "language", "split") if k in row} | new
+
+
+def pairs(m: Manifest) -> Iterator[tuple[str, Row]]:
+    """Read a folder of sound files that each have a .txt of the same name; a folder inside it is a speaker."""
+    sounds = sorted(p for p in m.path.rglob("*") if p.suffix.lower() in SOUNDS)
+    for path in sounds:
+        name, note = path.relative_to(m.path), path.with_suffix(".txt")
+        if not note.is_file():
+            m.reject(str(name), "no transcript", f"write what is said into {note.name} beside it")
+            continue
+        text = "\n".join(line for _, line in text_lines(m, note))
+        if text or not any(b.where.startswith(note.name) for b in m.bad):
+            speaker = {} if name.parent == Path(".") else {"speaker": name.parts[0]}
+            yield str(name), {"id": name.with_suffix("").as_posix(), "audio": name.as_posix(), "text": text} | speaker
+
+
+def chatml(m: Manifest) -> Iterator[tuple[str, Row]]:
+    """Read Higgs ChatML: the last assistant turn is the row, an earlier turn with audio its reference."""
+    for where, sample in json_rows(m):
+        try:
+            turns = [(turn["role"], *contents(turn["content"])) for turn in sample["messages"]]
+        except (KeyError, TypeError):
+            m.reject(where, "malformed messages", 'each message needs "role" and "content" (text, or parts with a "type")')
+            continue
+        spoken = [i for i, (role, _, audio) in enumerate(turns) if audio and role == "assistant"]
+        last = spoken[-1] if spoken else max((i for i, t in enumerate(turns) if t[0] == "assistant"), default=-1)
+        if last < 0:
+            m.reject(where, "no assistant turn", "the last assistant turn holds what the model should say")
+            continue
+        row = {k: sample[k] for k in ("id", "speaker", "language", "split") if sample.get(k) is not None}
+        row |= {"text": said(turns, last), "messages": sample["messages"]} | turns[last][2]
+        earlier = [i for i in range(last) if turns[i][2]]
+        if earlier:
+            row["reference"] = {"text": said(turns, earlier[-1])} | turns[earlier[-1]][2]
+        yield where, row
+
+
+def contents(content: Any) -> tuple[str, Row]:
+    """Split the content of a ChatML turn into its text and its audio {"audio", "offset", "duration"}."""
+    texts, audio = [], {}
+    for part in content if isinstance(content, list) else [content]:
+        if isinstance(part, str):
+            texts.append(part)
+        elif part["type"] == "text":
+            texts.append(part["text"])
+        elif part["type"] == "audio":
+            audio = {"audio": part.get("audio_url") or "(inline)"}
+            audio |= {k: part[k] for k in ("offset", "duration") if part.get(k) is not None}
+    return " ".join(texts).strip(), audio
+
+
+def said(turns: list[tuple[str, str, Row]], i: int) -> str:
+    """The words of turn i: its own text, or that of the user turn before it."""
+    return next((text for role, text, _ in [turns[i], *reversed(turns[:i])]
+                 if text and (role == "user" or text == turns[i][1])), "")
+
+
+def moshi(m: Manifest) -> Iterator[tuple[str, Row]]:
+    """Read Moshi's {"path", "duration"} lines; word times come from the .json beside each stereo file."""
+    for where, item in json_rows(m):
+        name = str(item.get("path", ""))
+        side = (m.root / name).with_suffix(".json")
+        if outside(m.root, name, m.allow_outside) or not side.is_file():
+            reason = outside(m.root, name, m.allow_outside) or "no alignment file"
+            m.reject(where, reason, f'keep {name} and {side.name} {{"alignments": [[word, [start, end], speaker]]}} together')
+            continue
+        try:
+            times = [(str(w).strip(), float(t[0]), who) for w, t, who in json.loads(side.read_text())["alignments"]]
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            m.reject(where, "malformed alignments", f"mend {side.name}: {type(error).__name__} {error}")
+            continue
+        words = sorted(([w, t] for w, t, who in times if who == "SPEAKER_MAIN" and w), key=lambda pair: pair[1])
+        yield where, {"audio": name, "stereo": True, "text": " ".join(w for w, _ in words), "words": words,
+                      "alignments": times}
+
+
+CONVERTERS = {"manifest": json_rows, "metadata": metadata, "wav + txt": pairs, "Higgs ChatML": chatml, "Moshi stereo": moshi}
+
+
+# ---- what a row must have ----
+
+def outside(root: Path, name: str, allowed: bool = False) -> str:
+    """Say how a path leaves the folder of its manifest; "" when it does not."""
+    if allowed:
+        return ""
+    if os.path.isabs(name) or ".." in Path(name).parts:
+        return "path outside the folder"
+    return "" if (root / name).resolve().is_relative_to(root.resolve()) else "path outside the folder (symlink)"
+
+
+def row_fault(m: Manifest, row: Row) -> tuple[str, str] | None:
+    """Reason and fix of a row that is unusable before its audio is opened."""
+    if not isinstance(row.get("text"), str) or not row["text"].strip():
+        return "empty text", "write what is said, or remove the row"
+    if "\ufffd" in row["text"]:
+        return "bad encoding", "the text holds U+FFFD: save it again as UTF-8 from its origin"
+    if row["id"] in m.clips:
+        return "duplicate id", "ids must be unique in a manifest: rename one"
+    if any(not isinstance(row.get(k, 0.0), (int, float)) or row.get(k, 0.0) < 0 for k in ("offset", "duration")):
+        return "malformed field", "offset and duration are seconds"
+    words = row.get("words", [])
+    if not isinstance(words, list) or any(not isinstance(w, list) or len(w) != 2 or not isinstance(w[0], str)
+                                          or not isinstance(w[1], (int, float)) for w in words):
+        return "malformed field", 'words look like [["four", 0.08], ...]'
+    return None
+
+
+def accept(m: Manifest, where: str, row: Row) -> None:
+    """Add a row with its defaults and its reference clip, or reject it."""
+    for part in (row, row.get("reference") or {}):
+        name = str(part.get("audio") or "")
+        if name == "(inline)":
+            return m.reject(where, "inline audio", "write raw_audio to a file and name it in audio_url")
+        reason = outside(m.root, name, m.allow_outside)
+        if reason:
+            return m.reject(where, reason, f"move {name} into {m.root}, or allow it: check --allow-outside, --data.allow_outside=True")
+        part["file"] = str(m.root / name) if name else ""
+    start = f"@{row['offset']}" if row.get("offset") else ""
+    row["id"] = str(row.get("id") or (str(Path(row["audio"]).with_suffix("")) + start if row.get("audio") else where))
+    fault = row_fault(m, row)
+    if fault:
+        return m.reject(f"{where} {row['id']}".strip(), *fault)
+    if row.get("reference"):
+        clip = {"id": f"{row['id']}#reference", "speaker": row.get("speaker", "")} | row["reference"]
+        m.clips[clip["id"]] = clip
+    m.clips[row["id"]] = row
+    m.rows.append(row)
+    return None
+
+
+# ---- virtual rows ----
+
+def fraction(*words: object) -> float:
+    """Hash words to a number in [0, 1): the same on every machine and in every run."""
+    return int.from_bytes(hashlib.sha256("\0".join(map(str, words)).encode()).digest()[:7], "big") / (1 << 56)
+
+
+def add_virtual(m: Manifest, where: str, row: Row) -> None:
+    """Resolve a "manifest" reference, then a "parts" row or a "compose" rule."""
+    clips = m.clips
+    if row.get("manifest"):
+        name = str(row["manifest"])
+        if outside(m.root, name, m.allow_outside):
+            return m.reject(where, "path outside the folder", f"move {name} into {m.root}, or allow it: check --allow-outside, --data.allow_outside=True")
+        clips = named_clips(m, name)
+    if "compose" in row:
+        try:
+            rows = compose(row["compose"], clips)
+        except (KeyError, TypeError, ValueError) as error:
+            return m.reject(where, "malformed compose", f"{error}; see `python data.py --help`")
+        m.virtual.append(row)
+    else:
+        rows = [row] if "parts" in row else []
+    for new in rows:
+        missing = [p for p in new["parts"] if p not in clips or not clips[p]["file"]]
+        if missing or not new["parts"] or str(new.get("id") or "") in m.clips:
+            m.reject(f"{where} {new.get('id')}", "missing part or duplicate id", f"unknown parts: {missing[:3]}")
+            continue
+        text = new.get("text") or " ".join(clips[p]["text"] for p in new["parts"])
+        new = {"id": where, "speaker": clips[new["parts"][0]].get("speaker", "")} | new | {"text": text, "file": ""}
+        for part in new["parts"]:
+            m.clips.setdefault(part, clips[part])
+        m.clips[new["id"]] = new
+        m.rows.append(new)
+    return None
+
+
+def named_clips(m: Manifest, name: str) -> dict[str, Row]:
+    """Read the manifest whose clips a virtual row joins, once."""
+    if not hasattr(m, "_named"):
+        m._named = {}
+    if name not in m._named:
+        other = read_manifest(m.root / name, m.allow_outside, nested=True)
+        m.bad += [b for b in other.bad if b.reason != "virtual row in a manifest that another one names"]
+        m._named[name] = other.clips
+    return m._named[name]
+
+
+def compose(rule: Row, clips: dict[str, Row]) -> list[Row]:
+    """Write `rows` rows of random clips of a group, one speaker each. The split follows from the text, so no string is
+    on both sides; rows of one clip always train. Same rule, same clips: same rows."""
+    group, (low, high), count, seed = rule["group"], rule["count"], int(rule["rows"]), rule.get("seed", 0)
+    if not 0 < low <= high or not 0 <= count <= MAX_ROWS:
+        raise ValueError(f"count {rule['count']} or rows {count} make no sense")
+    voices: dict[str, list[str]] = {}
+    for name, clip in sorted(clips.items()):
+        wanted = clip.get("group") == group and clip.get("speaker", "") == rule.get("speaker", clip.get("speaker", ""))
+        if wanted and clip["file"] and clip.get("split", "train") == "train":
+            voices.setdefault(clip.get("speaker", ""), []).append(name)
+    if not voices:
+        raise ValueError(f"no clip has group {group!r}")
+    rows = []
+    for i in range(count):
+        draw = random.Random(f"{group}/{seed}/{i}")
+        names = voices[draw.choice(sorted(voices))]
+        parts = [draw.choice(names) for _ in range(draw.randint(low, high))]
+        text = " ".join(clips[p]["text"] for p in parts)
+        held = len(parts) > 1 and fraction(text) < rule.get("held_out", 0.0)
+        rows.append({"id": f"{group}+{seed}/{i}", "parts": parts, "text": text, "group": group,
+                     "split": "held-out" if held else "train"})
+    return rows
+
+
+# ---- what is wrong with the audio ----
+
+def read_clip(row: Row) -> tuple[Tensor, int]:
+    """Read the audio of a row, (C, W) and its rate, C = 2 for stereo rows; ValueError(reason, fix) when it cannot."""
+    try:
+        wav, rate = load_wav(row["file"], channels=2 if row.get("stereo") else 1)
+    except FileNotFoundError:
+        raise ValueError("missing file", f"{row['file']} does not exist: check the path") from None
+    except (ValueError, OSError, RuntimeError) as error:
+        found, _, fix = str(error).partition("; ")
+        known = {"is empty": "empty audio", "NaN": "NaN samples", "channel(s)": "not stereo", "lasts": "too long"}
+        reason = next((reason for mark, reason in known.items() if mark in found), "unreadable audio")
+        raise ValueError(reason, f"{found.replace(str(row['file']), 'it')}: {fix}") from None
+    begin = round(row.get("offset", 0.0) * rate)
+    return wav[:, begin : begin + round(row["duration"] * rate) if "duration" in row and "offset" in row else None], rate
+
+
+def faults(wav: Tensor, rate: int, text: str, limits: tuple[float, float]) -> Iterator[Fault]:
+    """Judge a clip (C, W), worst first. Levels in dBFS, limits in seconds."""
+    seconds = wav.shape[-1] / rate
+    if not wav.numel():
+        yield "reject", "empty audio", "record it again or remove the row"
+        return
+    if not bool(torch.isfinite(wav).all()):
+        yield "reject", "NaN samples", "write the file again from its source"
+        return
+    if rate < 8000:
+        yield "reject", "sample rate below 8 kHz", "find the recording in a higher rate"
+    elif rate < 16000:
+        yield "warn", "sample rate below 16 kHz", "telephone band: wideband speech trains better"
+    if not limits[0] <= seconds <= limits[1]:
+        yield "reject", f"duration outside {limits[0]:g}..{limits[1]:g} s", "cut the clip, or set data.min_seconds / max_seconds"
+    yield from quality_faults(wav, rate, len(text.strip()) / seconds)
+
+
+def quality_faults(wav: Tensor, rate: int, pace: float) -> Iterator[Fault]:
+    """Doubts about a readable clip; `pace` is characters per second."""
+    seconds = wav.shape[-1] / rate
+    peak = wav.abs().max()
+    n = min(max(1, rate // 40), wav.shape[-1])                                   # 25 ms
+    level = 10 * torch.log10(wav.unfold(-1, n, n).square().mean(-1).amax(0) + 1e-12)   # (C, W) -> (W / n,)
+    if (wav.abs() >= 0.999).float().mean() > 0.01:
+        yield "doubt", "clipping", "more than 1 % of samples at full scale: lower the gain and record again"
+    if peak < 10 ** (-50 / 20) or (level < -50).float().mean() > 0.6:
+        yield "doubt", "silence", "peak below -50 dBFS, or 60 % silent: trim it or remove the row"
+    elif seconds >= 1 and level.quantile(0.9) - level.quantile(0.1) < 10:        # a short word has no pause to measure
+        yield "doubt", "low SNR", "speech is within 10 dB of the noise: denoise or remove the row"
+    if pace > 35 or (pace < 2 and seconds > 2):                                  # one letter may take half a second
+        yield "doubt", "text does not fit the length", "2..35 characters a second are usual: check the transcript"
+
+
+def digest(row: Row) -> str:
+    """sha256 of the audio bytes of a row and of the piece it takes of them."""
+    with open(row["file"], "rb") as file:
+        hashed = hashlib.file_digest(file, "sha256")
+    hashed.update(json.dumps([row.get("offset", 0), row.get("duration"), bool(row.get("stereo"))]).encode())
+    return hashed.hexdigest()
+
+
+def inspect(row: Row, limits: tuple[float, float], seen: dict[str, str]) -> list[Fault]:
+    """Open the audio of a row and list its faults; `seen` maps digests to ids and finds copies."""
+    try:
+        wav, rate = read_clip(row)
+    except ValueError as error:
+        return [("reject", *error.args)]
+    first = seen.setdefault(digest(row), row["id"])
+    copy = [("doubt", "duplicate audio", f"the same audio as {first}: remove one")] if first != row["id"] else []
+    return [*faults(wav, rate, row["text"], limits), *copy]
+
+
+def check(path: str, write: str = "", allow_outside: bool = False, limits: tuple[float, float] = (0.2, 30.0)) -> None:
+    """Print what a source holds and what is wrong with it; ValueError when no row is left.
+
+    `write` names a folder for NAME.kept.jsonl and NAME.rejected.jsonl.
+    """
+    m = read_manifest(path, allow_outside)
+    print(f"detected: {m.kind} ({m.path})", *m.notes, sep="\n  ")
+    seen: dict[str, str] = {}
+    dropped: set[str] = set()
+    for row in [r for r in m.clips.values() if r["file"]]:
+        for kind, reason, fix in inspect(row, limits, seen):
+            if kind == "warn":
+                print(f"  warning: {row['id']}: {reason}; {fix}")
+            else:
+                m.reject(row["id"], reason, fix)
+                dropped.add(row["id"])
+    used = {r["id"]: [r["id"], *r.get("parts", []), f"{r['id']}#reference"] for r in m.rows}
+    kept = [r for r in m.rows if not dropped.intersection(used[r["id"]])]
+    report(m, len(kept))
+    if write:
+        write_lists(m, kept, Path(write))
+    if not kept:
+        raise ValueError(f"{path} has no usable row; mend the reasons above")
+
+
+def report(m: Manifest, kept: int) -> None:
+    """Print the table of reasons and the counts."""
+    for reason, count in Counter(b.reason for b in m.bad).most_common():
+        found = [b for b in m.bad if b.reason == reason]
+        print(f"  {count:>6}  {reason:<28} {', '.join(b.where for b in found[:3])}{' ...' if count > 3 else ''}")
+        print(f"  {'':>6}  {'':<28} fix: {found[0].fix}")
+    print(f"kept {kept} rows, rejected {len(m.bad)}")
+
+
+def write_lists(m: Manifest, kept: list[Row], folder: Path) -> None:
+    """Write what is kept as a manifest in `folder`, and what is not beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name = m.path.stem
+    rows = [moved(r, folder) for r in kept if not (m.virtual and "parts" in r and r["id"].rpartition("/")[0].count("+"))]
+    rejected = [{"where": b.where, "reason": b.reason, "fix": b.fix} for b in m.bad]
+    for suffix, items in (("kept", rows + m.virtual), ("rejected", rejected)):
+        path = folder / f"{name}.{suffix}.jsonl"
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(i, ensure_ascii=False) + "\n" for i in items), encoding="utf-8")
+        os.replace(temporary, path)
+        print(f"wrote {path}")
+
+
+def moved(row: Row, folder: Path) -> Row:
+    """A row whose audio paths are relative to `folder`."""
+    new = {k: v for k, v in row.items() if k != "file"}
+    if row["file"]:
+        new["audio"] = os.path.relpath(row["file"], folder)
+    if row.get("reference"):
+        new["reference"] = moved(row["reference"], folder)
+    return new

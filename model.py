@@ -1,0 +1,608 @@
+"""One transformer for every family: K streams are embedded and summed, read by a temporal transformer over columns,
+and written by parallel heads or by a depth transformer over the codebooks of a column.
+
+    tokens (B, K, S) --embed, sum--> x (B, S, D) --temporal--> h (B, S, D) --+-- text_head ------> (B, S, V_text)
+                                                                             +-- audio_head -----> (B, Q, S, V_audio)
+                                                                             +-- or depth(h, tokens of the next column)
+
+    B batch   S columns   K streams   Q predicted codebooks   D width   H heads   V vocabulary   N flat rows
+    R LoRA rank   T codec frames   W waveform samples   F mel or feature bins
+
+A column is an audio column when any of its audio rows is >= 0: dual FFNs and split tails follow from that.
+`model(tokens)` reads columns 0..S-2 and predicts columns 1..S-1. Published architectures are constants at the end.
+Sources: Llama (arXiv:2302.13971), RoPE (2104.09864), Moshi (2410.00037), Higgs Audio v2, MOSS-Speech (2510.00499).
+Next: loss.py.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from loss import Sums, cross_entropy_sums, empty_sums
+from streams import Stream, StreamTable, is_audio
+
+
+@dataclass(frozen=True)
+class StackConfig:
+    """A stack of equal transformer blocks: the temporal or the depth transformer."""
+
+    dim: int = 256                    # width D
+    layers: int = 4                   # blocks
+    heads: int = 4                    # query heads
+    kv_heads: int = 0                 # key and value heads, 0 = as many as query heads
+    head_dim: int = 0                 # width of a head, 0 = dim / heads
+    ffn: int = 1024                   # inner width of the feed-forward network
+    gated: bool = True                # down(act(gate x) * up x), otherwise down(act(up x))
+    activation: str = "silu"          # "silu" or "gelu" (exact)
+    norm_eps: float = 1e-5            # RMSNorm epsilon
+    rope_theta: float = 10000.0       # RoPE base, 0 = no position embedding
+    rope_interleaved: bool = False    # pairs (2i, 2i+1) as in Moshi, otherwise halves (i, i + d/2) as in Llama
+    rope_scaling: tuple[float, ...] = ()   # llama3: factor, low and high frequency factor, original length
+    window: int = 0                   # a query sees this many positions, itself included; 0 = all
+    qkv_bias: bool = False            # Qwen2
+    qk_norm: bool = False             # Qwen3: RMSNorm over each head before RoPE
+    packed: bool = False              # qkv, and gate with up, are one Linear each (Moshi)
+    steps: int = 0                    # depth transformer: codebook steps, each with weights of its own
+    schedule: tuple[int, ...] = ()    # depth transformer: weight set of each step, () = its own
+
+    def __post_init__(self) -> None:
+        assert self.activation in ACTIVATIONS, f"activation {self.activation!r} is none of {sorted(ACTIVATIONS)}"
+        assert self.heads % self.kv == 0, f"{self.heads} heads do not divide among {self.kv} kv_heads"
+        assert self.head_dim or self.dim % self.heads == 0, f"dim {self.dim} is no multiple of {self.heads} heads"
+        assert not self.schedule or len(self.schedule) == self.steps, "schedule names one weight set a step"
+
+    @property
+    def kv(self) -> int:
+        return self.kv_heads or self.heads
+
+    @property
+    def head(self) -> int:
+        return self.head_dim or self.dim // self.heads
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A family: its stream table and its switches."""
+
+    table: StreamTable                                   # the rows of the grid
+    temporal: StackConfig = field(default_factory=StackConfig)   # transformer over columns
+    depth: StackConfig | None = None                     # transformer over codebooks; None = parallel heads
+    dual_ffn: tuple[int, ...] = ()                       # layers with a feed-forward network and norms for audio columns
+    fast_forward: bool = False                           # other layers pass audio columns by and hide them (needs dual_ffn)
+    tail: int = 0                                        # layers after the shared ones, once for text and once for audio
+    tied: bool = False                                   # the text head is the text embedding
+    dropout: float = 0.0                                 # on both residual branches, in training
+    input_drop: float = 0.0                              # up to this share of audio columns is hidden as input, in training
+    checkpoint: bool = False                             # recompute blocks in backward
+
+    def __post_init__(self) -> None:
+        assert len(self.table.text) == 1 or not self.tied, "a tied head needs a single text row"
+        assert all(0 <= n < self.temporal.layers for n in self.dual_ffn), "dual_ffn names layers of the temporal stack"
+        assert self.depth is None or self.depth.steps == len(self.table.audio_out), "depth.steps is one per predicted codebook"
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu}
+
+
+class Linear(nn.Module):
+    """y = x W^T + b. With `sets`, one W per depth step: x (n, N, in) holds the steps of `step`, first one first.
+
+    `adapter` is where lora.py hangs its low-rank update; it sees x and x W^T and returns the adapted product.
+    """
+
+    def __init__(self, inputs: int, outputs: int, bias: bool = False, sets: int = 0, schedule: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(*([sets] if sets else []), outputs, inputs))
+        self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
+        self.schedule = schedule
+        self.adapter: nn.Module | None = None
+
+    def pick(self, parameter: Tensor, step: slice) -> Tensor:
+        """Select the weight sets that serve the steps of a slice."""
+        return parameter[list(self.schedule[step])] if self.schedule else parameter[step]
+
+    def forward(self, x: Tensor, step: slice | None = None) -> Tensor:
+        weight = self.weight if step is None else self.pick(self.weight, step)
+        y = F.linear(x, weight) if weight.dim() == 2 else torch.bmm(x, weight.to(x.dtype).mT)
+        if self.adapter is not None:
+            y = self.adapter(x, y, weight, None if step is None else lambda p: self.pick(p, step))
+        return y if self.bias is None else y + self.bias
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, statistics in fp32.   (..., D) -> (..., D)"""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor, other: "RMSNorm | None" = None, where: Tensor | None = None) -> Tensor:
+        """With `other`, rows of `where` (...,) use its weight: two norms share one pass over x."""
+        y = x.float()
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        weight = self.weight if other is None else torch.where(where[..., None], other.weight, self.weight)
+        return (y * weight).to(x.dtype)
+
+
+def rope_tables(c: StackConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of RoPE.   positions (B, S) -> two (B, 1, S, head/2) fp32"""
+    half = torch.arange(0, c.head, 2, dtype=torch.float32, device=positions.device)
+    frequencies = c.rope_theta ** (-half / c.head)
+    if c.rope_scaling:
+        frequencies = llama3_scaling(frequencies, *c.rope_scaling)
+    angles = positions[:, None, :, None].float() * frequencies
+    return angles.cos(), angles.sin()
+
+
+def llama3_scaling(frequencies: Tensor, factor: float, low: float, high: float, original: float) -> Tensor:
+    """Slow the long waves by `factor`, keep the short ones, blend between (Llama 3.1)."""
+    waves = 2 * math.pi / frequencies
+    blend = ((original / waves - low) / (high - low)).clamp(0, 1)
+    return frequencies * (blend + (1 - blend) / factor)
+
+
+def rotate(x: Tensor, tables: tuple[Tensor, Tensor], interleaved: bool) -> Tensor:
+    """Apply RoPE in fp32.   x (B, H, S, head) -> same"""
+    cos, sin = tables
+    if interleaved:
+        a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
+
+
+# ---- what a stack knows of the columns it reads ----
+
+class Cache:
+    """Keys and values of one stack in a ring of `capacity` slots, allocated once; a slot knows its position."""
+
+    def __init__(self, c: StackConfig, layers: int, batch: int, capacity: int, device: torch.device, dtype: torch.dtype) -> None:
+        shape = (layers, batch, c.kv, capacity, c.head)
+        self.keys, self.values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+        self.positions = torch.full((batch, capacity), -1, device=device)      # -1 = empty, or padding
+        self.audio = torch.zeros(batch, capacity, dtype=torch.bool, device=device)
+        self.capacity, self.count, self.live = capacity, 0, 0
+
+    def reset(self) -> "Cache":
+        """Forget everything, keep the memory."""
+        self.positions.fill_(-1)
+        self.count = self.live = 0
+        return self
+
+    def reserve(self, positions: Tensor, audio: Tensor) -> None:
+        """Take slots for the next columns.   positions, audio (B, n)"""
+        n = positions.shape[1]
+        assert n <= self.capacity, (n, self.capacity)
+        self.slots = torch.arange(self.count, self.count + n, device=positions.device) % self.capacity
+        self.positions[:, self.slots], self.audio[:, self.slots] = positions, audio
+        self.count += n
+        self.live = min(self.count, self.capacity)
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v (B, H_kv, n, head) and return all live ones."""
+        self.keys[layer][:, :, self.slots] = k.to(self.keys.dtype)
+        self.values[layer][:, :, self.slots] = v.to(self.values.dtype)
+        return self.keys[layer][:, :, : self.live].to(k.dtype), self.values[layer][:, :, : self.live].to(v.dtype)
+
+
+@dataclass
+class Context:
+    """Everything the blocks of a stack share in one pass: computed once, read by every layer."""
+
+    rope: tuple[Tensor, Tensor] | None = None    # (B, 1, S, head/2) twice
+    mask: Tensor | None = None                   # (B, 1, S, S_keys) bool, None = plain causal
+    hidden: Tensor | None = None                 # mask of fast-forward layers: audio keys hidden too
+    audio: Tensor | None = None                  # (B, S) bool
+    rows: tuple[Tensor, Tensor] | None = None    # flat numbers of the text rows and of the audio rows
+    cache: Cache | None = None
+    step: slice | None = None                    # depth transformer: which codebook steps x holds
+
+
+def attention_mask(q: Tensor, k: Tensor, window: int, q_segments: Tensor | None, k_segments: Tensor | None) -> Tensor:
+    """Which key each query sees.   positions (B, S), (B, L) -> (B, 1, S, L) bool; negative key positions are never seen"""
+    distance = q[:, :, None] - k[:, None, :]
+    mask = (distance >= 0) & (k >= 0)[:, None, :]
+    if window:
+        mask &= distance < window
+    if q_segments is not None:
+        mask &= q_segments[:, :, None] == k_segments[:, None, :]
+    return mask[:, None]
+
+
+def temporal_context(c: ModelConfig, audio: Tensor, positions: Tensor | None, segments: Tensor | None, cache: Cache | None) -> Context:
+    """Build the shared facts of a temporal pass.   audio (B, S) bool"""
+    B, S = audio.shape
+    stack, plain = c.temporal, positions is None and segments is None and cache is None
+    if positions is None:
+        positions = torch.arange(S, device=audio.device).expand(B, S)
+    context = Context(audio=audio, cache=cache)
+    if stack.rope_theta:
+        context.rope = rope_tables(stack, positions.clamp(min=0))
+    key_audio = audio
+    if cache is not None:
+        cache.reserve(positions, audio)
+        key_audio = cache.audio[:, : cache.live]
+        context.mask = attention_mask(positions, cache.positions[:, : cache.live], stack.window, None, None)
+        own = positions[:, :, None] == cache.positions[:, None, : cache.live]
+    else:
+        own = torch.eye(S, dtype=torch.bool, device=audio.device)
+        if not plain or 0 < stack.window < S or c.fast_forward:
+            context.mask = attention_mask(positions, positions, stack.window, segments, segments)
+    if context.mask is not None:
+        context.mask = context.mask | own.unsqueeze(-3)              # padding sees itself: no row of a softmax is empty
+    if c.fast_forward:
+        context.hidden = context.mask & ~key_audio[:, None, None, :] | own.unsqueeze(-3)
+    if c.dual_ffn:
+        flat = audio.flatten()
+        context.rows = ((~flat).nonzero().squeeze(1), flat.nonzero().squeeze(1))
+    return context
+
+
+# ---- blocks ----
+
+class Attention(nn.Module):
+    """Grouped-query causal self-attention.   (B, S, D) -> (B, S, D), or (steps, N, D) in the depth transformer"""
+
+    def __init__(self, c: StackConfig) -> None:
+        super().__init__()
+        self.c = c
+        widths = [c.heads * c.head, c.kv * c.head, c.kv * c.head]
+        options = {"sets": len(set(c.schedule)) or c.steps, "schedule": c.schedule}
+        if c.packed:
+            self.qkv = Linear(c.dim, sum(widths), c.qkv_bias, **options)
+        else:
+            self.q, self.k, self.v = (Linear(c.dim, w, c.qkv_bias, **options) for w in widths)
+        self.widths = widths
+        self.o = Linear(widths[0], c.dim, **options)
+        if c.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(c.head, c.norm_eps), RMSNorm(c.head, c.norm_eps)
+
+    def forward(self, x: Tensor, context: Context, layer: int, mask: Tensor | None) -> Tensor:
+        c, step = self.c, context.step
+        if c.packed:
+            q, k, v = self.qkv(x, step).split(self.widths, dim=-1)
+        else:
+            q, k, v = self.q(x, step), self.k(x, step), self.v(x, step)
+        # the depth transformer attends over its first axis, the codebook steps
+        order = (1, 2, 0, 3) if c.steps else (0, 2, 1, 3)
+        q, k, v = (t.unflatten(-1, (-1, c.head)).permute(order) for t in (q, k, v))   # -> (B, H, S, head)
+        if c.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if context.rope is not None:
+            q, k = (rotate(t, context.rope, c.rope_interleaved) for t in (q, k))
+        if context.cache is not None:
+            k, v = context.cache.update(layer, k, v)
+        causal = mask is None and q.shape[2] == k.shape[2]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=c.kv != c.heads)
+        back = (2, 0, 1, 3) if c.steps else (0, 2, 1, 3)
+        return self.o(y.permute(back).flatten(-2), step)
+
+
+class FeedForward(nn.Module):
+    """down(act(gate x) * up x), or down(act(up x)).   (..., D) -> (..., D)"""
+
+    def __init__(self, c: StackConfig) -> None:
+        super().__init__()
+        self.c = c
+        options = {"sets": len(set(c.schedule)) or c.steps, "schedule": c.schedule}
+        if c.gated and c.packed:
+            self.gate_up = Linear(c.dim, 2 * c.ffn, **options)
+        else:
+            if c.gated:
+                self.gate = Linear(c.dim, c.ffn, **options)
+            self.up = Linear(c.dim, c.ffn, **options)
+        self.down = Linear(c.ffn, c.dim, **options)
+
+    def forward(self, x: Tensor, step: slice | None = None) -> Tensor:
+        act = ACTIVATIONS[self.c.activation]
+        if not self.c.gated:
+            return self.down(act(self.up(x, step)), step)
+        gate, up = self.gate_up(x, step).chunk(2, -1) if self.c.packed else (self.gate(x, step), self.up(x, step))
+        return self.down(act(gate) * up, step)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and feed-forward. `dual`: audio columns have norms and a feed-forward network of their own.
+
+    `skips_audio` (Higgs fast-forward): audio columns leave the block as they came and no text column sees them.
+    """
+
+    def __init__(self, c: StackConfig, dropout: float = 0.0, dual: bool = False, skips_audio: bool = False) -> None:
+        super().__init__()
+        self.attn_norm, self.attn = RMSNorm(c.dim, c.norm_eps), Attention(c)
+        self.ffn_norm, self.ffn = RMSNorm(c.dim, c.norm_eps), FeedForward(c)
+        self.dropout, self.dual, self.skips_audio = dropout, dual, skips_audio
+        if dual:
+            self.audio_attn_norm, self.audio_ffn_norm = RMSNorm(c.dim, c.norm_eps), RMSNorm(c.dim, c.norm_eps)
+            self.audio_ffn = FeedForward(c)
+
+    def forward(self, x: Tensor, context: Context, layer: int) -> Tensor:
+        if self.dual:
+            normed = self.attn_norm(x, self.audio_attn_norm, context.audio)
+        else:
+            normed = self.attn_norm(x)
+        h = x + self.drop(self.attn(normed, context, layer, context.hidden if self.skips_audio else context.mask))
+        if self.dual:
+            h = self.dual_feed_forward(h, *context.rows)
+        else:
+            h = h + self.drop(self.ffn(self.ffn_norm(h), context.step))
+        return torch.where(context.audio[..., None], x, h) if self.skips_audio else h
+
+    def dual_feed_forward(self, h: Tensor, text: Tensor, audio: Tensor) -> Tensor:
+        """Send each row through its own network only; an empty side still runs, so that every rank has every gradient."""
+        rows = h.flatten(0, 1)
+        of_text = self.drop(self.ffn(self.ffn_norm(rows[text])))
+        of_audio = self.drop(self.audio_ffn(self.audio_ffn_norm(rows[audio])))
+        return rows.index_add(0, text, of_text.to(h.dtype)).index_add(0, audio, of_audio.to(h.dtype)).view_as(h)
+
+    def drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training)
+
+
+class Temporal(nn.Module):
+    """The transformer over columns, with an optional pair of tails.   x (B, S, D) -> text and audio states (B, S, D)"""
+
+    def __init__(self, c: ModelConfig) -> None:
+        super().__init__()
+        self.c, s = c, c.temporal
+        duals = [n in c.dual_ffn for n in range(s.layers)]
+        self.layers = nn.ModuleList(Block(s, c.dropout, d, c.fast_forward and not d) for d in duals)
+        if c.tail:
+            self.text_tail, self.audio_tail = (nn.ModuleList(Block(s, c.dropout) for _ in range(c.tail)) for _ in range(2))
+            self.text_norm, self.audio_norm = RMSNorm(s.dim, s.norm_eps), RMSNorm(s.dim, s.norm_eps)
+        else:
+            self.norm = RMSNorm(s.dim, s.norm_eps)
+
+    def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        h = self.run(self.layers, x, context, 0)
+        if not self.c.tail:
+            h = self.norm(h)
+            return h, h
+        n = len(self.layers)
+        text = self.run(self.text_tail, h, context, n)
+        audio = self.run(self.audio_tail, h, context, n + self.c.tail)
+        return self.text_norm(text), self.audio_norm(audio)
+
+    def run(self, blocks: nn.ModuleList, x: Tensor, context: Context, first: int) -> Tensor:
+        recompute = self.c.checkpoint and torch.is_grad_enabled() and context.cache is None
+        for layer, block in enumerate(blocks, first):
+            x = checkpoint(block, x, context, layer, use_reentrant=False) if recompute else block(x, context, layer)
+        return x
+
+
+class Embedding(nn.Module):
+    """Sum of one vector per row; -1 adds exactly zero.   ids (B, n, S) -> (B, S, D)
+
+    The tables of all rows of a kind are stacked in one `weight`; `offsets` say where each begins.
+    """
+
+    def __init__(self, vocabularies: list[int], dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(sum(vocabularies), dim))
+        self.offsets = [sum(vocabularies[:n]) for n in range(len(vocabularies))]
+
+    def row(self, n: int, ids: Tensor) -> Tensor:
+        """Embed one row.   ids (...) -> (..., D)"""
+        vectors = F.embedding(ids.clamp(min=0) + self.offsets[n], self.weight)
+        return vectors * (ids >= 0).unsqueeze(-1).to(vectors.dtype)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        total = self.row(0, ids[:, 0])
+        for n in range(1, len(self.offsets)):      # left to right, as the references add in low precision
+            total = total + self.row(n, ids[:, n])
+        return total
+
+
+class Depth(nn.Module):
+    """The transformer over the codebooks of one column (Moshi's depformer; RQ-Transformer).
+
+    Step k reads the temporal state and the token of the row before (step 0: the text row) and predicts codebook k.
+    Every step has weights of its own, held step-major, so all steps of all columns are batched products.
+    """
+
+    def __init__(self, c: StackConfig, table: StreamTable, width: int) -> None:
+        super().__init__()
+        self.c = c
+        text, audio = ([table.streams[i] for i in rows] for rows in (table.text[:1], table.audio_out))
+        sets = {"sets": len(set(c.schedule)) or c.steps, "schedule": c.schedule}
+        self.input = Linear(width, c.dim, **sets)
+        self.text = Embedding([s.vocab for s in text], c.dim)
+        self.audio = Embedding([s.vocab for s in audio[:-1]], c.dim) if len(audio) > 1 else None
+        self.layers = nn.ModuleList(Block(c) for _ in range(c.layers))
+        self.head = Linear(c.dim, audio[0].classes, sets=c.steps)
+
+    def embed(self, k: int, token: Tensor) -> Tensor:
+        return self.text.row(0, token) if k == 0 else self.audio.row(k - 1, token)
+
+    def forward(self, h: Tensor, tokens: Tensor) -> Tensor:
+        """All steps at once, with the true tokens.   h (N, D), tokens (N, Q): text row, then codebooks 0..Q-2 -> (Q, N, d)"""
+        x = self.input(h.expand(self.c.steps, *h.shape), slice(0, self.c.steps))
+        x = x + torch.stack([self.embed(k, tokens[:, k]) for k in range(self.c.steps)])
+        return self.run(x, Context(step=slice(0, self.c.steps)))
+
+    def step(self, k: int, h: Tensor, token: Tensor, cache: Cache) -> Tensor:
+        """One step of sampling: logits of codebook k.   h (B, D), token (B,) -> (B, V)"""
+        step = slice(k, k + 1)
+        position = torch.full((h.shape[0], 1), k, device=h.device)
+        cache.reserve(position, position >= 0)
+        x = self.input(h[None], step) + self.embed(k, token)[None]
+        return self.head(self.run(x, Context(step=step, cache=cache)), step)[0]
+
+    def run(self, x: Tensor, context: Context) -> Tensor:
+        for layer, block in enumerate(self.layers):
+            x = block(x, context, layer)
+        return x
+
+    def cache(self, batch: int) -> Cache:
+        weight = self.head.weight
+        return Cache(self.c, self.c.layers, batch, self.c.steps, weight.device, weight.dtype)
+
+
+# ---- the model ----
+
+class MultistreamLM(nn.Module):
+    """A speech-text language model over the grid of its stream table."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config, self.table = config, config.table
+        streams, D = self.table.streams, config.temporal.dim
+        kinds = {"text": self.table.text, "audio": self.table.audio}
+        self.embed = nn.ModuleDict({kind: Embedding([streams[i].vocab for i in rows], D) for kind, rows in kinds.items() if rows})
+        self.temporal = Temporal(config)
+        if self.table.text_out:
+            self.text_head = Linear(D, streams[self.table.text_out[0]].classes)
+        if config.tied:
+            self.text_head.weight = self.embed["text"].weight
+        if self.table.audio_out and config.depth is None:
+            self.audio_head = Linear(D, sum(streams[i].classes for i in self.table.audio_out))
+        if config.depth is not None:
+            self.depth = Depth(config.depth, self.table, D)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Truncated normal, 1/sqrt(fan_in) wide; residual outputs smaller by sqrt(2 layers); embeddings 1/sqrt(D) / sqrt(K)."""
+        for name, p in self.named_parameters():
+            if p.is_meta or p.dim() < 2:
+                continue
+            std = p.shape[-1] ** -0.5
+            if name.endswith(("attn.o.weight", "ffn.down.weight")):
+                std /= math.sqrt(2 * self.config.temporal.layers)
+            nn.init.trunc_normal_(p, std=std, a=-3 * std, b=3 * std)
+
+    # ---- teacher forcing ----
+
+    def forward(self, tokens: Tensor, weights: Tensor | None = None, positions: Tensor | None = None,
+                segments: Tensor | None = None) -> Sums | tuple[Tensor | None, Tensor | None]:
+        """Predict columns 1..S-1 from columns 0..S-2.
+
+        tokens (B, K, S) int64, weights (B, K, S) or None, positions and segments (B, S) of packed rows or None.
+        Without weights -> logits: text (B, S-1, V_text) or None, audio (B, Q, S-1, V_audio) or None.
+        With weights -> Sums: weighted nll, weight, hits and count of every stream, each (K,).
+        """
+        B, K, S = tokens.shape
+        assert len(self.table) == K, f"{K} rows for a table of {len(self.table)}"
+        inputs, targets = tokens[..., :-1], tokens[..., 1:]
+        cut = [None if t is None else t[:, :-1] for t in (positions, segments)]
+        h_text, h_audio = self.hidden(inputs, *cut)
+        if weights is not None:
+            return self.sums(h_text, h_audio, targets, weights[..., 1:])
+        text = self.text_head(h_text) if self.table.text_out else None
+        audio = None
+        if self.table.audio_out:
+            flat = self.audio_logits(h_audio.flatten(0, 1), self.depth_inputs(targets))     # -> (Q, N, V)
+            audio = flat.unflatten(1, (B, S - 1)).transpose(0, 1)                           # -> (B, Q, S-1, V)
+        return text, audio
+
+    def hidden(self, tokens: Tensor, positions: Tensor | None = None, segments: Tensor | None = None,
+               cache: Cache | None = None) -> tuple[Tensor, Tensor]:
+        """Run the temporal transformer.   tokens (B, K, S) -> states for the text and the audio heads, (B, S, D) each"""
+        audio = is_audio(tokens, self.table)
+        context = temporal_context(self.config, audio, positions, segments, cache)
+        x = self.embed_tokens(tokens)
+        return self.temporal(x, context)
+
+    def embed_tokens(self, tokens: Tensor) -> Tensor:
+        """Sum the embeddings of a column.   (B, K, S) -> (B, S, D)"""
+        parts = []
+        if self.table.audio:
+            audio = self.embed["audio"](tokens[:, self.table.audio])
+            if self.training and self.config.input_drop:
+                audio = audio * self.keep_inputs(tokens)[..., None]
+            parts.append(audio)
+        if self.table.text:
+            parts.append(self.embed["text"](tokens[:, self.table.text]))
+        return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+
+    def keep_inputs(self, tokens: Tensor) -> Tensor:
+        """Hide a random share, up to `input_drop`, of the audio columns of each row.   -> (B, S) of 0 and 1
+
+        A model that always sees the true past of a small data set learns to recognise the clip and ignores the text.
+        """
+        B, _, S = tokens.shape
+        share = torch.rand(B, 1, device=tokens.device) * self.config.input_drop
+        return (torch.rand(B, S, device=tokens.device) >= share).float()
+
+    def depth_inputs(self, targets: Tensor) -> Tensor:
+        """The tokens that the depth steps read: text row, codebooks 0..Q-2 of the predicted column.   (B, K, S) -> (N, Q)"""
+        rows = [self.table.text[0], *self.table.audio_out[:-1]] if self.config.depth is not None else []
+        return targets[:, rows].transpose(1, 2).flatten(0, 1)
+
+    def audio_logits(self, h: Tensor, tokens: Tensor) -> Tensor:
+        """Logits of every predicted codebook.   h (N, D), tokens (N, Q) read by the depth steps only -> (Q, N, V)"""
+        Q = len(self.table.audio_out)
+        if self.config.depth is None:
+            return self.audio_head(h).unflatten(-1, (Q, -1)).transpose(0, 1)
+        return self.depth.head(self.depth(h, tokens), slice(0, Q))
+
+    def sums(self, h_text: Tensor, h_audio: Tensor, targets: Tensor, weights: Tensor) -> Sums:
+        """Loss sums per stream; rows without a target never reach a head.   targets, weights (B, K, S)"""
+        total = empty_sums(len(self.table), weights)
+        for rows, h, head in ((self.table.text_out, h_text, lambda h, _: self.text_head(h)[None]),
+                              (self.table.audio_out, h_audio, self.audio_logits)):
+            if not rows:
+                continue
+            t, w = (x[:, rows].transpose(1, 2).flatten(0, 1) for x in (targets, weights))     # -> (N, Q)
+            kept = (w != 0).any(1).nonzero().squeeze(1)
+            inputs = self.depth_inputs(targets)[kept]
+            logits = sum(self.table.streams[k].classes for k in rows)
+            part = cross_entropy_sums(h.flatten(0, 1)[kept], inputs, head, t[kept], w[kept], logits)
+            total = total.add(rows, part)
+        return total
+
+    # ---- sampling, one column at a time ----
+
+    def cache(self, batch: int, columns: int, chunk: int = 256) -> Cache:
+        """Allocate the static cache for `columns` columns; prompts are read `chunk` columns at a time."""
+        c, weight = self.config, self.temporal.layers[0].attn.o.weight
+        capacity = min(columns, c.temporal.window + chunk) if c.temporal.window else columns
+        return Cache(c.temporal, c.temporal.layers + 2 * c.tail, batch, capacity, weight.device, weight.dtype)
+
+    def count_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+
+# ---- architectures ----
+
+def codebooks(count: int, vocab: int, classes: int, start: int, end: int = -1, delays: range | tuple[int, ...] | None = None,
+              name: str = "cb") -> tuple[Stream, ...]:
+    """A run of audio streams of one speaker; classes 0 = read, never predicted."""
+    delays = delays if delays is not None else (0,) * count
+    return tuple(Stream(f"{name}{k + 1}", "audio", vocab, classes, delays[k], start, end) for k in range(count))
+
+
+# Higgs Audio v2 3B: Llama-3.2-3B with a second FFN for audio columns; text ids from its tokenizer.json.
+HIGGS_V2_3B = ModelConfig(
+    StreamTable((Stream("text", "text", 128256, 128256), *codebooks(8, 1026, 1026, 1024, 1025, range(8))),
+                "clone", audio_start=128013, audio_end=128012, stop=(128001, 128009)),
+    StackConfig(dim=3072, layers=28, heads=24, kv_heads=8, head_dim=128, ffn=8192, rope_theta=500000.0,
+                rope_scaling=(32.0, 1.0, 4.0, 8192.0)),
+    dual_ffn=tuple(range(28)))
+
+# Moshi 7B: 17 rows at 12.5 Hz; the user's rows are read and never predicted.
+MOSHI_DELAYS = (0, 1, 1, 1, 1, 1, 1, 1)
+MOSHI_7B = ModelConfig(
+    StreamTable((Stream("text", "text", 32001, 32000, start=32000),
+                 *codebooks(8, 2049, 2048, 2048, delays=MOSHI_DELAYS),
+                 *codebooks(8, 2049, 0, 2048, delays=MOSHI_DELAYS, name="user")), "words", aligned=True),
+    StackConfig(dim=4096, layers=32, heads=32, ffn=11264, norm_eps=1e-8, rope_interleaved=True, window=3000, packed=True),
+    depth=StackConfig(dim=1024, layers=6, heads=16, ffn=2816, norm_eps=1e-8, rope_theta=0.0, packed=True, steps=8))
+
+# MOSS-Speech: Qwen3-8B whose last four layers exist twice, once for text and once for speech codes at 12.5 Hz.
+MOSS_9B = ModelConfig(
+    StreamTable((Stream("text", "text", 151680, 151680), *codebooks(1, 16512, 16512, -1, 16384)),
+                "clone", audio_start=151646, stop=(151643, 151645)),
+    StackConfig(dim=4096, layers=32, heads=32, kv_heads=8, head_dim=128, ffn=12288, norm_eps=1e-6, rope_theta=1e6, qk_norm=True),
+    tail=4)
+
+# Qwen2.5-1.5B, text only.
+QWEN2_5_1_5B = ModelConfig(
+    StreamTable((Stream("text", "text", 151936, 151936),), "text", stop=(151643, 151645)),
+    StackConfig(dim=1536, layers=28, heads=12, kv_heads=2, ffn=8960, norm_eps=1e-6, rope_theta=1e6, qkv_bias=True), tied=True)

@@ -1,0 +1,278 @@
+"""Options: frozen dataclasses <-> Python config files, command line and JSON; and the edge where errors meet a person.
+
+A config file is plain Python that builds a dataclass and calls it `config` (and its tiny twin `smoke`). Any field can
+be overridden with a dotted name, `--model.temporal.dim=512` or `--model.temporal.dim 512`, checked against its type.
+The comment behind a field is its help text. Knows nothing of what the fields mean.
+"""
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import json
+import os
+import re
+import runpy
+import sys
+import tempfile
+import types
+import typing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+# ---- JSON <-> dataclass ----
+
+
+def to_json(value: Any) -> Any:
+    """Turn a dataclass into plain dicts, lists and numbers."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, (tuple, list)):
+        return [to_json(v) for v in value]
+    return value
+
+
+def from_json(kind: Any, value: Any, name: str = "config") -> Any:
+    """Build a value of type `kind` out of JSON or command-line data; ValueError names the field that does not fit."""
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        kinds = [k for k in typing.get_args(kind) if k is not type(None)]
+        if value is None and len(kinds) < len(typing.get_args(kind)):
+            return None
+        return _first_fitting(kinds, value, name)
+    if dataclasses.is_dataclass(kind):
+        return _dataclass_from_json(kind, value, name)
+    if typing.get_origin(kind) is tuple and isinstance(value, (list, tuple)):
+        item, *rest = typing.get_args(kind)
+        kinds = [item] * len(value) if rest == [Ellipsis] else [item, *rest]
+        if len(kinds) != len(value):
+            raise ValueError(f"{name} wants {len(kinds)} values, got {len(value)}: {value!r}")
+        return tuple(from_json(k, v, f"{name}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(kind, type) and isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    raise ValueError(f"{name} wants {_kind_name(kind)}, got {value!r}; see --help for its default")
+
+
+def _first_fitting(kinds: list[Any], value: Any, name: str) -> Any:
+    for kind in kinds[:-1]:
+        try:
+            return from_json(kind, value, name)
+        except ValueError:
+            continue                               # the next alternative of the union may fit
+    return from_json(kinds[-1], value, name)
+
+
+def _dataclass_from_json(kind: type, value: Any, name: str) -> Any:
+    if isinstance(value, kind):
+        return value
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} wants the fields of {kind.__name__}, got {value!r}")
+    hints = typing.get_type_hints(kind)
+    for key in value:
+        if key not in hints:
+            raise ValueError(unknown(f"{name}.{key}", [f"{name}.{h}" for h in hints]))
+    try:
+        return kind(**{key: from_json(hints[key], item, f"{name}.{key}") for key, item in value.items()})
+    except TypeError as error:
+        raise ValueError(f"{name} is incomplete: {error}") from None
+
+
+def _kind_name(kind: Any) -> str:
+    return kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)
+
+
+def unknown(name: str, known: list[str]) -> str:
+    """The message for a name that does not exist, with its nearest neighbour."""
+    near = difflib.get_close_matches(name, known, 1, 0.0)
+    return f"unknown option {name}; nearest is {near[0]}" if near else f"unknown option {name}"
+
+
+# ---- overrides ----
+
+def override(config: Any, key: str, text: str) -> Any:
+    """Replace the field at dotted `key` with `text` read as that field's type; returns a new config."""
+    head, _, rest = key.partition(".")
+    hints = typing.get_type_hints(type(config))
+    if head not in hints:
+        raise ValueError(unknown(f"--{key}", [f"--{name}" for name, *_ in flatten(config)]))
+    current = getattr(config, head)
+    if rest:
+        if current is None:                        # an optional part that is switched on by one of its fields
+            parts = [k for k in typing.get_args(hints[head]) if dataclasses.is_dataclass(k)]
+            current = parts[0]() if parts else None
+        if not dataclasses.is_dataclass(current):
+            raise ValueError(unknown(f"--{key}", [f"--{name}" for name, *_ in flatten(config)]))
+        return dataclasses.replace(config, **{head: override(current, rest, text)})
+    try:
+        return dataclasses.replace(config, **{head: _parse(hints[head], text, f"--{key}")})
+    except AssertionError as error:                # a dataclass that checks itself
+        raise ValueError(f"--{key}={text} does not fit: {error}") from None
+
+
+def _parse(kind: Any, text: str, name: str) -> Any:
+    kinds = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
+    if str in kinds and text.lower() != "none":
+        return text
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return from_json(kind, words[text.lower()], name)
+    if any(typing.get_origin(k) is tuple for k in kinds) and not text.startswith(("(", "[")):
+        text = "(" + "".join(f"{_literal(item)!r}," for item in text.split(",") if item) + ")"
+    return from_json(kind, _literal(text), name)
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text                                # a bare word stands for itself; the type check follows
+
+
+def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    """Yield (dotted name, value, help line) of every field, parts before the whole."""
+    comments = {key: text for kind in type(config).__mro__[::-1] for key, text in field_comments(kind).items()}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from flatten(value, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name, value, comments.get(field.name, "")
+
+
+def field_comments(kind: type) -> dict[str, str]:
+    """Read the comment behind each field from the source of a dataclass."""
+    try:
+        lines = inspect.getsource(kind).splitlines()
+    except (OSError, TypeError):                   # built-in, or made in an interactive session: no source, no comments
+        return {}
+    found = (re.match(r"\s{4}(\w+)\s*:.*?#\s*(.+)$", line) for line in lines)
+    return {match[1]: match[2] for match in found if match}
+
+
+def help_text(config: Any, usage: str) -> str:
+    rows = [(f"--{name}", repr(value) if not dataclasses.is_dataclass(value) else "", text)
+            for name, value, text in flatten(config)]
+    width = min(44, max(len(name) for name, *_ in rows))
+    return "\n".join([usage, "", *(f"  {name:<{width}} {value[:60]:<24} {text}".rstrip() for name, value, text in rows)])
+
+
+def split_arguments(argv: list[str], flags: tuple[str, ...] = ()) -> tuple[list[str], dict[str, str]]:
+    """Sort a command line into plain words and `--key value` / `--key=value` pairs; the last of a key wins."""
+    words: list[str] = []
+    pairs: dict[str, str] = {}
+    rest = list(argv)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            words.append(word)
+            continue
+        key, equals, value = word[2:].partition("=")
+        if not equals and key not in flags:
+            if not rest:
+                raise ValueError(f"--{key} has no value; write --{key}=VALUE")
+            value = rest.pop(0)
+        pairs[key] = value
+    return words, pairs
+
+
+def load_config(argv: list[str], usage: str = "", flags: tuple[str, ...] = ("help", "smoke")) -> Any:
+    """Run a config file and apply the overrides behind it: `configs/tiny.py --lr=1e-3 --smoke`."""
+    words, pairs = split_arguments(argv, flags)
+    if not words:
+        raise ValueError(f"no config file given; {usage or 'name one from configs/, for example configs/tiny.py'}")
+    path = Path(words[0])
+    if path.suffix != ".py" or not path.is_file():
+        near = difflib.get_close_matches(str(path), sorted(str(p) for p in Path("configs").glob("*.py")), 1, 0.0)
+        raise FileNotFoundError(f"config file {path} does not exist" + (f"; nearest is {near[0]}" if near else ""))
+    if words[1:]:
+        raise ValueError(f"unexpected word {words[1]!r} after {path}; overrides look like --key=value")
+    config = run_config(path, "smoke" if pairs.pop("smoke", "false") != "false" else "config")
+    if "help" in pairs:
+        print(help_text(config, usage or f"options of {path}"))
+        raise SystemExit(0)
+    return apply(config, pairs)
+
+
+def apply(config: Any, pairs: dict[str, str]) -> Any:
+    """Apply command-line pairs to a config, in order."""
+    for key, text in pairs.items():
+        config = override(config, key, text)
+    return config
+
+
+def run_config(path: Path, name: str = "config") -> Any:
+    """Execute a config file and return its `config` (or `smoke`)."""
+    try:
+        found = runpy.run_path(str(path))
+    except (SyntaxError, TypeError, NameError, AttributeError, AssertionError, ImportError) as error:
+        raise ValueError(f"config file {path} does not build: {type(error).__name__}: {error}") from None
+    if name not in found:
+        raise ValueError(f"config file {path} defines no `{name}`; add `{name} = TrainConfig(...)`")
+    return found[name]
+
+
+def difference(old: Any, new: Any) -> list[str]:
+    """List the fields in which two configs differ, one line each."""
+    before, after = ({name: value for name, value, _ in flatten(c)} for c in (old, new))
+    names = [*before, *(n for n in after if n not in before)]
+    return [f"{n}: {before.get(n, 'absent')} -> {after.get(n, 'absent')}" for n in names
+            if before.get(n, "absent") != after.get(n, "absent")]
+
+
+# ---- files and the edge ----
+
+def replace_file(path: str | Path, write: Callable[[str], Any]) -> None:
+    """Write a file whole: `write` fills a temporary neighbour, which is then renamed over `path`."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        write(temporary)
+        os.chmod(temporary, 0o644)                 # mkstemp makes private files; what we write is meant to be shared
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    text = json.dumps(to_json(value), indent=1, ensure_ascii=False)
+    replace_file(path, lambda temporary: Path(temporary).write_text(text + "\n", encoding="utf-8"))
+
+
+def read_json(path: str | Path, limit: int = 64 << 20) -> Any:
+    """Read a JSON file of at most `limit` bytes; ValueError names the file and the line that is broken."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; check the path")
+    if path.stat().st_size > limit:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes, more than the {limit} expected of such a file")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); restore it or remove it") from None
+
+
+def exit_on_error() -> None:
+    """From here on a ValueError or OSError, what a user can mend, ends in one line and exit code 2.
+
+    MULTISTREAM_TRACE=1 shows the trace. Everything else is a fault of ours and keeps its trace.
+    """
+    def hook(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
+        if os.environ.get("MULTISTREAM_TRACE") or not issubclass(kind, (ValueError, OSError)):
+            sys.__excepthook__(kind, error, trace)
+            return
+        if not issubclass(kind, BrokenPipeError):  # the reader of our output has gone (`| head`): nothing to say to it
+            print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
+        os._exit(2)                                # at once: other threads and a process group must not keep us
+
+    sys.excepthook = hook
+
+
+def edge(main: Callable[[], Any]) -> None:
+    """Run a command under `exit_on_error`."""
+    exit_on_error()
+    main()

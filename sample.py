@@ -1,0 +1,410 @@
+"""Sampling: one generator for every family.
+
+    python sample.py --ckpt out/demo --text "four nine two seven" --out x.wav
+    out/demo/ckpt/latest: step 650, no adapter; x.wav: 2.4 s, ended by itself
+
+`generate` yields one frame (B, K) at a time, already un-delayed: text rows as they come, audio rows as soon as every
+codebook of a frame exists. Writing a file, streaming and live chat all consume it. The prompt is built by the layout
+function that built the training grids. Next: checkpoint.py.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import lora
+from audio import load_codec
+from audio.wav import WavWriter, save_wav
+from checkpoint import DTYPES, load
+from data import DataConfig, load_tokenizer, prompt_example
+from model import Cache, MultistreamLM
+from options import apply, edge, from_json, help_text, replace_file, split_arguments
+from streams import FEEDS, StreamTable, lay_out
+
+Rule = float | tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """How tokens are drawn. A rule is one value, or one for each predicted stream (text first)."""
+
+    temperature: Rule = 0.3         # 0 = greedy
+    top_k: Rule = 0                 # keep the k likeliest, 0 = all
+    top_p: Rule = 1.0               # keep the likeliest that together have this probability
+    min_p: Rule = 0.0               # drop what is less likely than this share of the likeliest
+    ras_window: int = 0             # repetition-aware sampling: look back this many columns, 0 = off
+    ras_repeats: int = 2            # redraw from the full distribution when a code was drawn so often there
+    max_frames: int = 500           # columns generated at most
+    seed: int = 0                   # item i of a batch draws from seed + i, whatever the batch
+
+
+# ---- drawing one token a row ----
+
+def draw(logits: Tensor, config: SampleConfig, rows: slice, noise: Callable[[int], Tensor], history: Tensor | None = None) -> Tensor:
+    """Draw one id for each row.   logits (B, R, V) fp32, `rows` the places of R among the predicted streams -> (B, R)
+
+    Repetition-aware: an id seen `ras_repeats` times in its row's `history` (B, R, n) is drawn again, without any rule.
+    """
+    rules = [_per_row(rule, rows, logits) for rule in (config.temperature, config.top_k, config.top_p, config.min_p)]
+    chosen = _pick(shape_logits(logits, *rules), rules[0], noise(logits.shape[-1]))
+    if history is not None and config.ras_window > 0:
+        repeats = (history[..., -config.ras_window :] == chosen[..., None]).sum(-1)
+        again = _pick(logits, torch.ones_like(rules[0]), noise(logits.shape[-1]))
+        chosen = torch.where(repeats >= config.ras_repeats, again, chosen)
+    return chosen
+
+
+def _per_row(rule: Rule, rows: slice, like: Tensor) -> Tensor:
+    """A rule as a (R, 1) tensor."""
+    count = rows.stop - rows.start
+    values = rule[rows] if isinstance(rule, tuple) else [rule] * count
+    if len(values) != count:
+        raise ValueError(f"a sampling rule has {len(rule)} values, the model predicts more streams; give one value or one for each")
+    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
+
+
+def shape_logits(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """Apply temperature, top-k, top-p and min-p, in this order; what is dropped becomes -inf.   (B, R, V)"""
+    logits = logits / temperature.clamp(min=1e-5)
+    if not ((top_k > 0) | (top_p < 1) | (min_p > 0)).any():
+        return logits
+    ordered, places = logits.sort(dim=-1, descending=True)
+    rank = torch.arange(logits.shape[-1], device=logits.device)
+    dropped = (top_k > 0) & (rank >= top_k)
+    p = ordered.masked_fill(dropped, -torch.inf).softmax(-1)
+    dropped = dropped | (p.cumsum(-1) - p > top_p) | (p < min_p * p[..., :1])
+    return logits.masked_fill(torch.zeros_like(dropped).scatter(-1, places, dropped), -torch.inf)
+
+
+def _pick(logits: Tensor, temperature: Tensor, noise: Tensor) -> Tensor:
+    """Gumbel-max draw where the temperature is positive, argmax where it is 0."""
+    gumbel = -(-noise.clamp(1e-20, 1 - 1e-7).log()).log()
+    return torch.where(temperature > 0, logits + gumbel, logits).argmax(-1)
+
+
+# ---- the state of a batch of generations ----
+
+@dataclass
+class DecodeState:
+    """Where each of B items stands. `count` is columns since its audio segment began, the start column being 0."""
+
+    speaking: Tensor            # (B,) bool: the next column is an audio column
+    count: Tensor               # (B,)
+    closed: Tensor              # (B,) frame in which the audio ends, NEVER while it goes on
+    done: Tensor                # (B,) bool
+    owed: Tensor                # (B,) text id that must come next, -1 = none
+    recent: list[Tensor] = field(default_factory=list)     # the newest columns (B, K), for un-delaying and repetition
+
+
+NEVER = 1 << 40
+
+
+def start_state(prompt: Tensor, table: StreamTable) -> DecodeState:
+    """Read off the prompt (B, K, S) what comes next: text, the first audio column, or more of a segment."""
+    B, _, S = prompt.shape
+    audio = (prompt[:, table.audio] >= 0).any(1) if table.audio else torch.zeros(B, S, dtype=torch.bool, device=prompt.device)
+    run = audio.flip(1).cumprod(1).sum(1)                                        # audio columns at the end of the prompt
+    begins = (prompt[:, 0, -1] == table.audio_start) if table.audio_start >= 0 else torch.zeros_like(run, dtype=torch.bool)
+    bare = bool(table.audio_out) and table.streams[table.audio_out[0]].start < 0  # no start column: frames begin at once
+    count = torch.full_like(run, S) if table.aligned else run + int(bare)
+    state = DecodeState((run > 0) | begins | table.aligned, count, torch.full_like(run, NEVER), torch.zeros_like(begins),
+                        torch.full_like(run, -1))
+    if table.audio_out:
+        lag = max(table.delays)
+        state.recent = [prompt[:, :, -1 - n] for n in range(min(S, lag + 1))]
+        for b in range(B):                       # a prompt that ends inside a closing segment goes on closing
+            for n in range(int(run[b])):
+                settle(state, prompt[:, :, S - 1 - n], count - 1 - n, table, torch.arange(B, device=run.device) == b)
+    return state
+
+
+def settle(state: DecodeState, column: Tensor, place: Tensor, table: StreamTable, where: Tensor) -> None:
+    """Note an end id in an audio row: the lowest codebook that has one decides in which frame the audio ends."""
+    for k in reversed(table.audio_out):
+        stream = table.streams[k]
+        if stream.end >= 0:
+            ends = where & (column[:, k] == stream.end) & (place > stream.delay)
+            state.closed = torch.where(ends & ((state.closed == NEVER) | (place - 1 - stream.delay < state.closed)),
+                                       place - 1 - stream.delay, state.closed)
+
+
+def force(column: Tensor, state: DecodeState, table: StreamTable) -> Tensor:
+    """Overwrite what is not sampled in audio rows: start ids before a row begins, end ids once the audio is closed."""
+    for k in table.audio_out:
+        stream = table.streams[k]
+        frame = state.count - 1 - stream.delay
+        if stream.start >= 0:
+            column[:, k] = torch.where(frame < 0, stream.start, column[:, k])
+        if stream.end >= 0:
+            column[:, k] = torch.where(frame >= state.closed, stream.end, column[:, k])
+        column[:, k] = torch.where(state.speaking, column[:, k], -1)
+    return column
+
+
+def undelayed(state: DecodeState, table: StreamTable) -> tuple[Tensor, Tensor]:
+    """The newest frame that is complete in every row.   -> (B, K), (B,) bool whether its audio rows are real"""
+    lag = max(table.delays)
+    rows = [0 if not table.aligned and k in table.text else lag - d for k, d in enumerate(table.delays)]
+    frame = torch.stack([state.recent[min(n, len(state.recent) - 1)][:, k] for k, n in enumerate(rows)], dim=1)
+    number = state.count - 1 - lag
+    real = state.speaking & (number >= 0) & (number < state.closed)
+    if table.audio:
+        frame[:, table.audio] = torch.where(real[:, None], frame[:, table.audio], -1)
+    return frame, real
+
+
+# ---- the generator ----
+
+Feed = Callable[[Tensor], Tensor]
+
+
+@torch.inference_mode()
+def generate(model: MultistreamLM, prompt: Tensor, config: SampleConfig | None = None, feed: Feed | None = None) -> Iterator[Tensor]:
+    """Continue a prompt grid (B, K, S) or (K, S); yield frames (B, K) int64 as they become complete.
+
+    Rows that have nothing in a frame hold -1; an item that has ended holds -1 everywhere. Prompts of different lengths
+    are padded on the left with columns of -1. `feed(column) -> column` fills the rows that the model only reads (word
+    rows, the user's codes); its `may_end()`, if it has one, tells which items may close their audio.
+    """
+    config, table, training = config or SampleConfig(), model.table, model.training
+    model.eval()
+    prompt = (prompt[None] if prompt.dim() == 2 else prompt).to(model.temporal.layers[0].attn.o.weight.device)
+    B, K, S = prompt.shape
+    if K != len(table):
+        raise ValueError(f"the prompt has {K} rows, the model's table {len(table)}: {[s.name for s in table.streams]}")
+    generators = [torch.Generator().manual_seed(config.seed + b) for b in range(B)]
+    padding = (prompt < 0).all(1).cumprod(1).sum(1)                           # columns of -1 on the left
+    position = S - padding
+    state, cache = start_state(prompt, table), model.cache(B, S + config.max_frames)
+    h = prefill(model, prompt, padding, cache)
+    for _ in range(config.max_frames):
+        column = next_column(model, h, state, config, generators, feed)
+        frame, real = undelayed(state, table)
+        ended = state.done.clone()
+        finish(state, column, table)
+        frame[ended] = -1
+        if not table.aligned or real.any():
+            yield frame
+        if state.done.all():
+            break
+        h = model.hidden(column[..., None], position[:, None], cache=cache)
+        position = position + 1
+    model.train(training)
+
+
+def prefill(model: MultistreamLM, prompt: Tensor, padding: Tensor, cache: Cache, chunk: int = 256) -> tuple[Tensor, Tensor]:
+    """Read the prompt into the cache, `chunk` columns at a time; -> states of its last column, (B, 1, D) twice"""
+    positions = torch.arange(prompt.shape[2], device=prompt.device)[None] - padding[:, None]
+    positions = positions.clamp(min=-1)                                       # padding has position -1 and is never seen
+    for at in range(0, prompt.shape[2], chunk):
+        h = model.hidden(prompt[..., at : at + chunk], positions[:, at : at + chunk], cache=cache)
+    return h[0][:, -1:], h[1][:, -1:]
+
+
+def next_column(model: MultistreamLM, h: tuple[Tensor, Tensor], state: DecodeState, config: SampleConfig,
+                generators: Sequence[torch.Generator], feed: Feed | None) -> Tensor:
+    """Sample the next column (B, K) and remember it."""
+    table, B = model.table, len(generators)
+    h_text, h_audio = (x[:, -1] for x in h)                                   # (B, 1, D) -> (B, D)
+    column = torch.full((B, len(table)), -1, device=h_text.device)
+    texts = len(table.text_out)
+
+    def noise(rows: int) -> Callable[[int], Tensor]:
+        return lambda V: torch.stack([torch.rand(rows, V, generator=g) for g in generators]).to(h_text.device)
+
+    if texts and (table.aligned or not bool(state.speaking.all())):
+        drawn = draw(model.text_head(h_text).float()[:, None], config, slice(0, 1), noise(1))[:, 0]
+        drawn = torch.where(state.owed >= 0, state.owed, drawn)
+        column[:, table.text_out[0]] = drawn if table.aligned else torch.where(state.speaking, -1, drawn)
+    if feed is not None:
+        column = feed(column)
+    if bool(state.speaking.any()):
+        allowed = feed.may_end() if hasattr(feed, "may_end") else torch.ones(B, dtype=torch.bool)
+        sample_audio(model, h_audio, column, state, config, noise, allowed.to(column.device))
+    state.recent = [column, *state.recent][: max(max(table.delays) + 1, config.ras_window)]
+    return column
+
+
+def sample_audio(model: MultistreamLM, h: Tensor, column: Tensor, state: DecodeState, config: SampleConfig,
+                 noise: Callable[[int], Callable[[int], Tensor]], may_end: Tensor) -> None:
+    """Fill the predicted audio rows of a column in place: all at once, or step by step through the depth transformer."""
+    table, rows, first = model.table, model.table.audio_out, len(model.table.text_out)
+    end = table.streams[rows[0]].end
+    history = torch.stack([c[:, rows] for c in state.recent], dim=-1).flip(-1) if state.recent else None   # (B, Q, n)
+
+    def choose(logits: Tensor, at: slice) -> Tensor:
+        logits = logits.float()
+        if end >= 0:
+            logits[~may_end, :, end] = -torch.inf
+        places = slice(first + at.start, first + at.stop)
+        return draw(logits, config, places, noise(at.stop - at.start), None if history is None else history[:, at])
+
+    if model.config.depth is None:
+        column[:, rows] = choose(model.audio_logits(h, column[:, :0]).transpose(0, 1), slice(0, len(rows)))
+        force(column, state, table)
+    else:
+        depth, token = model.depth.cache(h.shape[0]), column[:, table.text[0]]
+        for k, row in enumerate(rows):
+            column[:, row] = choose(model.depth.step(k, h, token, depth)[:, None], slice(k, k + 1))[:, 0]
+            token = force(column, state, table)[:, row]
+    settle(state, column, state.count, table, state.speaking)
+    force(column, state, table)                                               # a row below the one that ended ends with it
+
+
+def finish(state: DecodeState, column: Tensor, table: StreamTable) -> None:
+    """Move every item on: into audio after `audio_start`, out of it when all rows have ended, to the end after `stop`."""
+    lag = max(table.delays)
+    over = state.speaking & (state.count - 1 - lag >= state.closed)
+    text = column[:, table.text_out[0]] if table.text_out else torch.full_like(state.count, -1)
+    bare = bool(table.audio_out) and table.streams[table.audio_out[0]].start < 0
+    state.owed = torch.where(over & (table.audio_end >= 0), table.audio_end, -1)
+    state.count = state.count + 1
+    if table.aligned:
+        state.done = state.done | over
+        return
+    begins = ~state.speaking & (text == table.audio_start) & (table.audio_start >= 0)
+    stops = torch.isin(text, torch.tensor(table.stop, dtype=text.dtype, device=text.device)) & ~state.speaking
+    state.done = state.done | stops
+    state.count = torch.where(begins, int(bare), state.count)
+    state.closed = torch.where(begins, NEVER, state.closed)
+    state.speaking = (state.speaking & ~over) | begins
+
+
+# ---- text to speech ----
+
+@dataclass
+class Speech:
+    """What came of one text: wav (1, W) at the codec's rate, and whether the model ended it before the length cap."""
+
+    wav: Tensor
+    ended: bool
+    frames: int
+
+
+def speak(model: MultistreamLM, texts: Sequence[str], data: DataConfig, config: SampleConfig, codec: object | None = None,
+          reference: tuple[str, str] | None = None, on_audio: Callable[[Tensor], None] | None = None, progress: bool = False) -> list[Speech]:
+    """Speak texts as one batch. `reference` is (wav file, its transcript); `on_audio` gets (1, n) samples as they come, for one text."""
+    codec, tokenizer, table = codec or load_codec(data.codec), load_tokenizer(data.tokenizer), model.table
+    examples = [prompt_example(text, data, tokenizer, codec, reference, table.aligned) for text in texts]
+    prompt = pad_left([lay_out(example, table)[0] for example in examples])
+    feed = FEEDS[table.layout]([e.text for e in examples], table) if table.layout in FEEDS else None
+    frames: list[Tensor] = []
+    decoder = codec.stream() if on_audio else None
+    bar = tqdm(total=config.max_frames, unit="frame", disable=not (progress and sys.stderr.isatty()))
+    for frame in generate(model, prompt, config, feed):
+        codes = frame[:, table.audio_out]
+        frames.append(codes)
+        bar.update()
+        if decoder is not None and bool((codes[0] >= 0).all()):
+            on_audio(decoder.decode(sounding(codes[:1, :, None], codec))[0])
+    bar.close()
+    if decoder is not None:
+        on_audio(decoder.flush()[0])
+    stacked = torch.stack(frames, dim=-1) if frames else torch.empty(len(texts), len(table.audio_out), 0, dtype=torch.long)
+    capped = len(frames) >= config.max_frames - (max(table.delays) if table.aligned else 0)
+    return [_decoded(codes, codec, capped) for codes in stacked]
+
+
+def sounding(codes: Tensor, codec: object) -> Tensor:
+    """Keep ids inside the codec's tables: a start or end id in the middle of speech sounds like the nearest code."""
+    return codes.clamp(max=codec.codebook_size - 1)
+
+
+def _decoded(codes: Tensor, codec: object, capped: bool) -> Speech:
+    spoken = codes[:, (codes >= 0).all(0)]                                   # (Q, T): frames after the end hold -1
+    wav = codec.decode(sounding(spoken[None], codec))[0] if spoken.shape[1] else torch.zeros(1, 0)
+    return Speech(wav, not capped or bool((codes[:, -1] < 0).all()), spoken.shape[1])
+
+
+def pad_left(grids: Sequence[Tensor]) -> Tensor:
+    """Stack prompts (K, S_i) into (B, K, S), columns of -1 on the left."""
+    S = max(g.shape[1] for g in grids)
+    return torch.stack([torch.nn.functional.pad(g, (S - g.shape[1], 0), value=-1) for g in grids])
+
+
+# ---- command line ----
+
+@dataclass(frozen=True)
+class Job(SampleConfig):
+    """What `python sample.py` does."""
+
+    ckpt: str = ""               # run folder, checkpoint folder, file or hub id
+    text: str = ""               # what to say
+    texts: str = ""              # or a file with one text a line
+    out: str = "out/sample.wav"  # wav to write; with texts, a folder for wavs and samples.jsonl
+    ref: str = ""                # reference recording of the voice to clone
+    ref_text: str = ""           # what the reference says
+    adapter: str = ""            # checkpoint folder of an adapter to put on top
+    device: str = "cpu"          # cpu or cuda
+    dtype: str = "fp32"          # fp32, bf16 or fp16
+    stream: bool = False         # write the wav while it grows
+    batch: int = 16              # texts spoken at once
+
+
+def load_for_sampling(job: Job) -> tuple[MultistreamLM, DataConfig]:
+    """Load the model and say what was loaded, the adapter included."""
+    if not job.ckpt:
+        raise ValueError("no checkpoint given; add --ckpt out/demo, or any run folder, file or hub id")
+    if job.dtype not in DTYPES:
+        raise ValueError(f"--dtype={job.dtype} is none of {', '.join(DTYPES)}")
+    model = load(job.ckpt, job.device, job.dtype, job.adapter or None)
+    found = lora.norms(model)
+    applied = (f"adapter {model.extras.base or model.extras.folder}: {len(found)} Linears, |BA|/|W| up to {max(found.values()):.2g}"
+               if found else "no adapter")
+    print(f"{model.extras.folder}: step {model.extras.step}, {applied}")
+    return model, from_json(DataConfig, model.extras.data or {}, f"{model.extras.folder}/config.json data")
+
+
+def main() -> None:
+    words, pairs = split_arguments(sys.argv[1:], ("help", "stream"))
+    if "help" in pairs:
+        print(help_text(Job(), "python sample.py --ckpt out/demo --text 'four nine two seven' --out x.wav"))
+        return
+    if words:
+        raise ValueError(f"unexpected word {words[0]!r}; options look like --text=\"...\"")
+    if pairs.get("stream") == "":
+        pairs["stream"] = "true"
+    job = apply(Job(), pairs)
+    texts = [line.strip() for line in Path(job.texts).read_text(encoding="utf-8").splitlines() if line.strip()] if job.texts else [job.text]
+    if not any(texts):
+        raise ValueError("nothing to say; add --text=\"...\" or --texts=FILE with one text a line")
+    if bool(job.ref) != bool(job.ref_text):
+        raise ValueError("a reference needs both --ref=voice.wav and --ref_text=\"what it says\"")
+    model, data = load_for_sampling(job)
+    codec, reference = load_codec(data.codec), (job.ref, job.ref_text) if job.ref else None
+    if not job.texts:
+        say_one(model, codec, data, job, reference)
+        return
+    rows = []
+    for at in range(0, len(texts), job.batch):
+        part = texts[at : at + job.batch]
+        for n, (text, speech) in enumerate(zip(part, speak(model, part, data, job, codec, reference, progress=True), strict=True), at):
+            save_wav(Path(job.out) / f"{n:03d}.wav", speech.wav, codec.sample_rate)
+            rows.append({"text": text, "wav": f"{n:03d}.wav", "seconds": round(speech.frames / codec.frame_rate, 2), "ended": speech.ended})
+    write_jsonl(Path(job.out) / "samples.jsonl", rows)
+    print(f"{job.out}/samples.jsonl: {len(rows)} recordings")
+
+
+def say_one(model: MultistreamLM, codec: object, data: DataConfig, job: Job, reference: tuple[str, str] | None) -> None:
+    if job.stream:
+        with WavWriter(job.out, codec.sample_rate) as writer:
+            speech = speak(model, [job.text], data, job, codec, reference, writer.write, progress=True)[0]
+    else:
+        speech = speak(model, [job.text], data, job, codec, reference, progress=True)[0]
+        save_wav(job.out, speech.wav, codec.sample_rate)
+    print(f"{job.out}: {speech.frames / codec.frame_rate:.1f} s, " + ("ended by itself" if speech.ended else "cut at --max_frames"))
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> None:
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    replace_file(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    edge(main)

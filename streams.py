@@ -1,0 +1,296 @@
+"""The grid: every model here reads and writes K rows of integer tokens on one axis of columns.
+
+    sequential (Higgs, MOSS, tiny_clone): text and audio take turns     aligned (Moshi, DSAA, tiny): one column is one frame
+    text     12   40    7   -1   -1   -1   -1   -1    9                 text     T0  PAD   w1   w2  PAD  PAD
+    cb 1     -1   -1   -1  BOS   a0   a1  EOS  EOS   -1                 cb 1     A0   a0   a1   a2   a3   a4      delay 0
+    cb 2     -1   -1   -1  BOS  BOS   b0   b1  EOS   -1                 cb 2     A0   A0   b0   b1   b2   b3      delay 1
+
+`tokens (K, S)` holds ids, -1 where a row has nothing: that embeds to exactly zero and is never a target.
+`weights (K, S)` says how much the token at the same place counts as a target; 0 is never trained. There are no
+labels: the model reads columns 0..S-2 and predicts columns 1..S-1, and nobody else shifts anything.
+
+A family is a `StreamTable` (which rows there are) and a layout function (how an example becomes a grid). The same
+function builds the training grid and the prompt. Next: model.py.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One row of the grid. Ids 0..vocab-1 may stand in it; ids 0..classes-1 are predicted (0 = the row is only read)."""
+
+    name: str
+    kind: str            # "text" or "audio"
+    vocab: int           # rows of its embedding
+    classes: int = 0     # rows of its head
+    delay: int = 0       # columns between a frame and the place of its token
+    start: int = -1      # id that stands in the row before its first token
+    end: int = -1        # id that closes the row (EOS)
+
+
+@dataclass(frozen=True)
+class StreamTable:
+    """The rows of a family's grid and the text ids that steer it."""
+
+    streams: tuple[Stream, ...]
+    layout: str                  # a name in LAYOUTS
+    aligned: bool = False        # text and audio share columns; otherwise they take turns
+    audio_start: int = -1        # sequential: the text id after which audio columns begin
+    audio_end: int = -1          # sequential: the text id that follows the last audio column (-1: sampled)
+    stop: tuple[int, ...] = ()   # text ids that end generation
+
+    def __post_init__(self) -> None:
+        kinds = [s.kind for s in self.streams]
+        assert kinds == sorted(kinds, reverse=True), f"text rows come first: {kinds}"
+        assert len({s.classes for s in self.streams if s.kind == "audio" and s.classes}) <= 1, "one head shape for audio"
+        assert sum(s.classes > 0 for s in self.streams if s.kind == "text") <= 1, "at most one text row is predicted"
+
+    def __len__(self) -> int:
+        return len(self.streams)
+
+    # Row numbers by role; `_out` are the predicted ones.
+    @cached_property
+    def text(self) -> list[int]:
+        return [i for i, s in enumerate(self.streams) if s.kind == "text"]
+
+    @cached_property
+    def audio(self) -> list[int]:
+        return [i for i, s in enumerate(self.streams) if s.kind == "audio"]
+
+    @cached_property
+    def text_out(self) -> list[int]:
+        return [i for i in self.text if self.streams[i].classes]
+
+    @cached_property
+    def audio_out(self) -> list[int]:
+        return [i for i in self.audio if self.streams[i].classes]
+
+    @cached_property
+    def delays(self) -> list[int]:
+        return [s.delay for s in self.streams]
+
+    def column(self, field: str, rows: Sequence[int] | None = None) -> Tensor:
+        """One field of the streams as a (K, 1) tensor."""
+        rows = range(len(self)) if rows is None else rows
+        return torch.tensor([getattr(self.streams[i], field) for i in rows], dtype=torch.long)[:, None]
+
+
+def is_audio(tokens: Tensor, table: StreamTable) -> Tensor:
+    """Tell audio columns, those in which any audio row is >= 0.   (..., K, S) -> (..., S) bool"""
+    return (tokens[..., table.audio, :] >= 0).any(-2)
+
+
+# ---- delay: frames <-> columns ----
+
+def delay(frames: Tensor, delays: Sequence[int], start: Tensor | int, tail: Tensor | int | None = None) -> Tensor:
+    """Shift row k right by delays[k] behind one column of start ids.   (..., K, T) -> (..., K, S)
+
+    Without `tail` the last frames of delayed rows fall off and S = T + 1 (Moshi). With `tail`, a value or (K, 1), every
+    row keeps all its frames, shorter rows are filled with it, and S = T + 1 + max(delays) (Higgs).
+    """
+    T = frames.shape[-1]
+    assert len(delays) == frames.shape[-2] and min(delays) >= 0, (list(delays), tuple(frames.shape))
+    S = T + 1 + (0 if tail is None else max(delays))
+    ends = torch.as_tensor(-1 if tail is None else tail, dtype=frames.dtype, device=frames.device)
+    columns = ends.expand(*frames.shape[:-1], S).clone()
+    starts = torch.as_tensor(start, dtype=frames.dtype, device=frames.device).expand(*frames.shape[:-1], 1)
+    for k, d in enumerate(delays):
+        columns[..., k, : 1 + d] = starts[..., k, :]
+        columns[..., k, 1 + d : 1 + d + T] = frames[..., k, : S - 1 - d]
+    return columns
+
+
+def undelay(columns: Tensor, delays: Sequence[int]) -> Tensor:
+    """Invert `delay`, keeping the frames that are complete in every row.   (..., K, S) -> (..., K, S - 1 - max(delays))"""
+    T = columns.shape[-1] - 1 - max(delays)
+    if T <= 0:
+        return columns[..., :0]
+    return torch.stack([columns[..., k, 1 + d : 1 + d + T] for k, d in enumerate(delays)], dim=-2)
+
+
+class Undelay:
+    """Streaming `undelay`: push a column (B, K), get the newest frame (B, K) that is complete in every row.
+
+    Before the first frame is complete `push` returns start ids where a row has not begun; the caller knows from its
+    column count (`lag` columns after the start column) when frames begin.
+    """
+
+    def __init__(self, delays: Sequence[int]) -> None:
+        self.lag = max(delays)
+        self.behind = torch.tensor([self.lag - d for d in delays])     # how many columns ago row k held that frame
+        self.recent: list[Tensor] = []
+
+    def push(self, column: Tensor) -> Tensor:
+        self.recent = [column, *self.recent[: self.lag]]
+        return torch.stack([self.recent[min(n, len(self.recent) - 1)][:, k] for k, n in enumerate(self.behind)], dim=1)
+
+
+# ---- layouts: example -> (tokens, weights) ----
+
+@dataclass
+class Example:
+    """What a layout needs to know of one utterance or dialogue. Without `codes` the layout ends where generation begins."""
+
+    text: Tensor                        # (n,) token ids of the transcript
+    codes: Tensor | None = None         # (Q, T) the agent's codes
+    starts: Tensor | None = None        # (n,) first frame of each text token (aligned layouts)
+    reference: "Example | None" = None  # another clip of the same voice
+    user: Tensor | None = None          # (Q, T) the other speaker's codes
+    name: str = ""                      # for messages
+
+
+Grid = tuple[Tensor, Tensor]            # tokens (K, S) int64, weights (K, S) float32
+
+
+def text_block(ids: Tensor, weight: float, table: StreamTable) -> Grid:
+    """Text columns of a sequential grid: ids (n,) in row 0, nothing elsewhere."""
+    tokens = torch.full((len(table), len(ids)), -1)
+    tokens[0] = ids
+    weights = torch.zeros(tokens.shape)
+    weights[0] = weight
+    return tokens, weights
+
+
+def audio_block(codes: Tensor, weight: float, table: StreamTable) -> Grid:
+    """Audio columns of a sequential grid: codes (Q, T), one EOS a row, delayed.
+
+    Targets are the codes and one EOS in each row; start ids and the fill behind EOS are not. A table whose audio rows
+    have no start id gets no start column (MOSS-Speech).
+    """
+    rows = table.audio
+    end = table.column("end", rows)
+    framed = torch.cat([codes, end], dim=1)                                     # (Q, T) -> (Q, T + 1)
+    delays = [table.delays[i] for i in rows]
+    columns = delay(framed, delays, table.column("start", rows), tail=end)      # -> (Q, T + 2 + max delay)
+    counts = delay(torch.full(framed.shape, float(weight)), delays, 0.0, tail=0.0)
+    if table.streams[rows[0]].start < 0:
+        columns, counts = columns[:, 1:], counts[:, 1:]
+    tokens = torch.full((len(table), columns.shape[1]), -1)
+    weights = torch.zeros(tokens.shape)
+    tokens[rows], weights[rows] = columns, counts
+    return tokens, weights
+
+
+def join(blocks: Sequence[Grid]) -> Grid:
+    """Put blocks one behind the other and never train the first column, which nothing predicts."""
+    tokens, weights = (torch.cat(parts, dim=1) for parts in zip(*blocks, strict=True))
+    weights[:, 0] = 0
+    return tokens, weights
+
+
+def text_grid(example: Example, table: StreamTable) -> Grid:
+    """Plain language modelling: every token but the first is a target."""
+    return join([text_block(example.text, 1.0, table)])
+
+
+def clone_grid(example: Example, table: StreamTable) -> Grid:
+    """Reference transcript, reference speech, transcript, speech (tiny_clone: the Higgs turn order in small).
+
+    Only the last speech and the id that ends it are targets. Without `codes` the grid is the prompt: it ends with
+    `audio_start`, after which the model speaks.
+    """
+    begin, finish = torch.tensor([table.audio_start]), torch.tensor([table.audio_end])
+    blocks = []
+    for part, weight in ((example.reference, 0.0), (example, 1.0)):
+        if part is None:
+            continue
+        blocks += [text_block(torch.cat([part.text, begin]), 0.0, table)]
+        if part.codes is not None:
+            blocks += [audio_block(part.codes, weight, table), text_block(finish, weight, table)]
+    return join(blocks)
+
+
+MAX_AGE = 63        # frames since the word began, clamped
+NO_WORD = 0         # id in the word rows where there is no next or previous word
+
+
+def word_rows(words: Tensor, index: Tensor, age: Tensor) -> Tensor:
+    """The four text rows that an aligned word layout reads: word, next, previous, age.
+
+    words (..., n) ids; index (..., T) which word is spoken, -1 before the first; age (..., T) frames since it began.
+    -> (..., 4, T). Training calls it with whole rows, the sampler with one frame.
+    """
+    padded = torch.nn.functional.pad(words, (2, 1), value=NO_WORD)       # index -1 and its previous word read NO_WORD
+    spoken, following, previous = (padded.gather(-1, index + 2 + n) for n in (0, 1, -1))
+    return torch.stack([spoken, following, previous, age.clamp(max=MAX_AGE)], dim=-2)
+
+
+def words_grid(example: Example, table: StreamTable) -> Grid:
+    """Word-aligned text to speech (tiny): rows word, next, previous, age, advance, then the codebooks.
+
+    `advance` is 1 in the frame where a word begins and is trained wherever the sampler will have to decide: after the
+    first word began and while another one is left. Audio rows trail the text by their delays and end with one EOS each.
+    Without `codes` the grid is the prompt: the start column.
+    """
+    rows, start = table.audio, table.column("start")
+    if example.codes is None:
+        return start, torch.zeros(start.shape)
+    end = table.column("end", rows)
+    framed = torch.cat([example.codes, end], dim=1)
+    delays = [table.delays[i] for i in rows]
+    columns = delay(framed, delays, start[rows], tail=end)
+    S = columns.shape[1]
+    frames = torch.arange(S - 1)
+    index = torch.searchsorted(example.starts, frames, right=True) - 1           # (S - 1,) which word, -1 before the first
+    age = frames - torch.where(index >= 0, example.starts[index.clamp(min=0)], 0)
+    advance = (age == 0) & (index >= 0)
+    undecided = (frames > example.starts[0]) & (torch.arange(S - 1) <= example.starts[-1])
+    tokens, weights = start.repeat(1, S), torch.zeros(len(table), S)
+    tokens[:4, 1:] = word_rows(example.text, index, age)
+    tokens[4, 1:], weights[4, 1:] = advance.long(), undecided.float()
+    tokens[rows] = columns
+    weights[rows] = delay(torch.ones(framed.shape), delays, 0.0, tail=0.0)
+    return tokens, weights
+
+
+class WordFeed:
+    """Fill the word rows while sampling: a predicted `advance` moves an item on to its next word.
+
+    words: ids (n,) of each of the B items. A word is left after MAX_AGE frames even when the model would stay.
+    """
+
+    def __init__(self, words: Sequence[Tensor], table: StreamTable) -> None:
+        self.words = torch.nn.utils.rnn.pad_sequence(list(words), batch_first=True, padding_value=NO_WORD)   # (B, n)
+        self.last = torch.tensor([len(w) - 1 for w in words])
+        self.index, self.age = torch.full((len(words),), -1), torch.zeros(len(words), dtype=torch.long)
+
+    def __call__(self, column: Tensor) -> Tensor:
+        """Complete a column (B, K) whose `advance` row holds what was sampled."""
+        wanted = (column[:, 4].cpu() == 1) | (self.index < 0) | (self.age >= MAX_AGE)
+        moved = wanted & (self.index < self.last)
+        self.index = self.index + moved
+        self.age = torch.where(moved, 0, self.age + 1)
+        column[:, :4] = word_rows(self.words, self.index[:, None], self.age[:, None])[..., 0].to(column.device)
+        column[:, 4] = moved.to(column)
+        return column
+
+    def may_end(self) -> Tensor:
+        """Which items (B,) have begun their last word: only they may close their audio rows."""
+        return self.index == self.last
+
+
+LAYOUTS = {"text": text_grid, "clone": clone_grid, "words": words_grid}
+
+
+FEEDS = {"words": WordFeed}
+
+
+def lay_out(example: Example, table: StreamTable) -> Grid:
+    """Build the grid of an example, or its prompt, with the family's layout function."""
+    return LAYOUTS[table.layout](example, table)
+
+
+def show(tokens: Tensor, weights: Tensor, table: StreamTable, columns: int = 16) -> str:
+    """Draw the first columns of a grid (K, S); a target carries a `*`."""
+    n = min(columns, tokens.shape[1])
+    lines = []
+    for k, stream in enumerate(table.streams):
+        cells = [f"{tokens[k, s].item()}{'*' if weights[k, s] else ' '}".rjust(7) for s in range(n)]
+        lines.append(f"{stream.name:<10}" + "".join(cells) + (" ..." if n < tokens.shape[1] else ""))
+    return "\n".join(lines)

@@ -6,15 +6,15 @@
 
 A source is a manifest (manifest.py says what may stand in it) or anything that it converts. `prepare` writes
 
-    CACHE/codes/00000.safetensors    uint16 codes of ~64 clips, keyed by a hash of everything that made them
+    CACHE/codes/<hash>.safetensors   uint16 codes of ~64 clips, keyed by a hash of everything that made them
     CACHE/<hash>/index.json          the examples of one DataConfig; text.safetensors beside it has their int32 ids
 
-and `show` prints an example, here one composed of two clips (a target carries a `*`):
+and `show` prints an example, here two clips joined by a compose rule (a `*` is a target):
 
-    digits+0/7  train  "four two"
-    word             0      5      5      5      3      3 ...      what is spoken, per frame
-    advance          0      1      0      0*     1*     0 ...      a new word begins
-    cb 0           256     17*    80*     9*    44*    21* ...
+    digits+0/500  train  'eight five'
+    word          -1    106    106    106    106    120 ...     the word that is spoken, held for its whole length
+    advance       -1      1      0*     0*     0*     1* ...    a word begins
+    cb1          256    256    256    195*   146*   189* ...    trails the text by 2 frames, cb2 by 3, ...
 
 `Loader` draws, lays out with streams.py and packs examples into rows. All randomness derives from (seed, number of
 the draw), so its whole state is a few counters, and any number of ranks reads one global sequence. Next: train.py.
@@ -360,7 +360,6 @@ def scan(folder: Path) -> Stored:
 
 def encode_missing(jobs: dict[str, tuple[str, Row, bool]], folder: Path, codec: Any, config: DataConfig) -> dict[str, Bad]:
     """Encode jobs into shards; each shard is written whole, so a killed run loses the last one only."""
-    number = max((int(p.stem) for p in folder.glob("*.safetensors")), default=-1) + 1
     bad: dict[str, Bad] = {}
     results = tqdm(zip(jobs, encode_all(list(jobs.values()), codec, config), strict=True), "encoding", len(jobs),
                    disable=None, unit="clip")
@@ -370,8 +369,7 @@ def encode_missing(jobs: dict[str, tuple[str, Row, bool]], folder: Path, codec: 
         if good:
             frames = {key: " ".join(map(str, n)) for key, (n, _) in good.items()}
             arrays = {key: codes for key, (_, codes) in good.items()}
-            write_tensors(folder / f"{number:05d}.safetensors", arrays, frames)
-            number += 1
+            write_tensors(folder / f"{sha(*good)[:16]}.safetensors", arrays, frames)     # two runs at once do not collide
     return bad
 
 
@@ -456,6 +454,11 @@ def prepare(config: DataConfig, table: StreamTable) -> Index:
     bad = [b for m in manifests for b in m.bad]
     for b in bad[:10]:
         print(f"left out: {b.where}: {b.reason}; {b.fix}", file=sys.stderr)
+    if len(bad) > 10:
+        print(f"left out: {len(bad) - 10} more rows; `python data.py check` lists them", file=sys.stderr)
+    untimed = sum("words" not in row and "parts" not in row for m in manifests for row in m.rows) if table.aligned else 0
+    if untimed:
+        print(f"{untimed} rows have no word times: their words share the clip in proportion to their letters", file=sys.stderr)
     count = sum(e.split != "" for e in index.entries)
     if not count:
         raise ValueError(f"no usable row in {', '.join(config.sources)}; `python data.py check` lists the reasons")
@@ -661,6 +664,7 @@ class Loader:
     rank keeps its slice, so micro-batch i of rank r is number i * world + r: any split of a step into ranks and
     accumulation reads the same rows. What a window leaves half full is emitted, not carried, so the state is where the
     window began and how many of its rows are gone. A rank may get no held-out batch when there are fewer rows than ranks.
+    Held-out clips are read as they are (first variant, no drawn reference).
     """
 
     def __init__(self, config: DataConfig, table: StreamTable, split: str = "train", batch_size: int = 1, rank: int = 0,
@@ -830,7 +834,7 @@ def check_command(argv: list[str]) -> None:
 
 
 def show_command(argv: list[str]) -> None:
-    words, options = split_arguments(argv, ("smoke",))
+    words, options = split_arguments(argv, ("smoke", "help"))
     number = int(options.pop("index", "0"))
     config = load_config(words + [f"--{key}={value}" for key, value in options.items()])
     index = open_cache(config.data, config.model.table)

@@ -4,7 +4,7 @@ A manifest is a jsonl file, one object a line, audio paths relative to its folde
 
     {"id": "digits/4", "audio": "digits/4.opus", "text": "four", "speaker": "allison", "group": "digits", "words": [["four", 0.08]]}
 
-Also understood: language, synthetic, split ("train" | "held-out"), offset and duration (seconds, a piece of a longer
+Also understood: language, synthetic, split ("train"; any other word is held out), offset and duration (seconds, a piece of a longer
 file), reference {"audio", "text"}, stereo (left = agent, right = user). Without "audio" a row is text only.
 Two kinds of line are virtual: codes of clips joined, and a rule that writes such lines. "manifest" says in which other
 file the clips live (default: this one).
@@ -34,7 +34,9 @@ from audio.wav import load_wav
 
 SOUNDS = (".wav", ".flac", ".ogg", ".opus", ".mp3")
 MAX_MANIFEST = 1 << 30      # bytes; what is larger is not a manifest
-MAX_ROWS = 10_000_000       # rows that one compose line may ask for
+MAX_ROWS = 10_000_000       # rows that one compose line may ask for, and clips in one of them
+MAX_PARTS = 1000
+ALLOW = "or allow it: check --allow-outside, --data.allow_outside=True"
 COLUMNS = {"audio": ("file_name", "audio", "path", "wav", "filename"),
            "text": ("text", "transcription", "sentence", "transcript", "normalized_text"),
            "speaker": ("speaker", "speaker_id", "source", "client_id")}
@@ -60,6 +62,7 @@ class Manifest:
     allow_outside: bool = False
     rows: list[Row] = field(default_factory=list)
     clips: dict[str, Row] = field(default_factory=dict)     # by id: own rows and those of the manifests it names
+    named: dict[str, dict[str, Row]] = field(default_factory=dict)      # clips of those manifests, by file
     virtual: list[Row] = field(default_factory=list)        # compose lines as they were written
     bad: list[Bad] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -81,13 +84,11 @@ def read_manifest(path: str | Path, allow_outside: bool = False, nested: bool = 
     m = Manifest(path, kind, allow_outside)
     virtual = []
     for where, row in CONVERTERS[kind](m):
-        if not {"parts", "compose", "manifest"} & row.keys():
-            accept(m, where, row)
-        elif nested:
-            m.reject(where, "virtual row in a manifest that another one names", "name the manifest with the audio")
-        else:
+        if {"parts", "compose", "manifest"} & row.keys():
             virtual.append((where, row))
-    for where, row in virtual:
+        else:
+            accept(m, where, row)
+    for where, row in [] if nested else virtual:        # a manifest that another one names lends its clips only
         add_virtual(m, where, row)
     return m
 
@@ -130,38 +131,34 @@ def text_lines(m: Manifest, path: Path | None = None) -> Iterator[tuple[int, str
 
 def json_rows(m: Manifest) -> Iterator[tuple[str, Row]]:
     """Yield the objects of a jsonl file, or of a json list, with the place where each stands."""
-    if m.path.suffix == ".json":
+    whole = m.path.suffix == ".json"
+    lines = list(text_lines(m)) if whole else text_lines(m)
+    for number, text in [(0, "\n".join(line for _, line in lines))] if whole else lines:
         try:
-            found = json.loads("\n".join(text for _, text in text_lines(m)))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{m.path} is not valid JSON ({error}); mend that line") from None
-        items = [(f"item {i}", row) for i, row in enumerate(found if isinstance(found, list) else [found])]
-    else:
-        items = ((f"line {number}", text) for number, text in text_lines(m))
-    for where, item in items:
-        try:
-            row = json.loads(item) if isinstance(item, str) else item
+            found = json.loads(text)
         except (json.JSONDecodeError, RecursionError) as error:
-            m.reject(where, "malformed json", f"mend {where}: {error}")
+            m.reject(f"line {getattr(error, 'lineno', 1) if whole else number}", "malformed json", f"mend it: {error}")
             continue
-        if isinstance(row, dict):
-            yield where, row
-        else:
-            m.reject(where, "malformed json", f"{where} must be an object {{...}}")
+        for i, row in enumerate(found if whole and isinstance(found, list) else [found]):
+            where = f"item {i}" if whole else f"line {number}"
+            if isinstance(row, dict):
+                yield where, row
+            else:
+                m.reject(where, "malformed json", "each row must be an object {...}")
 
 
 def metadata(m: Manifest) -> Iterator[tuple[str, Row]]:
     """Read LJSpeech `id|text|normalised`, or a csv / tsv / jsonl with a header (datasets' AudioFolder, Common Voice)."""
     if m.path.suffix == ".jsonl":
-        yield from (("" + where, renamed(row, m)) for where, row in json_rows(m))
+        yield from ((where, renamed(row, m)) for where, row in json_rows(m))
         return
-    lines = list(text_lines(m))
-    if not lines:
-        return
-    mark = next((c for c in "|\t" if c in lines[0][1]), ",")
-    quoting = csv.QUOTE_NONE if mark == "|" else csv.QUOTE_MINIMAL
-    table = list(csv.reader((text for _, text in lines), delimiter=mark, quoting=quoting))
-    header = [name.strip().lower() for name in table[0]]
+    lines = [text for _, text in text_lines(m)]
+    mark = next((c for c in "|\t" if lines and c in lines[0]), ",")
+    try:
+        table = list(csv.reader(lines, delimiter=mark, quoting=csv.QUOTE_NONE if mark == "|" else csv.QUOTE_MINIMAL))
+    except csv.Error as error:
+        raise ValueError(f"{m.path} is not a readable table ({error}); save it again as csv in UTF-8") from None
+    header = [name.strip().lower() for name in table[0]] if table else []
     headed = any(name in header for name in COLUMNS["audio"])
     if not headed:
         m.notes.append("no header: read as LJSpeech id|text|normalised text")
@@ -169,12 +166,9 @@ def metadata(m: Manifest) -> Iterator[tuple[str, Row]]:
         if headed:
             yield f"row {number}", renamed(dict(zip(header, cells, strict=False)), m)
         else:
-            yield f"row {number}", {"id": cells[0], "audio": lj_path(m.root, cells[0]), "text": cells[-1] or cells[1]}
-
-
-def lj_path(root: Path, name: str) -> str:
-    return next((p for p in (f"wavs/{name}.wav", f"wav/{name}.wav", f"{name}.wav") if (root / p).is_file()),
-                f"wavs/{name}.wav")
+            places = [f"wavs/{cells[0]}.wav", f"wav/{cells[0]}.wav", f"{cells[0]}.wav"]
+            audio = next((p for p in places if (m.root / p).is_file()), places[0])
+            yield f"row {number}", {"id": cells[0], "audio": audio, "text": next(filter(None, reversed(cells[1:])), "")}
 
 
 def renamed(row: Row, m: Manifest) -> Row:
@@ -191,14 +185,13 @@ def renamed(row: Row, m: Manifest) -> Row:
 
 def pairs(m: Manifest) -> Iterator[tuple[str, Row]]:
     """Read a folder of sound files that each have a .txt of the same name; a folder inside it is a speaker."""
-    sounds = sorted(p for p in m.path.rglob("*") if p.suffix.lower() in SOUNDS)
-    for path in sounds:
-        name, note = path.relative_to(m.path), path.with_suffix(".txt")
-        if not note.is_file():
-            m.reject(str(name), "no transcript", f"write what is said into {note.name} beside it")
+    for path in sorted(p for p in m.path.rglob("*") if p.suffix.lower() in SOUNDS):
+        name, transcript, before = path.relative_to(m.path), path.with_suffix(".txt"), len(m.bad)
+        if not transcript.is_file():
+            m.reject(str(name), "no transcript", f"write what is said into {transcript.name} beside it")
             continue
-        text = "\n".join(line for _, line in text_lines(m, note))
-        if text or not any(b.where.startswith(note.name) for b in m.bad):
+        text = "\n".join(line for _, line in text_lines(m, transcript))
+        if len(m.bad) == before:
             speaker = {} if name.parent == Path(".") else {"speaker": name.parts[0]}
             yield str(name), {"id": name.with_suffix("").as_posix(), "audio": name.as_posix(), "text": text} | speaker
 
@@ -240,8 +233,7 @@ def contents(content: Any) -> tuple[str, Row]:
 
 def said(turns: list[tuple[str, str, Row]], i: int) -> str:
     """The words of turn i: its own text, or that of the user turn before it."""
-    return next((text for role, text, _ in [turns[i], *reversed(turns[:i])]
-                 if text and (role == "user" or text == turns[i][1])), "")
+    return turns[i][1] or next((text for role, text, _ in reversed(turns[:i]) if text and role == "user"), "")
 
 
 def moshi(m: Manifest) -> Iterator[tuple[str, Row]]:
@@ -249,12 +241,13 @@ def moshi(m: Manifest) -> Iterator[tuple[str, Row]]:
     for where, item in json_rows(m):
         name = str(item.get("path", ""))
         side = (m.root / name).with_suffix(".json")
-        if outside(m.root, name, m.allow_outside) or not side.is_file():
-            reason = outside(m.root, name, m.allow_outside) or "no alignment file"
+        reason = outside(m.root, name, m.allow_outside) or ("" if side.is_file() else "no alignment file")
+        if reason:
             m.reject(where, reason, f'keep {name} and {side.name} {{"alignments": [[word, [start, end], speaker]]}} together')
             continue
+        said_in = "\n".join(line for _, line in text_lines(m, side))
         try:
-            times = [(str(w).strip(), float(t[0]), who) for w, t, who in json.loads(side.read_text())["alignments"]]
+            times = [(str(w).strip(), float(t[0]), who) for w, t, who in json.loads(said_in)["alignments"]]
         except (ValueError, KeyError, TypeError, IndexError) as error:
             m.reject(where, "malformed alignments", f"mend {side.name}: {type(error).__name__} {error}")
             continue
@@ -277,41 +270,48 @@ def outside(root: Path, name: str, allowed: bool = False) -> str:
     return "" if (root / name).resolve().is_relative_to(root.resolve()) else "path outside the folder (symlink)"
 
 
+def is_time(value: Any) -> bool:
+    return isinstance(value, (int, float)) and 0 <= value < 1e6         # neither NaN nor infinite
+
+
 def row_fault(m: Manifest, row: Row) -> tuple[str, str] | None:
     """Reason and fix of a row that is unusable before its audio is opened."""
+    reference, words = row.get("reference", {}), row.get("words", [])
     if not isinstance(row.get("text"), str) or not row["text"].strip():
         return "empty text", "write what is said, or remove the row"
     if "\ufffd" in row["text"]:
         return "bad encoding", "the text holds U+FFFD: save it again as UTF-8 from its origin"
     if row["id"] in m.clips:
         return "duplicate id", "ids must be unique in a manifest: rename one"
-    if any(not isinstance(row.get(k, 0.0), (int, float)) or row.get(k, 0.0) < 0 for k in ("offset", "duration")):
+    if not all(is_time(part.get(k, 0)) for k in ("offset", "duration") for part in (row, reference)):
         return "malformed field", "offset and duration are seconds"
-    words = row.get("words", [])
-    if not isinstance(words, list) or any(not isinstance(w, list) or len(w) != 2 or not isinstance(w[0], str)
-                                          or not isinstance(w[1], (int, float)) for w in words):
+    if reference and not isinstance(reference.get("text"), str):
+        return "malformed field", 'a reference has "audio" and "text"'
+    if not isinstance(words, list) or not all(
+            isinstance(w, list) and len(w) == 2 and isinstance(w[0], str) and is_time(w[1]) for w in words):
         return "malformed field", 'words look like [["four", 0.08], ...]'
     return None
 
 
 def accept(m: Manifest, where: str, row: Row) -> None:
     """Add a row with its defaults and its reference clip, or reject it."""
-    for part in (row, row.get("reference") or {}):
+    if not isinstance(row.get("reference", {}), dict):
+        return m.reject(where, "malformed field", 'a reference has "audio" and "text"')
+    for part in (row, row["reference"]) if "reference" in row else (row,):
         name = str(part.get("audio") or "")
         if name == "(inline)":
             return m.reject(where, "inline audio", "write raw_audio to a file and name it in audio_url")
-        reason = outside(m.root, name, m.allow_outside)
-        if reason:
-            return m.reject(where, reason, f"move {name} into {m.root}, or allow it: check --allow-outside, --data.allow_outside=True")
+        if reason := outside(m.root, name, m.allow_outside):
+            return m.reject(where, reason, f"move {name} into {m.root}, {ALLOW}")
         part["file"] = str(m.root / name) if name else ""
     start = f"@{row['offset']}" if row.get("offset") else ""
-    row["id"] = str(row.get("id") or (str(Path(row["audio"]).with_suffix("")) + start if row.get("audio") else where))
-    fault = row_fault(m, row)
-    if fault:
-        return m.reject(f"{where} {row['id']}".strip(), *fault)
+    row["id"] = str(row.get("id") or (os.path.splitext(str(row["audio"]))[0] + start if row.get("audio") else where))
+    row["speaker"] = str(row.get("speaker") or "")
+    if fault := row_fault(m, row):
+        return m.reject(f"{where} {row['id']}", *fault)
     if row.get("reference"):
-        clip = {"id": f"{row['id']}#reference", "speaker": row.get("speaker", "")} | row["reference"]
-        m.clips[clip["id"]] = clip
+        name = f"{row['id']}#reference"
+        m.clips[name] = {"id": name, "speaker": row["speaker"]} | row["reference"]
     m.clips[row["id"]] = row
     m.rows.append(row)
     return None
@@ -326,56 +326,45 @@ def fraction(*words: object) -> float:
 
 def add_virtual(m: Manifest, where: str, row: Row) -> None:
     """Resolve a "manifest" reference, then a "parts" row or a "compose" rule."""
-    clips = m.clips
-    if row.get("manifest"):
-        name = str(row["manifest"])
-        if outside(m.root, name, m.allow_outside):
-            return m.reject(where, "path outside the folder", f"move {name} into {m.root}, or allow it: check --allow-outside, --data.allow_outside=True")
-        clips = named_clips(m, name)
+    clips, name = m.clips, str(row.get("manifest") or "")
+    if reason := outside(m.root, name, m.allow_outside):
+        return m.reject(where, reason, f"move {name} into {m.root}, {ALLOW}")
+    if name:
+        if name not in m.named:
+            other = read_manifest(m.root / name, m.allow_outside, nested=True)
+            m.named[name], m.bad = other.clips, m.bad + other.bad
+        clips = m.named[name]
+    rows = [row] if "parts" in row else []
     if "compose" in row:
         try:
             rows = compose(row["compose"], clips)
         except (KeyError, TypeError, ValueError) as error:
             return m.reject(where, "malformed compose", f"{error}; see `python data.py --help`")
         m.virtual.append(row)
-    else:
-        rows = [row] if "parts" in row else []
     for new in rows:
+        name = str(new.get("id") or where)
         missing = [p for p in new["parts"] if p not in clips or not clips[p]["file"]]
-        if missing or not new["parts"] or str(new.get("id") or "") in m.clips:
-            m.reject(f"{where} {new.get('id')}", "missing part or duplicate id", f"unknown parts: {missing[:3]}")
+        if missing or not new["parts"] or name in m.clips:
+            m.reject(f"{where} {name}", "missing part or duplicate id", f"unknown parts: {missing[:3]}")
             continue
-        text = new.get("text") or " ".join(clips[p]["text"] for p in new["parts"])
-        new = {"id": where, "speaker": clips[new["parts"][0]].get("speaker", "")} | new | {"text": text, "file": ""}
-        for part in new["parts"]:
-            m.clips.setdefault(part, clips[part])
-        m.clips[new["id"]] = new
-        m.rows.append(new)
+        m.clips |= {p: clips[p] for p in new["parts"] if p not in m.clips}
+        text = str(new.get("text") or " ".join(clips[p]["text"] for p in new["parts"]))
+        m.clips[name] = new | {"id": name, "text": text, "file": "", "speaker": clips[new["parts"][0]]["speaker"]}
+        m.rows.append(m.clips[name])
     return None
-
-
-def named_clips(m: Manifest, name: str) -> dict[str, Row]:
-    """Read the manifest whose clips a virtual row joins, once."""
-    if not hasattr(m, "_named"):
-        m._named = {}
-    if name not in m._named:
-        other = read_manifest(m.root / name, m.allow_outside, nested=True)
-        m.bad += [b for b in other.bad if b.reason != "virtual row in a manifest that another one names"]
-        m._named[name] = other.clips
-    return m._named[name]
 
 
 def compose(rule: Row, clips: dict[str, Row]) -> list[Row]:
     """Write `rows` rows of random clips of a group, one speaker each. The split follows from the text, so no string is
     on both sides; rows of one clip always train. Same rule, same clips: same rows."""
     group, (low, high), count, seed = rule["group"], rule["count"], int(rule["rows"]), rule.get("seed", 0)
-    if not 0 < low <= high or not 0 <= count <= MAX_ROWS:
+    if not 0 < low <= high <= MAX_PARTS or not 0 <= count <= MAX_ROWS:
         raise ValueError(f"count {rule['count']} or rows {count} make no sense")
     voices: dict[str, list[str]] = {}
     for name, clip in sorted(clips.items()):
         wanted = clip.get("group") == group and clip.get("speaker", "") == rule.get("speaker", clip.get("speaker", ""))
         if wanted and clip["file"] and clip.get("split", "train") == "train":
-            voices.setdefault(clip.get("speaker", ""), []).append(name)
+            voices.setdefault(clip["speaker"], []).append(name)
     if not voices:
         raise ValueError(f"no clip has group {group!r}")
     rows = []
@@ -385,7 +374,7 @@ def compose(rule: Row, clips: dict[str, Row]) -> list[Row]:
         parts = [draw.choice(names) for _ in range(draw.randint(low, high))]
         text = " ".join(clips[p]["text"] for p in parts)
         held = len(parts) > 1 and fraction(text) < rule.get("held_out", 0.0)
-        rows.append({"id": f"{group}+{seed}/{i}", "parts": parts, "text": text, "group": group,
+        rows.append({"id": f"{group}+{seed}/{i}", "parts": parts, "text": text, "group": group, "composed": True,
                      "split": "held-out" if held else "train"})
     return rows
 
@@ -498,7 +487,7 @@ def write_lists(m: Manifest, kept: list[Row], folder: Path) -> None:
     """Write what is kept as a manifest in `folder`, and what is not beside it."""
     folder.mkdir(parents=True, exist_ok=True)
     name = m.path.stem
-    rows = [moved(r, folder) for r in kept if not (m.virtual and "parts" in r and r["id"].rpartition("/")[0].count("+"))]
+    rows = [moved(r, folder) for r in kept if not r.get("composed")]      # their rule is written
     rejected = [{"where": b.where, "reason": b.reason, "fix": b.fix} for b in m.bad]
     for suffix, items in (("kept", rows + m.virtual), ("rejected", rejected)):
         path = folder / f"{name}.{suffix}.jsonl"

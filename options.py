@@ -8,6 +8,7 @@ The comment behind a field is its help text. Knows nothing of what the fields me
 import ast
 import dataclasses
 import difflib
+import errno
 import inspect
 import json
 import os
@@ -15,6 +16,7 @@ import re
 import runpy
 import sys
 import tempfile
+import traceback
 import types
 import typing
 from collections.abc import Callable, Iterator
@@ -91,34 +93,52 @@ def unknown(name: str, known: list[str]) -> str:
 
 # ---- overrides ----
 
-def override(config: Any, key: str, text: str) -> Any:
-    """Replace the field at dotted `key` with `text` read as that field's type; returns a new config."""
-    head, _, rest = key.partition(".")
+def apply(config: Any, pairs: dict[str, str], prefix: str = "--") -> Any:
+    """Replace the fields at the dotted keys of `pairs`, each text read as its field's type; returns a new config.
+
+    A part is rebuilt once, from all its changes: values that only fit together may come in any order.
+    """
     hints = typing.get_type_hints(type(config))
-    if head not in hints:
-        raise ValueError(unknown(f"--{key}", [f"--{name}" for name, *_ in flatten(config)]))
-    current = getattr(config, head)
-    if rest:
-        if current is None:                        # an optional part that is switched on by one of its fields
-            parts = [k for k in typing.get_args(hints[head]) if dataclasses.is_dataclass(k)]
-            current = parts[0]() if parts else None
-        if not dataclasses.is_dataclass(current):
-            raise ValueError(unknown(f"--{key}", [f"--{name}" for name, *_ in flatten(config)]))
-        return dataclasses.replace(config, **{head: override(current, rest, text)})
+    changes: dict[str, Any] = {}
+    parts: dict[str, dict[str, str]] = {}
+    for key, text in pairs.items():
+        head, dot, rest = key.partition(".")
+        if head not in hints or (dot and _part(config, head, hints[head]) is None):
+            raise ValueError(unknown(prefix + key, [prefix + name for name, *_ in flatten(config)]))
+        if dot:
+            parts.setdefault(head, {})[rest] = text
+        else:
+            changes[head] = _parse(hints[head], text, prefix + key)
+    for head, inner in parts.items():
+        changes[head] = apply(_part(config, head, hints[head]), inner, f"{prefix}{head}.")
     try:
-        return dataclasses.replace(config, **{head: _parse(hints[head], text, f"--{key}")})
+        return dataclasses.replace(config, **changes)
     except AssertionError as error:                # a dataclass that checks itself
-        raise ValueError(f"--{key}={text} does not fit: {error}") from None
+        given = " ".join(f"{prefix}{key}={text}" for key, text in pairs.items())
+        raise ValueError(f"{given} does not fit: {error}; see --help") from None
+
+
+def override(config: Any, key: str, text: str) -> Any:
+    """Replace one field: `apply` with a single pair."""
+    return apply(config, {key: text})
+
+
+def _part(config: Any, name: str, kind: Any) -> Any:
+    """The dataclass in a field; an optional one is switched on by naming one of its fields. None = it is no part."""
+    kinds = [k for k in typing.get_args(kind) if dataclasses.is_dataclass(k)]
+    current = kinds[0]() if getattr(config, name) is None and kinds else getattr(config, name)
+    return current if dataclasses.is_dataclass(current) else None
 
 
 def _parse(kind: Any, text: str, name: str) -> Any:
     kinds = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
-    if str in kinds and text.lower() != "none":
+    if str in kinds and not (type(None) in kinds and text.lower() == "none"):
         return text
     words = {"true": True, "false": False, "none": None}
     if text.lower() in words:
         return from_json(kind, words[text.lower()], name)
-    if any(typing.get_origin(k) is tuple for k in kinds) and not text.startswith(("(", "[")):
+    tuples = [typing.get_origin(k) is tuple for k in kinds if k is not type(None)]
+    if any(tuples) and (all(tuples) or "," in text) and not text.startswith(("(", "[")):
         text = "(" + "".join(f"{_literal(item)!r}," for item in text.split(",") if item) + ")"
     return from_json(kind, _literal(text), name)
 
@@ -195,22 +215,19 @@ def load_config(argv: list[str], usage: str = "", flags: tuple[str, ...] = ("hel
     return apply(config, pairs)
 
 
-def apply(config: Any, pairs: dict[str, str]) -> Any:
-    """Apply command-line pairs to a config, in order."""
-    for key, text in pairs.items():
-        config = override(config, key, text)
-    return config
-
-
 def run_config(path: Path, name: str = "config") -> Any:
-    """Execute a config file and return its `config` (or `smoke`)."""
+    """Execute a config file and return its `config` (or `smoke`), every field checked against its type."""
     try:
         found = runpy.run_path(str(path))
-    except (SyntaxError, TypeError, NameError, AttributeError, AssertionError, ImportError) as error:
-        raise ValueError(f"config file {path} does not build: {type(error).__name__}: {error}") from None
-    if name not in found:
+    except Exception as error:                     # whatever it is, the file's author can mend it
+        line = next((f" line {f.lineno}" for f in reversed(traceback.extract_tb(error.__traceback__)) if f.filename == str(path)), "")
+        raise ValueError(f"config file {path}{line} does not build: {type(error).__name__}: {error}; mend it, configs/tiny.py is an example") from error
+    if not dataclasses.is_dataclass(found.get(name)):
         raise ValueError(f"config file {path} defines no `{name}`; add `{name} = TrainConfig(...)`")
-    return found[name]
+    try:
+        return from_json(type(found[name]), to_json(found[name]), name)
+    except ValueError as error:
+        raise ValueError(f"config file {path}: {error}") from None
 
 
 def difference(old: Any, new: Any) -> list[str]:
@@ -252,8 +269,19 @@ def read_json(path: str | Path, limit: int = 64 << 20) -> Any:
         raise ValueError(f"{path} has {path.stat().st_size} bytes, more than the {limit} expected of such a file")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}); restore it or remove it") from None
+
+
+FULL = "free some space and run it again; what was written before is whole"
+REMEDIES = {errno.ENOSPC: FULL, errno.EDQUOT: FULL, errno.EFBIG: FULL, errno.ENOENT: "check the path", errno.ENOTDIR: "check the path",
+            errno.EISDIR: "name a file", errno.EEXIST: "choose another path", errno.EACCES: "check who may use it", errno.EROFS: "choose another path"}
+
+
+def error_line(error: BaseException) -> str:
+    """What a person reads of an error: one line, and what the system says gets its remedy."""
+    remedy = REMEDIES.get(error.errno, "") if isinstance(error, OSError) else ""
+    return "error: " + " ".join(str(error).split()) + (f"; {remedy}" if remedy else "")
 
 
 def exit_on_error() -> None:
@@ -266,7 +294,7 @@ def exit_on_error() -> None:
             sys.__excepthook__(kind, error, trace)
             return
         if not issubclass(kind, BrokenPipeError):  # the reader of our output has gone (`| head`): nothing to say to it
-            print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
+            print(error_line(error), file=sys.stderr, flush=True)
         os._exit(2)                                # at once: other threads and a process group must not keep us
 
     sys.excepthook = hook

@@ -102,7 +102,7 @@ def delay(frames: Tensor, delays: Sequence[int], start: Tensor | int, tail: Tens
     starts = torch.as_tensor(start, dtype=frames.dtype, device=frames.device).expand(*frames.shape[:-1], 1)
     for k, d in enumerate(delays):
         columns[..., k, : 1 + d] = starts[..., k, :]
-        columns[..., k, 1 + d : 1 + d + T] = frames[..., k, : S - 1 - d]
+        columns[..., k, 1 + d : 1 + d + T] = frames[..., k, : max(0, S - 1 - d)]
     return columns
 
 

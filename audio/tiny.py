@@ -59,6 +59,8 @@ class TinyCodec(nn.Module):
         """
         B, C, W = wav.shape
         assert C == 1, wav.shape
+        if W == 0:
+            return torch.zeros(B, self.num_codebooks, 0, dtype=torch.int64, device=wav.device)
         return self.encode_padded(F.pad(wav[:, 0], (EDGE, EDGE + -W % FRAME)))
 
     def encode_padded(self, wav: Tensor) -> Tensor:
@@ -72,6 +74,8 @@ class TinyCodec(nn.Module):
         """Codes (B, 8, T) in 0..255 -> (B, 1, 640 T) in [-1, 1].  ValueError for -1 or other ids outside."""
         if codes.dim() == 3 and codes.shape[1] != self.num_codebooks:
             raise ValueError(f"the tiny codec decodes 8 codebooks, got {codes.shape[1]} of shape {tuple(codes.shape)}; pass (B, 8, T)")
+        if codes.shape[-1] == 0:
+            return torch.zeros(len(codes), 1, 0, device=codes.device)
         mel = self.mel(codes)
         wav = griffin_lim(mel) if self.vocoder is None else self.vocoder(mel)
         return wav.clamp(-1, 1)[:, None]

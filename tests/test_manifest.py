@@ -123,8 +123,15 @@ def test_rows_that_cannot_be_read_are_named_with_their_line(tmp_path):
     path.write_bytes("\n".join(lines).encode() + b'\n{"text": "\xff"}\n')
     m = read_manifest(path)
     assert [r["id"] for r in m.rows] == ["g"]
-    assert reasons(m) == ["malformed json", "malformed json", "duplicate id", "empty text", "malformed field", "malformed field", "bad encoding"]
+    assert reasons(m) == [*["malformed json"] * 2, "duplicate id", "empty text", *["malformed field"] * 2, "bad encoding"]
     assert m.bad[0].where == "line 2" and m.bad[-1].where.endswith("line 8") and all(b.fix for b in m.bad)
+
+
+@pytest.mark.parametrize("row", [{"reference": 3}, {"reference": {"audio": "b.wav"}}, {"words": [["x", float("nan")]]},
+                                 {"words": [["x", float("inf")]]}, {"words": "x"}, {"duration": -1}, {"audio": ".", "text": 7}])
+def test_hostile_rows_are_rejected_not_fatal(tmp_path, row):
+    m = read_manifest(write_lines(tmp_path / "manifest.jsonl", [{"audio": "a.wav", "text": "x"} | row]))
+    assert not m.rows and len(m.bad) == 1
 
 
 def test_paths_stay_inside_the_folder_unless_allowed(tmp_path):
@@ -144,7 +151,8 @@ def test_paths_stay_inside_the_folder_unless_allowed(tmp_path):
 
 def digits(tmp_path, rows):
     write(tmp_path / "a.wav")
-    clips = [{"id": w, "audio": "a.wav", "text": w, "group": "digits", "speaker": s} for w, s in zip("one two six ten".split(), "aabb", strict=True)]
+    clips = [{"id": w, "audio": "a.wav", "text": w, "group": "digits", "speaker": s}
+             for w, s in zip("one two six ten".split(), "aabb", strict=True)]
     write_lines(tmp_path / "manifest.jsonl", clips)
     return read_manifest(write_lines(tmp_path / "more.jsonl", [{"manifest": "manifest.jsonl"} | row for row in rows]))
 
@@ -178,7 +186,7 @@ def test_fraction_is_uniform_and_fixed():
 
 
 def test_compose_never_uses_held_out_clips():
-    clips = {n: {"id": n, "text": n, "file": "x", "group": "g", "split": s} for n, s in (("a", "train"), ("b", "held-out"))}
+    clips = {n: {"id": n, "text": n, "file": "x", "speaker": "", "group": "g", "split": s} for n, s in (("a", "train"), ("b", "held-out"))}
     assert {p for r in compose({"group": "g", "count": [1, 3], "rows": 50}, clips) for p in r["parts"]} == {"a"}
 
 
@@ -239,6 +247,7 @@ def test_check_keeps_compose_lines_and_fails_when_nothing_is_left(tmp_path, caps
     rule = {"compose": {"group": "g", "count": [1, 2], "rows": 5}}
     path = write_lines(tmp_path / "manifest.jsonl", [{"id": "a", "audio": "a.wav", "text": "word", "group": "g"}, rule])
     check(str(path), write=str(tmp_path))
-    assert [json.loads(line).get("compose") for line in (tmp_path / "manifest.kept.jsonl").read_text().splitlines()] == [None, rule["compose"]]
+    kept = [json.loads(line) for line in (tmp_path / "manifest.kept.jsonl").read_text().splitlines()]
+    assert [row.get("compose") for row in kept] == [None, rule["compose"]]
     with pytest.raises(ValueError, match="no usable row"):
         check(str(write_lines(tmp_path / "none.jsonl", [{"audio": "b.wav", "text": "x"}])))

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import lora
 from lora import LoraConfig
 from model import ModelConfig, MultistreamLM
-from options import edge, from_json, read_json, replace_file, split_arguments, to_json, write_json
+from options import FULL, edge, from_json, read_json, replace_file, split_arguments, to_json, write_json
 
 FORMAT, VERSION = "multistream", 1
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -38,7 +38,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write a safetensors file whole; a tensor with two names is stored once by the caller's choice of names."""
     plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    replace_file(path, lambda temporary: save_file(plain, temporary, metadata={"format": "pt"}))
+    try:
+        replace_file(path, lambda temporary: save_file(plain, temporary, metadata={"format": "pt"}))
+    except SafetensorError as error:                       # a full disk, for one
+        raise OSError(f"{path} cannot be written ({error}); {FULL}") from None
 
 
 def read_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
@@ -103,14 +106,9 @@ def load(path: str | Path, device: str = "cpu", dtype: str | torch.dtype | None 
     on top. `config` replaces the stored one, for switches such as dropout that hold no weights. Strict: every tensor of the file is consumed and every parameter filled. The result carries `extras` and `lora`.
     """
     folder = resolve(path)
-    about = read_json(folder / "config.json")
-    if about.get("format") != FORMAT:
-        raise ValueError(f"{folder}/config.json is no multistream checkpoint (model_type {about.get('model_type')!r}); "
-                         "official layouts that can be read are listed by `python checkpoint.py import --help`")
-    if about.get("version") != VERSION:
-        raise ValueError(f"{folder} has checkpoint version {about.get('version')}, this code reads {VERSION}; update the code")
+    about = read_about(folder)
     data = dict(about["data"])
-    if data and (folder / data["tokenizer"]).is_file():
+    if data and ((folder / data["tokenizer"]).is_file() or (Path(data["tokenizer"]).suffix and not Path(data["tokenizer"]).exists())):
         data["tokenizer"] = str(folder / data["tokenizer"])
     extras = Extras(about["step"], data, about["base"], str(folder))
     if about["base"]:
@@ -120,11 +118,29 @@ def load(path: str | Path, device: str = "cpu", dtype: str | torch.dtype | None 
         model = build(about, folder, config)
     model.extras = extras
     if adapter is not None:
-        fill_adapter(model, resolve(adapter), read_json(resolve(adapter) / "config.json"))
-        model.extras = Extras(read_json(resolve(adapter) / "config.json")["step"], extras.data, str(folder), str(resolve(adapter)))
+        about = read_about(resolve(adapter))
+        fill_adapter(model, resolve(adapter), about)
+        model.extras = Extras(about["step"], extras.data, str(folder), str(resolve(adapter)))
     if dtype is not None:
         model.to(DTYPES[dtype] if isinstance(dtype, str) else dtype)
     return model.to(device).eval()
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """Read the config.json of a checkpoint of ours; ValueError when it is another's, of another version, or damaged."""
+    about = read_json(folder / "config.json")
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
+        kind = about.get("model_type") if isinstance(about, dict) else type(about).__name__
+        raise ValueError(f"{folder}/config.json is no multistream checkpoint (model_type {kind!r}); "
+                         "official layouts that can be read are listed by `python checkpoint.py import --help`")
+    if about.get("version") != VERSION:
+        raise ValueError(f"{folder} has checkpoint version {about.get('version')}, this code reads {VERSION}; update the code")
+    wanted = {"model": dict, "data": dict, "step": int, "base": str}
+    broken = [key for key, kind in wanted.items() if not isinstance(about.get(key), kind)]
+    broken += ["data"] if about.get("data") and not isinstance(about["data"].get("tokenizer"), str) else []
+    if broken:
+        raise ValueError(f"{folder}/config.json is damaged: {', '.join(broken)} missing or of a wrong type; use another checkpoint")
+    return about
 
 
 def build(about: dict[str, Any], folder: Path, config: ModelConfig | None = None) -> MultistreamLM:
@@ -163,7 +179,7 @@ def fill_adapter(model: MultistreamLM, folder: Path, about: dict[str, Any], zero
     """Put the adapter of a checkpoint folder onto a model that has none."""
     if not about.get("lora"):
         raise ValueError(f"{folder} holds no adapter; give a checkpoint of a LoRA run")
-    if to_json(model.config.table) != about["model"]["table"]:
+    if to_json(model.config.table) != about["model"].get("table"):
         raise ValueError(f"adapter {folder} was made for another stream table than this model's; use its own base {about['base']!r}")
     lora.inject(model, from_json(LoraConfig, about["lora"], f"{folder}/config.json lora"))
     tensors = read_tensors(folder / "adapter.safetensors")
@@ -197,7 +213,7 @@ def resolve_base(base: str, folder: Path) -> str:
 
 def from_hub(name: str) -> Path:
     """Fetch a hub id, or find it in the local hub cache; HF_HOME, HF_TOKEN and HF_HUB_OFFLINE are honoured."""
-    if name.count("/") != 1 or name.startswith((".", "/")):
+    if name.count("/") != 1 or name.startswith((".", "/")) or Path(name).parent.is_dir():
         raise FileNotFoundError(f"{name} does not exist; give a run folder such as out/demo, a checkpoint folder, or a hub id")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -238,6 +254,8 @@ def fill_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: 
         if path not in parameters:
             raise ValueError(f"{source}: optimizer state of unknown parameter {path}; the model has changed, start with --resume=never in a new --out")
         p = parameters[path]
+        if key != "step" and value.shape != p.shape:
+            raise ValueError(f"{source}: optimizer state of {path} is {tuple(value.shape)}, the model has {tuple(p.shape)}; use another checkpoint")
         state.setdefault(p, {})[key] = value.to(p.device) if key != "step" or optimizer.defaults.get("fused") else value
     for p, values in state.items():
         optimizer.state[p] = values
@@ -279,8 +297,7 @@ def rng_state() -> dict[str, Tensor]:
 
 def load_run(folder: Path, model: MultistreamLM, optimizer: torch.optim.Optimizer, rank: int) -> tuple[RunState, dict[str, Tensor] | None]:
     """Fill model and optimizer from a checkpoint and set this rank's RNG; returns the run state and averaged weights."""
-    about = read_json(folder / "state" / "run.json")
-    about.pop("config")
+    about = read_state(folder)
     config = getattr(model, "lora", None)
     if config is not None and (folder / "adapter.safetensors").is_file():
         lora.load_state(model, config, read_tensors(folder / "adapter.safetensors"), str(folder), zero_ok=True)
@@ -288,13 +305,25 @@ def load_run(folder: Path, model: MultistreamLM, optimizer: torch.optim.Optimize
         fill(model, read_tensors(folder / "model.safetensors"), str(folder))
     fill_optimizer(model, optimizer, read_tensors(folder / "state" / "optimizer.safetensors"), str(folder))
     rng = folder / "state" / f"rng_rank{rank}.safetensors"
-    if rng.is_file():                                     # fewer ranks then than now: the new ones keep their seeds
+    if rank == 0 or rng.is_file():                        # fewer ranks then than now: the new ones keep their seeds
         states = read_tensors(rng)
         torch.set_rng_state(states["cpu"])
         if "cuda" in states and torch.cuda.is_available():
             torch.cuda.set_rng_state(states["cuda"])
     ema = folder / "ema.safetensors"
     return RunState(**about), read_tensors(ema) if ema.is_file() else None
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The fields of the RunState in a checkpoint folder."""
+    path = folder / "state" / "run.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: {folder} cannot be resumed; use another folder of out/NAME/ckpt, or --init={folder} with another --out")
+    about = read_json(path)
+    fields = to_json(RunState()).keys() | {"config"}
+    if not isinstance(about, dict) or about.keys() != fields or not isinstance(about["step"], int):
+        raise ValueError(f"{path} is damaged: it should hold {', '.join(sorted(fields))}; use another checkpoint")
+    return {key: about[key] for key in fields - {"config"}}
 
 
 def point(link: Path, target: str) -> None:

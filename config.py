@@ -63,8 +63,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         assert self.schedule in SCHEDULES, f"schedule {self.schedule!r} is none of {SCHEDULES}"
         assert self.dtype in ("auto", "fp32", "bf16", "fp16"), f"dtype {self.dtype!r} is none of auto, fp32, bf16, fp16"
-        assert min(self.steps, self.batch_size, self.accum) > 0, "steps, batch_size and accum are at least 1"
-        assert 0 <= self.ema < 1, f"ema {self.ema} is outside [0, 1)"
+        assert self.device in ("auto", "cpu", "cuda"), f"device {self.device!r} is none of auto, cpu, cuda"
+        assert min(self.steps, self.batch_size, self.accum, self.log_every) > 0, "steps, batch_size, accum and log_every are at least 1"
+        counts = ("warmup", "eval_every", "eval_batches", "patience", "save_every", "keep", "lr", "min_lr", "eps", "weight_decay", "clip")
+        assert all(getattr(self, name) >= 0 for name in counts), f"none of {', '.join(counts)} may be negative"
+        assert 0 <= self.ema < 1 and 0 <= self.decay <= 1, f"ema {self.ema} is outside [0, 1), or decay {self.decay} outside [0, 1]"
         unknown = set(self.trackers) - {"tensorboard", "wandb", "trackio"}
         assert not unknown, f"trackers {sorted(unknown)} are none of tensorboard, wandb, trackio"
 

@@ -48,7 +48,7 @@ from tqdm import tqdm
 from audio import load_codec
 from audio.wav import RESAMPLER, load_wav, resample
 from manifest import Bad, Manifest, Row, check, digest, faults, fraction, read_clip, read_manifest
-from options import edge, help_text, load_config, read_json, replace_file, split_arguments, write_json
+from options import FULL, edge, help_text, load_config, read_json, replace_file, split_arguments, write_json
 from streams import Example, Grid, StreamTable, lay_out, show
 
 SHARD = 64                  # clips per shard: what an interrupted `prepare` can lose
@@ -262,7 +262,12 @@ def prompt_example(text: str, config: DataConfig, tokenizer: Tokenizer, codec: A
 
     example = Example(ids(text), name="prompt")
     if reference:
-        example.reference = Example(ids(reference[1]), encode(codec, load_wav(reference[0], codec.sample_rate)[0]), name=reference[0])
+        wav, rate = load_wav(reference[0], max_seconds=config.max_seconds)
+        for kind, reason, fix in faults(wav, rate, reference[1], (config.min_seconds, config.max_seconds)):
+            if kind == "reject":
+                raise ValueError(f"reference {reference[0]}: {reason}; {fix}")
+        wav = resample(wav, rate, codec.sample_rate).clamp(-1, 1)
+        example.reference = Example(ids(reference[1]), encode(codec, wav), name=reference[0])
     return example
 
 
@@ -374,7 +379,10 @@ def encode_missing(jobs: dict[str, tuple[str, Row, bool]], folder: Path, codec: 
 
 
 def write_tensors(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
-    replace_file(path, lambda temporary: save_file(arrays, temporary, {"format": "pt"} | metadata))
+    try:
+        replace_file(path, lambda temporary: save_file(arrays, temporary, {"format": "pt"} | metadata))
+    except SafetensorError as error:                    # a full disk, for one
+        raise OSError(f"{path} cannot be written ({error}); {FULL}") from None
 
 
 # ---- prepare: rows -> index ----
@@ -451,6 +459,20 @@ def prepare(config: DataConfig, table: StreamTable) -> Index:
     work = Work(index, table, config, tokenizer, stored, joined)
     for source, m in enumerate(manifests):
         add_entries(work, m, source)
+    bad = name_left_out(manifests, table)
+    count = sum(e.split != "" for e in index.entries)
+    if not count:
+        raise ValueError(f"no usable row in {', '.join(config.sources)}; `python data.py check` lists the reasons")
+    (index.folder / "index.json").unlink(missing_ok=True)       # a kill between the two files must not leave a mixture
+    write_tensors(index.folder / "text.safetensors", work.arrays, {})
+    write_json(index.folder / "index.json", index.info | {"entries": [asdict(e) for e in index.entries]})
+    did = f"{encoded} clips encoded" if encoded else "everything was cached, nothing encoded"
+    print(f"prepared {count} examples in {index.folder}: {did}, {bad} rows left out")
+    return index
+
+
+def name_left_out(manifests: list[Manifest], table: StreamTable) -> int:
+    """Print the rows that are left out, with reason and fix; returns their number."""
     bad = [b for m in manifests for b in m.bad]
     for b in bad[:10]:
         print(f"left out: {b.where}: {b.reason}; {b.fix}", file=sys.stderr)
@@ -459,14 +481,7 @@ def prepare(config: DataConfig, table: StreamTable) -> Index:
     untimed = sum("words" not in row and "parts" not in row for m in manifests for row in m.rows) if table.aligned else 0
     if untimed:
         print(f"{untimed} rows have no word times: their words share the clip in proportion to their letters", file=sys.stderr)
-    count = sum(e.split != "" for e in index.entries)
-    if not count:
-        raise ValueError(f"no usable row in {', '.join(config.sources)}; `python data.py check` lists the reasons")
-    write_tensors(index.folder / "text.safetensors", work.arrays, {})
-    write_json(index.folder / "index.json", index.info | {"entries": [asdict(e) for e in index.entries]})
-    did = f"{encoded} clips encoded" if encoded else "everything was cached, nothing encoded"
-    print(f"prepared {count} examples in {index.folder}: {did}, {len(bad)} rows left out")
-    return index
+    return len(bad)
 
 
 def store_codes(manifests: list[Manifest], codec: Any, duplex: bool, config: DataConfig) -> tuple[Stored, int]:

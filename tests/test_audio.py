@@ -130,7 +130,7 @@ def test_too_long_a_file_is_refused_from_its_header(tmp_path, monkeypatch):
 
 # ---- resampler ----
 
-@pytest.mark.parametrize("rates", [(44_100, 16_000), (16_000, 44_100), (8000, 24_000), (24_000, 8000), (22_051, 16_001),
+@pytest.mark.parametrize("rates", [(44_100, 16_000), (16_000, 44_100), (8000, 24_000), (24_000, 8000), (2205, 1601),
                                    (384_000, 11_025), (7, 5), (16_000, 16_000)])
 def test_resampled_length_is_exact(rates):
     from_rate, to_rate = rates
@@ -438,7 +438,7 @@ def test_command_scores_a_file_and_writes_its_result(tmp_path, monkeypatch, caps
     row = {"text": "four nine", "wav": "0.wav"}
     (tmp_path / "samples.jsonl").write_text(json.dumps(row) + "\n\n" + json.dumps(row | {"text": "two"}) + "\n")
     monkeypatch.setattr(evaluate, "transcribe", lambda wavs: ["49", "to"][: len(wavs)])
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path / "samples.jsonl")])
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path)])
     evaluate.main()
     assert "mean WER 0.500 over 2 samples" in capsys.readouterr().out
     assert json.loads((tmp_path / "wer.json").read_text())["wer"] == 0.5

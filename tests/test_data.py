@@ -473,7 +473,7 @@ def test_prefetch_passes_errors_on_and_stops_when_dropped():
 def test_the_prompt_is_the_training_grid_without_speech(tmp_path, config):
     index = prepare(config, BYTES)
     codec = FakeCodec()
-    soundfile.write(tmp_path / "ref.wav", np.full(1600, 0.25), 1600)
+    soundfile.write(tmp_path / "ref.wav", np.full(8000, 0.25), 8000)
     prompt = prompt_example("three", config, load_tokenizer("bytes"), codec, (str(tmp_path / "ref.wav"), "one"))
     assert prompt.codes is None and prompt.reference.codes.shape == (2, 25) and bytes(prompt.text.tolist()) == b"three"
     tokens, _ = data.lay_out(prompt_example("one", config, load_tokenizer("bytes")), BYTES)

@@ -8,7 +8,8 @@
     out/NAME/ckpt/latest -> step_000500              best -> step_000400
 
 A checkpoint is written into a temporary folder and renamed: it is there whole or not at all. Only safetensors and
-JSON, never pickle. This is the only file that has heard official parameter names.
+JSON, never pickle. Official layouts are read and written through official.py, which holds their tables of names;
+nobody else imports it.
 """
 
 import json
@@ -25,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import lora
+import official
 from lora import LoraConfig
 from model import ModelConfig, MultistreamLM
 from options import FULL, edge, from_json, read_json, replace_file, split_arguments, to_json, write_json
@@ -100,12 +102,19 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 
 def load(path: str | Path, device: str = "cpu", dtype: str | torch.dtype | None = None, adapter: str | Path | None = None,
          config: ModelConfig | None = None) -> MultistreamLM:
-    """Load a model: a run folder, a checkpoint folder, a file with its config beside it, or a hub id.
+    """Load a model: a run folder, a checkpoint folder, an official one, a file with its config beside it, or a hub id.
 
-    dtype "fp32", "bf16", "fp16" or a torch dtype, None keeps fp32. `adapter` is a checkpoint folder whose adapter is put
-    on top. `config` replaces the stored one, for switches such as dropout that hold no weights. Strict: every tensor of the file is consumed and every parameter filled. The result carries `extras` and `lora`.
+    dtype "fp32", "bf16", "fp16" or a torch dtype, None keeps fp32. `adapter` is a folder whose adapter is put on top: a
+    checkpoint of ours, or an adapter of PEFT or moshi. `config` replaces the stored one, for switches such as dropout that
+    hold no weights. Strict: every tensor of the file is consumed and every parameter filled. The result carries `extras`
+    and `lora`.
     """
     folder = resolve(path)
+    dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype
+    layout = recognise(folder)
+    if layout is not None:
+        model = build_official(layout, folder, config, dtype, Path(path))
+        return put_adapter(model, adapter).to(device).eval()
     about = read_about(folder)
     data = dict(about["data"])
     if data and ((folder / data["tokenizer"]).is_file() or (Path(data["tokenizer"]).suffix and not Path(data["tokenizer"]).exists())):
@@ -117,13 +126,27 @@ def load(path: str | Path, device: str = "cpu", dtype: str | torch.dtype | None 
     else:
         model = build(about, folder, config)
     model.extras = extras
-    if adapter is not None:
-        about = read_about(resolve(adapter))
-        fill_adapter(model, resolve(adapter), about)
-        model.extras = Extras(about["step"], extras.data, str(folder), str(resolve(adapter)))
-    if dtype is not None:
-        model.to(DTYPES[dtype] if isinstance(dtype, str) else dtype)
-    return model.to(device).eval()
+    return put_adapter(model, adapter).to(device, dtype).eval()
+
+
+def put_adapter(model: MultistreamLM, adapter: str | Path | None) -> MultistreamLM:
+    """Put the adapter of a folder onto a loaded model: ours, PEFT's or moshi's. None leaves the model as it is."""
+    if adapter is None:
+        return model
+    extras, folder = model.extras, Path(adapter)
+    if (folder / "adapter_config.json").is_file():
+        fill_official_adapter(model, folder, "adapter_config.json", "adapter_model.safetensors", official.import_peft)
+        step = 0
+    elif (folder / "lora.safetensors").is_file():
+        fill_official_adapter(model, folder, "config.json", "lora.safetensors", official.import_moshi_lora)
+        step = 0
+    else:
+        folder = resolve(adapter)
+        about = read_about(folder)
+        fill_adapter(model, folder, about)
+        step = about["step"]
+    model.extras = Extras(step, extras.data, extras.folder, str(folder))
+    return model
 
 
 def read_about(folder: Path) -> dict[str, Any]:
@@ -137,7 +160,8 @@ def read_about(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} has checkpoint version {about.get('version')}, this code reads {VERSION}; update the code")
     wanted = {"model": dict, "data": dict, "step": int, "base": str}
     broken = [key for key, kind in wanted.items() if not isinstance(about.get(key), kind)]
-    broken += ["data"] if about.get("data") and not isinstance(about["data"].get("tokenizer"), str) else []
+    if not broken and about["data"] and not isinstance(about["data"].get("tokenizer"), str):
+        broken = ["data.tokenizer"]
     if broken:
         raise ValueError(f"{folder}/config.json is damaged: {', '.join(broken)} missing or of a wrong type; use another checkpoint")
     return about
@@ -173,6 +197,65 @@ def fill(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
             raise ValueError(f"{source}: {name} is {tuple(tensors[name].shape)}, the config wants {tuple(target.shape)}; "
                              "check that weights and config.json belong together")
         target.copy_(tensors[name])
+
+
+def recognise(folder: Path) -> official.Layout | None:
+    """The official layout of a folder, None when it is ours or nobody's."""
+    about = read_json(folder / "config.json")
+    return official.recognise(about) if isinstance(about, dict) and about.get("format") != FORMAT else None
+
+
+def build_official(layout: official.Layout, folder: Path, config: ModelConfig | None = None, dtype: torch.dtype | None = None,
+                   file: Path | None = None) -> MultistreamLM:
+    """Make the model of an official config.json and fill it from its weights, one file or sharded."""
+    about, tensors = read_json(folder / "config.json"), read_official(folder, file)
+    if (folder / "generation_config.json").is_file():             # it knows all ids that end a text, config.json often one
+        about |= {k: v for k, v in read_json(folder / "generation_config.json").items() if k == "eos_token_id" and v is not None}
+    stored = official.read_config(layout, about, tensors, str(folder))
+    changed = official.lost(stored, replace(config, table=stored.table)) if config is not None else []
+    if changed:
+        raise ValueError(f"{folder} has another architecture than the config's model: {'; '.join(changed[:3])}")
+    with torch.device("meta"):
+        model = MultistreamLM(config or stored).to(dtype)
+    model.to_empty(device="cpu")
+    tie(model)
+    fill(model, official.to_ours(layout, weights(model), stored, tensors, str(folder)), str(folder))
+    model.extras = Extras(folder=str(folder))
+    return model
+
+
+def tie(model: MultistreamLM) -> None:
+    """Share the text embedding with the head again: leaving the meta device gives each a memory of its own."""
+    if model.config.tied:
+        model.text_head.weight = model.embed["text"].weight
+
+
+def read_official(folder: Path, file: Path | None = None) -> dict[str, Tensor]:
+    """Read all tensors of an official folder: `file` of it, the shards of its index, or its only weights."""
+    indexes = sorted(folder.glob("*.safetensors.index.json"))
+    if file is not None and file.is_file() and file.suffix == ".safetensors":
+        names = [file.name]
+    elif indexes:
+        shards = read_json(indexes[0])["weight_map"]
+        names = sorted(set(shards.values()))
+    else:
+        found = sorted(path.name for path in folder.glob("*.safetensors"))
+        names = ["model.safetensors"] if "model.safetensors" in found else found
+        if len(names) > 1:
+            raise ValueError(f"{folder} holds {len(names)} weight files {names[:3]} and no index; give the one to read")
+    if any(Path(name).name != name for name in names):
+        raise ValueError(f"{indexes[0]} names files outside its folder; fetch it again")
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        tensors |= read_tensors(folder / name)
+    return tensors
+
+
+def fill_official_adapter(model: MultistreamLM, folder: Path, config: str, file: str, read: Any) -> None:
+    """Put an adapter of another library onto a model that has none."""
+    adapter, tensors = read(model, read_json(folder / config), read_tensors(folder / file), str(folder))
+    lora.inject(model, adapter)
+    lora.load_state(model, adapter, tensors, str(folder), zero_ok=True)
 
 
 def fill_adapter(model: MultistreamLM, folder: Path, about: dict[str, Any], zero_ok: bool = False) -> None:
@@ -235,9 +318,9 @@ class RunState:
     best: float = float("inf")
     bad_evals: int = 0
     skips: int = 0
+    evaluated: int = -1                 # the step that was evaluated last
     loader: dict[str, Any] | None = None
     scaler: dict[str, Any] | None = None
-    finished: bool = False
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -280,14 +363,28 @@ def save_run(out: Path, model: MultistreamLM, optimizer: torch.optim.Optimizer, 
                 write_tensors(temporary / "ema.safetensors", ema)
         barrier()
         if rank == 0:
-            shutil.rmtree(folder, ignore_errors=True)
+            aside = folder.with_name(f".old_{folder.name}")
+            if folder.exists():                           # the same step again: never a moment without a whole copy
+                os.rename(folder, aside)
             os.rename(temporary, folder)
+            shutil.rmtree(aside, ignore_errors=True)
             point(out / "ckpt" / "latest", folder.name)
     except OSError:
         shutil.rmtree(temporary, ignore_errors=True)      # a full disk: give the space back, older checkpoints stay
         raise
     barrier()
     return folder
+
+
+def latest(out: Path) -> Path:
+    """The newest checkpoint of a run; puts back the copy that a kill in the middle of replacing it left aside."""
+    link = out / "ckpt" / "latest"
+    if link.is_symlink() and not link.exists():
+        aside = link.with_name(f".old_{os.readlink(link)}")
+        if not aside.is_dir():
+            raise FileNotFoundError(f"{link} points to {os.readlink(link)}, which is gone; point it to another step or choose a new --out")
+        os.rename(aside, link.with_name(os.readlink(link)))
+    return link
 
 
 def rng_state() -> dict[str, Tensor]:
@@ -346,15 +443,41 @@ def prune(out: Path, keep: int) -> None:
 # ---- import, export, merge ----
 
 def export(model_or_dir: MultistreamLM | str | Path, dir: str | Path, to: str = "multistream") -> Path:
-    """Write a model in another layout. `multistream` merges adapters in fp32 and writes a plain checkpoint."""
+    """Write a model in another layout, adapters merged in fp32; only `peft` and `moshi-lora` write the adapter alone.
+
+    to: "multistream" (a plain checkpoint of ours), "hf" (Qwen, Higgs, MOSS-Speech for transformers), "boson" (Higgs, first
+    release), "moshi", "peft" (adapter with the names of "hf"), "moshi-lora". Weights keep the model's type.
+    """
     model = model_or_dir if isinstance(model_or_dir, nn.Module) else load(model_or_dir)
-    if to != FORMAT:
-        raise ValueError(f"--to={to} is not a layout for this model; known here: {FORMAT} (adapters merged)")
+    if to in ("peft", "moshi-lora"):
+        return export_adapter(model, Path(dir), to)
     merged = load_copy(model)
     lora.strip(merged)
     merged.lora = None
+    merged.to(next(model.parameters()).dtype)
+    if to != FORMAT:
+        about, tensors = official.export_model(merged.config, weights(merged), to, str(next(model.parameters()).dtype).removeprefix("torch."))
+        write_tensors(Path(dir) / "model.safetensors", tensors)
+        write_json(Path(dir) / "config.json", about)
+        return Path(dir)
     extras = getattr(model, "extras", None) or Extras()
     return save(merged, dir, replace(extras, base=""))
+
+
+def export_adapter(model: MultistreamLM, folder: Path, to: str) -> Path:
+    """Write the adapter of a model in the layout of another library."""
+    if getattr(model, "lora", None) is None:
+        raise ValueError(f"--to={to} writes an adapter, this model has none; give a checkpoint of a LoRA run")
+    extras = getattr(model, "extras", None) or Extras()
+    if to == "peft":
+        about, tensors = official.export_peft(model, extras.base or extras.folder)
+        write_tensors(folder / "adapter_model.safetensors", tensors)
+        write_json(folder / "adapter_config.json", about)
+    else:
+        about, tensors = official.export_moshi_lora(model, str(next(model.parameters()).dtype))
+        write_tensors(folder / "lora.safetensors", tensors)
+        write_json(folder / "config.json", about)
+    return folder
 
 
 def load_copy(model: MultistreamLM) -> MultistreamLM:
@@ -366,8 +489,10 @@ def load_copy(model: MultistreamLM) -> MultistreamLM:
     return copy
 
 
-USAGE = """python checkpoint.py export CKPT --to=multistream --out=DIR      write a plain checkpoint, adapters merged in fp32
-python checkpoint.py merge CKPT --out=DIR                        the same
+USAGE = """python checkpoint.py import OFFICIAL --out=DIR                   read an official folder, file or hub id, write a checkpoint of ours
+                                                                 reads: Qwen2, Qwen3, Higgs Audio v2 (both layouts), Moshi, MOSS-Speech
+python checkpoint.py export CKPT --to=LAYOUT --out=DIR           multistream, hf, boson, moshi (adapters merged in fp32), peft, moshi-lora
+python checkpoint.py merge CKPT --out=DIR                        export --to=multistream
 python checkpoint.py show CKPT                                   what a checkpoint holds"""
 
 
@@ -377,7 +502,7 @@ def main() -> None:
         print(USAGE)
         raise SystemExit(0 if "help" in pairs else 2)
     command, path = words
-    if command in ("export", "merge"):
+    if command in ("import", "export", "merge"):
         if "out" not in pairs:
             raise ValueError(f"{command} needs --out=DIR, the folder to write")
         print(f"wrote {export(path, pairs['out'], pairs.get('to', FORMAT))}")
@@ -387,7 +512,7 @@ def main() -> None:
         print(json.dumps({"folder": model.extras.folder, "step": model.extras.step, "parameters": model.count_parameters(),
                           "data": model.extras.data, "adapters": len(found), "largest |BA|/|W|": max(found.values(), default=0.0)}, indent=1))
     else:
-        raise ValueError(f"unknown command {command!r}; it is one of export, merge, show")
+        raise ValueError(f"unknown command {command!r}; it is one of import, export, merge, show")
 
 
 if __name__ == "__main__":

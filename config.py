@@ -11,6 +11,7 @@ from data import DataConfig
 from lora import LoraConfig
 from loss import LossConfig
 from model import ModelConfig
+from options import check_types
 
 __all__ = ["DataConfig", "LoraConfig", "LossConfig", "ModelConfig", "TrainConfig", "learning_rate"]
 
@@ -61,6 +62,7 @@ class TrainConfig:
     trackers: tuple[str, ...] = ()         # also report to: tensorboard, wandb, trackio
 
     def __post_init__(self) -> None:
+        check_types(self)
         assert self.schedule in SCHEDULES, f"schedule {self.schedule!r} is none of {SCHEDULES}"
         assert self.dtype in ("auto", "fp32", "bf16", "fp16"), f"dtype {self.dtype!r} is none of auto, fp32, bf16, fp16"
         assert self.device in ("auto", "cpu", "cuda"), f"device {self.device!r} is none of auto, cpu, cuda"

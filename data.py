@@ -48,7 +48,7 @@ from tqdm import tqdm
 from audio import load_codec
 from audio.wav import RESAMPLER, load_wav, resample
 from manifest import Bad, Manifest, Row, check, digest, faults, fraction, read_clip, read_manifest
-from options import FULL, edge, help_text, load_config, read_json, replace_file, split_arguments, write_json
+from options import FULL, apply, check_types, edge, help_text, load_config, read_json, replace_file, split_arguments, write_json
 from streams import Example, Grid, StreamTable, lay_out, show
 
 SHARD = 64                  # clips per shard: what an interrupted `prepare` can lose
@@ -79,6 +79,14 @@ class DataConfig:
     workers: int = 0                        # processes for prepare; 0 = this one
     prefetch: int = 4                       # batches built ahead by a thread; 0 = none
     allow_outside: bool = False             # manifests may name files outside their folder
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        assert self.normaliser in NORMALISERS, f"normaliser {self.normaliser!r} is unknown; choose one of {', '.join(NORMALISERS)}"
+        assert min(self.variants, self.columns, self.window) > 0, "variants, columns and window are at least 1"
+        assert min(self.workers, self.prefetch) >= 0, "workers and prefetch are not negative"
+        assert 0 <= self.held_out < 1 and 0 <= self.reference <= 1, "held_out is in [0, 1), reference in [0, 1]"
+        assert 0 <= self.min_seconds <= self.max_seconds, "min_seconds is at most max_seconds"
 
 
 @dataclass
@@ -306,7 +314,7 @@ def encode_clip(job: tuple[str, Row, bool], codec: Any, config: DataConfig) -> E
     """Encode all variants of a clip, or say why it cannot be used."""
     key, row, duplex = job
     try:
-        wav, rate = read_clip(row)
+        wav, rate = read_clip(row, (config.min_seconds, config.max_seconds))
     except ValueError as error:
         return Bad(row["id"], *error.args[:2])
     for kind, reason, fix in faults(wav, rate, row["text"], (config.min_seconds, config.max_seconds)):
@@ -844,18 +852,19 @@ def check_command(argv: list[str]) -> None:
     unknown = options.keys() - {"write", "allow-outside", "min_seconds", "max_seconds"}
     if len(words) != 1 or unknown:
         raise ValueError(f"check takes one path, --write DIR, --allow-outside, --min_seconds, --max_seconds; got {argv}")
-    limits = float(options.get("min_seconds", DataConfig.min_seconds)), float(options.get("max_seconds", DataConfig.max_seconds))
-    check(words[0], options.get("write", ""), "allow-outside" in options, limits)
+    limits = apply(DataConfig(), {k: v for k, v in options.items() if k.endswith("_seconds")})
+    check(words[0], options.get("write", ""), "allow-outside" in options, (limits.min_seconds, limits.max_seconds))
 
 
 def show_command(argv: list[str]) -> None:
     words, options = split_arguments(argv, ("smoke", "help"))
-    number = int(options.pop("index", "0"))
+    number = options.pop("index", "0")
     config = load_config(words + [f"--{key}={value}" for key, value in options.items()])
     index = open_cache(config.data, config.model.table)
     shown = [n for n, entry in enumerate(index.entries) if entry.split]
-    if not 0 <= number < len(shown):
+    if not number.isdecimal() or int(number) >= len(shown):
         raise ValueError(f"--index {number} does not exist; the data has examples 0..{len(shown) - 1}")
+    number = int(number)
     entry = index.entries[shown[number]]
     print(f"{entry.id}  {entry.split}  {entry.text!r}")
     print(show(*lay_out(build_example(index, shown[number], config.model.table, None, entry.reference), config.model.table),

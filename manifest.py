@@ -389,19 +389,25 @@ def compose(rule: Row, clips: dict[str, Row]) -> list[Row]:
 
 # ---- what is wrong with the audio ----
 
-def read_clip(row: Row) -> tuple[Tensor, int]:
-    """Read the audio of a row, (C, W) and its rate, C = 2 for stereo rows; ValueError(reason, fix) when it cannot."""
+def read_clip(row: Row, limits: tuple[float, float] = (0.0, 4 * 3600)) -> tuple[Tensor, int]:
+    """Read the audio of a row, (C, W) and its rate, C = 2 for stereo rows; ValueError(reason, fix) when it cannot.
+
+    A file that is longer than the limits (seconds) is not read, unless the row takes a piece of it.
+    """
+    piece = "duration" in row and "offset" in row
     try:
-        wav, rate = load_wav(row["file"], channels=2 if row.get("stereo") else 1)
+        wav, rate = load_wav(row["file"], channels=2 if row.get("stereo") else 1,
+                             max_seconds=4 * 3600 if piece else row.get("offset", 0.0) + limits[1])
     except FileNotFoundError:
         raise ValueError("missing file", f"{row['file']} does not exist: check the path") from None
     except (ValueError, OSError, RuntimeError) as error:
         found, _, fix = str(error).partition("; ")
-        known = {"is empty": "empty audio", "NaN": "NaN samples", "channel(s)": "not stereo", "lasts": "too long"}
+        known = {"is empty": "empty audio", "NaN": "NaN samples", "channel(s)": "not stereo", "channels, wanted": "too many channels",
+                 "lasts": f"duration outside {limits[0]:g}..{limits[1]:g} s"}
         reason = next((reason for mark, reason in known.items() if mark in found), "unreadable audio")
         raise ValueError(reason, f"{found.replace(str(row['file']), 'it')}: {fix}") from None
     begin = round(row.get("offset", 0.0) * rate)
-    return wav[:, begin : begin + round(row["duration"] * rate) if "duration" in row and "offset" in row else None], rate
+    return wav[:, begin : begin + round(row["duration"] * rate) if piece else None], rate
 
 
 def faults(wav: Tensor, rate: int, text: str, limits: tuple[float, float]) -> Iterator[Fault]:
@@ -449,7 +455,7 @@ def digest(row: Row) -> str:
 def inspect(row: Row, limits: tuple[float, float], seen: dict[str, str]) -> list[Fault]:
     """Open the audio of a row and list its faults; `seen` maps digests to ids and finds copies."""
     try:
-        wav, rate = read_clip(row)
+        wav, rate = read_clip(row, limits)
     except ValueError as error:
         return [("reject", *error.args)]
     first = seen.setdefault(digest(row), row["id"])
@@ -488,7 +494,7 @@ def report(m: Manifest, kept: int) -> None:
         found = [b for b in m.bad if b.reason == reason]
         print(f"  {count:>6}  {reason:<28} {', '.join(b.where for b in found[:3])}{' ...' if count > 3 else ''}")
         print(f"  {'':>6}  {'':<28} fix: {found[0].fix}")
-    print(f"kept {kept} rows, rejected {len(m.bad)}")
+    print(f"kept {kept} rows, rejected {len({b.where for b in m.bad})}")
 
 
 def write_lists(m: Manifest, kept: list[Row], folder: Path) -> None:

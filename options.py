@@ -79,6 +79,14 @@ def _dataclass_from_json(kind: type, value: Any, name: str) -> Any:
         return kind(**{key: from_json(hints[key], item, f"{name}.{key}") for key, item in value.items()})
     except TypeError as error:
         raise ValueError(f"{name} is incomplete: {error}") from None
+    except AssertionError as error:                # a dataclass that checks itself
+        raise ValueError(f"{name} does not fit: {error}; mend it") from None
+
+
+def check_types(config: Any) -> None:
+    """Hold every field of a dataclass against its annotation; ValueError names the first that does not fit."""
+    for name, kind in typing.get_type_hints(type(config)).items():
+        from_json(kind, getattr(config, name), name)
 
 
 def _kind_name(kind: Any) -> str:

@@ -336,7 +336,7 @@ def sounding(codes: Tensor, codec: object) -> Tensor:
 def _decoded(codes: Tensor, codec: object, capped: bool) -> Speech:
     spoken = codes[:, (codes >= 0).all(0)]                                   # (Q, T): frames after the end hold -1
     wav = codec.decode(sounding(spoken[None], codec))[0] if spoken.shape[1] else torch.zeros(1, 0)
-    return Speech(wav, not capped or bool((codes[:, -1] < 0).all()), spoken.shape[1])
+    return Speech(wav, not capped or bool(codes.shape[1] and (codes[:, -1] < 0).all()), spoken.shape[1])
 
 
 def pad_left(grids: Sequence[Tensor]) -> Tensor:

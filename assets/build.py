@@ -6,10 +6,11 @@
 `speech` takes two Debian packages of Asterisk prompts (`apt-get download`: a Debian system with network), decodes
 their G.722 with PyAV, trims silence, writes Ogg Opus, renders the synthetic voices with flite and espeak-ng, finds
 word starts with the recogniser of evaluate.py, and writes manifest.jsonl: two minutes.  It needs dpkg-deb, flite
-2.2, espeak-ng 1.51 and pip install av -e ".[eval]".
+2.2, espeak-ng 1.51 and pip install av -e ".[eval]".  A rebuild gives the same samples and the same manifest; the
+files' bytes differ, since the Ogg container draws a random serial number.
 
-`codec` fits the tables (k-means, 20 s), saves a codec that decodes by Griffin-Lim, then trains the vocoder (--steps;
-10 to 15 minutes on two cores) and saves again.  Seeded: a repeat on the same machine gives the same file.
+`codec` fits the tables (k-means, 30 s), saves a codec that decodes by Griffin-Lim, then trains the vocoder (--steps;
+10 to 15 minutes on one core with bf16) and saves again.  Seeded: a repeat on the same machine gives the same file.
 """
 
 import argparse

@@ -29,7 +29,7 @@ def load_wav(path, rate: int | None = None, channels: int | None = 1,
              max_seconds: float = 4 * 3600) -> tuple[Tensor, int]:
     """Read a sound file as ((C, W) float32 in [-1, 1], rate in Hz), resampled when `rate` is given.
 
-    channels: 1 mixes down, 2 demands a stereo file, None keeps what is there.
+    channels: 1 mixes stereo down, 2 demands a stereo file, None keeps what is there.
     Raises FileNotFoundError or ValueError, one line with the remedy, for a file that cannot be used.
     """
     path = Path(path)
@@ -61,6 +61,8 @@ def _check_header(path: Path, file: soundfile.SoundFile, channels: int | None, m
         raise ValueError(f"{path} is empty (0 samples); record it again or leave it out")
     if seconds > max_seconds:
         raise ValueError(f"{path} lasts {seconds:,.0f} s, the limit is {max_seconds:,.0f} s; cut it into shorter files")
+    if channels == 1 and file.channels > 2:
+        raise ValueError(f"{path} has {file.channels} channels, wanted are 1 or 2; mix it down, or choose the one with the voice")
     if channels == 2 and file.channels != 2:
         raise ValueError(f"{path} has {file.channels} channel(s), wanted is stereo; join the two speakers as left and right")
 

@@ -1,0 +1,270 @@
+"""Write the golden files: tiny random models in their official implementation, its inputs and what it answers.
+
+    python tests/golden/make.py qwen2 qwen2_tied qwen3 qwen_peft higgs moshi moshi_steps moss     (environment A)
+    python tests/golden/make.py boson_list boson_forward                                          (environment B)
+
+A: torch 2.13.0, transformers 5.23.0, peft 0.21.2, and moshi 0.2.13 with --no-deps plus einops sentencepiece sphn.
+B: torch 2.13.0, transformers 4.46.3, and boson-multimodal 0.1.1 with --no-deps plus loguru dacite.
+The shapes are odd on purpose (3 heads over 1, heads of 6, 5 codebooks): what only works for powers of two shows here.
+Every parameter is drawn again, norms and biases too, since default ones hide faults. A file holds `weights/NAME` in
+official names, inputs and outputs; its metadata holds the config.json, versions and command. Read by test_parity.py.
+"""
+
+import importlib.metadata
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ |= {"NO_TORCH_COMPILE": "1", "NO_CUDA_GRAPH": "1", "HF_HUB_OFFLINE": "1"}
+
+import torch                                    # noqa: E402  (moshi reads the variables above on import)
+from safetensors.torch import save_file         # noqa: E402
+from torch import Tensor, nn                    # noqa: E402
+
+HERE = Path(__file__).parent
+PACKAGES = ("torch", "transformers", "peft", "moshi", "boson-multimodal")
+
+
+def write(name: str, model: nn.Module, config: dict, packages: str, **tensors: Tensor) -> None:
+    """Save a case; `packages` names what computed it."""
+    seen: dict[int, str] = {}
+    weights = {}
+    for key, tensor in model.state_dict().items():
+        if tensor.data_ptr() not in seen:       # a tied head is stored once, as official files do
+            seen[tensor.data_ptr()] = key
+            weights[f"weights/{key}"] = tensor.detach().clone().contiguous()
+    versions = {p: importlib.metadata.version(p) for p in PACKAGES if p in packages.split()}
+    save_file(weights | {k: v.contiguous() for k, v in tensors.items()}, HERE / f"{name}.safetensors", metadata={
+        "format": "pt", "config": json.dumps(config, default=str), "versions": json.dumps(versions),
+        "command": f"python tests/golden/make.py {name}"})
+    print(f"{name}: {(HERE / f'{name}.safetensors').stat().st_size} bytes, {versions}")
+
+
+@torch.no_grad()
+def scramble(model: nn.Module, seed: int, gain: float = 1.2) -> nn.Module:
+    """Draw every parameter: matrices gain / sqrt(fan_in) wide, norms around 1, biases around 0."""
+    g = torch.Generator().manual_seed(seed)
+    for name, p in sorted(model.named_parameters()):
+        noise = torch.randn(p.shape, generator=g)
+        if "norm" in name or name.endswith("alpha"):
+            p.copy_(1 + 0.3 * noise)
+        else:
+            p.copy_(noise * (0.3 if name.endswith("bias") else 0.6 if "emb" in name else gain * p.shape[-1] ** -0.5))
+    return model.eval()
+
+
+def draw(high: int, *shape: int, seed: int) -> Tensor:
+    return torch.randint(0, high, shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ---- Qwen ----
+
+def qwen_case(name: str, model: nn.Module, config: dict, packages: str = "torch transformers", **extra: Tensor) -> None:
+    """Whole prompts, a left-padded batch and greedy continuations."""
+    vocab, packages = config["vocab_size"], packages
+    ids = draw(vocab - 2, 2, 19, seed=1)
+    mask = torch.ones(2, 19, dtype=torch.long)
+    mask[1, :7] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        plain = model(input_ids=ids).logits
+        padded = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
+        tokens = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=24, do_sample=False, pad_token_id=0)[:, 19:]
+    print(f"{name}: greedy {tokens.tolist()}, |logits| up to {plain.abs().max():.1f}")
+    write(name, getattr(model, "bare", model), config, packages, ids=ids, mask=mask, logits=plain, padded_logits=padded, tokens=tokens, **extra)
+
+
+def qwen(kind: str, **options: object) -> tuple[nn.Module, dict]:
+    import transformers
+    config = getattr(transformers, f"{kind}Config")(
+        **{"max_position_embeddings": 128, "rms_norm_eps": 1e-6, "use_sliding_window": False, "attn_implementation": "eager"} | options)
+    model = scramble(getattr(transformers, f"{kind}ForCausalLM")(config), 0)
+    return model, json.loads(config.to_json_string(use_diff=False)) | {"architectures": [f"{kind}ForCausalLM"]}
+
+
+QWEN2 = {"vocab_size": 67, "hidden_size": 18, "intermediate_size": 44, "num_hidden_layers": 2, "num_attention_heads": 3,
+         "num_key_value_heads": 1, "rope_theta": 1e6, "tie_word_embeddings": False, "eos_token_id": 65}
+
+
+def qwen2() -> None:
+    qwen_case("qwen2", *qwen("Qwen2", **QWEN2))
+
+
+def qwen2_tied() -> None:
+    qwen_case("qwen2_tied", *qwen("Qwen2", **QWEN2 | {"vocab_size": 51, "hidden_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2,
+                                                       "tie_word_embeddings": True, "eos_token_id": [49, 50]}))
+
+
+def qwen3() -> None:
+    qwen_case("qwen3", *qwen("Qwen3", vocab_size=59, hidden_size=20, intermediate_size=36, num_hidden_layers=3, num_attention_heads=3,
+                             num_key_value_heads=1, head_dim=6, rope_theta=1e6, tie_word_embeddings=False, attention_bias=False, eos_token_id=57))
+
+
+def qwen_peft() -> None:
+    """An adapter with ranks and alphas of its own in places, DoRA, rsLoRA and a fully trained head."""
+    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+    base, config = qwen("Qwen2", **QWEN2)
+    kept = {k: v.clone() for k, v in base.state_dict().items()}
+    lora = LoraConfig(r=3, lora_alpha=5, lora_dropout=0.05, target_modules=["q_proj", "v_proj", "gate_proj"], use_dora=True, use_rslora=True,
+                      rank_pattern={"layers.1.self_attn.q_proj": 2}, alpha_pattern={"layers.0.mlp.gate_proj": 7}, modules_to_save=["lm_head"],
+                      task_type="CAUSAL_LM", base_model_name_or_path="base")
+    model = get_peft_model(base, lora)
+    g = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, p in sorted(model.named_parameters()):
+            if p.requires_grad:
+                p.add_(0.2 * torch.randn(p.shape, generator=g))
+    model.eval()
+    adapter = {f"adapter/{k}": v.detach().clone() for k, v in get_peft_model_state_dict(model).items()}
+    about = {k: sorted(v) if isinstance(v, set) else v for k, v in lora.to_dict().items()}
+    model.bare = nn.Module()
+    for key, value in kept.items():
+        model.bare.register_buffer(key.replace(".", "/"), value)
+    model.bare.state_dict = lambda: kept
+    qwen_case("qwen_peft", model, config | {"adapter": about}, "torch transformers peft", **adapter)
+
+
+# ---- Higgs Audio v2 ----
+
+def higgs() -> None:
+    """Two left-padded prompts with an earlier clip each: text and audio logits, and greedy columns through EOS."""
+    from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
+    K, C = 5, 14                                    # 12 codes, start 12, end 13
+    config = HiggsAudioV2Config(
+        vocab_size=64, hidden_size=24, intermediate_size=20, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1, head_dim=6,
+        max_position_embeddings=4096, num_codebooks=K, codebook_size=C, audio_token_id=50, audio_bos_token_id=51, audio_delay_token_id=52,
+        audio_stream_bos_id=12, audio_stream_eos_id=13, pad_token_id=0, bos_token_id=1, eos_token_id=2, attn_implementation="eager",
+        rope_parameters={"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                         "original_max_position_embeddings": 32})
+    model = scramble(HiggsAudioV2ForConditionalGeneration(config, use_text_head=True), 11)
+    with torch.no_grad():
+        model.audio_lm_head.weight.view(K, C, -1)[0, 13] *= 1.3        # the end is in reach, not at hand
+    lengths, L = (11, 9), 11
+    ids, mask = torch.zeros(2, 26, dtype=torch.long), torch.zeros(2, 26, dtype=torch.long)
+    audio, audio_mask = torch.full((2, L, K), 13), torch.zeros(2, L, dtype=torch.bool)
+    for b, n in enumerate(lengths):                 # text, clip, text, start of audio; left-padded
+        row = torch.cat([draw(48, 6, seed=b) + 2, torch.full((n - K + 1,), 50), torch.full((K - 1,), 52), draw(48, 7, seed=b + 5) + 2,
+                         torch.tensor([51])])
+        ids[b, -len(row) :], mask[b, -len(row) :] = row, 1
+        audio[b, :n], audio_mask[b, :n] = draw(14, n, K, seed=b + 9), True
+    given = {"input_ids": ids, "attention_mask": mask, "audio_input_ids": audio, "audio_input_ids_mask": audio_mask}
+    with torch.no_grad():
+        h = model.model(**given).last_hidden_state
+        columns = model.generate(**given, max_new_tokens=60, do_sample=False)[:, L:]
+    print(f"higgs: greedy {columns[0, :, 0].tolist()} {columns[1, :, 0].tolist()}")
+    about = json.loads(config.to_json_string(use_diff=False)) | {"architectures": ["HiggsAudioV2ForConditionalGeneration"]}
+    write("higgs", model, about, "torch transformers", ids=ids, mask=mask, audio=audio, audio_mask=audio_mask, columns=columns,
+          text_logits=model.text_lm_head(h), audio_logits=model.audio_lm_head(h).unflatten(-1, (K, C)))
+
+
+def boson(name: str, kind: str, layers: list[int]) -> None:
+    """The first release: dual layers only where listed; with fast-forward the others pass audio by."""
+    from boson_multimodal.model.higgs_audio import HiggsAudioConfig, HiggsAudioModel
+    K = 3
+    text = {"model_type": "llama", "vocab_size": 64, "hidden_size": 18, "intermediate_size": 22, "num_hidden_layers": 3, "num_attention_heads": 3,
+            "num_key_value_heads": 1, "head_dim": 6, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
+            "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                             "original_max_position_embeddings": 32},
+            "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False, "eos_token_id": 2}
+    config = HiggsAudioConfig(
+        text_config=dict(text), audio_adapter_type=kind, audio_dual_ffn_layers=layers, audio_num_codebooks=K, audio_codebook_size=16,
+        audio_stream_bos_id=16, audio_stream_eos_id=17, audio_in_token_idx=49, audio_out_token_idx=50, audio_out_bos_token_id=51,
+        audio_eos_token_id=53, pad_token_id=0, encode_whisper_embed=False, skip_audio_tower=True, encode_audio_in_tokens=True, use_delay_pattern=True)
+    config._attn_implementation = config.text_config._attn_implementation = "eager"
+    config.hidden_size = 18
+    model = scramble(HiggsAudioModel(config), 5)
+    reference, answer = draw(18, K, 6, seed=1), draw(18, K, 8, seed=2)                  # delayed columns already
+    ids = torch.cat([draw(46, 5, seed=3) + 2, torch.tensor([49]), draw(46, 4, seed=4) + 2, torch.tensor([51, 50]), draw(46, 3, seed=6) + 2])[None]
+    with torch.no_grad():
+        out = model(input_ids=ids, attention_mask=torch.ones_like(ids), audio_in_ids=reference, audio_in_ids_start=torch.tensor([0]),
+                    audio_out_ids=answer, audio_out_ids_start=torch.tensor([0]), label_ids=ids)
+    about = json.loads(config.to_json_string(use_diff=False)) | {"text_config": text, "architectures": ["HiggsAudioModel"]}
+    write(name, model, about, "torch transformers boson-multimodal", ids=ids, audio_in=reference, audio_out=answer, text_logits=out.logits,
+          audio_logits=out.audio_logits.view(-1, K, 18))
+
+
+def boson_list() -> None:
+    boson("boson_list", "dual_ffn", [0, 2])
+
+
+def boson_forward() -> None:
+    boson("boson_forward", "dual_ffn_fast_forward", [1])
+
+
+# ---- Moshi ----
+
+MOSHI = {"dim": 24, "text_card": 30, "existing_text_padding_id": 3, "n_q": 5, "dep_q": 3, "card": 11, "num_heads": 3, "num_layers": 2,
+         "hidden_scale": 4.125, "causal": True, "layer_scale": None, "context": 5, "max_period": 10000, "gating": "silu", "norm": "rms_norm_f32",
+         "positional_embedding": "rope", "depformer_dim": 18, "depformer_dim_feedforward": 74, "depformer_num_heads": 3,
+         "depformer_num_layers": 2, "depformer_layer_scale": None, "depformer_multi_linear": True, "depformer_context": 8,
+         "depformer_max_period": 10000, "depformer_gating": "silu", "depformer_pos_emb": "none", "depformer_weights_per_step": True,
+         "delays": [0, 0, 1, 1, 0, 1]}
+
+
+def moshi_case(name: str, kwargs: dict) -> None:
+    """Teacher-forced logits over a window shorter than the sequence, and greedy frames of the streaming generator."""
+    from moshi.models import LMGen
+    from moshi.models.lm import LMModel
+    model = scramble(LMModel(device="cpu", dtype=torch.float32, **kwargs), 21)
+    K, users = kwargs["n_q"] + 1, kwargs["n_q"] - kwargs["dep_q"]
+    codes = draw(kwargs["card"], 2, K, 13, seed=7)
+    codes[:, 0] = draw(kwargs["text_card"], 2, 13, seed=8)
+    codes[0, 0, 4], codes[1, 2, 5], codes[1, 4, 3] = -1, -1, -1         # "nothing here": zero as input, no target
+    user = draw(kwargs["card"], 2, users, 12, seed=9)
+    with torch.no_grad():
+        out = model(codes)
+        generator, frames = LMGen(model, use_sampling=False), []
+        with generator.streaming(2):
+            for t in range(user.shape[-1]):
+                frame = generator.step(user[:, :, t : t + 1])
+                frames += [] if frame is None else [frame]
+    about = kwargs | {"model_type": "moshi", "lora": False}
+    write(name, model, about, "torch moshi", codes=codes, user=user, frames=torch.cat(frames, -1), mask=out.mask,
+          logits=out.logits.nan_to_num(0.0), text_logits=out.text_logits[:, 0], text_mask=out.text_mask[:, 0])
+
+
+def moshi() -> None:
+    moshi_case("moshi", MOSHI)
+
+
+def moshi_steps() -> None:
+    """Some depth steps share their weights."""
+    moshi_case("moshi_steps", MOSHI | {"depformer_weights_per_step_schedule": [0, 1, 1], "num_heads": 2, "context": 7, "max_period": 1e5})
+
+
+# ---- MOSS-Speech ----
+
+def moss() -> None:
+    """No package of it exists; two Qwen3 that share their first layers are what its modeling file computes."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+    shared, tail, text_vocab, audio_vocab, pad, begin, end = 2, 1, 48, 30, 47, 44, 20
+    base = {"hidden_size": 20, "intermediate_size": 28, "num_hidden_layers": shared + tail, "num_attention_heads": 3, "num_key_value_heads": 1,
+            "head_dim": 6, "max_position_embeddings": 128, "rope_theta": 1e6, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
+    text, audio = (scramble(Qwen3ForCausalLM(Qwen3Config(vocab_size=v, attn_implementation="eager", **base)), 31 + v)
+                   for v in (text_vocab, audio_vocab))
+    audio.model.layers[:shared].load_state_dict(text.model.layers[:shared].state_dict())
+    weights = {"model.embed_tokens.weight": text.model.embed_tokens.weight, "model.audio_embed.weight": audio.model.embed_tokens.weight}
+    for side, model in (("text", text), ("audio", audio)):
+        weights |= {f"model.{side}_norm.weight": model.model.norm.weight, f"{side}_lm_head.weight": model.lm_head.weight}
+        for name, p in model.model.layers.named_parameters():
+            n, _, rest = name.partition(".")
+            weights[f"model.shared_block.layers.{n}.{rest}" if int(n) < shared else f"model.{side}_block.layers.{int(n) - shared}.{rest}"] = p
+    rows = torch.stack([draw(40, 17, seed=1), draw(audio_vocab, 17, seed=2)])            # text row, audio row
+    rows[0, 6:12], rows[0, 5] = pad, begin
+    is_audio = rows[0] == pad
+    with torch.no_grad():
+        x = torch.where(is_audio[:, None], audio.model.embed_tokens(rows[1]), text.model.embed_tokens(rows[0].masked_fill(is_audio, 0)))[None]
+        text_logits, audio_logits = (m(inputs_embeds=x).logits for m in (text, audio))
+    about = {"architectures": ["MossSpeechForCausalLM"], "model_type": "moss_speech", **base, "hidden_act": "silu", "attention_bias": False,
+             "vocab_size": text_vocab, "audio_vocab_size": audio_vocab, "num_shared_layers": shared, "num_modality_layers": tail, "channels": 2,
+             "modality_pad_token_id": pad, "sosp_token_id": begin, "eosp_token_id": end, "eos_token_id": [45]}
+    holder = nn.Module()
+    holder.state_dict = lambda: {k: v.detach() for k, v in weights.items()}
+    write("moss", holder, about, "torch transformers", rows=rows, text_logits=text_logits, audio_logits=audio_logits)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for case in sys.argv[1:] or sys.exit(__doc__):
+        globals()[case]()

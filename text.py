@@ -1,0 +1,151 @@
+"""Text: versioned normalisers, tokenizers, and when each token is said.
+
+    normalise("Dial 49!", "english-v1")                  "dial four nine"
+    load_tokenizer("assets/speech/words.json")           .encode, .decode, .size; also "bytes", .model, tokenizer.json
+    aligned_ids(row, seconds, tokenizer, "english-v1")   ids, and the second at which each begins
+    frame_starts(seconds, 25, ...)                       the codec frame of each
+
+What a normaliser's name means never changes: checkpoints and caches hold on to it. Next: cache.py.
+"""
+
+import json
+import re
+import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from options import replace_file
+
+MAX_TOKENIZER = 256 << 20   # bytes
+DIGITS = "zero one two three four five six seven eight nine".split()
+ARABIC = str.maketrans("٠١٢٣٤٥٦٧٨٩۰۱۲۳۴۵۶۷۸۹،؛؟٪٫٬۔«»", "01234567890123456789,;?%.,.\"\"", "\u0640")
+
+
+# ---- normalisers ----
+
+def english(text: str) -> str:
+    """Lower-case words without punctuation, apostrophes inside words kept, digits spelled one by one."""
+    text = unicodedata.normalize("NFKC", text).lower().replace("\u2019", "'")
+    text = re.sub(r"\d", lambda d: f" {DIGITS[int(d[0])]} ", text)
+    return re.sub(r"[^\w\s']|_|(?<!\w)'|'(?!\w)", " ", text)
+
+
+def arabic(text: str) -> str:
+    """Fold presentation forms, drop tatweel and bidi or zero-width marks, map digits and punctuation. Letters and
+    diacritics stay as they are written."""
+    text = re.sub("[\ufb50-\ufdff\ufe70-\ufefc]+", lambda form: unicodedata.normalize("NFKC", form[0]), text)
+    text = re.sub("[\u061c\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]", "", text)
+    return unicodedata.normalize("NFC", text).translate(ARABIC)
+
+
+NORMALISERS: dict[str, Callable[[str], str]] = {"none": str, "english-v1": english, "arabic-v1": arabic}
+
+
+def normalise(text: str, name: str) -> str:
+    """Apply a normaliser and fold white space; "none" leaves both alone."""
+    if name not in NORMALISERS:
+        raise ValueError(f"normaliser {name!r} is unknown; choose one of {', '.join(NORMALISERS)}")
+    return " ".join(NORMALISERS[name](text).split()) if name != "none" else text
+
+
+# ---- tokenizers ----
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Text <-> ids 0..size-1. `content` is the file it was read from."""
+
+    name: str
+    size: int
+    encode: Callable[[str], list[int]]
+    decode: Callable[[Sequence[int]], str]
+    content: bytes = b""
+
+    def save(self, folder: str | Path) -> str:
+        """Write its file into a folder; returns what load_tokenizer wants, relative to that folder."""
+        if self.content:
+            replace_file(Path(folder) / self.name, lambda temporary: Path(temporary).write_bytes(self.content))
+        return self.name
+
+
+def load_tokenizer(spec: str | Path) -> Tokenizer:
+    """Load "bytes", a word list (.json), a SentencePiece .model or a tokenizer.json (or a folder with one)."""
+    if str(spec) == "bytes":
+        return Tokenizer("bytes", 256, lambda text: list(text.encode()),
+                         lambda ids: bytes(i for i in ids if 0 <= i < 256).decode(errors="replace"))
+    path = Path(spec) / "tokenizer.json" if Path(spec).is_dir() else Path(spec)
+    if not path.is_file():
+        raise FileNotFoundError(f"tokenizer {spec} does not exist; give \"bytes\", a word list .json, a .model or a tokenizer.json")
+    if path.stat().st_size > MAX_TOKENIZER:
+        raise ValueError(f"tokenizer {path} has more than {MAX_TOKENIZER} bytes; check that it is one")
+    content = path.read_bytes()
+    try:
+        if path.suffix == ".model":
+            return sentencepiece(path.name, content)
+        found = json.loads(content)
+        return word_list(path.name, content, [str(word) for word in found]) if isinstance(found, list) else fast(path.name, content)
+    except ImportError as error:
+        raise ValueError(f"{path} needs the package {error.name}; pip install {error.name}") from None
+    except Exception as error:      # the libraries raise bare Exception and RuntimeError on a broken file
+        raise ValueError(f"tokenizer {path} cannot be read ({error}); restore the file") from None
+
+
+def sentencepiece(name: str, content: bytes) -> Tokenizer:
+    from sentencepiece import SentencePieceProcessor
+    pieces = SentencePieceProcessor(model_proto=content)
+    return Tokenizer(name, pieces.vocab_size(), pieces.encode, lambda ids: pieces.decode(list(ids)), content)
+
+
+def fast(name: str, content: bytes) -> Tokenizer:
+    """A tokenizer.json of Hugging Face."""
+    from tokenizers import Tokenizer as Fast
+    found = Fast.from_str(content.decode())
+    return Tokenizer(name, found.get_vocab_size(), lambda text: found.encode(text, add_special_tokens=False).ids,
+                     lambda ids: found.decode(list(ids)), content)
+
+
+def word_list(name: str, content: bytes, words: list[str]) -> Tokenizer:
+    """Whole words as ids 1..n; 0 stays free for "no word"."""
+    ids = {word: i for i, word in enumerate(words, 1)}
+
+    def encode(text: str) -> list[int]:
+        for word in text.split():
+            if word not in ids:
+                near = get_close_matches(word, words, 1, 0.0)
+                raise ValueError(f"word {word!r} is not in {name}; the nearest known word is {(near or ['none'])[0]!r}")
+        return [ids[word] for word in text.split()]
+
+    return Tokenizer(name, len(words) + 1, encode, lambda found: " ".join(words[i - 1] for i in found if 0 < i <= len(words)), content)
+
+
+# ---- when words are said ----
+
+def spread(words: Sequence[str], start: float, end: float) -> list[tuple[str, float]]:
+    """Share a span of seconds among words in proportion to their letters."""
+    total, place, out = sum(map(len, words)), 0, []
+    for word in words:
+        out.append((word, start + (end - start) * place / total))
+        place += len(word)
+    return out
+
+
+def aligned_ids(row: dict[str, Any], seconds: float, tokenizer: Tokenizer, normaliser: str) -> tuple[list[int], list[float]]:
+    """Ids of a row word by word, and the second at which each word begins; rows without word times share by letters."""
+    given = row.get("words") or spread(row["text"].split(), 0.0, seconds)
+    ends = [start for _, start in given[1:]] + [seconds]
+    words = [pair for (word, start), end in zip(given, ends, strict=True)
+             for pair in spread(normalise(word, normaliser).split(), start, end)]
+    pairs = [(i, start) for word, start in words for i in tokenizer.encode(word)]
+    return [i for i, _ in pairs], [start for _, start in pairs]
+
+
+def frame_starts(times: Sequence[float], frame_rate: float, speed: float, shift: float, frames: int) -> list[int]:
+    """Seconds -> first frame of each token: the first at 0, strictly increasing, the last before `frames`."""
+    if len(times) > frames:
+        raise ValueError(f"{len(times)} text tokens in {frames} frames")
+    starts = [round(t * frame_rate / speed + shift) if i else 0 for i, t in enumerate(times)]
+    for i in range(1, len(starts)):
+        starts[i] = max(starts[i], starts[i - 1] + 1)
+    return [min(s, frames - len(starts) + i) for i, s in enumerate(starts)]

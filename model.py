@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from kernels.rope import rope_tables, rotate
 from loss import Sums, cross_entropy_sums, empty_sums
 from streams import Stream, StreamTable, is_audio
 
@@ -130,33 +131,6 @@ class RMSNorm(nn.Module):
         return (y * weight).to(x.dtype)
 
 
-def rope_tables(c: StackConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of RoPE.   positions (B, S) -> two (B, 1, S, head/2) fp32"""
-    half = torch.arange(0, c.head, 2, dtype=torch.float32, device=positions.device)
-    frequencies = c.rope_theta ** (-half / c.head)
-    if c.rope_scaling:
-        frequencies = llama3_scaling(frequencies, *c.rope_scaling)
-    angles = positions[:, None, :, None].float() * frequencies
-    return angles.cos(), angles.sin()
-
-
-def llama3_scaling(frequencies: Tensor, factor: float, low: float, high: float, original: float) -> Tensor:
-    """Slow the long waves by `factor`, keep the short ones, blend between (Llama 3.1)."""
-    waves = 2 * math.pi / frequencies
-    blend = ((original / waves - low) / (high - low)).clamp(0, 1)
-    return frequencies * (blend + (1 - blend) / factor)
-
-
-def rotate(x: Tensor, tables: tuple[Tensor, Tensor], interleaved: bool) -> Tensor:
-    """Apply RoPE in fp32.   x (B, H, S, head) -> same"""
-    cos, sin = tables
-    if interleaved:
-        a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-        return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
-
-
 # ---- what a stack knows of the columns it reads ----
 
 class Cache:
@@ -223,7 +197,7 @@ def temporal_context(c: ModelConfig, audio: Tensor, positions: Tensor | None, se
         positions = torch.arange(S, device=audio.device).expand(B, S)
     context = Context(audio=audio, cache=cache)
     if stack.rope_theta:
-        context.rope = rope_tables(stack, positions.clamp(min=0))
+        context.rope = rope_tables(stack.head, stack.rope_theta, stack.rope_scaling, positions.clamp(min=0))
     key_audio = audio
     if cache is not None:
         cache.reserve(positions, audio)

@@ -11,7 +11,8 @@ function that built the training grids. Next: checkpoint.py.
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from audio import load_codec
 from audio.wav import WavWriter, save_wav
 from checkpoint import DTYPES, load
 from data import DataConfig, load_tokenizer, prompt_example
+from kernels.sample import pick, shape_logits
 from model import Cache, MultistreamLM
 from options import apply, edge, from_json, help_text, replace_file, split_arguments
 from streams import FEEDS, StreamTable, lay_out
@@ -74,10 +76,10 @@ def draw(logits: Tensor, config: SampleConfig, rows: slice, noise: Callable[...,
     Repetition-aware: an id seen `ras_repeats` times in its row's `history` (B, R, n) is drawn again, without any rule.
     """
     rules = [_per_row(rule, rows, logits) for rule in (config.temperature, config.top_k, config.top_p, config.min_p)]
-    chosen = _pick(shape_logits(logits, *rules), rules[0], noise(rows, logits.shape[-1]))
+    chosen = pick(shape_logits(logits, *rules), rules[0], noise(rows, logits.shape[-1]))
     if history is not None and config.ras_window > 0:
         repeats = (history[..., -config.ras_window :] == chosen[..., None]).sum(-1)
-        again = _pick(logits, torch.ones_like(rules[0]), noise(rows, logits.shape[-1], again=True))
+        again = pick(logits, torch.ones_like(rules[0]), noise(rows, logits.shape[-1], again=True))
         chosen = torch.where(repeats >= config.ras_repeats, again, chosen)
     return chosen
 
@@ -89,25 +91,6 @@ def _per_row(rule: Rule, rows: slice, like: Tensor) -> Tensor:
     if len(values) != count:
         raise ValueError(f"a sampling rule has {len(rule)} values, the model predicts more streams; give one value or one for each")
     return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
-
-
-def shape_logits(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """Apply temperature, top-k, top-p and min-p, in this order; what is dropped becomes -inf.   (B, R, V)"""
-    logits = logits / temperature.clamp(min=1e-5)
-    if not ((top_k > 0) | (top_p < 1) | (min_p > 0)).any():
-        return logits
-    ordered, places = logits.sort(dim=-1, descending=True)
-    rank = torch.arange(logits.shape[-1], device=logits.device)
-    dropped = (top_k > 0) & (rank >= top_k)
-    p = ordered.masked_fill(dropped, -torch.inf).softmax(-1)
-    dropped = dropped | (p.cumsum(-1) - p > top_p) | (p < min_p * p[..., :1])
-    return logits.masked_fill(torch.zeros_like(dropped).scatter(-1, places, dropped), -torch.inf)
-
-
-def _pick(logits: Tensor, temperature: Tensor, noise: Tensor) -> Tensor:
-    """Gumbel-max draw where the temperature is positive, argmax where it is 0."""
-    gumbel = -(-noise.clamp(1e-20, 1 - 1e-7).log()).log()
-    return torch.where(temperature > 0, logits + gumbel, logits).argmax(-1)
 
 
 # ---- the state of a batch of generations ----
@@ -399,19 +382,24 @@ def main() -> None:
         raise ValueError("nothing to say; add --text=\"...\" or --texts=FILE with one text a line")
     if bool(job.ref) != bool(job.ref_text):
         raise ValueError("a reference needs both --ref=voice.wav and --ref_text=\"what it says\"")
+    if job.stream and job.texts:
+        raise ValueError("--stream writes one growing wav; use it with --text, not with --texts")
     model, data = load_for_sampling(job)
-    codec, reference = load_codec(data.codec), (job.ref, job.ref_text) if job.ref else None
-    if not job.texts:
-        say_one(model, codec, data, job, reference)
-        return
-    rows = []
+    codec, reference, rows = load_codec(data.codec), (job.ref, job.ref_text) if job.ref else None, []
     for at in range(0, len(texts), job.batch):
         part = texts[at : at + job.batch]
-        for n, (text, speech) in enumerate(zip(part, speak(model, part, data, job, codec, reference, progress=True), strict=True), at):
-            save_wav(Path(job.out) / f"{n:03d}.wav", speech.wav, codec.sample_rate)
-            rows.append({"text": text, "wav": f"{n:03d}.wav", "seconds": round(speech.frames / codec.frame_rate, 2), "ended": speech.ended})
-    write_jsonl(Path(job.out) / "samples.jsonl", rows)
-    print(f"{job.out}/samples.jsonl: {len(rows)} recordings")
+        with WavWriter(job.out, codec.sample_rate) if job.stream else nullcontext() as writer:
+            spoken = speak(model, part, data, job, codec, reference, writer and writer.append, progress=True)
+        for n, (text, speech) in enumerate(zip(part, spoken, strict=True), at):
+            path = Path(job.out) / f"{n:03d}.wav" if job.texts else Path(job.out)
+            if not job.stream:
+                save_wav(path, speech.wav, codec.sample_rate)
+            rows.append({"text": text, "wav": str(path.resolve()), "seconds": speech.frames / codec.frame_rate, "ended": speech.ended})
+            print(f"{path}: {rows[-1]['seconds']:.1f} s, {'ended by itself' if speech.ended else 'cut at --max_frames'}: {text}")
+    if job.texts:
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        replace_file(Path(job.out) / "samples.jsonl", lambda temporary: Path(temporary).write_text(lines, encoding="utf-8"))
+        print(f"{job.out}/samples.jsonl: {len(rows)} recordings")
 
 
 def read_texts(path: Path) -> list[str]:
@@ -421,21 +409,6 @@ def read_texts(path: Path) -> list[str]:
         return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except UnicodeDecodeError:
         raise ValueError(f"--texts={path} is not UTF-8; save it again as UTF-8") from None
-
-
-def say_one(model: MultistreamLM, codec: object, data: DataConfig, job: Job, reference: tuple[str, str] | None) -> None:
-    if job.stream:
-        with WavWriter(job.out, codec.sample_rate) as writer:
-            speech = speak(model, [job.text], data, job, codec, reference, writer.append, progress=True)[0]
-    else:
-        speech = speak(model, [job.text], data, job, codec, reference, progress=True)[0]
-        save_wav(job.out, speech.wav, codec.sample_rate)
-    print(f"{job.out}: {speech.frames / codec.frame_rate:.1f} s, " + ("ended by itself" if speech.ended else "cut at --max_frames"))
-
-
-def write_jsonl(path: Path, rows: list[dict]) -> None:
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    replace_file(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
 
 if __name__ == "__main__":

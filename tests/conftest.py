@@ -10,19 +10,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")           # for the processes that tests start
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import numpy as np      # noqa: E402  (the number of threads is read on import)
-import pytest           # noqa: E402
-import soundfile        # noqa: E402
-import torch            # noqa: E402
-
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")      # before any import of ours: kernels are compiled when first seen
 torch.set_num_threads(1)
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 WORDS = "one two three four".split()
 CONFIG = '''"""The smallest run: one layer, twelve clips of noise."""

@@ -63,7 +63,8 @@ def example(table: StreamTable, seed: int) -> Example:
     n, T = 1 + seed % 4, 9 + seed % 6
     if table.layout == "text":
         return Example(random_ids(39, (T,), seed) + 1)
-    starts = torch.cat([torch.zeros(1, dtype=torch.long), torch.randperm(T - 1, generator=torch.Generator().manual_seed(seed))[: n - 1] + 1])
+    later = torch.randperm(T - 1, generator=torch.Generator().manual_seed(seed))[: n - 1] + 1
+    starts = torch.cat([torch.zeros(1, dtype=torch.long), later])
     return Example(random_ids(38, (n,), seed + 1) + 1, random_ids(CODES, (len(table.audio), T), seed + 2), starts.sort().values)
 
 

@@ -50,7 +50,7 @@ def scramble(model: nn.Module, seed: int, gain: float = 1.2) -> nn.Module:
         if "norm" in name or name.endswith("alpha"):
             p.copy_(1 + 0.3 * noise)
         else:
-            p.copy_(noise * (0.3 if name.endswith("bias") else 0.6 if "emb" in name else gain * p.shape[-1] ** -0.5))
+            p.copy_(noise * (0.3 if name.endswith("bias") else 0.3 if "emb" in name else gain * p.shape[-1] ** -0.5))
     return model.eval()
 
 
@@ -137,9 +137,10 @@ def higgs() -> None:
         audio_stream_bos_id=12, audio_stream_eos_id=13, pad_token_id=0, bos_token_id=1, eos_token_id=2, attn_implementation="eager",
         rope_parameters={"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                          "original_max_position_embeddings": 32})
-    model = scramble(HiggsAudioV2ForConditionalGeneration(config, use_text_head=True), 11)
+    model = scramble(HiggsAudioV2ForConditionalGeneration(config, use_text_head=True), 3)
     with torch.no_grad():
-        model.audio_lm_head.weight.view(K, C, -1)[0, 13] *= 1.3        # the end is in reach, not at hand
+        ends = model.audio_lm_head.weight.view(K, C, -1)[:, 13]         # the first codebook ends the clip, in a while
+        ends *= torch.tensor([1.2, 0.3, 0.3, 0.3, 0.3])[:, None]
     lengths, L = (11, 9), 11
     ids, mask = torch.zeros(2, 26, dtype=torch.long), torch.zeros(2, 26, dtype=torch.long)
     audio, audio_mask = torch.full((2, L, K), 13), torch.zeros(2, L, dtype=torch.bool)
@@ -179,8 +180,9 @@ def boson(name: str, kind: str, layers: list[int]) -> None:
     with torch.no_grad():
         out = model(input_ids=ids, attention_mask=torch.ones_like(ids), audio_in_ids=reference, audio_in_ids_start=torch.tensor([0]),
                     audio_out_ids=answer, audio_out_ids_start=torch.tensor([0]), label_ids=ids)
+    length = ids.shape[1] - 2 + reference.shape[1] + answer.shape[1]                        # behind it the batch is padded to a multiple of 8
     about = json.loads(config.to_json_string(use_diff=False)) | {"text_config": text, "architectures": ["HiggsAudioModel"]}
-    write(name, model, about, "torch transformers boson-multimodal", ids=ids, audio_in=reference, audio_out=answer, text_logits=out.logits,
+    write(name, model, about, "torch transformers boson-multimodal", ids=ids, audio_in=reference, audio_out=answer, text_logits=out.logits[:, :length],
           audio_logits=out.audio_logits.view(-1, K, 18))
 
 

@@ -1,0 +1,28 @@
+"""Drawing tokens: temperature, top-k, top-p, min-p, then a Gumbel-max draw.
+
+    argmax_v  l_v / T - log(-log u_v)      with l_v = -inf for what the rules drop, u_v uniform; T = 0 is plain argmax
+
+Every row of logits has rules of its own. The uniform numbers come from outside, so a draw repeats exactly.
+"""
+
+import torch
+from torch import Tensor
+
+
+def shape_logits(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """Apply the rules, in this order; what is dropped becomes -inf.   (B, R, V), rules (R, 1) -> (B, R, V)"""
+    logits = logits / temperature.clamp(min=1e-5)
+    if not ((top_k > 0) | (top_p < 1) | (min_p > 0)).any():
+        return logits
+    ordered, places = logits.sort(dim=-1, descending=True)
+    rank = torch.arange(logits.shape[-1], device=logits.device)
+    dropped = (top_k > 0) & (rank >= top_k)
+    p = ordered.masked_fill(dropped, -torch.inf).softmax(-1)
+    dropped = dropped | (p.cumsum(-1) - p > top_p) | (p < min_p * p[..., :1])
+    return logits.masked_fill(torch.zeros_like(dropped).scatter(-1, places, dropped), -torch.inf)
+
+
+def pick(logits: Tensor, temperature: Tensor, noise: Tensor) -> Tensor:
+    """Gumbel-max draw where the temperature is positive, argmax where it is 0.   (B, R, V) -> (B, R)"""
+    gumbel = -(-noise.clamp(1e-20, 1 - 1e-7).log()).log()
+    return torch.where(temperature > 0, logits + gumbel, logits).argmax(-1)

@@ -209,7 +209,8 @@ def recognise(folder: Path) -> official.Layout | None:
 def build_official(layout: official.Layout, folder: Path, config: ModelConfig | None = None, dtype: torch.dtype | None = None,
                    file: Path | None = None) -> MultistreamLM:
     """Make the model of an official config.json and fill it from its weights, one file or sharded."""
-    about, tensors = read_json(folder / "config.json"), read_official(folder, file)
+    about = read_json(folder / "config.json")
+    tensors = read_official(folder, file if file is not None and file.is_file() else folder / about.get("moshi_name", "model.safetensors"))
     if (folder / "generation_config.json").is_file():             # it knows all ids that end a text, config.json often one
         about |= {k: v for k, v in read_json(folder / "generation_config.json").items() if k == "eos_token_id" and v is not None}
     stored = official.read_config(layout, about, tensors, str(folder))
@@ -231,18 +232,17 @@ def tie(model: MultistreamLM) -> None:
         model.text_head.weight = model.embed["text"].weight
 
 
-def read_official(folder: Path, file: Path | None = None) -> dict[str, Tensor]:
-    """Read all tensors of an official folder: `file` of it, the shards of its index, or its only weights."""
+def read_official(folder: Path, file: Path) -> dict[str, Tensor]:
+    """Read all tensors of an official folder: the shards of its index, `file`, or its only weights."""
     indexes = sorted(folder.glob("*.safetensors.index.json"))
-    if file is not None and file.is_file() and file.suffix == ".safetensors":
+    found = sorted(path.name for path in folder.glob("*.safetensors"))
+    if file.name in found:
         names = [file.name]
     elif indexes:
-        shards = read_json(indexes[0])["weight_map"]
-        names = sorted(set(shards.values()))
+        names = sorted(set(read_json(indexes[0])["weight_map"].values()))
     else:
-        found = sorted(path.name for path in folder.glob("*.safetensors"))
-        names = ["model.safetensors"] if "model.safetensors" in found else found
-        if len(names) > 1:
+        names = found
+        if len(names) != 1:
             raise ValueError(f"{folder} holds {len(names)} weight files {names[:3]} and no index; give the one to read")
     if any(Path(name).name != name for name in names):
         raise ValueError(f"{indexes[0]} names files outside its folder; fetch it again")
@@ -454,12 +454,15 @@ def export(model_or_dir: MultistreamLM | str | Path, dir: str | Path, to: str = 
     model = model_or_dir if isinstance(model_or_dir, nn.Module) else load(model_or_dir)
     if to in ("peft", "moshi-lora"):
         return export_adapter(model, Path(dir), to)
+    if model.config.tied and any(path == "text_head" for path, *_ in lora.adapters(model)):
+        raise ValueError("an adapter on a tied text head cannot be merged: it would change the embedding too; export --to=peft")
     merged = load_copy(model)
     lora.strip(merged)
     merged.lora = None
-    merged.to(next(model.parameters()).dtype)
+    dtype = next(model.parameters()).dtype
+    merged.to(dtype)
     if to != FORMAT:
-        about, tensors = official.export_model(merged.config, weights(merged), to, str(next(model.parameters()).dtype).removeprefix("torch."))
+        about, tensors = official.export_model(merged.config, weights(merged), to, str(dtype).removeprefix("torch."))
         write_tensors(Path(dir) / "model.safetensors", tensors)
         write_json(Path(dir) / "config.json", about)
         return Path(dir)
@@ -492,8 +495,8 @@ def load_copy(model: MultistreamLM) -> MultistreamLM:
     return copy
 
 
-USAGE = """python checkpoint.py import OFFICIAL --out=DIR                   read an official folder, file or hub id, write a checkpoint of ours
-                                                                 reads: Qwen2, Qwen3, Higgs Audio v2 (both layouts), Moshi, MOSS-Speech
+USAGE = """python checkpoint.py import OFFICIAL --out=DIR                   read an official folder, file or hub id and write ours; knows
+                                                                 Qwen2, Qwen3, Higgs Audio v2 (both layouts), Moshi, MOSS-Speech
 python checkpoint.py export CKPT --to=LAYOUT --out=DIR           multistream, hf, boson, moshi (adapters merged in fp32), peft, moshi-lora
 python checkpoint.py merge CKPT --out=DIR                        export --to=multistream
 python checkpoint.py show CKPT                                   what a checkpoint holds"""

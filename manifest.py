@@ -40,6 +40,7 @@ ALLOW = "or allow it: check --allow-outside, --data.allow_outside=True"
 COLUMNS = {"audio": ("file_name", "audio", "path", "wav", "filename"),
            "text": ("text", "transcription", "sentence", "transcript", "normalized_text"),
            "speaker": ("speaker", "speaker_id", "source", "client_id")}
+OURS = {"file": "", "mark": "", "key": "", "shard": ""}     # what cache.py fills in: nothing that a manifest could say
 Row = dict[str, Any]
 Fault = tuple[str, str, str]    # "reject" | "doubt" (check leaves it out, prepare keeps it) | "warn", reason, fix
 
@@ -309,7 +310,7 @@ def accept(m: Manifest, where: str, row: Row) -> None:
             return m.reject(where, "inline audio", "write raw_audio to a file and name it in audio_url")
         if reason := outside(m.root, name, m.allow_outside):
             return m.reject(where, reason, f"move {name} into {m.root}, {ALLOW}")
-        part["file"] = str(m.root / name) if name else ""
+        part |= OURS | {"file": str(m.root / name) if name else ""}
     start = f"@{row['offset']}" if row.get("offset") else ""
     row["id"] = str(row.get("id") or (os.path.splitext(str(row["audio"]))[0] + start if row.get("audio") else where))
     row["speaker"] = str(row.get("speaker") or "")
@@ -357,7 +358,7 @@ def add_virtual(m: Manifest, where: str, row: Row) -> None:
             continue
         m.clips |= {p: clips[p] for p in new["parts"] if p not in m.clips}
         text = str(new.get("text") or " ".join(clips[p]["text"] for p in new["parts"]))
-        m.clips[name] = new | {"id": name, "text": text, "file": "", "speaker": clips[new["parts"][0]]["speaker"]}
+        m.clips[name] = new | OURS | {"id": name, "text": text, "speaker": clips[new["parts"][0]]["speaker"]}
         m.rows.append(m.clips[name])
     return None
 
@@ -408,6 +409,15 @@ def read_clip(row: Row, limits: tuple[float, float] = (0.0, 4 * 3600)) -> tuple[
         raise ValueError(reason, f"{found.replace(str(row['file']), 'it')}: {fix}") from None
     begin = round(row.get("offset", 0.0) * rate)
     return wav[:, begin : begin + round(row["duration"] * rate) if piece else None], rate
+
+
+def usable_clip(row: Row, limits: tuple[float, float]) -> tuple[Tensor, int]:
+    """`read_clip`, and ValueError(reason, fix) for a fault that rules the clip out."""
+    wav, rate = read_clip(row, limits)
+    for kind, reason, fix in faults(wav, rate, row["text"], limits):
+        if kind == "reject":
+            raise ValueError(reason, fix)
+    return wav, rate
 
 
 def faults(wav: Tensor, rate: int, text: str, limits: tuple[float, float]) -> Iterator[Fault]:
@@ -513,7 +523,7 @@ def write_lists(m: Manifest, kept: list[Row], folder: Path) -> None:
 
 def moved(row: Row, folder: Path) -> Row:
     """A row whose audio paths are relative to `folder`."""
-    new = {k: v for k, v in row.items() if k != "file"}
+    new = {k: v for k, v in row.items() if k not in OURS}
     if row["file"]:
         new["audio"] = os.path.relpath(row["file"], folder)
     if row.get("reference"):

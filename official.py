@@ -242,10 +242,10 @@ def write_qwen(c: ModelConfig, dtype: str) -> About:
 def higgs_table(about: About, vocab: int, count: int, size: int, start: int, stop: tuple[int, ...], head: bool) -> StreamTable:
     """One text row and `count` codebooks, each one column behind the one before; without a text head the text is only read."""
     known = HIGGS_V2_3B.table
-    end = about.get("audio_eos_token_id", known.audio_end)
+    end = about.get("audio_eos_token_id", known.audio_end if known.audio_end < vocab else None)      # transformers has no field for it
     rows = codebooks(count, size, size, about["audio_stream_bos_id"], about["audio_stream_eos_id"], range(count))
     return replace(known, streams=(Stream("text", "text", vocab, vocab if head else 0), *rows), audio_start=start,
-                   audio_end=end if end < vocab else -1, stop=stop)
+                   audio_end=-1 if end is None else end, stop=stop)
 
 
 def read_higgs(about: About, tensors: Tensors) -> ModelConfig:
@@ -268,7 +268,7 @@ def write_higgs(c: ModelConfig, dtype: str) -> About:
     return {"architectures": ["HiggsAudioV2ForConditionalGeneration"], "model_type": "higgs_audio_v2", **rope,
             "rope_parameters": parameters, "num_codebooks": len(c.table.audio), "codebook_size": first.vocab,
             "audio_stream_bos_id": first.start, "audio_stream_eos_id": first.end,
-            "audio_bos_token_id": c.table.audio_start, "audio_eos_token_id": c.table.audio_end if c.table.audio_end >= 0 else vocab,
+            "audio_bos_token_id": c.table.audio_start, "audio_eos_token_id": c.table.audio_end if c.table.audio_end >= 0 else None,
             "audio_token_id": placeholder(128016, vocab, 1), "audio_delay_token_id": placeholder(128014, vocab, 2), "mlp_bias": False,
             "eos_token_id": list(c.table.stop) or None, "bos_token_id": 1, "pad_token_id": placeholder(128001, vocab, 3),
             "max_position_embeddings": 131072}
@@ -296,7 +296,7 @@ def write_boson(c: ModelConfig, dtype: str) -> About:
             "audio_ffn_hidden_size": c.temporal.dim, "audio_ffn_intermediate_size": c.temporal.ffn, "audio_embed_avg": False,
             "audio_stream_bos_id": first.start, "audio_stream_eos_id": first.end, "audio_decoder_proj_num_layers": 0,
             "audio_in_token_idx": placeholder(128015, vocab, 1), "audio_out_token_idx": placeholder(128016, vocab, 2),
-            "audio_out_bos_token_id": c.table.audio_start, "audio_eos_token_id": c.table.audio_end if c.table.audio_end >= 0 else vocab,
+            "audio_out_bos_token_id": c.table.audio_start, "audio_eos_token_id": c.table.audio_end if c.table.audio_end >= 0 else None,
             "pad_token_id": placeholder(128001, vocab, 3), "use_delay_pattern": True, "skip_audio_tower": True,
             "encode_whisper_embed": False, "encode_audio_in_tokens": True,
             "use_audio_out_embed_projector": False, "use_rq_transformer": False,
@@ -381,8 +381,8 @@ def write_moshi(c: ModelConfig, dtype: str) -> About:
     scale = next(x for x in (outer / s.dim, (outer + 0.5) / s.dim) if int(x * s.dim) == outer)
     about = {
         "dim": s.dim, "num_layers": s.layers, "num_heads": s.heads, "hidden_scale": scale, "gating": "silu", "causal": True,
-        "norm": next((n for n, eps in NORMS.items() if eps == s.norm_eps), "rms_norm_f32"), "layer_scale": None, "context": s.window or None,
-        "positional_embedding": "rope" if s.rope_theta else "none", "max_period": s.rope_theta or 10000.0,
+        "norm": next((n for n, eps in NORMS.items() if eps == s.norm_eps), "rms_norm_f32"), "layer_scale": None,
+        "context": s.window or None, "positional_embedding": "rope" if s.rope_theta else "none", "max_period": s.rope_theta or 10000.0,
         "n_q": len(c.table.audio), "dep_q": len(c.table.audio_out), "card": streams[-1].vocab - 1, "text_card": streams[0].classes,
         "existing_text_padding_id": 3, "delays": [x.delay for x in streams], "model_type": "moshi", "lora": False}
     if d is not None:
@@ -478,42 +478,43 @@ PREFIX = "base_model.model."
 
 
 def theirs_of(model: MultistreamLM, layout: Layout) -> dict[str, list[str]]:
-    """Official names of every parameter, adapters aside."""
-    config = model.config
-    names = {n: p for n, p in model.named_parameters() if "lora_" not in n}
-    return {n: pieces(n, p.shape, config, layout.rules) for n, p in names.items()}
+    """Official names of every parameter, adapters aside; a tied head has its own."""
+    shapes = {n: p.shape for n, p in model.named_parameters(remove_duplicate=False) if "lora_" not in n}
+    return {n: pieces(n, shape, model.config, layout.rules) for n, shape in shapes.items()}
 
 
 def module(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def adapter_tensors(model: MultistreamLM, layout: Layout) -> Tensors:
-    """Adapters and fully trained parameters under official names, without a prefix."""
-    names, result = theirs_of(model, layout), {}
-    for name, tensor in lora.state(model, model.lora).items():
-        path, _, part = name.partition(".adapter.")
-        theirs = [f"{module(n)}.{PARTS[part]}" for n in names[f"{path}.weight"]] if part else names[name]
-        parts = list(tensor) if part and len(theirs) > 1 or tensor.dim() == 3 else cut(tensor, theirs)
-        result |= dict(zip(theirs, parts, strict=True))
-    return result
+def peft_layout(config: ModelConfig) -> Layout:
+    """The layout whose names a PEFT adapter uses: that of transformers, or of the first Higgs release where only it has the model."""
+    head = {"text_lm_head.weight": torch.empty(0)} if config.table.text_out else {}
+    for layout in LAYOUTS.values():
+        if layout.fits(config) and layout.to != "moshi" and not lost(config, layout.read(layout.write(config, "float32"), head)):
+            return layout
+    raise ValueError("--to=peft is for Qwen, Higgs and MOSS-Speech models; this one is of another family")
 
 
 def export_peft(model: MultistreamLM, base: str) -> tuple[About, Tensors]:
-    """adapter_config.json and tensors of a PEFT adapter with the official transformers names."""
-    layout, config = choose(model.config, "hf"), model.lora
-    names = theirs_of(model, layout)
-    official = {path: module(names[f"{path}.weight"][0]) for path in lora.linears(model)}
+    """adapter_config.json and tensors of a PEFT adapter with official names."""
+    layout, config = peft_layout(model.config), model.lora
+    names = {n: theirs for n, (theirs,) in theirs_of(model, layout).items()}
+    official = {path: module(names[f"{path}.weight"]) for path in lora.linears(model)}
     found = {official[path]: adapter for path, _, adapter in lora.adapters(model)}
-    saved = sorted({module(names[n][0]) for n in lora.trained_parameters(model, config)})
-    tensors = {PREFIX + n: t for n, t in adapter_tensors(model, layout).items()}
-    tensors |= {PREFIX + names[n][0]: p.detach() for n, p in model.named_parameters() if "lora_" not in n and module(names[n][0]) in saved}
+    saved = sorted({module(names[n]) for n in lora.trained_parameters(model, config)})
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        path, _, part = name.partition(".adapter.")
+        if part or module(names[name]) in saved:
+            tensors[PREFIX + (f"{official[path]}.{PARTS[part]}" if part else names[name])] = parameter.detach()
     about = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "revision": None, "inference_mode": True,
-        "bias": "none", "r": config.rank, "lora_alpha": config.alpha, "lora_dropout": config.dropout,
-        "use_rslora": config.rslora, "use_dora": config.dora,
-        "target_modules": suffixes(set(found), set(official.values())), "modules_to_save": saved or None, "fan_in_fan_out": False,
-        "rank_pattern": {n: a.rank for n, a in found.items() if a.rank != config.rank}, "init_lora_weights": True,
+        "peft_type": "LORA", "task_type": "CAUSAL_LM" if layout.to == "hf" and layout.name != "moss" else None,
+        "base_model_name_or_path": base, "revision": None, "inference_mode": True, "bias": "none", "fan_in_fan_out": False,
+        "init_lora_weights": True, "r": config.rank, "lora_alpha": config.alpha, "lora_dropout": config.dropout,
+        "use_rslora": config.rslora, "use_dora": config.dora, "modules_to_save": saved or None,
+        "target_modules": suffixes(set(found), set(official.values())),
+        "rank_pattern": {n: a.rank for n, a in found.items() if a.rank != config.rank},
         "alpha_pattern": {n: a.alpha for n, a in found.items() if a.alpha != config.alpha}}
     return about, tensors
 

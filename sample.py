@@ -8,6 +8,7 @@ codebook of a frame exists. Writing a file, streaming and live chat all consume 
 function that built the training grids. Next: checkpoint.py.
 """
 
+import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -65,7 +66,8 @@ class Noise:
 
     def __call__(self, rows: slice, V: int, again: bool = False) -> Tensor:
         """For the streams of a slice   -> (B, R, V)"""
-        seeds = [hash((self.seed + b, self.column, rows.start, again)) & (2**63 - 1) for b in range(self.items)]
+        words = [f"{self.seed + b} {self.column} {rows.start} {again}".encode() for b in range(self.items)]
+        seeds = [int.from_bytes(hashlib.blake2b(word, digest_size=7).digest(), "big") for word in words]
         count = rows.stop - rows.start
         return torch.stack([torch.rand(count, V, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(self.device)
 
@@ -110,7 +112,7 @@ class DecodeState:
 NEVER = 1 << 40
 
 
-def start_state(prompt: Tensor, table: StreamTable) -> DecodeState:
+def start_state(prompt: Tensor, table: StreamTable, remember: int) -> DecodeState:
     """Read off the prompt (B, K, S) what comes next: text, the first audio column, or more of a segment."""
     B, _, S = prompt.shape
     audio = (prompt[:, table.audio] >= 0).any(1) if table.audio else torch.zeros(B, S, dtype=torch.bool, device=prompt.device)
@@ -121,8 +123,7 @@ def start_state(prompt: Tensor, table: StreamTable) -> DecodeState:
     state = DecodeState((run > 0) | begins | table.aligned, count, torch.full_like(run, NEVER), torch.zeros_like(begins),
                         torch.full_like(run, -1))
     if table.audio_out:
-        lag = max(table.delays)
-        state.recent = [prompt[:, :, -1 - n] for n in range(min(S, lag + 1))]
+        state.recent = [prompt[:, :, -1 - n] for n in range(min(S, remember))]
         for b in range(B):                       # a prompt that ends inside a closing segment goes on closing
             for n in reversed(range(int(run[b]))):
                 settle(state, prompt[:, :, S - 1 - n], count - 1 - n, table, torch.arange(B, device=run.device) == b)
@@ -185,21 +186,23 @@ def generate(model: MultistreamLM, prompt: Tensor, config: SampleConfig | None =
         raise ValueError(f"the prompt has {K} rows, the model's table {len(table)}: {[s.name for s in table.streams]}")
     padding = (prompt < 0).all(1).cumprod(1).sum(1)                           # columns of -1 on the left
     position = S - padding
-    state, cache = start_state(prompt, table), model.cache(B, S + config.max_frames)
-    h = prefill(model, prompt, padding, cache)
-    for n in range(config.max_frames):
-        column = next_column(model, h, state, config, Noise(config.seed, B, n, prompt.device), feed)
-        frame, real = undelayed(state, table)
-        ended = state.done.clone()
-        finish(state, column, table)
-        frame[ended] = -1
-        if not table.aligned or real.any():
-            yield frame
-        if state.done.all():
-            break
-        h = model.hidden(column[..., None], position[:, None], cache=cache)
-        position = position + 1
-    model.train(training)
+    remember = max(max(table.delays) + 1, config.ras_window)                  # columns that un-delaying and repetition look at
+    state, cache = start_state(prompt, table, remember), model.cache(B, S + config.max_frames)
+    try:
+        h = prefill(model, prompt, padding, cache)
+        for n in range(config.max_frames):
+            column = next_column(model, h, state, config, Noise(config.seed, B, n, prompt.device), feed)
+            state.recent = [column, *state.recent][:remember]
+            frame, real = undelayed(state, table)
+            frame[state.done] = -1
+            finish(state, column, table)
+            if not table.aligned or real.any():
+                yield frame
+            if state.done.all():
+                break
+            h = model.hidden(column[..., None], position[:, None] + n, cache=cache)
+    finally:                                                                  # also when the caller stops listening
+        model.train(training)
 
 
 def prefill(model: MultistreamLM, prompt: Tensor, padding: Tensor, cache: Cache, chunk: int = 256) -> tuple[Tensor, Tensor]:
@@ -213,7 +216,7 @@ def prefill(model: MultistreamLM, prompt: Tensor, padding: Tensor, cache: Cache,
 
 def next_column(model: MultistreamLM, h: tuple[Tensor, Tensor], state: DecodeState, config: SampleConfig, noise: Noise,
                 feed: Feed | None) -> Tensor:
-    """Sample the next column (B, K) and remember it."""
+    """Sample the next column (B, K): the text row, what `feed` fills, then the audio rows."""
     table, B = model.table, len(state.count)
     h_text, h_audio = (x[:, -1] for x in h)                                   # (B, 1, D) -> (B, D)
     column = torch.full((B, len(table)), -1, device=h_text.device)
@@ -227,7 +230,6 @@ def next_column(model: MultistreamLM, h: tuple[Tensor, Tensor], state: DecodeSta
     if bool(state.speaking.any()):
         allowed = feed.may_end() if hasattr(feed, "may_end") else torch.ones(B, dtype=torch.bool)
         sample_audio(model, h_audio, column, state, config, noise, allowed.to(column.device))
-    state.recent = [column, *state.recent][: max(max(table.delays) + 1, config.ras_window)]
     return column
 
 
@@ -288,8 +290,9 @@ class Speech:
 
 
 def speak(model: MultistreamLM, texts: Sequence[str], data: DataConfig, config: SampleConfig, codec: object | None = None,
-          reference: tuple[str, str] | None = None, on_audio: Callable[[Tensor], None] | None = None, progress: bool = False) -> list[Speech]:
-    """Speak texts as one batch. `reference` is (wav file, its transcript); `on_audio` gets (1, n) samples as they come, for one text."""
+          reference: tuple[str, str] | None = None, on_audio: Callable[[Tensor], None] | None = None,
+          progress: bool = False) -> list[Speech]:
+    """Speak texts as one batch. `reference` is (wav file, its transcript); `on_audio` gets the first one's (1, n) samples early."""
     codec, tokenizer, table = codec or load_codec(data.codec), load_tokenizer(data.tokenizer), model.table
     examples = [prompt_example(text, data, tokenizer, codec, reference, table.aligned) for text in texts]
     prompt = pad_left([lay_out(example, table)[0] for example in examples])
@@ -384,6 +387,11 @@ def main() -> None:
         raise ValueError("a reference needs both --ref=voice.wav and --ref_text=\"what it says\"")
     if job.stream and job.texts:
         raise ValueError("--stream writes one growing wav; use it with --text, not with --texts")
+    say(job, texts)
+
+
+def say(job: Job, texts: list[str]) -> None:
+    """Speak texts, a batch at a time, into job.out: one wav, or with --texts a folder of them and samples.jsonl."""
     model, data = load_for_sampling(job)
     codec, reference, rows = load_codec(data.codec), (job.ref, job.ref_text) if job.ref else None, []
     for at in range(0, len(texts), job.batch):

@@ -25,7 +25,7 @@ from torch import Tensor
 class Stream:
     """One row of the grid. Ids 0..vocab-1 may stand in it; ids 0..classes-1 are predicted (0 = the row is only read)."""
 
-    name: str
+    name: str            # what messages and metrics call it
     kind: str            # "text" or "audio"
     vocab: int           # rows of its embedding
     classes: int = 0     # rows of its head
@@ -38,7 +38,7 @@ class Stream:
 class StreamTable:
     """The rows of a family's grid and the text ids that steer it."""
 
-    streams: tuple[Stream, ...]
+    streams: tuple[Stream, ...]  # text rows, then the agent's codebooks, then the user's
     layout: str                  # a name in LAYOUTS
     aligned: bool = False        # text and audio share columns; otherwise they take turns
     audio_start: int = -1        # sequential: the text id after which audio columns begin

@@ -215,7 +215,7 @@ def alarm(numbers: dict[str, float]) -> None:
     for name, rows in (("text_loss", table.text_out), ("audio_loss", table.audio_out)):
         guess = math.log(table.streams[rows[0]].classes) if rows else math.inf
         if numbers.get(name, 0.0) > 0.9 * guess:
-            say(f"warning: {config.init} starts with {name} {numbers[name]:.2f}, a guess has {guess:.2f}; check codec, tokenizer and layout")
+            say(f"warning: {config.init} starts with {name} {numbers[name]:.2f}, a guess has {guess:.2f}; check codec and tokenizer")
 
 
 def over() -> bool:
@@ -284,7 +284,7 @@ while True:
         run.skips += 1
         say(f"step {run.step}: gradient is {norm}, step skipped; it read {[n for b in step_batches for row in b.names for n in row]}")
         if run.skips >= config.max_skips:
-            raise ValueError(f"{run.skips} steps in a row had a non-finite gradient; lower --lr, use --dtype=fp32, or mend the rows named above")
+            raise ValueError(f"{run.skips} steps in a row had a non-finite gradient; lower --lr, use fp32, or mend the rows above")
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
 

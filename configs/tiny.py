@@ -28,5 +28,6 @@ config = TrainConfig(
     steps=700, batch_size=4, lr=1.5e-3, schedule="linear", warmup=20, warmup_offset=1, weight_decay=0.02, dtype="auto",
     eval_every=350, eval_batches=8, save_every=350, prompts=("four nine two seven", "one zero three", "thank you"))
 
-smoke = replace(config, model=replace(config.model, temporal=StackConfig(dim=48, layers=2, heads=2, ffn=96, gated=False, activation="gelu")),
-                out="out/smoke_tiny", steps=20, batch_size=2, eval_every=10, save_every=10, eval_batches=2, prompts=("one two",))
+smoke = replace(config, out="out/smoke_tiny",
+                model=replace(config.model, temporal=StackConfig(dim=48, layers=2, heads=2, ffn=96, gated=False, activation="gelu")),
+                steps=20, batch_size=2, eval_every=10, save_every=10, eval_batches=2, prompts=("one two",))

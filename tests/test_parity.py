@@ -135,7 +135,11 @@ def test_higgs_equals_transformers(tmp_path):
 
 
 def test_higgs_greedy_frames_equal_transformers_through_the_end(tmp_path):
-    """Both items end, at different times; what is compared is every whole frame and how many there are."""
+    """Both items end, at different times: as many frames, and every code drawn before the two ways of closing part.
+
+    When codebook 0 draws EOS in column c, theirs forces codebook k from column c + k + 1 on, ours from c + k, where
+    training had it. A trained model draws that one EOS itself; a random one does not, so codes behind c + 1 may differ.
+    """
     case = Golden("higgs")
     model, columns = load(case.write(tmp_path)), case["columns"].transpose(1, 2)                         # -> (B, Q, S)
     frames = torch.stack(list(generate(model, higgs_grid(case), SampleConfig(temperature=0, max_frames=columns.shape[2] + 8))), -1)
@@ -143,7 +147,9 @@ def test_higgs_greedy_frames_equal_transformers_through_the_end(tmp_path):
         end = int((theirs[0] == case.config["audio_stream_eos_id"]).nonzero()[0])                         # column of the first EOS
         wanted = undelay(theirs, range(len(theirs)))[:, : end - 1]
         ours = frames[b, 1:][:, (frames[b, 1:] >= 0).all(0)]
-        assert end > 5 and torch.equal(ours, wanted)
+        assert end > 5 and ours.shape == wanted.shape
+        drawn = torch.arange(end - 1) + 1 + torch.arange(len(theirs))[:, None] <= end + 1                 # by column
+        assert torch.equal(ours[drawn], wanted[drawn])
 
 
 @pytest.mark.parametrize("name", ["boson_list", "boson_forward"])

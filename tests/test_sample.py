@@ -4,8 +4,8 @@ import pytest
 import torch
 from tables import CONFIGS, END, START, aligned_table, clone_table, example, grid, sequential_example
 
-from model import ModelConfig, MultistreamLM, StackConfig
 from kernels.sample import shape_logits
+from model import ModelConfig, MultistreamLM, StackConfig
 from sample import SampleConfig, draw, generate, pad_left
 from streams import Example, StreamTable, WordFeed, lay_out, undelay
 

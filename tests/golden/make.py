@@ -180,9 +180,9 @@ def boson(name: str, kind: str, layers: list[int]) -> None:
     with torch.no_grad():
         out = model(input_ids=ids, attention_mask=torch.ones_like(ids), audio_in_ids=reference, audio_in_ids_start=torch.tensor([0]),
                     audio_out_ids=answer, audio_out_ids_start=torch.tensor([0]), label_ids=ids)
-    length = ids.shape[1] - 2 + reference.shape[1] + answer.shape[1]                        # behind it the batch is padded to a multiple of 8
+    length = ids.shape[1] - 2 + reference.shape[1] + answer.shape[1]          # the model pads to a multiple of 8, on the left
     about = json.loads(config.to_json_string(use_diff=False)) | {"text_config": text, "architectures": ["HiggsAudioModel"]}
-    write(name, model, about, "torch transformers boson-multimodal", ids=ids, audio_in=reference, audio_out=answer, text_logits=out.logits[:, :length],
+    write(name, model, about, "torch transformers boson-multimodal", ids=ids, audio_in=reference, audio_out=answer, text_logits=out.logits[:, -length:],
           audio_logits=out.audio_logits.view(-1, K, 18))
 
 
@@ -208,7 +208,7 @@ def moshi_case(name: str, kwargs: dict) -> None:
     """Teacher-forced logits over a window shorter than the sequence, and greedy frames of the streaming generator."""
     from moshi.models import LMGen
     from moshi.models.lm import LMModel
-    model = scramble(LMModel(device="cpu", dtype=torch.float32, **kwargs), 21)
+    model = scramble(LMModel(device="cpu", dtype=torch.float32, **kwargs), 21, gain=1.0)
     K, users = kwargs["n_q"] + 1, kwargs["n_q"] - kwargs["dep_q"]
     codes = draw(kwargs["card"], 2, K, 13, seed=7)
     codes[:, 0] = draw(kwargs["text_card"], 2, 13, seed=8)

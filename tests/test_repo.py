@@ -1,0 +1,227 @@
+"""The repository keeps its promises: imports run downwards, files stay small, nothing is pickled, the README tells the truth."""
+
+import ast
+import importlib
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, call
+
+from config import LoraConfig, TrainConfig
+from model import MultistreamLM
+from options import apply, flatten, load_config, run_config, split_arguments
+from sample import Job
+
+FLOORS = {"options": 0, "streams": 0, "lora": 0, "audio": 0, "kernels": 0, "text": 1, "manifest": 1, "loss": 1, "cache": 2, "model": 2,
+          "data": 3, "official": 3, "config": 4, "checkpoint": 4, "sample": 5, "train": 6}
+BESIDE = {"evaluate": {"audio", "options"}}                     # files that stand on a floor of their own: what they may import
+CORE = ("config", "streams", "model", "lora", "data", "loss", "train", "sample")
+PRODUCT = sorted(path for folder in (".", "audio", "kernels", "configs", "assets") for path in (ROOT / folder).glob("*.py"))
+CONFIGS = sorted(ROOT.glob("configs/*.py"))
+README = ROOT / "README.md"
+
+
+def short(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def lines(path: Path) -> int:
+    return path.read_text(encoding="utf-8").count("\n")
+
+
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imports(path: Path) -> set[str]:
+    """The first parts of all modules that a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{short(path)} imports relatively; write the whole name"
+            found.add(node.module.split(".")[0])
+    return found
+
+
+# ---- structure ----
+
+def test_every_file_at_the_top_has_a_floor():
+    assert {path.stem for path in ROOT.glob("*.py")} <= FLOORS.keys() | BESIDE.keys()
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")), ids=short)
+def test_imports_run_downwards(path):
+    ours = imports(path) & (FLOORS.keys() | BESIDE.keys())
+    if path.stem in BESIDE:
+        assert ours <= BESIDE[path.stem]
+    else:
+        assert all(FLOORS.get(name, 99) < FLOORS[path.stem] for name in ours), f"{path.stem} imports {sorted(ours)}"
+
+
+@pytest.mark.parametrize("folder", ["audio", "kernels"])
+def test_packages_are_leaves_and_have_no_cycle(folder):
+    known = FLOORS.keys() | BESIDE.keys()
+    needs = {}
+    for path in (ROOT / folder).glob("*.py"):
+        assert imports(path) & known <= {folder}, f"{short(path)} imports {imports(path) & known}"
+        names = [node.module for node in ast.walk(tree(path)) if isinstance(node, ast.ImportFrom) and node.module.startswith(f"{folder}.")]
+        needs[path.stem] = {name.split(".")[1] for name in names}
+    while needs:
+        free = {name for name, wanted in needs.items() if not wanted & needs.keys()}
+        assert free, f"{folder}: a cycle among {sorted(needs)}"
+        needs = {name: wanted for name, wanted in needs.items() if name not in free}
+
+
+def test_nobody_imports_train():
+    assert [short(path) for path in [*PRODUCT, *ROOT.glob("tests/*.py")] if "train" in imports(path)] == []
+
+
+def test_the_core_path_fits_in_2300_lines_and_train_in_320():
+    counts = {name: lines(ROOT / f"{name}.py") for name in CORE}
+    assert sum(counts.values()) <= 2300, counts
+    assert counts["train"] <= 320
+
+
+# ---- what product code does not do ----
+
+@pytest.mark.parametrize("path", PRODUCT, ids=short)
+def test_nothing_is_pickled_evaluated_or_swallowed(path):
+    assert not imports(path) & {"pickle", "dill", "joblib", "shelve", "marshal"}
+    for node in ast.walk(tree(path)):
+        place = f"{short(path)}:{getattr(node, 'lineno', 0)}"
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called not in ("eval", "exec", "torch.save"), f"{place} calls {called}"
+            if called == "torch.load":
+                assert any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords), f"{place}: weights_only=True"
+            assert not any(k.arg == "allow_pickle" and ast.unparse(k.value) != "False" for k in node.keywords), place
+        if isinstance(node, ast.ExceptHandler):
+            assert node.type is not None, f"{place}: a bare except hides every fault"
+            assert not all(isinstance(step, ast.Pass) for step in node.body), f"{place}: an error is dropped without a word"
+
+
+def tracked() -> list[Path]:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode or not listed.stdout:                  # a copy without git
+        return [p for p in ROOT.rglob("*") if p.is_file() and not {".venv", "out", ".git"} & set(p.relative_to(ROOT).parts)]
+    return [ROOT / name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+def test_no_tracked_file_names_a_machine_or_a_package_host():
+    words = [f"/{folder}/" for folder in ("root", "work", "home")] + [f"{host}.{top}" for host, top in (
+        ("pypi", "org"), ("pythonhosted", "org"), ("anaconda", "org"), ("npmjs", "org"), ("download.pytorch", "org"))]
+    found = []
+    for path in tracked():
+        text = path.read_bytes()
+        found += [f"{short(path)}: {word}" for word in words if word.encode() in text and b"\0" not in text[:4096]]
+    assert not found, found
+
+
+# ---- configs, licences ----
+
+@pytest.mark.parametrize("path", CONFIGS, ids=short)
+def test_a_config_and_its_smoke_twin_build(path):
+    assert ast.get_docstring(tree(path)), "a config opens with what it is for and the command"
+    config, smoke = run_config(path), run_config(path, "smoke")
+    assert isinstance(config, TrainConfig) and isinstance(smoke, TrainConfig)
+    with torch.device("meta"):
+        assert MultistreamLM(config.model).count_parameters() > MultistreamLM(smoke.model).count_parameters()
+    assert MultistreamLM(smoke.model).count_parameters() < 3_000_000 and smoke.steps <= 50 and smoke.out != config.out
+
+
+def test_licences_are_there():
+    assert "Apache License" in (ROOT / "LICENSE").read_text()
+    assert "ShareAlike" in (ROOT / "assets/speech/allison/LICENSE").read_text()
+    for folder in (p for p in (ROOT / "assets/speech").iterdir() if p.is_dir()):
+        text = (folder / "README.md").read_text(encoding="utf-8").lower()
+        assert re.search("licen[cs]e|public domain|cc0|cc-by", text), f"{short(folder)}/README.md says nothing of a licence"
+
+
+# ---- README ----
+
+needs_readme = pytest.mark.skipif(not README.is_file(), reason="README.md is not written yet")
+
+
+def readme() -> str:
+    return README.read_text(encoding="utf-8") if README.is_file() else ""
+
+
+def code_blocks(language: str = "") -> list[str]:
+    return [body for name, body in re.findall(r"^```(\w*)\n(.*?)^```$", readme(), re.M | re.S) if name == language]
+
+
+def commands() -> list[str]:
+    """Every command line of the README, from its blocks and from `inline code`."""
+    text = "\n".join([*code_blocks(), *code_blocks("sh"), *code_blocks("bash"), *code_blocks("console")]).replace("\\\n", " ")
+    inline = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```$", "", readme(), flags=re.M | re.S))
+    given = [line.strip().removeprefix("$ ").split("  #")[0].strip() for line in [*text.splitlines(), *inline]]
+    return sorted({line for line in given if re.match(r"(\w+=\S+ )*(\S*python3?|torchrun|make)\s+\S", line)})
+
+
+def check_options(script: str, argv: list[str]) -> None:
+    """A command's options exist and have the right type; ValueError or AssertionError otherwise."""
+    if script == "train.py" or (script == "data.py" and argv[:1] in (["prepare"], ["show"])):
+        argv = [word for word in argv[script == "data.py" :] if not word.startswith("--index")]
+        load_config([word for word in argv if word != "--help"])
+    elif script == "sample.py":
+        words, pairs = split_arguments(argv, ("help", "stream"))
+        assert not words, words
+        apply(Job(), {key: text or "true" for key, text in pairs.items() if key != "help"})
+    else:
+        rc, out, err = call(script, "--help")
+        assert rc == 0, err
+        words = [word for word in argv[:1] if script in ("data.py", "checkpoint.py") and not word.startswith("--")]
+        for word in [*words, *(word.split("=")[0] for word in argv if word.startswith("--") and word != "--help")]:
+            assert word in out, f"{script} --help does not know {word}"
+
+
+@needs_readme
+@pytest.mark.parametrize("command", commands())
+def test_every_command_of_the_readme_exists(command):
+    words = [word for word in shlex.split(command, comments=True) if not re.match(r"[A-Z_]+=", word)]
+    if words[0] == "make":
+        targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M)
+        assert set(words[1:]) <= set(targets), f"make {words[1:]}; the Makefile has {targets}"
+        return
+    for word in words:
+        path = word.partition("=")[2] if word.startswith("--") else word
+        if path.startswith(("configs/", "assets/", "tests/")):
+            assert (ROOT / path).exists(), f"{path} does not exist"
+    scripts = [n for n, word in enumerate(words) if word.endswith(".py") and "/" not in word]
+    if words[1] == "-m" and not scripts:
+        assert words[2] in ("pytest", "pip", "venv"), command
+        return
+    assert scripts and (ROOT / words[scripts[0]]).is_file(), command
+    check_options(words[scripts[0]], words[scripts[0] + 1 :])
+
+
+@needs_readme
+def test_options_that_the_readme_mentions_exist():
+    names = {name for name, *_ in [*flatten(run_config(ROOT / "configs/tiny.py")), *flatten(Job()), *flatten(LoraConfig(), "lora.")]}
+    names |= {"smoke", "help", "index", "write", "allow-outside", "to"}
+    mentioned = re.findall(r"`--([\w.-]+)", readme())
+    assert not set(mentioned) - names, f"README.md mentions {sorted(set(mentioned) - names)}"
+
+
+@needs_readme
+def test_the_line_counts_of_the_readme_are_those_of_wc():
+    told = {name: int(count.replace(",", "")) for name, count in re.findall(r"^\|\s*`?([\w./]+?)`?\s*\|\s*([\d,]+)\s*\|", readme(), re.M)
+            if name.endswith((".py", "/"))}
+    assert {f"{name}.py" for name in CORE} <= told.keys(), "the table of files lacks some"
+    files = {name: [ROOT / name] if name.endswith(".py") else sorted((ROOT / name).glob("*.py")) for name in told}
+    assert told == {name: sum(map(lines, paths)) for name, paths in files.items()}
+
+
+@needs_readme
+def test_names_that_the_readme_imports_exist():
+    for block in code_blocks("python"):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in FLOORS:
+                module = importlib.import_module(node.module)
+                assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)

@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV   := .venv
 RUN    := $(VENV)/bin/python
+# One thread an operator: on a small shared machine two that wait for each other are slower than one that works.
+export OMP_NUM_THREADS ?= 1
 PIP     = $(VENV)/bin/pip install --disable-pip-version-check -q -c constraints.txt
 
 .PHONY: demo test check smoke curves wer clean lines
@@ -10,6 +12,11 @@ demo: $(VENV)/demo        ## train the tiny model on real speech (CPU, minutes),
 	$(RUN) train.py configs/tiny.py
 	$(RUN) sample.py --ckpt out/demo --texts assets/demo.txt --out out/demo
 	$(RUN) evaluate.py out/demo
+	@echo
+	@echo "Made: out/demo/000.wav ... 018.wav (16 digit strings never trained on, 3 phrases), samples.jsonl, curves.png."
+	@echo "Next:  $(RUN) sample.py --ckpt out/demo --text \"four nine two seven\" --out x.wav     say something else"
+	@echo "       $(RUN) data.py show configs/tiny.py                                             see what the model sees"
+	@echo "       make wer                                                                        let a recogniser listen"
 
 test: $(VENV)/test        ## lint and the whole test suite
 	$(VENV)/bin/ruff check .

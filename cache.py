@@ -32,9 +32,9 @@ from tqdm import tqdm
 from audio import load_codec
 from audio.wav import RESAMPLER, resample
 from manifest import Bad, Manifest, Row, digest, fraction, read_manifest, usable_clip
-from options import FULL, read_json, replace_file, write_json
+from options import FULL, check_types, read_json, replace_file, write_json
 from streams import StreamTable
-from text import Tokenizer, aligned_ids, frame_starts, load_tokenizer, normalise
+from text import NORMALISERS, Tokenizer, aligned_ids, frame_starts, load_tokenizer, normalise
 
 SHARD = 64                  # clips per shard: what an interrupted `prepare` can lose
 CACHE_VERSION = "1"         # part of every key: change it when the same input would be encoded or split differently
@@ -63,6 +63,14 @@ class DataConfig:
     workers: int = 0                        # clips that prepare encodes at once, a core each; 0 = one
     prefetch: int = 4                       # batches built ahead by a thread; 0 = none
     allow_outside: bool = False             # manifests may name files outside their folder
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        assert self.normaliser in NORMALISERS, f"normaliser {self.normaliser!r} is unknown; choose one of {', '.join(NORMALISERS)}"
+        assert min(self.variants, self.columns, self.window) > 0, "variants, columns and window are at least 1"
+        assert min(self.workers, self.prefetch) >= 0, "workers and prefetch are not negative"
+        assert 0 <= self.held_out < 1 and 0 <= self.reference <= 1, "held_out is in [0, 1), reference in [0, 1]"
+        assert 0 <= self.min_seconds <= self.max_seconds, "min_seconds is at most max_seconds"
 
 
 @dataclass

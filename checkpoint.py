@@ -29,7 +29,7 @@ import lora
 import official
 from lora import LoraConfig
 from model import ModelConfig, MultistreamLM
-from options import FULL, edge, from_json, read_json, replace_file, split_arguments, to_json, write_json
+from options import FULL, edge, from_json, read_json, replace_file, split_arguments, to_json, unknown, write_json
 
 FORMAT, VERSION = "multistream", 1
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -239,7 +239,10 @@ def read_official(folder: Path, file: Path) -> dict[str, Tensor]:
     if file.name in found:
         names = [file.name]
     elif indexes:
-        names = sorted(set(read_json(indexes[0])["weight_map"].values()))
+        index = read_json(indexes[0])
+        if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
+            raise ValueError(f"{indexes[0]} has no weight_map; fetch it again")
+        names = sorted({str(name) for name in index["weight_map"].values()})
     else:
         names = found
         if len(names) != 1:
@@ -507,6 +510,8 @@ def main() -> None:
     if "help" in pairs or len(words) != 2:
         print(USAGE)
         raise SystemExit(0 if "help" in pairs else 2)
+    for name in pairs.keys() - {"out", "to"}:
+        raise ValueError(unknown(f"--{name}", ["--out", "--to"]))
     command, path = words
     if command in ("import", "export", "merge"):
         if "out" not in pairs:

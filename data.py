@@ -31,7 +31,7 @@ from torch import Tensor
 import manifest
 from audio.wav import resample
 from cache import DataConfig, Index, encode, open_cache, prepare, source_weight
-from options import edge, help_text, load_config, split_arguments
+from options import apply, edge, help_text, load_config, split_arguments
 from streams import Example, Grid, StreamTable, lay_out, show
 from text import Tokenizer, load_tokenizer, normalise
 
@@ -291,21 +291,21 @@ def check_command(argv: list[str]) -> None:
     unknown = options.keys() - {"write", "allow-outside", "min_seconds", "max_seconds"}
     if len(words) != 1 or unknown:
         raise ValueError(f"check takes one path, --write DIR, --allow-outside, --min_seconds, --max_seconds; got {argv}")
-    limits = float(options.get("min_seconds", DataConfig.min_seconds)), float(options.get("max_seconds", DataConfig.max_seconds))
-    manifest.check(words[0], options.get("write", ""), "allow-outside" in options, limits)
+    limits = apply(DataConfig(), {key: text for key, text in options.items() if key.endswith("_seconds")})
+    manifest.check(words[0], options.get("write", ""), "allow-outside" in options, (limits.min_seconds, limits.max_seconds))
 
 
 def show_command(argv: list[str]) -> None:
     words, options = split_arguments(argv, ("smoke", "help"))
-    number = int(options.pop("index", "0"))
+    number = options.pop("index", "0")
     config = load_config(words + [f"--{key}={value}" for key, value in options.items()])
     index, table = open_cache(config.data, config.model.table), config.model.table
     shown = [n for n, entry in enumerate(index.entries) if entry.split]
-    if not 0 <= number < len(shown):
+    if not number.isdecimal() or int(number) >= len(shown):
         raise ValueError(f"--index {number} does not exist; the data has examples 0..{len(shown) - 1}")
-    entry = index.entries[shown[number]]
+    entry = index.entries[shown[int(number)]]
     print(f"{entry.id}  {entry.split}  {entry.text!r}")
-    print(show(*lay_out(build_example(index, shown[number], table), table), table))
+    print(show(*lay_out(build_example(index, shown[int(number)], table), table), table))
 
 
 def main(argv: list[str] | None = None) -> None:

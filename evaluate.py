@@ -141,12 +141,12 @@ def read_rows(path: Path) -> list[dict]:
     if not path.is_file():
         raise FileNotFoundError(f"no samples at {path}; write them first with sample.py")
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
         if line.strip():
             try:
                 row = json.loads(line)
                 rows.append({"text": str(row["text"]), "wav": str(row["wav"])})
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{path} line {number} is no row of text and wav ({error}); mend or remove it") from error
     if not rows:
         raise ValueError(f"{path} holds no rows; write samples first with sample.py")
@@ -175,12 +175,12 @@ def print_scores(path: Path) -> None:
 def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
     """Curves of a metrics.jsonl: name -> (step, value) pairs."""
     curves: dict[str, list[tuple[int, float]]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             row = json.loads(line)
             for name in row.keys() - {"step"}:
                 curves.setdefault(name, []).append((int(row["step"]), float(row[name])))
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} line {number} is no row of metrics ({error}); mend or remove it") from None
     return curves
 

@@ -165,8 +165,8 @@ def strip(model: nn.Module) -> nn.Module:
 @torch.no_grad()
 def norms(model: nn.Module) -> dict[str, float]:
     """||s B A|| / ||W|| of every adapted Linear: 0 means that the adapter does nothing."""
-    return {path: float((a.merged(m.weight if a.base is None else a.base) - (m.weight if a.base is None else a.base).float()).norm()
-                        / (m.weight if a.base is None else a.base).float().norm()) for path, m, a in adapters(model)}
+    plain = {path: (a, (m.weight if a.base is None else a.base).float()) for path, m, a in adapters(model)}
+    return {path: float((a.merged(w) - w).norm() / w.norm()) for path, (a, w) in plain.items()}
 
 
 # ---- adapter state ----

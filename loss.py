@@ -97,17 +97,11 @@ def cross_entropy_sums(h: Tensor, inputs: Tensor, head: Head, targets: Tensor, w
 
 # ---- what the sums add up to ----
 
-def groups(table: StreamTable, config: LossConfig) -> list[tuple[float, list[int]]]:
-    """(lambda, streams) of each normaliser; `all` keeps the lambdas inside its one sum, as weights of the streams."""
-    return [(config.text, table.text_out), (config.audio, table.audio_out)]
-
-
 def loss_scale(weight: Tensor, table: StreamTable, config: LossConfig) -> Tensor:
     """Factor of each stream's nll in the loss, from the step's global weight sums.   (K,) -> (K,)"""
     scale = torch.zeros_like(weight)
-    everything = weight.sum()
-    for factor, rows in groups(table, config):
-        total = weight[rows].sum() if config.groups == "modality" else everything
+    for factor, rows in ((config.text, table.text_out), (config.audio, table.audio_out)):
+        total = weight[rows].sum() if config.groups == "modality" else weight.sum()
         scale[rows] = factor / total.clamp(min=torch.finfo(weight.dtype).tiny) * (total > 0)
     return scale
 

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from audio.wav import load_wav
+from options import replace_file
 
 SOUNDS = (".wav", ".flac", ".ogg", ".opus", ".mp3")
 MAX_MANIFEST = 1 << 30      # bytes; what is larger is not a manifest
@@ -43,6 +44,10 @@ COLUMNS = {"audio": ("file_name", "audio", "path", "wav", "filename"),
 OURS = {"file": "", "mark": "", "key": "", "shard": ""}     # what cache.py fills in: nothing that a manifest could say
 Row = dict[str, Any]
 Fault = tuple[str, str, str]    # "reject" | "doubt" (check leaves it out, prepare keeps it) | "warn", reason, fix
+
+
+class Unusable(ValueError):
+    """A row that must be left out; args are the reason and the fix."""
 
 
 @dataclass(frozen=True)
@@ -82,15 +87,22 @@ def read_manifest(path: str | Path, allow_outside: bool = False, nested: bool = 
     Raises FileNotFoundError without the source, ValueError when its layout is unknown.
     """
     kind, path = detect(Path(path))
-    m = Manifest(path, kind, allow_outside)
-    virtual = []
-    for where, row in CONVERTERS[kind](m):
-        if {"parts", "compose", "manifest"} & row.keys():
-            virtual.append((where, row))
-        else:
-            accept(m, where, row)
+    m, virtual = Manifest(path, kind, allow_outside), []
+    read, convert = LAYOUTS[kind]
+    for where, row in read(m):
+        try:
+            row = convert(m, row)
+            if {"parts", "compose", "manifest"} & row.keys():
+                virtual.append((where, row))
+            else:
+                accept(m, where, row)
+        except Unusable as error:
+            m.reject(where, *error.args)
     for where, row in [] if nested else virtual:        # a manifest that another one names lends its clips only
-        add_virtual(m, where, row)
+        try:
+            add_virtual(m, where, row)
+        except Unusable as error:
+            m.reject(where, *error.args)
     return m
 
 
@@ -133,11 +145,10 @@ def text_lines(m: Manifest, path: Path | None = None) -> Iterator[tuple[int, str
 def json_rows(m: Manifest) -> Iterator[tuple[str, Row]]:
     """Yield the objects of a jsonl file, or of a json list, with the place where each stands."""
     whole = m.path.suffix == ".json"
-    lines = list(text_lines(m)) if whole else text_lines(m)
-    for number, text in [(0, "\n".join(line for _, line in lines))] if whole else lines:
+    for number, text in [(0, "\n".join(line for _, line in text_lines(m)))] if whole else text_lines(m):
         try:
             found = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             m.reject(f"line {getattr(error, 'lineno', 1) if whole else number}", "malformed json", f"mend it: {error}")
             continue
         for i, row in enumerate(found if whole and isinstance(found, list) else [found]):
@@ -199,25 +210,22 @@ def pairs(m: Manifest) -> Iterator[tuple[str, Row]]:
             yield str(name), {"id": name.with_suffix("").as_posix(), "audio": name.as_posix(), "text": text} | speaker
 
 
-def chatml(m: Manifest) -> Iterator[tuple[str, Row]]:
-    """Read Higgs ChatML: the last assistant turn is the row, an earlier turn with audio its reference."""
-    for where, sample in json_rows(m):
-        try:
-            turns = [(turn["role"], *contents(turn["content"])) for turn in sample["messages"]]
-        except (KeyError, TypeError):
-            m.reject(where, "malformed messages", 'each message needs "role" and "content" (text, or parts of type "text" or "audio")')
-            continue
-        spoken = [i for i, (role, _, audio) in enumerate(turns) if audio and role == "assistant"]
-        last = spoken[-1] if spoken else max((i for i, t in enumerate(turns) if t[0] == "assistant"), default=-1)
-        if last < 0:
-            m.reject(where, "no assistant turn", "the last assistant turn holds what the model should say")
-            continue
-        row = {k: sample[k] for k in ("id", "speaker", "language", "split") if sample.get(k) is not None}
-        row |= {"text": said(turns, last), "messages": sample["messages"]} | turns[last][2]
-        earlier = [i for i in range(last) if turns[i][2]]
-        if earlier:
-            row["reference"] = {"text": said(turns, earlier[-1])} | turns[earlier[-1]][2]
-        yield where, row
+def chatml(m: Manifest, sample: Row) -> Row:
+    """Higgs ChatML: the last assistant turn is the row, an earlier turn with audio its reference."""
+    try:
+        turns = [(turn["role"], *contents(turn["content"])) for turn in sample["messages"]]
+    except (KeyError, TypeError):
+        raise Unusable("malformed messages", 'each message needs "role" and "content" (text, or parts of type "text" or "audio")') from None
+    replies = [i for i, (role, _, _) in enumerate(turns) if role == "assistant"]
+    if not replies:
+        raise Unusable("no assistant turn", "the last assistant turn holds what the model should say")
+    last = max((i for i in replies if turns[i][2]), default=replies[-1])        # the last one with audio, if any has
+    row = {k: sample[k] for k in ("id", "speaker", "language", "split") if sample.get(k) is not None}
+    row |= {"text": said(turns, last), "messages": sample["messages"]} | turns[last][2]
+    for i in range(last):
+        if turns[i][2]:
+            row["reference"] = {"text": said(turns, i)} | turns[i][2]
+    return row
 
 
 def contents(content: Any) -> tuple[str, Row]:
@@ -241,87 +249,87 @@ def said(turns: list[tuple[str, str, Row]], i: int) -> str:
     return turns[i][1] or next((text for role, text, _ in reversed(turns[:i]) if text and role == "user"), "")
 
 
-def moshi(m: Manifest) -> Iterator[tuple[str, Row]]:
-    """Read Moshi's {"path", "duration"} lines; word times come from the .json beside each stereo file."""
-    for where, item in json_rows(m):
-        name = str(item.get("path") or "(no path)")
-        side = (m.root / name).with_suffix(".json")
-        reason = outside(m.root, name, m.allow_outside) or ("" if side.is_file() else "no alignment file")
-        if reason:
-            m.reject(where, reason, f'keep {name} and {side.name} {{"alignments": [[word, [start, end], speaker]]}} together')
-            continue
-        said_in = "\n".join(line for _, line in text_lines(m, side))
-        try:
-            times = [(str(w).strip(), float(t[0]), who) for w, t, who in json.loads(said_in)["alignments"]]
-        except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
-            m.reject(where, "malformed alignments", f"mend {side.name}: {type(error).__name__} {error}")
-            continue
-        words = sorted(([w, t] for w, t, who in times if who == "SPEAKER_MAIN" and w), key=lambda pair: pair[1])
-        yield where, {"audio": name, "stereo": True, "text": " ".join(w for w, _ in words), "words": words,
-                      "alignments": times}
+def moshi(m: Manifest, item: Row) -> Row:
+    """Moshi's {"path", "duration"}: words and their times come from the .json beside the stereo file."""
+    name = str(item.get("path") or "(no path)")
+    side = inside(m, name).with_suffix(".json")
+    if not side.is_file():
+        raise Unusable("no alignment file", f'keep {name} and {side.name} {{"alignments": [[word, [start, end], speaker]]}} together')
+    text = "\n".join(line for _, line in text_lines(m, side))
+    try:
+        times = [(str(w).strip(), float(t[0]), who) for w, t, who in json.loads(text)["alignments"]]
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+        raise Unusable("malformed alignments", f"mend {side.name}: {type(error).__name__} {error}") from None
+    words = sorted(([w, t] for w, t, who in times if who == "SPEAKER_MAIN" and w), key=lambda pair: pair[1])
+    return {"audio": name, "stereo": True, "text": " ".join(w for w, _ in words), "words": words, "alignments": times}
 
 
-CONVERTERS = {"manifest": json_rows, "metadata": metadata, "wav + txt": pairs, "Higgs ChatML": chatml, "Moshi stereo": moshi}
+def as_it_is(m: Manifest, row: Row) -> Row:
+    return row
+
+
+LAYOUTS = {"manifest": (json_rows, as_it_is), "metadata": (metadata, as_it_is), "wav + txt": (pairs, as_it_is),
+           "Higgs ChatML": (json_rows, chatml), "Moshi stereo": (json_rows, moshi)}       # how rows are read, and made ours
 
 
 # ---- what a row must have ----
 
-def outside(root: Path, name: str, allowed: bool = False) -> str:
-    """Say how a path leaves the folder of its manifest; "" when it does not."""
-    if allowed:
-        return ""
-    if os.path.isabs(name) or ".." in Path(name).parts:
-        return "path outside the folder"
+def inside(m: Manifest, name: str) -> Path:
+    """The file that a manifest names; Unusable when it is not in the manifest's folder."""
+    path, reason = m.root / name, ""
     if "\0" in name:
-        return "malformed path"
-    return "" if (root / name).resolve().is_relative_to(root.resolve()) else "path outside the folder (symlink)"
+        reason = "malformed path"
+    elif not m.allow_outside and (os.path.isabs(name) or ".." in Path(name).parts):
+        reason = "path outside the folder"
+    elif not m.allow_outside and not path.resolve().is_relative_to(m.root.resolve()):
+        reason = "path outside the folder (symlink)"
+    if reason:
+        raise Unusable(reason, f"move {name} into {m.root}, {ALLOW}")
+    return path
 
 
 def is_time(value: Any) -> bool:
     return isinstance(value, (int, float)) and 0 <= value < 1e6         # neither NaN nor infinite
 
 
-def row_fault(m: Manifest, row: Row) -> tuple[str, str] | None:
-    """Reason and fix of a row that is unusable before its audio is opened."""
-    reference, words = row.get("reference", {}), row.get("words", [])
-    if not isinstance(row.get("text"), str) or not row["text"].strip():
-        return "empty text", "write what is said, or remove the row"
-    if "\ufffd" in row["text"]:
-        return "bad encoding", "the text holds U+FFFD: save it again as UTF-8 from its origin"
-    if row["id"] in m.clips:
-        return "duplicate id", "ids must be unique in a manifest: rename one"
-    if not all(is_time(part.get(k, 0)) for k in ("offset", "duration") for part in (row, reference)):
-        return "malformed field", "offset and duration are seconds"
-    if reference and not isinstance(reference.get("text"), str):
-        return "malformed field", 'a reference has "audio" and "text"'
-    if not isinstance(words, list) or not all(
-            isinstance(w, list) and len(w) == 2 and isinstance(w[0], str) and is_time(w[1]) for w in words):
-        return "malformed field", 'words look like [["four", 0.08], ...]'
-    return None
-
-
 def accept(m: Manifest, where: str, row: Row) -> None:
-    """Add a row with its defaults and its reference clip, or reject it."""
-    if not isinstance(row.get("reference", {}), dict):
-        return m.reject(where, "malformed field", 'a reference has "audio" and "text"')
-    for part in (row, row["reference"]) if "reference" in row else (row,):
+    """Add a row with its defaults and its reference clip; Unusable before its audio is opened when a field is wrong."""
+    reference = row.get("reference", {})
+    if not isinstance(reference, dict) or reference and not isinstance(reference.get("text"), str):
+        raise Unusable("malformed field", 'a reference has "audio" and "text"')
+    for part in (row, reference) if reference else (row,):
         name = str(part.get("audio") or "")
         if name == "(inline)":
-            return m.reject(where, "inline audio", "write raw_audio to a file and name it in audio_url")
-        if reason := outside(m.root, name, m.allow_outside):
-            return m.reject(where, reason, f"move {name} into {m.root}, {ALLOW}")
-        part |= OURS | {"file": str(m.root / name) if name else ""}
+            raise Unusable("inline audio", "write raw_audio to a file and name it in audio_url")
+        part |= OURS | {"file": str(inside(m, name)) if name else ""}
     start = f"@{row['offset']}" if row.get("offset") else ""
     row["id"] = str(row.get("id") or (os.path.splitext(str(row["audio"]))[0] + start if row.get("audio") else where))
     row["speaker"] = str(row.get("speaker") or "")
-    if fault := row_fault(m, row):
-        return m.reject(f"{where} {row['id']}", *fault)
-    if row.get("reference"):
+    try:
+        check_fields(m, row, reference)
+    except Unusable as error:
+        return m.reject(f"{where} {row['id']}", *error.args)
+    if reference:
         name = f"{row['id']}#reference"
-        m.clips[name] = {"id": name, "speaker": row["speaker"]} | row["reference"]
+        m.clips[name] = {"id": name, "speaker": row["speaker"]} | reference
     m.clips[row["id"]] = row
     m.rows.append(row)
     return None
+
+
+def check_fields(m: Manifest, row: Row, reference: Row) -> None:
+    words = row.get("words", [])
+    if not isinstance(row.get("text"), str) or not row["text"].strip():
+        raise Unusable("empty text", "write what is said, or remove the row")
+    if "\ufffd" in row["text"]:
+        raise Unusable("bad encoding", "the text holds U+FFFD: save it again as UTF-8 from its origin")
+    if row["id"] in m.clips:
+        raise Unusable("duplicate id", "ids must be unique in a manifest: rename one")
+    if not all(is_time(part.get(k, 0)) for k in ("offset", "duration") for part in (row, reference)):
+        raise Unusable("malformed field", "offset and duration are seconds")
+    if not isinstance(words, list) or not all(
+            isinstance(w, list) and len(w) == 2 and isinstance(w[0], str) and is_time(w[1]) for w in words):
+        raise Unusable("malformed field", 'words look like [["four", 0.08], ...]')
 
 
 # ---- virtual rows ----
@@ -333,23 +341,22 @@ def fraction(*words: object) -> float:
 
 def add_virtual(m: Manifest, where: str, row: Row) -> None:
     """Resolve a "manifest" reference, then a "parts" row or a "compose" rule."""
-    clips, name = m.clips, str(row.get("manifest") or "")
-    if reason := outside(m.root, name, m.allow_outside):
-        return m.reject(where, reason, f"move {name} into {m.root}, {ALLOW}")
-    if name:
+    clips = m.clips
+    if name := str(row.get("manifest") or ""):
         if name not in m.named:
-            other = read_manifest(m.root / name, m.allow_outside, nested=True)
+            other = read_manifest(inside(m, name), m.allow_outside, nested=True)
             m.named[name], m.bad = other.clips, m.bad + other.bad
         clips = m.named[name]
-    rows = [row] if isinstance(row.get("parts"), list) and all(isinstance(p, str) for p in row["parts"]) else []
-    if "compose" not in row and not rows:
-        return m.reject(where, "malformed parts", 'a virtual line has "parts": ["id", ...] or "compose": {...}')
     if "compose" in row:
         try:
             rows = compose(row["compose"], clips)
         except (KeyError, TypeError, ValueError) as error:
-            return m.reject(where, "malformed compose", f"{error}; see `python data.py --help`")
+            raise Unusable("malformed compose", f"{error}; see `python data.py --help`") from None
         m.virtual.append(row)
+    elif isinstance(row.get("parts"), list) and all(isinstance(p, str) for p in row["parts"]):
+        rows = [row]
+    else:
+        raise Unusable("malformed parts", 'a virtual line has "parts": ["id", ...] or "compose": {...}')
     for new in rows:
         name = str(new.get("id") or where)
         missing = [p for p in new["parts"] if p not in clips or not clips[p]["file"]]
@@ -360,18 +367,18 @@ def add_virtual(m: Manifest, where: str, row: Row) -> None:
         text = str(new.get("text") or " ".join(clips[p]["text"] for p in new["parts"]))
         m.clips[name] = new | OURS | {"id": name, "text": text, "speaker": clips[new["parts"][0]]["speaker"]}
         m.rows.append(m.clips[name])
-    return None
 
 
 def compose(rule: Row, clips: dict[str, Row]) -> list[Row]:
-    """Write `rows` rows of random clips of a group, one speaker each. The split follows from the text, so no string is
-    on both sides; rows of one clip always train. Same rule, same clips: same rows."""
+    """Write `rows` rows of random clips of a group, or of the clips that `ids` lists, one speaker each. The split follows
+    from the text, so no string is on both sides; rows of one clip always train. Same rule, same clips: same rows."""
     group, (low, high), count, seed = rule["group"], rule["count"], int(rule["rows"]), rule.get("seed", 0)
     if not 0 < low <= high <= MAX_PARTS or not 0 <= count <= MAX_ROWS:
         raise ValueError(f"count {rule['count']} or rows {count} make no sense")
     voices: dict[str, list[str]] = {}
     for name, clip in sorted(clips.items()):
-        wanted = clip.get("group") == group and clip.get("speaker", "") == rule.get("speaker", clip.get("speaker", ""))
+        wanted = name in rule["ids"] if "ids" in rule else clip.get("group") == group
+        wanted = wanted and clip.get("speaker", "") == rule.get("speaker", clip.get("speaker", ""))
         if wanted and clip["file"] and clip.get("split", "train") == "train":
             voices.setdefault(clip["speaker"], []).append(name)
     if not voices:
@@ -390,33 +397,34 @@ def compose(rule: Row, clips: dict[str, Row]) -> list[Row]:
 
 # ---- what is wrong with the audio ----
 
+UNREADABLE = {"is empty": "empty audio", "NaN": "NaN samples", "channel(s)": "not stereo", "channels, wanted": "too many channels"}
+
+
 def read_clip(row: Row, limits: tuple[float, float] = (0.0, 4 * 3600)) -> tuple[Tensor, int]:
-    """Read the audio of a row, (C, W) and its rate, C = 2 for stereo rows; ValueError(reason, fix) when it cannot.
+    """Read the audio of a row, (C, W) and its rate, C = 2 for stereo rows; Unusable when it cannot.
 
     A file that is longer than the limits (seconds) is not read, unless the row takes a piece of it.
     """
-    piece = "duration" in row and "offset" in row
+    begin, piece = row.get("offset", 0.0), "duration" in row and "offset" in row
     try:
-        wav, rate = load_wav(row["file"], channels=2 if row.get("stereo") else 1,
-                             max_seconds=4 * 3600 if piece else row.get("offset", 0.0) + limits[1])
+        wav, rate = load_wav(row["file"], None, 2 if row.get("stereo") else 1, 4 * 3600 if piece else begin + limits[1])
     except FileNotFoundError:
-        raise ValueError("missing file", f"{row['file']} does not exist: check the path") from None
+        raise Unusable("missing file", f"{row['file']} does not exist: check the path") from None
     except (ValueError, OSError, RuntimeError) as error:
         found, _, fix = str(error).partition("; ")
-        known = {"is empty": "empty audio", "NaN": "NaN samples", "channel(s)": "not stereo", "channels, wanted": "too many channels",
-                 "lasts": f"duration outside {limits[0]:g}..{limits[1]:g} s"}
+        known = UNREADABLE | {"lasts": f"duration outside {limits[0]:g}..{limits[1]:g} s"}
         reason = next((reason for mark, reason in known.items() if mark in found), "unreadable audio")
-        raise ValueError(reason, f"{found.replace(str(row['file']), 'it')}: {fix}") from None
-    begin = round(row.get("offset", 0.0) * rate)
-    return wav[:, begin : begin + round(row["duration"] * rate) if piece else None], rate
+        raise Unusable(reason, f"{found.replace(str(row['file']), 'it')}: {fix}") from None
+    first = round(begin * rate)
+    return wav[:, first : first + round(row["duration"] * rate) if piece else None], rate
 
 
 def usable_clip(row: Row, limits: tuple[float, float]) -> tuple[Tensor, int]:
-    """`read_clip`, and ValueError(reason, fix) for a fault that rules the clip out."""
+    """`read_clip`, and Unusable for a fault that rules the clip out."""
     wav, rate = read_clip(row, limits)
     for kind, reason, fix in faults(wav, rate, row["text"], limits):
         if kind == "reject":
-            raise ValueError(reason, fix)
+            raise Unusable(reason, fix)
     return wav, rate
 
 
@@ -466,7 +474,7 @@ def inspect(row: Row, limits: tuple[float, float], seen: dict[str, str]) -> list
     """Open the audio of a row and list its faults; `seen` maps digests to ids and finds copies."""
     try:
         wav, rate = read_clip(row, limits)
-    except ValueError as error:
+    except Unusable as error:
         return [("reject", *error.args)]
     first = seen.setdefault(digest(row), row["id"])
     copy = [("doubt", "duplicate audio", f"the same audio as {first}: remove one")] if first != row["id"] else []
@@ -509,15 +517,11 @@ def report(m: Manifest, kept: int) -> None:
 
 def write_lists(m: Manifest, kept: list[Row], folder: Path) -> None:
     """Write what is kept as a manifest in `folder`, and what is not beside it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    name = m.path.stem
     rows = [moved(r, folder) for r in kept if not r.get("composed")]      # their rule is written
-    rejected = [{"where": b.where, "reason": b.reason, "fix": b.fix} for b in m.bad]
-    for suffix, items in (("kept", rows + m.virtual), ("rejected", rejected)):
-        path = folder / f"{name}.{suffix}.jsonl"
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(i, ensure_ascii=False) + "\n" for i in items), encoding="utf-8")
-        os.replace(temporary, path)
+    for suffix, items in (("kept", rows + m.virtual), ("rejected", [vars(b) for b in m.bad])):
+        path = folder / f"{m.path.stem}.{suffix}.jsonl"
+        lines = "".join(json.dumps(i, ensure_ascii=False) + "\n" for i in items)
+        replace_file(path, lambda temporary, lines=lines: Path(temporary).write_text(lines, encoding="utf-8"))
         print(f"wrote {path}")
 
 

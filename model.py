@@ -52,9 +52,12 @@ class StackConfig:
     schedule: tuple[int, ...] = ()    # depth transformer: weight set of each step, () = its own
 
     def __post_init__(self) -> None:
+        assert min(self.dim, self.layers, self.heads, self.ffn) > 0 <= self.kv_heads, "dim, layers, heads and ffn are at least 1"
         assert self.activation in ACTIVATIONS, f"activation {self.activation!r} is none of {sorted(ACTIVATIONS)}"
         assert self.heads % self.kv == 0, f"{self.heads} heads do not divide among {self.kv} kv_heads"
         assert self.head_dim or self.dim % self.heads == 0, f"dim {self.dim} is no multiple of {self.heads} heads"
+        assert self.head % 2 == 0 or not self.rope_theta, f"RoPE turns pairs: a head of {self.head} is odd"
+        assert len(self.rope_scaling) in (0, 4), "rope_scaling is factor, low, high, original length"
         assert not self.schedule or len(self.schedule) == self.steps, "schedule names one weight set a step"
 
     @property
@@ -82,6 +85,7 @@ class ModelConfig:
     checkpoint: bool = False                             # recompute blocks in backward
 
     def __post_init__(self) -> None:
+        assert 0 <= self.dropout < 1 and 0 <= self.input_drop <= 1, "dropout is in [0, 1), input_drop in [0, 1]"
         assert len(self.table.text) == 1 or not self.tied, "a tied head needs a single text row"
         assert all(0 <= n < self.temporal.layers for n in self.dual_ffn), "dual_ffn names layers of the temporal stack"
         assert self.depth is None or self.depth.steps == len(self.table.audio_out), "depth.steps is one per predicted codebook"

@@ -335,6 +335,8 @@ def read_moshi(about: About, tensors: Tensors) -> ModelConfig:
     refuse({"gating": "none", "norm": "layer_norm", "positional_embedding": "sin", **about},
            {"gating": ("silu",), "norm": tuple(NORMS), "positional_embedding": ("rope", "none")})
     steps, count, card, text, delays = about["dep_q"], about["n_q"], about["card"], about["text_card"], about["delays"]
+    if len(delays) != count + 1:
+        raise ValueError(f"config.json has {len(delays)} delays for {count + 1} streams; restore it")
     table = replace(MOSHI_7B.table, streams=(
         Stream("text", "text", text + 1, text, delays[0], text),
         *codebooks(steps, card + 1, card, card, delays=tuple(delays[1 : 1 + steps])),
@@ -437,6 +439,8 @@ def read_config(layout: Layout, about: About, tensors: Tensors, source: str) -> 
         raise ValueError(f"{source}/config.json lacks {error}; restore the official one") from None
     except (ValueError, AssertionError) as error:
         raise ValueError(f"{source}: {error}") from None
+    except (TypeError, AttributeError, IndexError, ArithmeticError) as error:       # a field of another type than the official one
+        raise ValueError(f"{source}/config.json is damaged ({error}); restore the official one") from None
 
 
 def choose(config: ModelConfig, to: str) -> Layout:

@@ -8,12 +8,11 @@ codebook of a frame exists. Writing a file, streaming and live chat all consume 
 function that built the training grids. Next: checkpoint.py.
 """
 
-import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,10 +24,10 @@ from audio import load_codec
 from audio.wav import WavWriter, save_wav
 from checkpoint import DTYPES, load
 from data import DataConfig, load_tokenizer, prompt_example
-from kernels.sample import pick, shape_logits
+from kernels.sample import Noise, pick, shape_logits
 from model import Cache, MultistreamLM
 from options import apply, edge, from_json, help_text, replace_file, split_arguments
-from streams import FEEDS, StreamTable, lay_out
+from streams import FEEDS, StreamTable, Undelay, lay_out
 
 Rule = float | tuple[float, ...]
 
@@ -54,23 +53,6 @@ class SampleConfig:
 
 
 # ---- drawing one token a row ----
-
-@dataclass(frozen=True)
-class Noise:
-    """Uniform numbers that depend on seed, item, column and stream alone: a batch draws what its items draw alone."""
-
-    seed: int
-    items: int
-    column: int
-    device: torch.device
-
-    def __call__(self, rows: slice, V: int, again: bool = False) -> Tensor:
-        """For the streams of a slice   -> (B, R, V)"""
-        words = [f"{self.seed + b} {self.column} {rows.start} {again}".encode() for b in range(self.items)]
-        seeds = [int.from_bytes(hashlib.blake2b(word, digest_size=7).digest(), "big") for word in words]
-        count = rows.stop - rows.start
-        return torch.stack([torch.rand(count, V, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(self.device)
-
 
 def draw(logits: Tensor, config: SampleConfig, rows: slice, noise: Callable[..., Tensor], history: Tensor | None = None) -> Tensor:
     """Draw one id for each row.   logits (B, R, V) fp32, `rows` the places of R among the predicted streams -> (B, R)
@@ -106,7 +88,7 @@ class DecodeState:
     closed: Tensor              # (B,) frame in which the audio ends, NEVER while it goes on
     done: Tensor                # (B,) bool
     owed: Tensor                # (B,) text id that must come next, -1 = none
-    recent: list[Tensor] = field(default_factory=list)     # the newest columns (B, K), for un-delaying and repetition
+    undelay: Undelay            # columns in, frames out; remembers the newest columns
 
 
 NEVER = 1 << 40
@@ -120,10 +102,11 @@ def start_state(prompt: Tensor, table: StreamTable, remember: int) -> DecodeStat
     begins = (prompt[:, 0, -1] == table.audio_start) if table.audio_start >= 0 else torch.zeros_like(run, dtype=torch.bool)
     bare = bool(table.audio_out) and table.streams[table.audio_out[0]].start < 0  # no start column: frames begin at once
     count = torch.full_like(run, S) if table.aligned else run + int(bare)
+    undelay = Undelay(table.delays, () if table.aligned else table.text, remember)
+    undelay.recent = [prompt[:, :, -1 - n] for n in range(min(S, undelay.kept))]
     state = DecodeState((run > 0) | begins | table.aligned, count, torch.full_like(run, NEVER), torch.zeros_like(begins),
-                        torch.full_like(run, -1))
+                        torch.full_like(run, -1), undelay)
     if table.audio_out:
-        state.recent = [prompt[:, :, -1 - n] for n in range(min(S, remember))]
         for b in range(B):                       # a prompt that ends inside a closing segment goes on closing
             for n in reversed(range(int(run[b]))):
                 settle(state, prompt[:, :, S - 1 - n], count - 1 - n, table, torch.arange(B, device=run.device) == b)
@@ -153,18 +136,6 @@ def force(column: Tensor, state: DecodeState, table: StreamTable) -> Tensor:
     return column
 
 
-def undelayed(state: DecodeState, table: StreamTable) -> tuple[Tensor, Tensor]:
-    """The newest frame that is complete in every row.   -> (B, K), (B,) bool whether its audio rows are real"""
-    lag = max(table.delays)
-    rows = [0 if not table.aligned and k in table.text else lag - d for k, d in enumerate(table.delays)]
-    frame = torch.stack([state.recent[min(n, len(state.recent) - 1)][:, k] for k, n in enumerate(rows)], dim=1)
-    number = state.count - 1 - lag
-    real = state.speaking & (number >= 0) & (number < state.closed)
-    if table.audio:
-        frame[:, table.audio] = torch.where(real[:, None], frame[:, table.audio], -1)
-    return frame, real
-
-
 # ---- the generator ----
 
 Feed = Callable[[Tensor], Tensor]
@@ -186,14 +157,15 @@ def generate(model: MultistreamLM, prompt: Tensor, config: SampleConfig | None =
         raise ValueError(f"the prompt has {K} rows, the model's table {len(table)}: {[s.name for s in table.streams]}")
     padding = (prompt < 0).all(1).cumprod(1).sum(1)                           # columns of -1 on the left
     position = S - padding
-    remember = max(max(table.delays) + 1, config.ras_window)                  # columns that un-delaying and repetition look at
-    state, cache = start_state(prompt, table, remember), model.cache(B, S + config.max_frames)
+    state, cache = start_state(prompt, table, config.ras_window), model.cache(B, S + config.max_frames)
     try:
         h = prefill(model, prompt, padding, cache)
         for n in range(config.max_frames):
             column = next_column(model, h, state, config, Noise(config.seed, B, n, prompt.device), feed)
-            state.recent = [column, *state.recent][:remember]
-            frame, real = undelayed(state, table)
+            frame = state.undelay.push(column)
+            number = state.count - 1 - state.undelay.lag                      # of the newest frame that is complete
+            real = state.speaking & (number >= 0) & (number < state.closed)
+            frame[:, table.audio] = torch.where(real[:, None], frame[:, table.audio], -1)
             frame[state.done] = -1
             finish(state, column, table)
             if not table.aligned or real.any():
@@ -238,14 +210,14 @@ def sample_audio(model: MultistreamLM, h: Tensor, column: Tensor, state: DecodeS
     """Fill the predicted audio rows of a column in place: all at once, or step by step through the depth transformer."""
     table, rows, first = model.table, model.table.audio_out, len(model.table.text_out)
     end = table.streams[rows[0]].end
-    history = torch.stack([c[:, rows] for c in state.recent], dim=-1).flip(-1) if state.recent else None   # (B, Q, n)
+    history = torch.stack([c[:, rows] for c in state.undelay.recent], dim=-1).flip(-1)                     # (B, Q, n)
 
     def choose(logits: Tensor, at: slice) -> Tensor:
         logits = logits.float()
         if end >= 0:
             logits[~may_end, :, end] = -torch.inf
         places = slice(first + at.start, first + at.stop)
-        return draw(logits, config, places, noise, None if history is None else history[:, at])
+        return draw(logits, config, places, noise, history[:, at])
 
     if model.config.depth is None:
         column[:, rows] = choose(model.audio_logits(h, column[:, :0]).transpose(0, 1), slice(0, len(rows)))

@@ -39,13 +39,14 @@ class StreamTable:
     """The rows of a family's grid and the text ids that steer it."""
 
     streams: tuple[Stream, ...]  # text rows, then the agent's codebooks, then the user's
-    layout: str                  # a name in LAYOUTS
+    layout: str                  # a name in LAYOUTS, "" = none yet
     aligned: bool = False        # text and audio share columns; otherwise they take turns
     audio_start: int = -1        # sequential: the text id after which audio columns begin
     audio_end: int = -1          # sequential: the text id that follows the last audio column (-1: sampled)
     stop: tuple[int, ...] = ()   # text ids that end generation
 
     def __post_init__(self) -> None:
+        assert self.layout in ("", *LAYOUTS), f"layout {self.layout!r} is none of {', '.join(LAYOUTS)}"
         kinds = [s.kind for s in self.streams]
         assert kinds == sorted(kinds, reverse=True), f"text rows come first: {kinds}"
         assert len({s.classes for s in self.streams if s.kind == "audio" and s.classes}) <= 1, "one head shape for audio"
@@ -97,13 +98,10 @@ def delay(frames: Tensor, delays: Sequence[int], start: Tensor | int, tail: Tens
     T = frames.shape[-1]
     assert len(delays) == frames.shape[-2] and min(delays) >= 0, (list(delays), tuple(frames.shape))
     S = T + 1 + (0 if tail is None else max(delays))
-    ends = torch.as_tensor(-1 if tail is None else tail, dtype=frames.dtype, device=frames.device)
-    columns = ends.expand(*frames.shape[:-1], S).clone()
-    starts = torch.as_tensor(start, dtype=frames.dtype, device=frames.device).expand(*frames.shape[:-1], 1)
-    for k, d in enumerate(delays):
-        columns[..., k, : 1 + d] = starts[..., k, :]
-        columns[..., k, 1 + d : 1 + d + T] = frames[..., k, : max(0, S - 1 - d)]
-    return columns
+    first, last = (torch.as_tensor(-1 if edge is None else edge).to(frames).expand(*frames.shape[:-1], 1) for edge in (start, tail))
+    framed = torch.cat([first, frames, last], dim=-1)                                        # -> (..., K, T + 2)
+    place = torch.arange(S, device=frames.device) - torch.tensor(delays, device=frames.device)[:, None]
+    return framed.gather(-1, place.clamp(0, T + 1).expand(*frames.shape[:-1], S))            # -> (..., K, S)
 
 
 def undelay(columns: Tensor, delays: Sequence[int]) -> Tensor:
@@ -117,17 +115,18 @@ def undelay(columns: Tensor, delays: Sequence[int]) -> Tensor:
 class Undelay:
     """Streaming `undelay`: push a column (B, K), get the newest frame (B, K) that is complete in every row.
 
-    Before the first frame is complete `push` returns start ids where a row has not begun; the caller knows from its
-    column count (`lag` columns after the start column) when frames begin.
+    Rows in `at_once` are not held back. Until frames are complete `push` returns what stands there, start ids or the
+    oldest column known; the caller's column count says when frames begin: `lag` columns after the start column.
+    `recent` keeps the newest columns, newest first, and at least `remember` of them.
     """
 
-    def __init__(self, delays: Sequence[int]) -> None:
+    def __init__(self, delays: Sequence[int], at_once: Sequence[int] = (), remember: int = 0) -> None:
         self.lag = max(delays)
-        self.behind = torch.tensor([self.lag - d for d in delays])     # how many columns ago row k held that frame
-        self.recent: list[Tensor] = []
+        self.behind = [0 if k in at_once else self.lag - d for k, d in enumerate(delays)]    # columns ago that row k held it
+        self.kept, self.recent = max(self.lag + 1, remember), list[Tensor]()
 
     def push(self, column: Tensor) -> Tensor:
-        self.recent = [column, *self.recent[: self.lag]]
+        self.recent = [column, *self.recent[: self.kept - 1]]
         return torch.stack([self.recent[min(n, len(self.recent) - 1)][:, k] for k, n in enumerate(self.behind)], dim=1)
 
 

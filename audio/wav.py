@@ -10,6 +10,8 @@ a ten-hour recording costs nothing.  Next: rvq.py, then tiny.py.
 import math
 import os
 import tempfile
+from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -74,13 +76,22 @@ def save_wav(path, wav: Tensor, rate: int) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=".wav")
     os.close(handle)
     try:
-        soundfile.write(temporary, _pcm16(wav), rate, subtype="PCM_16", format="WAV")
+        with _writing(path):
+            soundfile.write(temporary, _pcm16(wav), rate, subtype="PCM_16", format="WAV")
         os.chmod(temporary, 0o644)                  # mkstemp makes it private
         os.replace(temporary, path)
-    except (soundfile.LibsndfileError, AssertionError) as error:        # soundfile asserts that all samples were written
-        raise OSError(f"{path} cannot be written ({error or 'the disk is full'}); free some space or choose another path") from None
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+@contextmanager
+def _writing(path):
+    """Say as an OSError what soundfile says in its own way: it asserts that all samples were written."""
+    try:
+        yield
+    except (soundfile.LibsndfileError, AssertionError) as error:
+        reason = getattr(error, "error_string", "the disk is full").strip(" .")
+        raise OSError(f"{path} cannot be written ({reason}); free some space or choose another path") from None
 
 
 def _pcm16(wav: Tensor) -> np.ndarray:
@@ -96,11 +107,14 @@ class WavWriter:
 
     def __init__(self, path, rate: int, channels: int = 1):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        self.file = soundfile.SoundFile(path, "w", rate, channels, subtype="PCM_16", format="WAV")
+        self.path = path
+        with _writing(path):
+            self.file = soundfile.SoundFile(path, "w", rate, channels, subtype="PCM_16", format="WAV")
 
     def append(self, wav: Tensor) -> None:
         """Add (W,) or (C, W) samples."""
-        self.file.write(_pcm16(wav))
+        with _writing(self.path):
+            self.file.write(_pcm16(wav))
 
     def close(self) -> None:
         self.file.close()
@@ -116,7 +130,7 @@ def resample(wav: Tensor, from_rate: int, to_rate: int) -> Tensor:
     """Resample (..., W) to (..., ceil(W * to / from)) with a Kaiser-windowed sinc, 80 dB of stop band.
 
     Output n stands at input time n * down / up.  Outputs n, n + up, n + 2 up, ... share one phase, hence one
-    filter: they are one strided Neighbouring phases, few enough for a short filter, go together.
+    filter: they are one strided convolution. Neighbouring phases, few enough for a short filter, go together.
     """
     for rate in (from_rate, to_rate):
         if not (isinstance(rate, int) and 0 < rate <= MAX_RATE):
@@ -125,7 +139,6 @@ def resample(wav: Tensor, from_rate: int, to_rate: int) -> Tensor:
         return wav
     common = math.gcd(from_rate, to_rate)
     up, down = to_rate // common, from_rate // common
-    cutoff = ROLLOFF * min(1.0, up / down)                      # in units of the input's Nyquist
     half = math.ceil(ZEROS * max(1.0, down / up))               # taps on each side
     length = -(-wav.shape[-1] * up // down)
     blocks = -(-length // up)                                   # outputs of one phase
@@ -134,14 +147,21 @@ def resample(wav: Tensor, from_rate: int, to_rate: int) -> Tensor:
     out = x.new_empty(x.shape[0], up, blocks)
     group = max(1, 2 * half * up // down)                       # so many at most double the filter
     for first in range(0, up, group):
-        phases = torch.arange(first, min(first + group, up), dtype=torch.float64)
-        start = first * down // up
-        width = 2 * half + 1 + (int(phases[-1]) * down // up - start)
-        taps = torch.arange(width, dtype=torch.float64) + (start - half)
-        kernel = _windowed_sinc(taps - (phases * down / up)[:, None], cutoff, half)     # (phases, width)
-        view = x[..., start: start + width + (blocks - 1) * down]
-        out[:, first: first + len(phases)] = F.conv1d(view, kernel[:, None].to(x), stride=down)
+        start, kernel = _filters(first, min(first + group, up), up, down, half)         # (phases, 1, width)
+        view = x[..., start: start + kernel.shape[-1] + (blocks - 1) * down]
+        out[:, first: first + len(kernel)] = F.conv1d(view, kernel.to(x), stride=down)
     return out.transpose(1, 2).reshape(*wav.shape[:-1], up * blocks)[..., :length]
+
+
+@lru_cache(maxsize=16)       # a corpus has few rates and speeds
+def _filters(first: int, end: int, up: int, down: int, half: int) -> tuple[int, Tensor]:
+    """The filters (phases, 1, width) of phases first..end-1, and the padded input sample at which they begin."""
+    cutoff = ROLLOFF * min(1.0, up / down)                      # in units of the input's Nyquist
+    phases = torch.arange(first, end, dtype=torch.float64)
+    start = first * down // up
+    width = 2 * half + 1 + (int(phases[-1]) * down // up - start)
+    taps = torch.arange(width, dtype=torch.float64) + (start - half)
+    return start, _windowed_sinc(taps - (phases * down / up)[:, None], cutoff, half).float()[:, None]
 
 
 def _windowed_sinc(t: Tensor, cutoff: float, half: int) -> Tensor:

@@ -2,11 +2,31 @@
 
     argmax_v  l_v / T - log(-log u_v)      with l_v = -inf for what the rules drop, u_v uniform; T = 0 is plain argmax
 
-Every row of logits has rules of its own. The uniform numbers come from outside, so a draw repeats exactly.
+Every row of logits has rules of its own. The uniform numbers are counted, not consumed, so a draw repeats exactly.
 """
+
+import hashlib
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Uniform numbers that depend on seed, item, column and row alone: a batch draws what its items draw alone."""
+
+    seed: int
+    items: int
+    column: int
+    device: torch.device
+
+    def __call__(self, rows: slice, V: int, again: bool = False) -> Tensor:
+        """For rows `rows`, a second time where a draw is repeated   -> (B, R, V)"""
+        words = [f"{self.seed + b} {self.column} {rows.start} {again}".encode() for b in range(self.items)]
+        seeds = [int.from_bytes(hashlib.blake2b(word, digest_size=7).digest(), "big") for word in words]
+        count = rows.stop - rows.start
+        return torch.stack([torch.rand(count, V, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(self.device)
 
 
 def shape_logits(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:

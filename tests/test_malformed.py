@@ -57,8 +57,8 @@ def not_a_number(path):
 
 NOISE = np.random.default_rng(0).uniform(-0.5, 0.5, 16000)
 SOUNDS = {      # name: (how the file is made, what sample.py says, the reason in a manifest, the remedy)
-    "missing": (lambda path: None, "no sound file at", "missing file", "check the path"),
-    "a folder": (lambda path: path.mkdir(), "no sound file at", "missing file", ""),
+    "missing": (lambda path: None, "does not exist", "missing file", "check the path"),
+    "a folder": (lambda path: path.mkdir(), "does not exist", "missing file", ""),
     "empty file": (lambda path: path.write_bytes(b""), "cannot be read as sound", "unreadable audio", "convert it"),
     "text named wav": (lambda path: path.write_text("not a sound " * 50), "cannot be read as sound", "unreadable audio", "convert it"),
     "header cut at 20 bytes": (lambda path: path.write_bytes(wav_header(1)[:20]), "cannot be read as sound", "unreadable audio",
@@ -253,6 +253,13 @@ OVERRIDES = {   # an argument: what the line says
     "--warmup=-1": ("--warmup=-1 does not fit", "negative", "--help"),
     "--ema=1": ("--ema=1 does not fit", "[0, 1)", "--help"),
     "--model.temporal.heads=3": ("--model.temporal.heads=3 does not fit", "dim 16 is no multiple of 3 heads", "--help"),
+    "--model.temporal.heads=0": ("--model.temporal.heads=0 does not fit", "at least 1", "--help"),
+    "--model.temporal.ffn=-3": ("--model.temporal.ffn=-3 does not fit", "at least 1", "--help"),
+    "--model.temporal.head_dim=3": ("--model.temporal.head_dim=3 does not fit", "a head of 3 is odd", "--help"),
+    "--model.table.layout=rows": ("--model.table.layout=rows does not fit", "clone", "--help"),
+    "--model.dropout=1": ("--model.dropout=1 does not fit", "[0, 1)", "--help"),
+    "--betas=0.9,2": ("--betas=0.9,2 does not fit", "[0, 1)", "--help"),
+    "--seed=-1": ("--seed=-1 does not fit", "not negative", "--help"),
     "--model.dual_ffn=4": ("--model.dual_ffn=4 does not fit", "layers", "--help"),
     "--trackers=wand": ("--trackers=wand does not fit", "wandb", "--help"),
     "--lora.targets=nowhere.*": ("nowhere.*", "there are", "temporal.layers.N.attn.q"),
@@ -496,6 +503,8 @@ SAMPLES = {     # name: (arguments, {RUN} is the run's folder, {HERE} a scratch 
     "list of texts not UTF-8": (("--ckpt={RUN}", "--texts={HERE}/latin.txt"), ("latin.txt is not UTF-8", "save it again")),
     "empty list of texts": (("--ckpt={RUN}", "--texts={HERE}/empty.txt"), ("nothing to say", "add --text")),
     "output is a folder": (("--ckpt={RUN}", "--text=one", "--max_frames=2", "--out={HERE}"), ("", "")),
+    "stream into a folder": (("--ckpt={RUN}", "--text=one", "--max_frames=2", "--stream", "--out={HERE}"),
+                             ("cannot be written", "another path")),
     "output below a file": (("--ckpt={RUN}", "--text=one", "--max_frames=2", "--out={HERE}/empty.txt/o.wav"), ("empty.txt", "path")),
 }
 
@@ -519,7 +528,9 @@ def test_other_commands_refuse_what_they_do_not_know(tiny_run, tmp_path):
     fails(call("data.py", "show", config, "--index=first"), "--index first does not exist", "examples 0..11")
     fails(call("checkpoint.py", "mrege", "x"), "unknown command 'mrege'", "export, merge, show")
     fails(call("checkpoint.py", "merge", tiny_run), "merge needs --out=DIR")
-    fails(call("evaluate.py", tmp_path / "none.jsonl"), "none.jsonl", "sample.py")
+    fails(call("checkpoint.py", "merge", tiny_run, f"--out={tmp_path}/m", "--too=x"), "--too", "nearest is --to")
+    assert not (tmp_path / "m").exists()
+    fails(call("evaluate.py", tmp_path / "none.jsonl"), "none.jsonl does not exist", "name a run folder")
 
 
 # ---- resume ----
@@ -569,6 +580,22 @@ def test_resume_never_refuses_an_existing_run(run_copy, tiny_run, tmp_path):
 def test_a_run_of_another_shape_does_not_resume(run_copy, tiny_run):
     config = tiny_run.parent / "tiny_run.py"
     fails(call("train.py", config, f"--out={run_copy}", "--steps=6", "--model.temporal.dim=32"), "the config wants", "belong together")
+
+
+@pytest.mark.parametrize("text", [b"garbage}\n", b'{"x": 1}\n', b'["step"]}\n', b"\xff}\n"])
+def test_a_spoilt_metrics_file_is_named_and_kept(text, run_copy, tiny_run):
+    path = run_copy / "metrics.jsonl"
+    before = path.read_bytes() + text
+    path.write_bytes(before)
+    fails(call("train.py", tiny_run.parent / "tiny_run.py", f"--out={run_copy}", "--steps=5"), "metrics.jsonl has a line",
+          "mend it or move")
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("text", [b"garbage\n", b"{}\n", b"[1]\n", b"\xff\xfe\n"])
+def test_a_spoilt_list_of_samples_is_named_by_its_line(text, tmp_path):
+    (tmp_path / "s.jsonl").write_bytes(text)
+    fails(call("evaluate.py", tmp_path / "s.jsonl"), "s.jsonl line 1 is no row of text and wav", "mend or remove it")
 
 
 # ---- a full disk ----

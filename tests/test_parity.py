@@ -5,12 +5,12 @@ none of them is needed here. Gate: logits within 1e-5 in fp32, greedy tokens equ
 """
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import call
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -43,7 +43,7 @@ class Golden:
     def __init__(self, name: str) -> None:
         with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
             self.config = json.loads(file.metadata()["config"])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}                 # noqa: SIM118
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
         self.name, self.weights = name, {k.removeprefix("weights/"): t for k, t in tensors.items() if k.startswith("weights/")}
         self.tensors = {k: t for k, t in tensors.items() if not k.startswith("weights/")}
 
@@ -108,7 +108,8 @@ def test_peft_adapter_equals_peft(tmp_path):
     assert written.keys() == tensors.keys() and all(torch.equal(written[k], tensors[k]) for k in tensors)
     about = json.loads((back / "adapter_config.json").read_text())
     assert about["target_modules"] == ["gate_proj", "q_proj", "v_proj"] and about["modules_to_save"] == ["lm_head"]
-    assert about["rank_pattern"] == {"model.layers.1.self_attn.q_proj": 2} and about["alpha_pattern"] == {"model.layers.0.mlp.gate_proj": 7.0}
+    assert about["rank_pattern"] == {"model.layers.1.self_attn.q_proj": 2}
+    assert about["alpha_pattern"] == {"model.layers.0.mlp.gate_proj": 7.0}
     again = load(base, adapter=back)
     assert again.lora == model.lora and same_tensors(again, model)
     qwen_checks(case, load(export(model, tmp_path / "merged", to="hf")))
@@ -199,7 +200,7 @@ def test_moshi_greedy_frames_equal_lmgen(name, tmp_path):
     def feed(tokens: torch.Tensor) -> torch.Tensor:
         nonlocal column
         column += 1
-        for n, k in enumerate(rows):                                    # moshi's generator takes frame 0 as given, so does its first column
+        for n, k in enumerate(rows):                                    # start ids hide what moshi's generator is given first
             late = column - table.delays[k]
             tokens[:, k] = user[:, n, late] if late > 0 else table.streams[k].start
         return tokens
@@ -252,6 +253,31 @@ def test_export_writes_back_what_was_read(name, tmp_path):
         assert written.keys() == case.weights.keys()
     assert all(torch.equal(written[n], case.weights[n]) for n in written.keys() & case.weights.keys())
     assert same_tensors(load(export(model, tmp_path / "ours")), model)
+
+
+def test_import_command_writes_a_checkpoint_of_ours(tmp_path):
+    base = Golden("moshi").write(tmp_path / "base")
+    rc, out, err = call("checkpoint.py", "import", base, f"--out={tmp_path / 'ours'}")
+    assert (rc, err) == (0, "") and "wrote" in out and json.loads((tmp_path / "ours/config.json").read_text())["format"] == "multistream"
+    assert same_tensors(load(tmp_path / "ours"), load(base))
+
+
+def test_moshi_without_a_depth_transformer_only_writes_text(tmp_path):
+    """The speech recognisers: every audio row is read, none is predicted."""
+    case = Golden("moshi")
+    case.config["dep_q"] = 0
+    case.weights = {n: t for n, t in case.weights.items() if not n.startswith(("depformer", "linears"))}
+    model = load(case.write(tmp_path / "base"))
+    assert model.table.audio_out == [] and model.config.depth is None
+    assert same_tensors(load(export(model, tmp_path / "back", to="moshi")), model)
+
+
+def test_an_adapter_on_a_tied_head_is_not_merged_into_the_embedding(tmp_path):
+    model = with_adapter(load(Golden("qwen2_tied").write(tmp_path)), LoraConfig(rank=2, targets=("attn.q", "text_head")))
+    with pytest.raises(ValueError, match="tied text head"):
+        export(model, tmp_path / "x", to="hf")
+    again = load(tmp_path, adapter=export(model, tmp_path / "peft", to="peft"))
+    assert same_tensors(again, model)
 
 
 def test_higgs_layouts_convert_into_each_other(tmp_path):
@@ -354,7 +380,8 @@ def test_boson_reads_split_tensors_and_heads_written_twice(tmp_path):
     case = Golden("boson_list")
     whole = load(case.write(tmp_path / "whole"))
     table, head = case.weights.pop("embed_tokens.weight"), case.weights.pop("audio_decoder_proj.text_lm_head.weight")
-    case.weights |= {"embed_tokens.embedding_frozen.weight": table[:40].clone(), "embed_tokens.embedding_trainable.weight": table[40:].clone(),
+    case.weights |= {"embed_tokens.embedding_frozen.weight": table[:40].clone(),
+                     "embed_tokens.embedding_trainable.weight": table[40:].clone(),
                      "audio_decoder_proj.text_lm_head.linear_frozen.weight": head[:60].clone(),
                      "audio_decoder_proj.text_lm_head.linear_trainable.weight": head[60:].clone(),
                      "audio_lm_head.weight": case.weights["audio_decoder_proj.audio_lm_head.weight"].clone(),
@@ -387,10 +414,11 @@ def test_a_tied_head_may_be_written_too(tmp_path):
 def test_missing_extra_and_misshapen_tensors_are_named_in_one_line(name, tmp_path):
     case = Golden(name)
     first = sorted(case.weights)[1]
-    for change, expected in ((lambda w: w.pop(first), "1 tensors missing"), (lambda w: w.update(surplus=torch.zeros(2)), "1 unexpected ['surplus']"),
-                             (lambda w: w.update({first: w[first][..., :-1].contiguous()}), "its config wants")):
+    changes = {"1 tensors missing": {first: None}, "1 unexpected ['surplus']": {"surplus": torch.zeros(2)},
+               "its config wants": {first: case.weights[first][..., :-1].contiguous()}}
+    for expected, change in changes.items():
         broken = Golden(name)
-        change(broken.weights)
+        broken.weights = {n: t for n, t in (broken.weights | change).items() if t is not None}
         with pytest.raises(ValueError) as caught:
             load(broken.write(tmp_path))
         assert expected in str(caught.value) and "\n" not in str(caught.value) and (expected.endswith("]") or first in str(caught.value))
@@ -404,7 +432,8 @@ def test_missing_extra_and_misshapen_tensors_are_named_in_one_line(name, tmp_pat
 def test_what_cannot_be_computed_is_refused_by_name(name, field, value, tmp_path):
     case = Golden(name)
     case.config[field] = value
-    with pytest.raises(ValueError, match="rope_type|activation|layers" if field in ("rope_parameters", "hidden_act", "num_hidden_layers") else field):
+    words = {"rope_parameters": "rope_type = 'yarn'", "hidden_act": "activation 'relu'", "num_hidden_layers": "has 9 layers"}
+    with pytest.raises(ValueError, match=words.get(field, field)):
         load(case.write(tmp_path))
 
 
@@ -412,6 +441,17 @@ def test_a_config_without_a_field_says_which(tmp_path):
     case = Golden("qwen2")
     del case.config["intermediate_size"]
     with pytest.raises(ValueError, match="config.json lacks 'intermediate_size'"):
+        load(case.write(tmp_path))
+
+
+@pytest.mark.parametrize(("name", "field", "value", "words"), [
+    ("qwen3", "num_hidden_layers", "3", "damaged"), ("qwen2", "num_attention_heads", 0, "damaged"), ("moss", "hidden_size", None, "damaged"),
+    ("higgs", "rope_parameters", 7, "damaged"), ("boson_list", "text_config", None, "damaged"),
+    ("moshi", "delays", [0, 0, 1], "3 delays for 6 streams")])
+def test_a_damaged_config_is_one_line(name, field, value, words, tmp_path):
+    case = Golden(name)
+    case.config[field] = value
+    with pytest.raises(ValueError, match=words):
         load(case.write(tmp_path))
 
 
@@ -478,4 +518,3 @@ def test_golden_files_are_small_and_say_where_they_come_from():
         with safe_open(file, "pt") as opened:
             about = opened.metadata()
         assert {"config", "versions", "command"} <= about.keys() and "torch" in json.loads(about["versions"])
-    assert shutil.which("python3")

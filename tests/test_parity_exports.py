@@ -44,13 +44,15 @@ def needs(package: str, attribute: str) -> object:
 @pytest.mark.parametrize("name", ["qwen2", "qwen2_tied", "qwen3"])
 @torch.no_grad()
 def test_transformers_loads_qwen(name, tmp_path):
-    kind, case = needs("transformers", "Qwen3ForCausalLM") and needs("transformers", "AutoModelForCausalLM"), Golden(name)
+    needs("transformers", "Qwen3ForCausalLM")
+    kind, case = needs("transformers", "AutoModelForCausalLM"), Golden(name)
     folder = export(load(case.write(tmp_path / "base")), tmp_path / "out", to="hf")
     assert error(official(kind, folder)(input_ids=case["ids"]).logits, case["logits"]) == 0
 
 
 def higgs_inputs(case: Golden) -> dict[str, torch.Tensor]:
-    return {"input_ids": case["ids"], "attention_mask": case["mask"], "audio_input_ids": case["audio"], "audio_input_ids_mask": case["audio_mask"]}
+    return {"input_ids": case["ids"], "attention_mask": case["mask"], "audio_input_ids": case["audio"],
+            "audio_input_ids_mask": case["audio_mask"]}
 
 
 @torch.no_grad()
@@ -69,13 +71,14 @@ def test_transformers_loads_higgs(tmp_path):
 @torch.no_grad()
 def test_peft_loads_adapters(name, config, tmp_path):
     higgs = name == "higgs"
-    kind, peft, case = needs("transformers", "HiggsAudioV2ForConditionalGeneration" if higgs else "Qwen3ForCausalLM"), needs("peft", "PeftModel"), Golden(name)
-    kind = kind if higgs else needs("transformers", "AutoModelForCausalLM")
+    kind, peft = needs("transformers", "HiggsAudioV2ForConditionalGeneration"), needs("peft", "PeftModel")
+    kind, options = (kind, {"use_text_head": True}) if higgs else (needs("transformers", "AutoModelForCausalLM"), {})
+    case = Golden(name)
     base = case.write(tmp_path / "base")
     model = with_adapter(load(base), config)
     for p in lora.trained_parameters(model, config).values():
         p.mul_(1.1)
-    theirs = peft.from_pretrained(official(kind, base, **({"use_text_head": True} if higgs else {})), export(model, tmp_path / "out", to="peft")).eval()
+    theirs = peft.from_pretrained(official(kind, base, **options), export(model, tmp_path / "out", to="peft")).eval()
     if higgs:
         mask = case["mask"].bool()
         ours = logits(model, higgs_grid(case), mask.cumsum(1) - 1)[1].transpose(1, 2)[mask]
@@ -121,7 +124,8 @@ def test_moshi_loads_our_adapter(fuse, tmp_path):
     base = case.write(tmp_path / "base")
     model = with_adapter(load(base), LoraConfig(rank=3, alpha=6.0, targets=("temporal.layers.*.attn.*", "depth.layers.1.*", "depth.input")))
     folder = export(model, tmp_path / "out", to="moshi-lora")
-    theirs = moshi(base / "model.safetensors", folder / "config.json", lora_weights=folder / "lora.safetensors", fuse_lora=fuse)(case["codes"])
+    adapted = moshi(base / "model.safetensors", folder / "config.json", lora_weights=folder / "lora.safetensors", fuse_lora=fuse)
+    theirs = adapted(case["codes"])
     table, mask = model.table, case["text_mask"]
     text, audio = model(delay(case["codes"], table.delays, table.column("start")))
     assert error(text[mask], theirs.text_logits[:, 0][mask]) <= GATE

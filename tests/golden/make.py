@@ -16,11 +16,11 @@ import os
 import sys
 from pathlib import Path
 
-os.environ |= {"NO_TORCH_COMPILE": "1", "NO_CUDA_GRAPH": "1", "HF_HUB_OFFLINE": "1"}
+os.environ |= {"NO_TORCH_COMPILE": "1", "NO_CUDA_GRAPH": "1", "HF_HUB_OFFLINE": "1"}       # moshi reads them on import
 
-import torch                                    # noqa: E402  (moshi reads the variables above on import)
-from safetensors.torch import save_file         # noqa: E402
-from torch import Tensor, nn                    # noqa: E402
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 HERE = Path(__file__).parent
 PACKAGES = ("torch", "transformers", "peft", "moshi", "boson-multimodal")
@@ -62,8 +62,7 @@ def draw(high: int, *shape: int, seed: int) -> Tensor:
 
 def qwen_case(name: str, model: nn.Module, config: dict, packages: str = "torch transformers", **extra: Tensor) -> None:
     """Whole prompts, a left-padded batch and greedy continuations."""
-    vocab, packages = config["vocab_size"], packages
-    ids = draw(vocab - 2, 2, 19, seed=1)
+    ids = draw(config["vocab_size"] - 2, 2, 19, seed=1)
     mask = torch.ones(2, 19, dtype=torch.long)
     mask[1, :7] = 0
     positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -72,7 +71,8 @@ def qwen_case(name: str, model: nn.Module, config: dict, packages: str = "torch 
         padded = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
         tokens = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=24, do_sample=False, pad_token_id=0)[:, 19:]
     print(f"{name}: greedy {tokens.tolist()}, |logits| up to {plain.abs().max():.1f}")
-    write(name, getattr(model, "bare", model), config, packages, ids=ids, mask=mask, logits=plain, padded_logits=padded, tokens=tokens, **extra)
+    write(name, getattr(model, "bare", model), config, packages, ids=ids, mask=mask, logits=plain, padded_logits=padded, tokens=tokens,
+          **extra)
 
 
 def qwen(kind: str, **options: object) -> tuple[nn.Module, dict]:
@@ -92,13 +92,15 @@ def qwen2() -> None:
 
 
 def qwen2_tied() -> None:
-    qwen_case("qwen2_tied", *qwen("Qwen2", **QWEN2 | {"vocab_size": 51, "hidden_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2,
-                                                       "tie_word_embeddings": True, "eos_token_id": [49, 50]}))
+    changes = {"vocab_size": 51, "hidden_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True,
+               "eos_token_id": [49, 50]}
+    qwen_case("qwen2_tied", *qwen("Qwen2", **QWEN2 | changes))
 
 
 def qwen3() -> None:
-    qwen_case("qwen3", *qwen("Qwen3", vocab_size=59, hidden_size=20, intermediate_size=36, num_hidden_layers=3, num_attention_heads=3,
-                             num_key_value_heads=1, head_dim=6, rope_theta=1e6, tie_word_embeddings=False, attention_bias=False, eos_token_id=57))
+    qwen_case("qwen3", *qwen(
+        "Qwen3", vocab_size=59, hidden_size=20, intermediate_size=36, num_hidden_layers=3, num_attention_heads=3, num_key_value_heads=1,
+        head_dim=6, rope_theta=1e6, tie_word_embeddings=False, attention_bias=False, eos_token_id=57))
 
 
 def qwen_peft() -> None:
@@ -106,13 +108,14 @@ def qwen_peft() -> None:
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
     base, config = qwen("Qwen2", **QWEN2)
     kept = {k: v.clone() for k, v in base.state_dict().items()}
-    lora = LoraConfig(r=3, lora_alpha=5, lora_dropout=0.05, target_modules=["q_proj", "v_proj", "gate_proj"], use_dora=True, use_rslora=True,
-                      rank_pattern={"layers.1.self_attn.q_proj": 2}, alpha_pattern={"layers.0.mlp.gate_proj": 7}, modules_to_save=["lm_head"],
-                      task_type="CAUSAL_LM", base_model_name_or_path="base")
+    lora = LoraConfig(
+        r=3, lora_alpha=5, lora_dropout=0.05, target_modules=["q_proj", "v_proj", "gate_proj"], use_dora=True, use_rslora=True,
+        rank_pattern={"layers.1.self_attn.q_proj": 2}, alpha_pattern={"layers.0.mlp.gate_proj": 7}, modules_to_save=["lm_head"],
+        task_type="CAUSAL_LM")
     model = get_peft_model(base, lora)
     g = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for name, p in sorted(model.named_parameters()):
+        for _, p in sorted(model.named_parameters()):
             if p.requires_grad:
                 p.add_(0.2 * torch.randn(p.shape, generator=g))
     model.eval()
@@ -163,27 +166,31 @@ def boson(name: str, kind: str, layers: list[int]) -> None:
     """The first release: dual layers only where listed; with fast-forward the others pass audio by."""
     from boson_multimodal.model.higgs_audio import HiggsAudioConfig, HiggsAudioModel
     K = 3
-    text = {"model_type": "llama", "vocab_size": 64, "hidden_size": 18, "intermediate_size": 22, "num_hidden_layers": 3, "num_attention_heads": 3,
-            "num_key_value_heads": 1, "head_dim": 6, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
-            "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                             "original_max_position_embeddings": 32},
-            "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False, "eos_token_id": 2}
+    text = {
+        "model_type": "llama", "vocab_size": 64, "hidden_size": 18, "intermediate_size": 22, "num_hidden_layers": 3,
+        "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 6, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                         "original_max_position_embeddings": 32},
+        "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False, "eos_token_id": 2}
     config = HiggsAudioConfig(
         text_config=dict(text), audio_adapter_type=kind, audio_dual_ffn_layers=layers, audio_num_codebooks=K, audio_codebook_size=16,
         audio_stream_bos_id=16, audio_stream_eos_id=17, audio_in_token_idx=49, audio_out_token_idx=50, audio_out_bos_token_id=51,
-        audio_eos_token_id=53, pad_token_id=0, encode_whisper_embed=False, skip_audio_tower=True, encode_audio_in_tokens=True, use_delay_pattern=True)
+        audio_eos_token_id=53, pad_token_id=0, encode_whisper_embed=False, skip_audio_tower=True,
+        encode_audio_in_tokens=True, use_delay_pattern=True)
     config._attn_implementation = config.text_config._attn_implementation = "eager"
     config.hidden_size = 18
     model = scramble(HiggsAudioModel(config), 5)
     reference, answer = draw(18, K, 6, seed=1), draw(18, K, 8, seed=2)                  # delayed columns already
-    ids = torch.cat([draw(46, 5, seed=3) + 2, torch.tensor([49]), draw(46, 4, seed=4) + 2, torch.tensor([51, 50]), draw(46, 3, seed=6) + 2])[None]
+    words = [draw(46, n, seed=n) + 2 for n in (5, 4, 3)]
+    ids = torch.cat([words[0], torch.tensor([49]), words[1], torch.tensor([51, 50]), words[2]])[None]
     with torch.no_grad():
         out = model(input_ids=ids, attention_mask=torch.ones_like(ids), audio_in_ids=reference, audio_in_ids_start=torch.tensor([0]),
                     audio_out_ids=answer, audio_out_ids_start=torch.tensor([0]), label_ids=ids)
     length = ids.shape[1] - 2 + reference.shape[1] + answer.shape[1]          # the model pads to a multiple of 8, on the left
     about = json.loads(config.to_json_string(use_diff=False)) | {"text_config": text, "architectures": ["HiggsAudioModel"]}
-    write(name, model, about, "torch transformers boson-multimodal", ids=ids, audio_in=reference, audio_out=answer, text_logits=out.logits[:, -length:],
-          audio_logits=out.audio_logits.view(-1, K, 18))
+    write(name, model, about, "torch transformers boson-multimodal", ids=ids, audio_in=reference, audio_out=answer,
+          text_logits=out.logits[:, -length:], audio_logits=out.audio_logits.view(-1, K, 18))
 
 
 def boson_list() -> None:
@@ -197,8 +204,9 @@ def boson_forward() -> None:
 # ---- Moshi ----
 
 MOSHI = {"dim": 24, "text_card": 30, "existing_text_padding_id": 3, "n_q": 5, "dep_q": 3, "card": 11, "num_heads": 3, "num_layers": 2,
-         "hidden_scale": 4.125, "causal": True, "layer_scale": None, "context": 5, "max_period": 10000, "gating": "silu", "norm": "rms_norm_f32",
-         "positional_embedding": "rope", "depformer_dim": 18, "depformer_dim_feedforward": 74, "depformer_num_heads": 3,
+         "hidden_scale": 4.125, "causal": True, "layer_scale": None, "context": 5, "max_period": 10000, "gating": "silu",
+         "norm": "rms_norm_f32", "positional_embedding": "rope",
+         "depformer_dim": 18, "depformer_dim_feedforward": 74, "depformer_num_heads": 3,
          "depformer_num_layers": 2, "depformer_layer_scale": None, "depformer_multi_linear": True, "depformer_context": 8,
          "depformer_max_period": 10000, "depformer_gating": "silu", "depformer_pos_emb": "none", "depformer_weights_per_step": True,
          "delays": [0, 0, 1, 1, 0, 1]}
@@ -241,8 +249,9 @@ def moss() -> None:
     """No package of it exists; two Qwen3 that share their first layers are what its modeling file computes."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
     shared, tail, text_vocab, audio_vocab, pad, begin, end = 2, 1, 48, 30, 47, 44, 20
-    base = {"hidden_size": 20, "intermediate_size": 28, "num_hidden_layers": shared + tail, "num_attention_heads": 3, "num_key_value_heads": 1,
-            "head_dim": 6, "max_position_embeddings": 128, "rope_theta": 1e6, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
+    base = {"hidden_size": 20, "intermediate_size": 28, "num_hidden_layers": shared + tail, "num_attention_heads": 3,
+            "num_key_value_heads": 1, "head_dim": 6, "max_position_embeddings": 128, "rope_theta": 1e6, "rms_norm_eps": 1e-6,
+            "tie_word_embeddings": False}
     text, audio = (scramble(Qwen3ForCausalLM(Qwen3Config(vocab_size=v, attn_implementation="eager", **base)), 31 + v)
                    for v in (text_vocab, audio_vocab))
     audio.model.layers[:shared].load_state_dict(text.model.layers[:shared].state_dict())
@@ -251,16 +260,18 @@ def moss() -> None:
         weights |= {f"model.{side}_norm.weight": model.model.norm.weight, f"{side}_lm_head.weight": model.lm_head.weight}
         for name, p in model.model.layers.named_parameters():
             n, _, rest = name.partition(".")
-            weights[f"model.shared_block.layers.{n}.{rest}" if int(n) < shared else f"model.{side}_block.layers.{int(n) - shared}.{rest}"] = p
+            own = int(n) - shared
+            weights[f"model.shared_block.layers.{n}.{rest}" if own < 0 else f"model.{side}_block.layers.{own}.{rest}"] = p
     rows = torch.stack([draw(40, 17, seed=1), draw(audio_vocab, 17, seed=2)])            # text row, audio row
     rows[0, 6:12], rows[0, 5] = pad, begin
     is_audio = rows[0] == pad
     with torch.no_grad():
-        x = torch.where(is_audio[:, None], audio.model.embed_tokens(rows[1]), text.model.embed_tokens(rows[0].masked_fill(is_audio, 0)))[None]
+        words = text.model.embed_tokens(rows[0].masked_fill(is_audio, 0))
+        x = torch.where(is_audio[:, None], audio.model.embed_tokens(rows[1]), words)[None]
         text_logits, audio_logits = (m(inputs_embeds=x).logits for m in (text, audio))
     about = {"architectures": ["MossSpeechForCausalLM"], "model_type": "moss_speech", **base, "hidden_act": "silu", "attention_bias": False,
-             "vocab_size": text_vocab, "audio_vocab_size": audio_vocab, "num_shared_layers": shared, "num_modality_layers": tail, "channels": 2,
-             "modality_pad_token_id": pad, "sosp_token_id": begin, "eosp_token_id": end, "eos_token_id": [45]}
+             "vocab_size": text_vocab, "audio_vocab_size": audio_vocab, "num_shared_layers": shared, "num_modality_layers": tail,
+             "channels": 2, "modality_pad_token_id": pad, "sosp_token_id": begin, "eosp_token_id": end, "eos_token_id": [45]}
     holder = nn.Module()
     holder.state_dict = lambda: {k: v.detach() for k, v in weights.items()}
     write("moss", holder, about, "torch transformers", rows=rows, text_logits=text_logits, audio_logits=audio_logits)
@@ -269,4 +280,5 @@ def moss() -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for case in sys.argv[1:] or sys.exit(__doc__):
+        torch.manual_seed(0)                    # for what a package draws on its own
         globals()[case]()

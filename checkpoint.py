@@ -52,7 +52,7 @@ def read_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
         raise FileNotFoundError(f"{path} does not exist; the checkpoint is incomplete, use another one")
     try:
         with safe_open(str(path), "pt", device) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}      # noqa: SIM118 (not a dict)
+            return {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error}); use another checkpoint, or fetch the file again") from None
 
@@ -155,7 +155,7 @@ def read_about(folder: Path) -> dict[str, Any]:
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         kind = about.get("model_type") if isinstance(about, dict) else type(about).__name__
         raise ValueError(f"{folder}/config.json is no multistream checkpoint (model_type {kind!r}); "
-                         "official layouts that can be read are listed by `python checkpoint.py import --help`")
+                         + "official layouts that can be read are listed by `python checkpoint.py import --help`")
     if about.get("version") != VERSION:
         raise ValueError(f"{folder} has checkpoint version {about.get('version')}, this code reads {VERSION}; update the code")
     wanted = {"model": dict, "data": dict, "step": int, "base": str}
@@ -192,11 +192,11 @@ def fill(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
     missing, unexpected = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
     if missing or unexpected:
         raise ValueError(f"{source} does not fit this model: {len(missing)} tensors missing {missing[:3]}, {len(unexpected)} unexpected "
-                         f"{unexpected[:3]}; check that weights and config.json belong together")
+                         + f"{unexpected[:3]}; check that weights and config.json belong together")
     for name, target in wanted.items():
         if target.shape != tensors[name].shape:
             raise ValueError(f"{source}: {name} is {tuple(tensors[name].shape)}, the config wants {tuple(target.shape)}; "
-                             "check that weights and config.json belong together")
+                             + "check that weights and config.json belong together")
         target.copy_(tensors[name])
 
 
@@ -309,7 +309,7 @@ def from_hub(name: str) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = type(error).__name__
         raise FileNotFoundError(f"{name} is neither a folder here nor can it be fetched ({reason}); "
-                                f"when online run: huggingface-cli download {name}") from None
+                                + f"when online run: huggingface-cli download {name}") from None
 
 
 # ---- run state: everything that exact resume needs ----
@@ -339,7 +339,8 @@ def fill_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: 
     for name, value in tensors.items():
         key, _, path = name.partition(":")
         if path not in parameters:
-            raise ValueError(f"{source}: optimizer state of unknown parameter {path}; the model has changed, start with --resume=never in a new --out")
+            raise ValueError(f"{source}: optimizer state of unknown parameter {path}; the model has changed, "
+                             + "start with --resume=never in a new --out")
         p = parameters[path]
         if key != "step" and value.shape != p.shape:
             found = f"optimizer state of {path} is {tuple(value.shape)}, the model has {tuple(p.shape)}"
@@ -427,6 +428,18 @@ def read_state(folder: Path) -> dict[str, Any]:
     if not isinstance(about, dict) or about.keys() != fields or not isinstance(about["step"], int):
         raise ValueError(f"{path} is damaged: it should hold {', '.join(sorted(fields))}; use another checkpoint")
     return {key: about[key] for key in fields - {"config"}}
+
+
+def rewind(metrics: Path, step: int) -> Path:
+    """Drop the lines of a metrics.jsonl that a killed run wrote behind its last checkpoint: they come again."""
+    try:
+        lines = metrics.read_text().splitlines(keepends=True) if metrics.is_file() else []
+        rows = [(line, json.loads(line)) for line in lines if line.endswith("}\n")]
+        kept = "".join(line for line, row in rows if row["step"] < step + ("val/loss" in row))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{metrics} has a line that is no row of numbers ({error}); mend it or move the file away") from None
+    replace_file(metrics, lambda temporary: Path(temporary).write_text(kept))
+    return metrics
 
 
 def point(link: Path, target: str) -> None:
@@ -521,7 +534,8 @@ def main() -> None:
         model = load(path)
         found = lora.norms(model)
         print(json.dumps({"folder": model.extras.folder, "step": model.extras.step, "parameters": model.count_parameters(),
-                          "data": model.extras.data, "adapters": len(found), "largest |BA|/|W|": max(found.values(), default=0.0)}, indent=1))
+                          "data": model.extras.data, "adapters": len(found),
+                          "largest |BA|/|W|": max(found.values(), default=0.0)}, indent=1))
     else:
         raise ValueError(f"unknown command {command!r}; it is one of import, export, merge, show")
 

@@ -55,10 +55,6 @@ class Sums:
         return torch.stack([t.detach().double() for t in (self.nll, self.weight, self.hits, self.count)])
 
 
-def empty_sums(streams: int, like: Tensor) -> Sums:
-    return Sums(*(torch.zeros(streams, device=like.device, dtype=torch.float32) for _ in range(4)))
-
-
 Head = Callable[[Tensor, Tensor], Tensor]      # h (N, D), inputs (N, ...) -> logits (Q, N, V)
 
 

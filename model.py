@@ -23,8 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from kernels.attention import attend, attention_mask
 from kernels.rope import rope_tables, rotate
-from loss import Sums, cross_entropy_sums, empty_sums
+from loss import Sums, cross_entropy_sums
 from streams import Stream, StreamTable, is_audio
 
 
@@ -147,12 +148,6 @@ class Cache:
         self.audio = torch.zeros(batch, capacity, dtype=torch.bool, device=device)
         self.capacity, self.count, self.live = capacity, 0, 0
 
-    def reset(self) -> "Cache":
-        """Forget everything, keep the memory."""
-        self.positions.fill_(-1)
-        self.count = self.live = 0
-        return self
-
     def reserve(self, positions: Tensor, audio: Tensor) -> None:
         """Take slots for the next columns.   positions, audio (B, n)"""
         n = positions.shape[1]
@@ -180,17 +175,6 @@ class Context:
     rows: tuple[Tensor, Tensor] | None = None    # flat numbers of the text rows and of the audio rows
     cache: Cache | None = None
     step: slice | None = None                    # depth transformer: which codebook steps x holds
-
-
-def attention_mask(q: Tensor, k: Tensor, window: int, q_segments: Tensor | None, k_segments: Tensor | None) -> Tensor:
-    """Which key each query sees.   positions (B, S), (B, L) -> (B, 1, S, L) bool; negative key positions are never seen"""
-    distance = q[:, :, None] - k[:, None, :]
-    mask = (distance >= 0) & (k >= 0)[:, None, :]
-    if window:
-        mask &= distance < window
-    if q_segments is not None:
-        mask &= q_segments[:, :, None] == k_segments[:, None, :]
-    return mask[:, None]
 
 
 def temporal_context(c: ModelConfig, audio: Tensor, positions: Tensor | None, segments: Tensor | None, cache: Cache | None) -> Context:
@@ -256,10 +240,8 @@ class Attention(nn.Module):
             q, k = (rotate(t, context.rope, c.rope_interleaved) for t in (q, k))
         if context.cache is not None:
             k, v = context.cache.update(layer, k, v)
-        causal = mask is None and q.shape[2] == k.shape[2]
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=c.kv != c.heads)
-        back = (2, 0, 1, 3) if c.steps else (0, 2, 1, 3)
-        return self.o(y.permute(back).flatten(-2), step)
+        y = attend(q, k, v, mask)
+        return self.o(y.permute((2, 0, 1, 3) if c.steps else (0, 2, 1, 3)).flatten(-2), step)
 
 
 class FeedForward(nn.Module):
@@ -522,7 +504,7 @@ class MultistreamLM(nn.Module):
 
     def sums(self, h_text: Tensor, h_audio: Tensor, targets: Tensor, weights: Tensor) -> Sums:
         """Loss sums per stream; rows without a target never reach a head.   targets, weights (B, K, S)"""
-        total = empty_sums(len(self.table), weights)
+        total = Sums(*torch.zeros(4, len(self.table), device=weights.device))
         for rows, h, head in ((self.table.text_out, h_text, lambda h, _: self.text_head(h)[None]),
                               (self.table.audio_out, h_audio, self.audio_logits)):
             if not rows:

@@ -497,7 +497,7 @@ def peft_layout(config: ModelConfig) -> Layout:
     for layout in LAYOUTS.values():
         if layout.fits(config) and layout.to != "moshi" and not lost(config, layout.read(layout.write(config, "float32"), head)):
             return layout
-    raise ValueError("--to=peft is for Qwen, Higgs and MOSS-Speech models; this one is of another family")
+    raise ValueError("--to=peft needs official names, and no layout of Qwen, Higgs or MOSS-Speech has this model; export --to=multistream")
 
 
 def export_peft(model: MultistreamLM, base: str) -> tuple[About, Tensors]:

@@ -277,6 +277,16 @@ def read_json(path: str | Path, limit: int = 64 << 20) -> Any:
         raise ValueError(f"{path} is not valid JSON ({error}); restore it or remove it") from None
 
 
+def read_lines(path: str | Path) -> list[str]:
+    """The lines of a UTF-8 text file that are not blank, stripped."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} does not exist; name a file with one text a line")
+    try:
+        return [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8; save it again as UTF-8") from None
+
+
 FULL = "free some space and run it again; what was written before is whole"
 PATH = "check the path"
 REMEDIES = {errno.ENOSPC: FULL, errno.EDQUOT: FULL, errno.EFBIG: FULL, errno.ENOENT: PATH, errno.ENOTDIR: PATH, errno.EISDIR: PATH,

@@ -24,9 +24,9 @@ from audio import load_codec
 from audio.wav import WavWriter, save_wav
 from checkpoint import DTYPES, load
 from data import DataConfig, load_tokenizer, prompt_example
-from kernels.sample import Noise, pick, shape_logits
+from kernels.sample import Noise, sample
 from model import Cache, MultistreamLM
-from options import apply, edge, from_json, help_text, replace_file, split_arguments
+from options import apply, edge, from_json, help_text, read_lines, replace_file, split_arguments
 from streams import FEEDS, StreamTable, Undelay, lay_out
 
 Rule = float | tuple[float, ...]
@@ -54,27 +54,16 @@ class SampleConfig:
 
 # ---- drawing one token a row ----
 
-def draw(logits: Tensor, config: SampleConfig, rows: slice, noise: Callable[..., Tensor], history: Tensor | None = None) -> Tensor:
-    """Draw one id for each row.   logits (B, R, V) fp32, `rows` the places of R among the predicted streams -> (B, R)
-
-    Repetition-aware: an id seen `ras_repeats` times in its row's `history` (B, R, n) is drawn again, without any rule.
-    """
-    rules = [_per_row(rule, rows, logits) for rule in (config.temperature, config.top_k, config.top_p, config.min_p)]
-    chosen = pick(shape_logits(logits, *rules), rules[0], noise(rows, logits.shape[-1]))
-    if history is not None and config.ras_window > 0:
-        repeats = (history[..., -config.ras_window :] == chosen[..., None]).sum(-1)
-        again = pick(logits, torch.ones_like(rules[0]), noise(rows, logits.shape[-1], again=True))
-        chosen = torch.where(repeats >= config.ras_repeats, again, chosen)
-    return chosen
-
-
-def _per_row(rule: Rule, rows: slice, like: Tensor) -> Tensor:
-    """A rule as a (R, 1) tensor."""
-    count = rows.stop - rows.start
-    values = rule[rows] if isinstance(rule, tuple) else [rule] * count
-    if len(values) != count:
-        raise ValueError(f"a sampling rule has {len(rule)} values, the model predicts more streams; give one value or one for each")
-    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
+def draw(logits: Tensor, config: SampleConfig, rows: slice, noise: Noise, history: Tensor | None = None) -> Tensor:
+    """Draw one id for each row.   logits (B, R, V) fp32, `rows` the places of R among the predicted streams -> (B, R)"""
+    rules = []
+    for rule in (config.temperature, config.top_k, config.top_p, config.min_p):
+        values = rule[rows] if isinstance(rule, tuple) else (rule,) * (rows.stop - rows.start)
+        if len(values) != rows.stop - rows.start:
+            raise ValueError(f"a sampling rule has {len(rule)} values, the model predicts more streams; give one value or one for each")
+        rules.append(torch.tensor(values, dtype=logits.dtype, device=logits.device)[:, None])
+    recent = history[..., -config.ras_window :] if history is not None and config.ras_window > 0 else None
+    return sample(logits, tuple(rules), noise, rows, recent, config.ras_repeats)
 
 
 # ---- the state of a batch of generations ----
@@ -352,7 +341,7 @@ def main() -> None:
     if pairs.get("stream") == "":
         pairs["stream"] = "true"
     job = apply(Job(), pairs)
-    texts = read_texts(Path(job.texts)) if job.texts else [job.text]
+    texts = read_lines(job.texts) if job.texts else [job.text]
     if not any(text.strip() for text in texts):
         raise ValueError("nothing to say; add --text=\"...\" or --texts=FILE with one text a line")
     if bool(job.ref) != bool(job.ref_text):
@@ -380,15 +369,6 @@ def say(job: Job, texts: list[str]) -> None:
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         replace_file(Path(job.out) / "samples.jsonl", lambda temporary: Path(temporary).write_text(lines, encoding="utf-8"))
         print(f"{job.out}/samples.jsonl: {len(rows)} recordings")
-
-
-def read_texts(path: Path) -> list[str]:
-    if not path.is_file():
-        raise FileNotFoundError(f"--texts={path} does not exist; name a file with one text a line")
-    try:
-        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError:
-        raise ValueError(f"--texts={path} is not UTF-8; save it again as UTF-8") from None
 
 
 if __name__ == "__main__":

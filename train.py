@@ -27,12 +27,12 @@ from tqdm import tqdm
 import lora
 from audio import load_codec
 from audio.wav import save_wav
-from checkpoint import DTYPES, Extras, RunState, fill_adapter, latest, load, load_run, point, prune, resolve, save, save_run
+from checkpoint import DTYPES, Extras, RunState, fill_adapter, latest, load, load_run, point, prune, resolve, rewind, save, save_run
 from config import TrainConfig, learning_rate
 from data import Batch, Loader, prepare
 from loss import Sums, loss_scale, report
 from model import MultistreamLM
-from options import difference, exit_on_error, from_json, load_config, read_json, replace_file, write_json
+from options import difference, exit_on_error, from_json, load_config, read_json, write_json
 from sample import SampleConfig, speak
 
 exit_on_error()                                  # a ValueError or OSError from here on is one line and exit code 2
@@ -179,16 +179,8 @@ def checkpoint(best: bool = False) -> None:
 # ---- 8. log ----
 def tracker(name: str):
     """A function `write(numbers, step)` for metrics.jsonl, TensorBoard, wandb or trackio."""
-    if name == "jsonl":                          # lines behind the checkpoint are of a killed run: they come again
-        path = out / "metrics.jsonl"
-        try:
-            lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-            rows = [(line, json.loads(line)) for line in lines if line.endswith("}\n")]
-            kept = "".join(line for line, row in rows if row["step"] < run.step + ("val/loss" in row))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} has a line that is no row of numbers ({error}); mend it or move the file away") from None
-        replace_file(path, lambda temporary: Path(temporary).write_text(kept))
-        file = path.open("a")
+    if name == "jsonl":
+        file = rewind(out / "metrics.jsonl", run.step).open("a")
         return lambda numbers, step: print(json.dumps({"step": step, **numbers}), file=file, flush=True)
     try:
         if name == "tensorboard":

@@ -29,6 +29,20 @@ class Noise:
         return torch.stack([torch.rand(count, V, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(self.device)
 
 
+def sample(logits: Tensor, rules: tuple[Tensor, Tensor, Tensor, Tensor], noise: Noise, rows: slice, history: Tensor | None = None,
+           repeats: int = 0) -> Tensor:
+    """Draw one id for each row.   logits (B, R, V) fp32, rules four (R, 1) -> (B, R)
+
+    Repetition-aware (VALL-E 2): an id seen `repeats` times in its row's `history` (B, R, n) is drawn again, without rules.
+    """
+    chosen = pick(shape_logits(logits, *rules), rules[0], noise(rows, logits.shape[-1]))
+    if history is not None and history.shape[-1]:
+        seen = (history == chosen[..., None]).sum(-1)
+        again = pick(logits, torch.ones_like(rules[0]), noise(rows, logits.shape[-1], again=True))
+        chosen = torch.where(seen >= repeats, again, chosen)
+    return chosen
+
+
 def shape_logits(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
     """Apply the rules, in this order; what is dropped becomes -inf.   (B, R, V), rules (R, 1) -> (B, R, V)"""
     logits = logits / temperature.clamp(min=1e-5)

@@ -121,6 +121,18 @@ def test_workers_write_the_same_cache(config, tmp_path, monkeypatch):
         assert torch.equal(a.codes(n, v), b.codes(n, v))
 
 
+def test_encoding_takes_one_torch_thread_a_clip_and_gives_the_others_back(config, monkeypatch):
+    seen, encode = set(), FakeCodec.encode
+    monkeypatch.setattr(FakeCodec, "encode", lambda self, wav: seen.add(torch.get_num_threads()) or encode(self, wav))
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        prepare(replace(config, workers=2), BYTES)
+        assert seen == {1} and torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 # ---- splits ----
 
 def test_splits_are_stable_and_disjoint(config, tmp_path):

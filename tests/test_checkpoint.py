@@ -58,7 +58,8 @@ def test_adapters_are_saved_with_their_model(tmp_path: Path) -> None:
     assert again.lora == CONFIG and torch.equal(out(model), out(again))
 
 
-@pytest.mark.parametrize(("dtype", "want"), [("bf16", torch.bfloat16), ("fp16", torch.float16), (torch.float64, torch.float64), (None, torch.float32)])
+@pytest.mark.parametrize(("dtype", "want"), [("bf16", torch.bfloat16), ("fp16", torch.float16), (torch.float64, torch.float64),
+                                             (None, torch.float32)])
 def test_load_casts_on_request(dtype: object, want: torch.dtype, tmp_path: Path) -> None:
     save(make(), tmp_path)
     assert {p.dtype for p in load(tmp_path, dtype=dtype).parameters()} == {want}
@@ -113,7 +114,8 @@ def test_a_truncated_file_is_named(keep: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("harm", "message"), [
-    (lambda t: t.pop("audio_head.weight"), "1 tensors missing.*audio_head"), (lambda t: t.update(extra=torch.zeros(1)), "1 unexpected.*extra"),
+    (lambda t: t.pop("audio_head.weight"), "1 tensors missing.*audio_head"),
+    (lambda t: t.update(extra=torch.zeros(1)), "1 unexpected.*extra"),
     (lambda t: t.update({"audio_head.weight": torch.zeros(2, 2)}), r"audio_head\.weight is \(2, 2\)")])
 def test_loading_is_strict(harm: object, message: str, tmp_path: Path) -> None:
     save(make(), tmp_path)

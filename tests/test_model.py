@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tables import CONFIGS, STACK, clone_table, grid
+from tables import CONFIGS, STACK, grid
 
 from kernels.rope import rope_tables, rotate
-from model import HIGGS_V2_3B, MOSHI_7B, MOSS_9B, QWEN2_5_1_5B, Cache, ModelConfig, MultistreamLM, StackConfig
+from model import HIGGS_V2_3B, MOSHI_7B, MOSS_9B, QWEN2_5_1_5B, ModelConfig, MultistreamLM, StackConfig
 
 NAMES = list(CONFIGS)
 
@@ -234,17 +234,8 @@ def test_tied_head_is_the_embedding() -> None:
     assert model.text_head.weight is model.embed["text"].weight
 
 
-def test_reset_cache_forgets() -> None:
-    cache = Cache(STACK, 1, 1, 4, torch.device("cpu"), torch.float32)
-    cache.reserve(torch.tensor([[0, 1]]), torch.tensor([[False, True]]))
-    assert cache.reset().live == 0 and (cache.positions == -1).all()
-
-
-@pytest.mark.parametrize(("change", "message"), [({"dual_ffn": (9,)}, "dual_ffn"), ({"tied": True, "table": clone_table(3)}, None)])
-def test_config_checks_itself(change: dict, message: str | None) -> None:
-    if message is None:
-        assert ModelConfig(**{"table": clone_table(3), **change}).tied
-        return
+@pytest.mark.parametrize(("change", "message"), [({"dual_ffn": (9,)}, "dual_ffn names layers"), ({"depth": STACK}, "depth.steps")])
+def test_config_checks_itself(change: dict, message: str) -> None:
     with pytest.raises(AssertionError, match=message):
         replace(CONFIGS["clone"], **change)
 

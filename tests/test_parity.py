@@ -445,8 +445,8 @@ def test_a_config_without_a_field_says_which(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "field", "value", "words"), [
-    ("qwen3", "num_hidden_layers", "3", "damaged"), ("qwen2", "num_attention_heads", 0, "damaged"), ("moss", "hidden_size", None, "damaged"),
-    ("higgs", "rope_parameters", 7, "damaged"), ("boson_list", "text_config", None, "damaged"),
+    ("qwen3", "num_hidden_layers", "3", "damaged"), ("qwen2", "num_attention_heads", 0, "damaged"),
+    ("moss", "hidden_size", None, "damaged"), ("higgs", "rope_parameters", 7, "damaged"), ("boson_list", "text_config", None, "damaged"),
     ("moshi", "delays", [0, 0, 1], "3 delays for 6 streams")])
 def test_a_damaged_config_is_one_line(name, field, value, words, tmp_path):
     case = Golden(name)

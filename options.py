@@ -112,7 +112,7 @@ def apply(config: Any, pairs: dict[str, str], prefix: str = "--") -> Any:
     for key, text in pairs.items():
         head, dot, rest = key.partition(".")
         if head not in hints or (dot and _part(config, head, hints[head]) is None):
-            raise ValueError(unknown(prefix + key, [prefix + name for name, *_ in flatten(config)]))
+            raise ValueError(unknown(prefix + key, [prefix + name for name, *_ in flatten(config, with_off=True)]))
         if dot:
             parts.setdefault(head, {})[rest] = text
         else:
@@ -153,15 +153,17 @@ def _literal(text: str) -> Any:
         return text                                # a bare word stands for itself; the type check follows
 
 
-def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
-    """Yield (dotted name, value, help line) of every field, parts before the whole."""
+def flatten(config: Any, prefix: str = "", with_off: bool = False) -> Iterator[tuple[str, Any, str]]:
+    """Yield (dotted name, value, help line) of every field; `with_off`, also of optional parts that are switched off."""
     comments = {key: text for kind in type(config).__mro__[::-1] for key, text in field_comments(kind).items()}
+    hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            yield from flatten(value, f"{prefix}{field.name}.")
-        else:
+        if not dataclasses.is_dataclass(value):
             yield prefix + field.name, value, comments.get(field.name, "")
+        part = _part(config, field.name, hints[field.name]) if with_off else value
+        if dataclasses.is_dataclass(part):
+            yield from flatten(part, f"{prefix}{field.name}.", with_off)
 
 
 def field_comments(kind: type) -> dict[str, str]:
@@ -176,7 +178,7 @@ def field_comments(kind: type) -> dict[str, str]:
 
 def help_text(config: Any, usage: str) -> str:
     rows = [(f"--{name}", repr(value) if not dataclasses.is_dataclass(value) else "", text)
-            for name, value, text in flatten(config)]
+            for name, value, text in flatten(config, with_off=True)]
     width = min(44, max(len(name) for name, *_ in rows))
     return "\n".join([usage, "", *(f"  {name:<{width}} {value[:60]:<24} {text}".rstrip() for name, value, text in rows)])
 

@@ -248,7 +248,9 @@ def fetch(work: Path) -> Path:
 
 
 def build_speech(work: Path) -> None:
-    """Write allison/, synthetic/ and manifest.jsonl.  The READMEs and licence texts are kept by hand."""
+    """Write allison/, synthetic/, manifest.jsonl and words.json, the vocabulary of configs/tiny.py.
+
+    The READMEs, the licence texts and demo.jsonl, the demo's mix of them, are kept by hand."""
     share = fetch(work)
     sounds = share / "asterisk" / "sounds" / "en_US_f_Allison"
     texts = read_transcripts(share / "doc" / PACKAGES[0] / "core-sounds-en.txt.gz")
@@ -266,6 +268,8 @@ def build_speech(work: Path) -> None:
     rows += synthetic_rows({name: text for name, text in texts.items() if name not in held_out}, work)
     with open(SPEECH / "manifest.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    words = sorted({word for row in rows if row["language"] == "en" for word in row["text"].split()})
+    (SPEECH / "words.json").write_text(json.dumps(words, indent=0) + "\n", encoding="utf-8")
     print(f"{len(rows)} clips, {len(held_out)} held out")
 
 

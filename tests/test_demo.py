@@ -1,13 +1,20 @@
 """The gate is sampled speech, never loss: a recogniser must understand strings that were never trained on."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, cli
 
+from audio import load_codec
+from audio.wav import load_wav
 from manifest import fraction
+from model import MultistreamLM
+from options import run_config
+from sample import SampleConfig, generate
+from streams import Example, lay_out
 
 SPOKEN = [line.strip() for line in (ROOT / "assets/demo.txt").read_text().splitlines()]
 DIGITS = "zero one two three four five six seven eight nine".split()
@@ -39,3 +46,30 @@ def test_a_minute_of_training_makes_digit_strings_that_a_recogniser_understands(
     assert rc == 0, said + wrong
     scored = json.loads((tmp_path / "wavs/wer.json").read_text())["rows"][:16]
     assert sum(row["wer"] for row in scored) / 16 <= 0.20, said
+
+
+def test_an_overfitted_real_clip_of_tiny_clone_comes_back_exactly() -> None:
+    smoke = run_config(ROOT / "configs/tiny_clone.py", "smoke")
+    table, codec = smoke.model.table, load_codec("tiny")
+    pieces = []
+    for name, text in (("digits/7", "seven"), ("digits/4", "four")):
+        wav, _ = load_wav(ROOT / "assets/speech/allison" / f"{name}.opus", codec.sample_rate)
+        pieces.append(Example(torch.tensor(list(text.encode())), codec.encode(wav[None])[0]))
+    reference, target = pieces
+    target.reference = reference
+    torch.manual_seed(0)
+    model = MultistreamLM(replace(smoke.model, dropout=0.0, input_drop=0.0))
+    tokens, weights = (x[None] for x in lay_out(target, table))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
+    for _ in range(300):
+        sums = model(tokens, weights)
+        loss = sums.nll.sum() / sums.weight.sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if loss < 5e-3:
+            break
+    prompt, _ = lay_out(Example(target.text, reference=reference), table)
+    frames = torch.stack(list(generate(model, prompt, SampleConfig(temperature=0.0, max_frames=60))), dim=-1)[0]
+    codes = frames[1:, (frames[1:] >= 0).all(0)]
+    assert torch.equal(codes, target.codes) and codes.shape[1] >= 10

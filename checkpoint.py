@@ -73,8 +73,12 @@ def save(model: nn.Module, dir: str | Path, extras: Extras | None = None) -> Pat
     """Write a model, adapters included, as a folder that `load` reads. With `extras.base` only the adapter is written."""
     folder, extras = Path(dir), extras or getattr(model, "extras", None) or Extras()
     config: LoraConfig | None = getattr(model, "lora", None)
+    idle: list[str] = []
     if config is not None and extras.base:
-        write_tensors(folder / "adapter.safetensors", lora.state(model, config))
+        tensors = lora.state(model, config)
+        idle = lora.idle_adapters(tensors)
+        idle = idle if len(idle) < len(list(lora.adapters(model))) else []     # one that was never trained stays refused
+        write_tensors(folder / "adapter.safetensors", tensors)
     else:
         write_tensors(folder / "model.safetensors", weights(model))
     data = dict(extras.data or {})
@@ -83,7 +87,7 @@ def save(model: nn.Module, dir: str | Path, extras: Extras | None = None) -> Pat
     write_json(folder / "config.json", {
         "format": FORMAT, "version": VERSION, "model": to_json(model.config), "lora": to_json(config) if config else None,
         "step": extras.step, "data": data, "base": extras.base if config is not None else "",
-        "versions": {"torch": torch.__version__, "python": sys.version.split()[0]}})
+        "idle": idle, "versions": {"torch": torch.__version__, "python": sys.version.split()[0]}})
     return folder
 
 
@@ -259,10 +263,10 @@ def fill_official_adapter(model: MultistreamLM, folder: Path, config: str, file:
     """Put an adapter of another library onto a model that has none."""
     adapter, tensors = read(model, read_json(folder / config), read_tensors(folder / file), str(folder))
     lora.inject(model, adapter)
-    lora.load_state(model, adapter, tensors, str(folder), zero_ok=True)
+    lora.load_state(model, adapter, tensors, str(folder), idle=tensors)      # these libraries write every pair, trained or not
 
 
-def fill_adapter(model: MultistreamLM, folder: Path, about: dict[str, Any], zero_ok: bool = False) -> None:
+def fill_adapter(model: MultistreamLM, folder: Path, about: dict[str, Any]) -> None:
     """Put the adapter of a checkpoint folder onto a model that has none."""
     if not about.get("lora"):
         raise ValueError(f"{folder} holds no adapter; give a checkpoint of a LoRA run")
@@ -272,7 +276,7 @@ def fill_adapter(model: MultistreamLM, folder: Path, about: dict[str, Any], zero
     tensors = read_tensors(folder / "adapter.safetensors")
     if (folder / "ema.safetensors").is_file():
         tensors |= read_tensors(folder / "ema.safetensors")
-    lora.load_state(model, model.lora, tensors, str(folder), zero_ok)
+    lora.load_state(model, model.lora, tensors, str(folder), about.get("idle") or ())
 
 
 def resolve(path: str | Path) -> Path:
@@ -403,7 +407,7 @@ def load_run(folder: Path, model: MultistreamLM, optimizer: torch.optim.Optimize
     about = read_state(folder)
     config = getattr(model, "lora", None)
     if config is not None and (folder / "adapter.safetensors").is_file():
-        lora.load_state(model, config, read_tensors(folder / "adapter.safetensors"), str(folder), zero_ok=True)
+        lora.load_state(model, config, read_tensors(folder / "adapter.safetensors"), str(folder), idle=lora.state(model, config))
     else:
         fill(model, read_tensors(folder / "model.safetensors"), str(folder))
     fill_optimizer(model, optimizer, read_tensors(folder / "state" / "optimizer.safetensors"), str(folder))

@@ -10,7 +10,7 @@ and an `adapter` slot; one per depth step when the weight has a leading axis. Kn
 
 import fnmatch
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -177,12 +177,17 @@ def state(model: nn.Module, config: LoraConfig) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in model.named_parameters() if "lora_" in name or name in names}
 
 
+def idle_adapters(tensors: dict[str, Tensor]) -> list[str]:
+    """The lora_B that are zero throughout: they change nothing."""
+    return [name for name, t in tensors.items() if name.endswith("lora_B") and not t.any()]
+
+
 @torch.no_grad()
-def load_state(model: nn.Module, config: LoraConfig, tensors: dict[str, Tensor], source: str, zero_ok: bool = False) -> None:
+def load_state(model: nn.Module, config: LoraConfig, tensors: dict[str, Tensor], source: str, idle: Collection[str] = ()) -> None:
     """Fill an injected model, strictly.
 
-    ValueError names `source` and what is missing, unexpected, of another shape, or has an all-zero B (an adapter that
-    was never trained or never saved); `zero_ok` admits the last, for resuming before the first step.
+    ValueError names `source` and what is missing, unexpected, of another shape, or has an all-zero B: an adapter that
+    was never trained or never saved. `idle` names the B that may be zero, because nothing they serve was ever trained.
     """
     wanted = state(model, config)
     missing, unexpected = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
@@ -193,8 +198,8 @@ def load_state(model: nn.Module, config: LoraConfig, tensors: dict[str, Tensor],
         if target.shape != tensors[name].shape:
             shapes = f"{name} is {tuple(tensors[name].shape)}, the model wants {tuple(target.shape)}"
             raise ValueError(f"adapter {source}: {shapes}; rank or base model differ")
-    zero = [name for name in wanted if name.endswith("lora_B") and not tensors[name].any()]
-    if zero and not zero_ok:
+    zero = [name for name in idle_adapters(tensors) if name not in idle]
+    if zero:
         raise ValueError(f"adapter {source}: {len(zero)} lora_B are all zero ({zero[0]}); it would change nothing there, train it first")
     for name, target in wanted.items():
         target.copy_(tensors[name])

@@ -158,7 +158,8 @@ def evaluate() -> dict[str, float]:
         total += forward(raw, batch).stacked().cpu()
     if config.prompts and rank == 0:
         codec = load_codec(config.data.codec)
-        spoken = speak(raw, config.prompts, config.data, SampleConfig(max_frames=250), codec)
+        with autocast:
+            spoken = speak(raw, config.prompts, config.data, SampleConfig(max_frames=250), codec)
         for text, speech in zip(config.prompts, spoken, strict=True):
             name = "".join(c if c.isalnum() else "_" for c in text[:60])
             save_wav(out / "samples" / f"step_{run.step:06d}" / f"{name}.wav", speech.wav, codec.sample_rate)

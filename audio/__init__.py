@@ -9,6 +9,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from audio.higgs import HiggsCodec, is_higgs
 from audio.tiny import TinyCodec
 
 TINY = Path(__file__).resolve().parent.parent / "assets" / "tiny_codec.safetensors"
@@ -26,11 +27,11 @@ def _is_tiny(path: Path) -> bool:
 
 
 NAMES = {"tiny": (TinyCodec.load, TINY)}            # name -> (loader, the file it reads)
-KINDS = [(_is_tiny, TinyCodec.load)]                # what a file holds -> loader; other codecs add a row
+KINDS = [(_is_tiny, TinyCodec.load), (is_higgs, HiggsCodec.load)]      # what a file or folder holds -> loader; other codecs add a row
 
 
 def load_codec(path_or_name, device: str = "cpu"):
-    """Load a codec by name ("tiny") or from a file, recognised by its content; else ValueError."""
+    """Load a codec by name ("tiny") or from a file or folder, recognised by its content; else ValueError."""
     if str(path_or_name) in NAMES:
         loader, path = NAMES[str(path_or_name)]
         return loader(path, device=device)
@@ -39,4 +40,5 @@ def load_codec(path_or_name, device: str = "cpu"):
         if fits(path):
             return loader(path, device=device)
     state = "holds no codec known here" if path.exists() else "is neither a codec's name nor a file"
-    raise ValueError(f"{path_or_name} {state}; name one of: {', '.join(NAMES)}, or a tiny codec's .safetensors file")
+    kinds = f"{', '.join(NAMES)}, a tiny codec's .safetensors file, or a Higgs tokenizer's folder"
+    raise ValueError(f"{path_or_name} {state}; name one of: {kinds}")

@@ -91,6 +91,20 @@ def test_an_adapter_that_was_never_trained_is_refused(tmp_path: Path) -> None:
         load(tmp_path / "adapter")
 
 
+def test_an_adapter_whose_part_never_had_a_gradient_loads_but_one_zeroed_later_does_not(tmp_path: Path) -> None:
+    save(make(), tmp_path / "base")
+    model = make(adapted=True)
+    model.temporal.layers[2].attn.q.adapter.lora_B.data.zero_()
+    model.extras = Extras(base=str(tmp_path / "base"))
+    save(model, tmp_path / "adapter")
+    assert torch.equal(out(load(tmp_path / "adapter")), out(model))
+    tensors = load_file(tmp_path / "adapter/adapter.safetensors")
+    tensors["temporal.layers.1.attn.v.adapter.lora_B"].zero_()
+    save_file(tensors, tmp_path / "adapter/adapter.safetensors")
+    with pytest.raises(ValueError, match=r"1 lora_B are all zero \(temporal\.layers\.1\.attn\.v"):
+        load(tmp_path / "adapter")
+
+
 def test_merged_export_is_plain_and_equal(tmp_path: Path) -> None:
     model = make(adapted=True)
     before = out(model)

@@ -171,7 +171,7 @@ def test_loading_is_strict(harm: object, message: str) -> None:
 
 def test_an_untrained_adapter_loads_only_when_asked() -> None:
     model = make(config=EVERYWHERE, trained=False)
-    load_state(model, EVERYWHERE, {n: t.clone() for n, t in state(model, EVERYWHERE).items()}, "memory", zero_ok=True)
+    load_state(model, EVERYWHERE, {n: t.clone() for n, t in state(model, EVERYWHERE).items()}, "memory", idle=state(model, EVERYWHERE))
 
 
 def test_outline_folds_layer_numbers() -> None:

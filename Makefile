@@ -6,7 +6,7 @@ RUN    := $(VENV)/bin/python
 export OMP_NUM_THREADS ?= 1
 PIP     = $(VENV)/bin/pip install --disable-pip-version-check -q -c constraints.txt
 
-.PHONY: demo test check smoke curves wer clean lines
+.PHONY: demo test check smoke curves wer bench clean lines
 
 demo: $(VENV)/demo        ## train the tiny model on real speech (CPU, minutes), then listen to out/demo/*.wav
 	$(RUN) train.py configs/tiny.py
@@ -32,6 +32,21 @@ smoke: $(VENV)/demo       ## every config's tiny twin, from training to sampling
 
 wer: $(VENV)/test         ## word error rate of the demo's recordings, by an offline recogniser
 	$(RUN) evaluate.py out/demo
+
+bench: $(VENV)/core       ## us against what others use, side by side (peers that are not installed read "not measured"; minutes)
+	$(RUN) bench.py loss
+	$(RUN) bench.py train --model=higgs --peer
+	$(RUN) bench.py train --model=moshi --peer
+	$(RUN) bench.py train --model=qwen --peer
+	$(RUN) bench.py decode --model=higgs --peer
+	$(RUN) bench.py decode --model=higgs --peer --width=128
+	$(RUN) bench.py decode --model=moshi --peer
+	$(RUN) bench.py decode --model=moshi --peer --width=128
+	$(RUN) bench.py decode --model=qwen --peer
+	$(RUN) bench.py decode --model=qwen --peer --width=128
+	$(RUN) bench.py train
+	$(RUN) bench.py decode
+	$(RUN) bench.py loader
 
 lines:                    ## how long everything is
 	@wc -l *.py audio/*.py configs/*.py tests/*.py

@@ -6,19 +6,21 @@
 
 `prepare` writes, `open_cache` opens. A clip is stored in `variants` versions, one behind the other, that differ a
 little in time, gain and speed: with a single code sequence per clip a model could ignore the text. Another split,
-tokenizer or normaliser is another index over the same codes. Next: data.py.
+tokenizer or normaliser is another index over the same codes. `build_example` makes of an entry what a layout needs,
+`prompt_example` of a text; conversations are written by chatml.py. Next: data.py.
 """
 
 import hashlib
 import json
+import math
 import random
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +31,14 @@ from safetensors.numpy import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+import duplex
 from audio import load_codec
 from audio.wav import RESAMPLER, resample
+from chatml import Chat, Segment
 from manifest import Bad, Manifest, Row, digest, fraction, read_manifest, usable_clip
 from options import FULL, check_types, read_json, replace_file, write_json
-from streams import StreamTable
-from text import NORMALISERS, Tokenizer, aligned_ids, frame_starts, load_tokenizer, normalise
+from streams import Example, StreamTable
+from text import Tokenizer, aligned_ids, check_normaliser, frame_starts, load_tokenizer, normalise
 
 SHARD = 64                  # clips per shard: what an interrupted `prepare` can lose
 CACHE_VERSION = "1"         # part of every key: change it when the same input would be encoded or split differently
@@ -49,7 +53,7 @@ class DataConfig:
     cache: str = "out/cache"                # where prepared tokens live
     codec: str = "tiny"                     # name, file or hub id of the codec
     tokenizer: str = "bytes"                # "bytes", a word list (.json), a SentencePiece .model, or a tokenizer.json
-    normaliser: str = "none"                # "none", "english-v1" or "arabic-v1"; stored in the checkpoint
+    normaliser: str = "none"                # "none", "english-v1", "arabic-v1", "higgs-v1", joined by +; stored in the checkpoint
     variants: int = 1                       # encoded versions of a clip: shift < 1 frame, 3 dB, 6 % speed, noise; first as it is
     split: str = "hash"                     # "hash", "speaker" or "manifest" (the rows' own "split")
     held_out: float = 0.05                  # fraction for validation under hash and speaker
@@ -57,7 +61,17 @@ class DataConfig:
     window: int = 256                       # examples that packing may choose from
     max_seconds: float = 30.0               # longer clips are left out
     min_seconds: float = 0.2                # shorter clips are left out
+    max_text: int = 0                       # rows whose text has more ids are left out, 0 = no limit
     reference: float = 0.0                  # probability that another clip of the same speaker goes before an example
+    reference_in: str = "assistant"         # conversations: where it stands, in an "assistant" turn or in the "system" message
+    scene: str = ""                         # conversations: scene description of rows that bring none
+    assistant_text: str = "drop"            # one-turn clone requests: "drop" or "keep" the text before the answer's speech
+    chunk_seconds: float = 100.0            # dialogues: longer ones are cut evenly into chunks of at most this
+    interleaver: str = "queue"              # dialogues: "queue" keeps every token, "reference" drops what a word leaves unsaid
+    contextual: bool = False                # dialogues: whole sentences become ids at once, not word by word
+    spaces: bool = True                     # dialogues: words of a sentence are joined by spaces
+    both_speakers: bool = False             # dialogues: the user's side is also learnt as the agent's, channels swapped
+    text_padding_weight: float = 0.5        # dialogues: how much padding counts in the text row
     stream_weights: tuple[float, ...] = ()  # factor on the target weights of each row of the grid; () = ones
     seed: int = 0                           # of drawing, shuffling, variants and references
     workers: int = 0                        # clips that prepare encodes at once, a core each; 0 = one
@@ -66,11 +80,18 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        assert self.normaliser in NORMALISERS, f"normaliser {self.normaliser!r} is unknown; choose one of {', '.join(NORMALISERS)}"
+        try:
+            check_normaliser(self.normaliser)
+        except ValueError as error:
+            raise AssertionError(error) from None
         assert min(self.variants, self.columns, self.window) > 0, "variants, columns and window are at least 1"
         assert min(self.workers, self.prefetch) >= 0, "workers and prefetch are not negative"
         assert 0 <= self.held_out < 1 and 0 <= self.reference <= 1, "held_out is in [0, 1), reference in [0, 1]"
+        assert self.reference_in in ("assistant", "system"), f"reference_in {self.reference_in!r} is neither assistant nor system"
+        assert self.assistant_text in ("drop", "keep"), f"assistant_text {self.assistant_text!r} is neither drop nor keep"
         assert 0 <= self.min_seconds <= self.max_seconds, "min_seconds is at most max_seconds"
+        assert self.interleaver in duplex.INTERLEAVERS, f"interleaver {self.interleaver!r} is none of {', '.join(duplex.INTERLEAVERS)}"
+        assert self.chunk_seconds > 0 <= self.text_padding_weight, "chunk_seconds is positive, text_padding_weight not negative"
 
 
 @dataclass
@@ -88,6 +109,12 @@ class Entry:
     frames: list[int] = field(default_factory=list)     # of each variant
     parts: list[int] = field(default_factory=list)      # entries that are joined
     reference: int = -1                                 # entry of its own reference clip
+    messages: list[dict[str, Any]] = field(default_factory=list)    # a conversation as it was written
+    clips: list[int] = field(default_factory=list)      # entries of its recordings, in reading order
+    start: int | None = None                            # its first message that is trained, None = the default
+    scene: str = ""                                     # its scene description
+    chunk: list[int] = field(default_factory=list)      # of a dialogue: its number, and how many there are
+    swapped: bool = False                               # of a dialogue: the right channel is the agent
 
 
 @dataclass
@@ -98,6 +125,8 @@ class Index:
     info: dict[str, Any]                                # version, frame_rate, duplex
     entries: list[Entry]
     files: dict[str, Any] = field(default_factory=dict)
+    chat: Chat | None = None                            # how conversations are written, for tables that want them
+    padding: float = 0.5                                # weight of padding in the text row of a dialogue
 
     def text(self, number: int) -> Tensor:
         """Ids of an entry and, where text is aligned, the first frame of each under every variant.   (1 or 1 + V, n)"""
@@ -133,10 +162,12 @@ def prepare(config: DataConfig, table: StreamTable) -> Index:
         raise ValueError(f"data.split={config.split!r}, data.sources={config.sources}; give hash, speaker or manifest, and a source")
     tokenizer, codec = load_tokenizer(config.tokenizer), load_codec(config.codec) if table.audio else None
     duplex = fit(table, tokenizer, codec)
-    manifests = [read_manifest(source_weight(s)[0], config.allow_outside) for s in config.sources]
+    chat = new_chat(config, tokenizer).fit(table) if table.layout == "chatml" else None
+    manifests = [read_manifest(source_weight(s)[0], config.allow_outside, assistant_text=config.assistant_text) for s in config.sources]
     encoded = store_codes(manifests, codec, duplex, config) if codec else 0
     info = {"version": CACHE_VERSION, "frame_rate": codec.frame_rate if codec else 0.0, "duplex": duplex}
-    indexer = Indexer(Index(index_folder(config, table), info, []), config, table, tokenizer, joined_audio(manifests))
+    index = Index(index_folder(config, table), info, [], chat=chat, padding=config.text_padding_weight)
+    indexer = Indexer(index, config, table, tokenizer, joined_audio(manifests))
     for source, m in enumerate(manifests):
         indexer.add(m, source)
     bad = name_left_out(manifests, table)
@@ -150,6 +181,10 @@ def prepare(config: DataConfig, table: StreamTable) -> Index:
     did = f"{encoded} clips encoded" if encoded else "everything was cached, nothing encoded"
     print(f"prepared {count} examples in {index.folder}: {did}, {bad} rows left out")
     return index
+
+
+def new_chat(config: DataConfig, tokenizer: Tokenizer) -> Chat:
+    return Chat(tokenizer, config.normaliser, config.scene, config.reference_in == "system")
 
 
 def fit(table: StreamTable, tokenizer: Tokenizer, codec: Any) -> bool:
@@ -179,7 +214,7 @@ def name_left_out(manifests: list[Manifest], table: StreamTable) -> int:
         print(f"left out: {b.where}: {b.reason}; {b.fix}", file=sys.stderr)
     if len(bad) > 10:
         print(f"left out: {len(bad) - 10} more rows; `python data.py check` lists them", file=sys.stderr)
-    untimed = sum("words" not in row and "parts" not in row for m in manifests for row in m.rows) if table.aligned else 0
+    untimed = sum("words" not in row and "parts" not in row for m in manifests for row in m.rows) if table.layout == "words" else 0
     if untimed:
         print(f"{untimed} rows have no word times: their words share the clip in proportion to their letters", file=sys.stderr)
     return len(bad)
@@ -331,7 +366,10 @@ def index_folder(config: DataConfig, table: StreamTable) -> Path:
     sources = [source_weight(s)[0] for s in config.sources]
     return Path(config.cache) / sha(CACHE_VERSION, sources, config.codec, config.tokenizer, config.normaliser, config.variants,
                                     config.split, config.held_out, config.min_seconds, config.max_seconds,
-                                    config.allow_outside, table.aligned, len(table.audio))[:12]
+                                    config.allow_outside, table.aligned, len(table.audio), config.max_text,
+                                    *([config.assistant_text, table.layout] if table.layout == "chatml" else []),
+                                    *([config.chunk_seconds, config.interleaver, config.contextual, config.spaces,
+                                       config.both_speakers, table.layout] if table.layout == "duplex" else []))[:12]
 
 
 def open_cache(config: DataConfig, table: StreamTable) -> Index:
@@ -340,8 +378,9 @@ def open_cache(config: DataConfig, table: StreamTable) -> Index:
     if not (folder / "index.json").is_file():
         raise FileNotFoundError(f"no prepared data in {folder} for this config; run `python data.py prepare CONFIG.py`")
     found = read_json(folder / "index.json", MAX_INDEX)
+    chat = new_chat(config, load_tokenizer(config.tokenizer)) if table.layout == "chatml" else None
     try:
-        return Index(folder, found, [Entry(**entry) for entry in found.pop("entries")])
+        return Index(folder, found, [Entry(**entry) for entry in found.pop("entries")], chat=chat, padding=config.text_padding_weight)
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(damaged(folder / "index.json", error)) from None
 
@@ -382,22 +421,27 @@ class Indexer:
             try:
                 if self.table.audio:
                     self.locate(entry, row, numbers)
-                text = self.text(entry, row)
+                entries = self.dialogue(entry, row) if self.table.layout == "duplex" else [(entry, self.text(entry, row))]
             except LookupError:                         # its audio was rejected before
                 continue
             except ValueError as error:
                 m.reject(row["id"], str(error), "mend or remove the row")
                 continue
-            if row["id"] in drawn:
-                entry.split = "train" if row["mark"] in self.joined else split_of(row, row["mark"] or row["text"], self.config)
             numbers[row["id"]] = len(self.index.entries)
-            if text is not None:
-                self.texts[str(len(self.index.entries))] = text
-            self.index.entries.append(entry)
+            for entry, text in entries:                 # all chunks of a dialogue fall on the same side
+                if row["id"] in drawn:
+                    entry.split = "train" if row["mark"] in self.joined else split_of(row, row["mark"] or row["text"], self.config)
+                if text is not None:
+                    self.texts[str(len(self.index.entries))] = text
+                self.index.entries.append(entry)
 
     def locate(self, entry: Entry, row: Row, numbers: dict[str, int]) -> None:
         """Fill in where the codes of an entry are; LookupError for audio that was rejected, ValueError for a new reason."""
         entry.reference = numbers.get(f"{row['id']}#reference", -1)
+        if self.index.chat is not None:
+            self.converse(entry, row, numbers)
+            if entry.messages and not row["file"]:
+                return                                  # a turn of text
         if "parts" in row:
             missing = [p for p in row["parts"] if p not in numbers]
             if missing:
@@ -413,8 +457,52 @@ class Indexer:
         if not low <= entry.frames[0] / self.index.info["frame_rate"] <= high + 1:      # the codec pads the last frame
             raise ValueError(f"duration outside {low:g}..{high:g} s")
 
+    def converse(self, entry: Entry, row: Row, numbers: dict[str, int]) -> None:
+        """Keep the messages of a row and the entries of their recordings."""
+        entry.scene = str(row.get("scene") or "")
+        if "clips" not in row:
+            if entry.reference >= 0 and not self.index.entries[entry.reference].text.strip():
+                raise ValueError("its reference has no transcript")
+            self.index.chat.prompt(row["text"])             # a text that would bring marks of turns is refused here
+            return
+        lost = [name for name in row["clips"] if name and row["id"] + name not in numbers]
+        if lost:
+            raise ValueError(f"a recording of its messages was left out ({lost[0]})")
+        entry.messages = row["messages"]
+        entry.clips = [numbers[row["id"] + name] if name else len(self.index.entries) for name in row["clips"]]
+        start = row.get("start_index")
+        entry.start = start if isinstance(start, int) and not isinstance(start, bool) else None
+        nothing = [torch.zeros(len(self.table.audio), 0, dtype=torch.long)] * len(entry.clips)
+        if not any(weight for _, weight in self.index.chat.segments(entry.messages, nothing, entry.start)):
+            raise ValueError(f"start_index {entry.start} leaves nothing to learn")
+
+    def dialogue(self, entry: Entry, row: Row) -> list[tuple[Entry, np.ndarray | None]]:
+        """The chunks of a dialogue, once or for each speaker as the agent; the first of a run has the text row of all
+        variants, one behind the other (1, T)."""
+        if entry.parts:
+            raise ValueError("a dialogue cannot be joined from parts")
+        rate, c, words, found = self.index.info["frame_rate"], self.config, duplex.row_words(row), []
+        duplex.check_length(words, entry.frames[0] / rate)
+        chunks = math.ceil(entry.frames[0] / max(1, round(c.chunk_seconds * rate)))
+        for swapped, who in enumerate((duplex.MAIN, duplex.OTHER)[: 1 + c.both_speakers]):
+            own = [(word, *rest) for said, *rest in words if rest[-1] == who and (word := normalise(said, c.normaliser).strip())]
+            if swapped and not own:                     # nobody wrote down what the user says
+                continue
+            tokens, rows = duplex.tokenise(own, self.tokenizer, c.contextual, c.spaces), []
+            for version, frames in enumerate(entry.frames):
+                shift, _, speed = variant(entry.key, version)
+                timed = [(ids, start / speed + shift / rate) for ids, start in tokens]
+                rows.append(duplex.interleave(timed, frames, rate, c.interleaver))
+            for n in range(chunks):
+                name = entry.id + ("~" if swapped else "") + (f"@{n + 1}of{chunks}" if chunks > 1 else "")
+                part = replace(entry, id=name, text=" ".join(w[0] for w in own), chunk=[n, chunks], swapped=bool(swapped))
+                found.append((part, None if n else torch.cat(rows)[None].numpy().astype(np.int32)))
+        return found
+
     def text(self, entry: Entry, row: Row) -> np.ndarray | None:
         """Ids of a row (1, n) and, in aligned layouts, the first frame of each under every variant (1 + V, n)."""
+        if self.index.chat is not None and not row["text"].strip():
+            return None                                 # a voice in a message that does not say what it says
         rate, normaliser, starts = self.index.info["frame_rate"], self.config.normaliser, []
         if not self.table.aligned:
             ids = self.tokenizer.encode(normalise(row["text"], normaliser))
@@ -427,4 +515,114 @@ class Indexer:
                 starts.append(frame_starts(times, rate, speed, shift, frames))
         if not ids:
             raise ValueError(f"no text is left after {normaliser}")
+        if 0 < self.config.max_text < len(ids):
+            raise ValueError(f"{len(ids)} text ids, data.max_text is {self.config.max_text}")
         return np.array([ids, *starts], dtype=np.int32)
+
+
+# ---- examples ----
+
+def clip_example(index: Index, number: int, version: int, aligned: bool) -> Example:
+    """One variant of a clip, or a text without audio."""
+    entry, text = index.entries[number], index.text(number)
+    if not entry.key:
+        return Example(text[0], name=entry.id)
+    return Example(text[0], index.codes(number, version), text[1 + version] if aligned else None, name=entry.id)
+
+
+def joined_example(index: Index, number: int, versions: Sequence[int], aligned: bool) -> Example:
+    """Clips joined: codes one behind the other (frames of the codec are local), words with the frames before them added."""
+    entry = index.entries[number]
+    clips = [clip_example(index, part, version, aligned) for part, version in zip(entry.parts, versions, strict=True)]
+    codes = torch.cat([clip.codes for clip in clips], dim=1)                    # (Q, T1) ... -> (Q, T)
+    if not aligned:
+        return Example(index.text(number)[0], codes, name=entry.id)
+    before = accumulate((clip.codes.shape[1] for clip in clips), initial=0)     # frames
+    starts = torch.cat([clip.starts + frames for clip, frames in zip(clips, before, strict=False)])
+    return Example(torch.cat([clip.text for clip in clips]), codes, starts, name=entry.id)
+
+
+def build_example(index: Index, number: int, table: StreamTable, draw: random.Random | None = None, reference: int = -1) -> Example:
+    """Example of an entry: variants drawn with `draw`, or the clips as they are. Its own reference goes before a drawn one."""
+    entry = index.entries[number]
+    if index.chat is not None:
+        return chat_example(index, number, draw, reference)
+    if entry.chunk:
+        return dialogue_example(index, number, draw_version(index, number, draw), max(table.delays) + 1)
+    versions = [draw_version(index, n, draw) for n in entry.parts or [number]]
+    example = (joined_example(index, number, versions, table.aligned) if entry.parts
+               else clip_example(index, number, versions[0], table.aligned))
+    if index.info["duplex"] and example.codes is not None:
+        example.codes, example.user = example.codes.chunk(2)                    # left is the agent, right the user
+    reference = entry.reference if entry.reference >= 0 else reference
+    if reference >= 0:
+        example.reference = build_example(index, reference, table, draw)
+    return example
+
+
+def draw_version(index: Index, number: int, draw: random.Random | None) -> int:
+    return draw.randrange(max(1, len(index.entries[number].frames))) if draw else 0
+
+
+def dialogue_example(index: Index, number: int, version: int, context: int) -> Example:
+    """A chunk of a dialogue, with `context` frames of what was before where there is something: left agent, right user."""
+    entry = index.entries[number]
+    n, chunks = entry.chunk
+    T, at = entry.frames[version], sum(entry.frames[:version])
+    begin, end = T * n // chunks, T * (n + 1) // chunks
+    first = max(0, begin - context)
+    agent, user = index.codes(number, version)[:, first:end].chunk(2)
+    text = index.text(number - n)[0, at + first : at + end]             # all chunks share the row of the first
+    codes = {"codes": user, "user": agent} if entry.swapped else {"codes": agent, "user": user}
+    return Example(text, **codes, weights=duplex.text_weights(text, index.padding), before=begin - first, name=entry.id)
+
+
+def chat_example(index: Index, number: int, draw: random.Random | None, reference: int) -> Example:
+    """An entry as a conversation: its own messages, or the official clone prompt around its transcript and recording."""
+    def codes(n: int) -> Tensor:
+        return torch.cat([index.codes(part, draw_version(index, part, draw)) for part in index.entries[n].parts or [n]], dim=1)
+
+    entry = index.entries[number]
+    if entry.messages:
+        return chat_of(index.chat.segments(entry.messages, [codes(n) for n in entry.clips], entry.start), entry.id)
+    own, reference = codes(number), entry.reference if entry.reference >= 0 else reference
+    references = [(index.entries[reference].text, codes(reference))] if reference >= 0 else []
+    return chat_of(index.chat.spoken(entry.text, own, references, entry.scene), entry.id)
+
+
+def chat_of(segments: list[Segment], name: str) -> Example:
+    return Example(torch.zeros(0, dtype=torch.long), segments=segments, name=name)
+
+
+def prompt_example(text: str, config: DataConfig, tokenizer: Tokenizer, codec: Any = None, reference: tuple[str, str] | None = None,
+                   table: StreamTable | None = None, before: Sequence[tuple[str, Tensor]] = ()) -> Example:
+    """Build what sampling starts from: a text and, for cloning, `reference` = (wav file of the voice, its transcript).
+
+    `table` tells aligned rows and conversations from plain sequences; a conversation goes on behind `before`, pairs of
+    text and codes that were spoken already.
+    """
+    aligned, chat = table is not None and table.aligned, table is not None and table.layout == "chatml"
+
+    def ids(text: str) -> Tensor:
+        words = normalise(text, config.normaliser)
+        if not words.strip():
+            raise ValueError(f"text {text!r} is empty under normaliser {config.normaliser}; give it some words")
+        return torch.tensor([i for part in (words.split() if aligned else [words]) for i in tokenizer.encode(part)])
+
+    example = Example(ids(text), name="prompt")
+    if reference:
+        name, said = reference
+        example.reference = Example(ids(said), reference_codes(name, said, config, codec), name=name)
+    if chat:
+        voices = [(reference[1], example.reference.codes)] if reference else []
+        return chat_of(new_chat(config, tokenizer).fit(table).prompt(text, voices, before=before), "prompt")
+    return example
+
+
+def reference_codes(name: str, said: str, config: DataConfig, codec: Any) -> Tensor:
+    """Codes (Q, T) of a reference recording; ValueError when it cannot serve as one."""
+    try:
+        wav, rate = usable_clip({"file": name, "text": said}, (config.min_seconds, config.max_seconds))
+    except ValueError as error:
+        raise ValueError(f"reference {name}: {'; '.join(error.args)}") from None
+    return encode(codec, resample(wav, rate, codec.sample_rate).clamp(-1, 1))

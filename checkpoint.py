@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 import lora
 import official
+from duplex import expand_depth, trim_depth
 from lora import LoraConfig
 from model import ModelConfig, MultistreamLM
 from options import FULL, edge, from_json, read_json, replace_file, split_arguments, to_json, unknown, write_json
@@ -515,10 +516,22 @@ def load_copy(model: MultistreamLM) -> MultistreamLM:
     return copy
 
 
+def rebuild(path: str, dir: str | Path, change: Any) -> Path:
+    """Load a model, `change` its config and tensors, and write what comes of it."""
+    model = load(path)
+    if getattr(model, "lora", None) is not None:
+        raise ValueError(f"{path} has an adapter; merge it first (python checkpoint.py merge)")
+    config, tensors = change(model.config, weights(model))
+    other = MultistreamLM(config)
+    fill(other, tensors, path)
+    return save(other, dir, model.extras)
+
+
 USAGE = """python checkpoint.py import OFFICIAL --out=DIR                   read an official folder, file or hub id and write ours; knows
                                                                  Qwen2, Qwen3, Higgs Audio v2 (both layouts), Moshi, MOSS-Speech
 python checkpoint.py export CKPT --to=LAYOUT --out=DIR           multistream, hf, boson, moshi (adapters merged in fp32), peft, moshi-lora
 python checkpoint.py merge CKPT --out=DIR                        export --to=multistream
+python checkpoint.py expand-depth CKPT --out=DIR                 Moshi: predict the user's codebooks too; trim-depth undoes it
 python checkpoint.py show CKPT                                   what a checkpoint holds"""
 
 
@@ -534,6 +547,10 @@ def main() -> None:
         if "out" not in pairs:
             raise ValueError(f"{command} needs --out=DIR, the folder to write")
         print(f"wrote {export(path, pairs['out'], pairs.get('to', FORMAT))}")
+    elif command in ("expand-depth", "trim-depth"):
+        if "out" not in pairs:
+            raise ValueError(f"{command} needs --out=DIR, the folder to write")
+        print(f"wrote {rebuild(path, pairs['out'], expand_depth if command == 'expand-depth' else trim_depth)}")
     elif command == "show":
         model = load(path)
         found = lora.norms(model)
@@ -541,7 +558,7 @@ def main() -> None:
                           "data": model.extras.data, "adapters": len(found),
                           "largest |BA|/|W|": max(found.values(), default=0.0)}, indent=1))
     else:
-        raise ValueError(f"unknown command {command!r}; it is one of import, export, merge, show")
+        raise ValueError(f"unknown command {command!r}; it is one of import, export, merge, show, expand-depth, trim-depth")
 
 
 if __name__ == "__main__":

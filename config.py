@@ -13,7 +13,7 @@ from loss import LossConfig
 from model import ModelConfig
 from options import check_types
 
-__all__ = ["DataConfig", "LoraConfig", "LossConfig", "ModelConfig", "TrainConfig", "learning_rate"]
+__all__ = ["DataConfig", "LoraConfig", "LossConfig", "ModelConfig", "TrainConfig", "first_beta", "learning_rate"]
 
 SCHEDULES = ("constant", "linear", "cosine", "wsd", "onecycle")
 
@@ -38,6 +38,7 @@ class TrainConfig:
     schedule: str = "linear"               # constant, linear, cosine, wsd or onecycle
     warmup: int = 0                        # steps of linear warm-up (onecycle: of the rise)
     warmup_offset: int = 0                 # 0: the first update has rate 0 when there is a warm-up; 1 avoids it
+    cycle_momentum: bool = False           # onecycle: also swing beta1, 0.95 down to 0.85 at the peak, as moshi-finetune does
     decay: float = 0.2                     # share of the steps over which wsd falls
     min_lr: float = 0.0                    # the schedule ends here
     betas: tuple[float, float] = (0.9, 0.95)   # AdamW
@@ -93,6 +94,15 @@ def learning_rate(step: int, c: TrainConfig) -> float:
         fall = max(0.0, (done - (1 - c.decay)) / c.decay) if c.decay else 0.0
         return c.lr + (c.min_lr - c.lr) * fall
     return c.lr
+
+
+def first_beta(step: int, c: TrainConfig) -> float:
+    """AdamW's beta1 in update `step`: fixed, or swung against the learning rate (what OneCycleLR does unless told not to)."""
+    if c.schedule != "onecycle" or not c.cycle_momentum:
+        return c.betas[0]
+    rise = c.warmup - 1
+    near = step / max(1, rise) if step <= rise else 1 - (step - rise) / max(1, c.steps - 1 - rise)     # 1 at the peak
+    return 0.95 - 0.1 * (1 - math.cos(math.pi * max(0.0, near))) / 2
 
 
 def onecycle(step: int, c: TrainConfig) -> float:

@@ -22,77 +22,20 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import accumulate, islice
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import manifest
-from audio.wav import resample
-from cache import DataConfig, Index, encode, open_cache, prepare, source_weight
+from cache import DataConfig, build_example, clip_example, open_cache, prepare, prompt_example, source_weight
 from options import apply, edge, help_text, load_config, split_arguments
-from streams import Example, Grid, StreamTable, lay_out, show
-from text import Tokenizer, load_tokenizer, normalise
+from streams import Grid, StreamTable, lay_out, show
+from text import load_tokenizer, normalise
 
-__all__ = ["Batch", "DataConfig", "Loader", "load_tokenizer", "normalise", "open_cache", "prepare", "prompt_example"]
-
-
-# ---- examples ----
-
-def clip_example(index: Index, number: int, version: int, aligned: bool) -> Example:
-    """One variant of a clip, or a text without audio."""
-    entry, text = index.entries[number], index.text(number)
-    if not entry.key:
-        return Example(text[0], name=entry.id)
-    return Example(text[0], index.codes(number, version), text[1 + version] if aligned else None, name=entry.id)
-
-
-def joined_example(index: Index, number: int, versions: Sequence[int], aligned: bool) -> Example:
-    """Clips joined: codes one behind the other (frames of the codec are local), words with the frames before them added."""
-    entry = index.entries[number]
-    clips = [clip_example(index, part, version, aligned) for part, version in zip(entry.parts, versions, strict=True)]
-    codes = torch.cat([clip.codes for clip in clips], dim=1)                    # (Q, T1) ... -> (Q, T)
-    if not aligned:
-        return Example(index.text(number)[0], codes, name=entry.id)
-    before = accumulate((clip.codes.shape[1] for clip in clips), initial=0)     # frames
-    starts = torch.cat([clip.starts + frames for clip, frames in zip(clips, before, strict=False)])
-    return Example(torch.cat([clip.text for clip in clips]), codes, starts, name=entry.id)
-
-
-def build_example(index: Index, number: int, table: StreamTable, draw: random.Random | None = None, reference: int = -1) -> Example:
-    """Example of an entry: variants drawn with `draw`, or the clips as they are. Its own reference goes before a drawn one."""
-    entry = index.entries[number]
-    versions = [draw.randrange(max(1, len(index.entries[n].frames))) if draw else 0 for n in entry.parts or [number]]
-    example = (joined_example(index, number, versions, table.aligned) if entry.parts
-               else clip_example(index, number, versions[0], table.aligned))
-    if index.info["duplex"] and example.codes is not None:
-        example.codes, example.user = example.codes.chunk(2)                    # left is the agent, right the user
-    reference = entry.reference if entry.reference >= 0 else reference
-    if reference >= 0:
-        example.reference = build_example(index, reference, table, draw)
-    return example
-
-
-def prompt_example(text: str, config: DataConfig, tokenizer: Tokenizer, codec: Any = None, reference: tuple[str, str] | None = None,
-                   aligned: bool = False) -> Example:
-    """Build what sampling starts from: a text and, for cloning, `reference` = (wav file of the voice, its transcript)."""
-    def ids(text: str) -> Tensor:
-        words = normalise(text, config.normaliser)
-        if not words.strip():
-            raise ValueError(f"text {text!r} is empty under normaliser {config.normaliser}; give it some words")
-        return torch.tensor([i for part in (words.split() if aligned else [words]) for i in tokenizer.encode(part)])
-
-    example = Example(ids(text), name="prompt")
-    if reference:
-        name, said = reference
-        try:
-            wav, rate = manifest.usable_clip({"file": name, "text": said}, (config.min_seconds, config.max_seconds))
-        except ValueError as error:
-            raise ValueError(f"reference {name}: {'; '.join(error.args)}") from None
-        wav = resample(wav, rate, codec.sample_rate).clamp(-1, 1)
-        example.reference = Example(ids(said), encode(codec, wav), name=name)
-    return example
+__all__ = ["Batch", "DataConfig", "Loader", "build_example", "clip_example", "load_tokenizer", "normalise", "open_cache", "prepare",
+           "prompt_example"]
 
 
 # ---- packing ----

@@ -58,7 +58,12 @@ class Adapter(nn.Module):
         pick = pick or (lambda p: p)
         a, b = pick(self.lora_A), pick(self.lora_B)
         low = F.dropout(x, self.dropout, self.training)
-        low = torch.matmul(low.to(a.dtype) if not torch.is_autocast_enabled(x.device.type) else low, a.mT)
+        cast = torch.is_autocast_enabled(x.device.type)
+        low = torch.matmul(low if cast else low.to(a.dtype), a.mT)
+        if self.lora_magnitude is None and y.dtype == low.dtype:     # y + s B low, in one product
+            if b.dim() == 3:
+                return y.baddbmm_(low, b.mT.to(low.dtype), alpha=self.scale)
+            return torch.addmm(y.flatten(0, -2), low.flatten(0, -2), b.mT, alpha=self.scale).view_as(y)
         update = torch.matmul(low, b.mT) * self.scale
         if self.lora_magnitude is None:
             return y + update.to(y.dtype)

@@ -14,10 +14,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from kernels.cross_entropy import row_nll
 from streams import StreamTable
 
 CHUNK_BYTES = 32 << 20      # fp32 logits of one chunk; small enough to stay near the caches, large enough for the matmul
@@ -64,9 +64,9 @@ def chunk_sums(h: Tensor, inputs: Tensor, targets: Tensor, weights: Tensor, head
     t, w = targets.T, weights.T.float()
     wanted = (w != 0) & (t >= 0)
     safe = torch.where(wanted, t, 0)
-    nll = F.cross_entropy(logits.flatten(0, 1), safe.flatten(), reduction="none").view_as(w)
+    nll, likeliest = row_nll(logits, safe) if logits.shape[1] else (logits.sum(-1), t)
     w = torch.where(wanted, w, 0.0)
-    hits = ((logits.detach().argmax(-1) == t) & wanted).float() if logits.shape[1] else w
+    hits = ((likeliest == t) & wanted).float()
     return torch.stack([(w * nll).sum(1), w.sum(1), hits.sum(1), wanted.float().sum(1)])
 
 
@@ -84,8 +84,7 @@ def cross_entropy_sums(h: Tensor, inputs: Tensor, head: Head, targets: Tensor, w
     if h.shape[0] <= rows:
         return cross_entropy_sums_ref(h, inputs, head, targets, weights)
     total: Tensor | float = 0.0
-    for at in range(0, h.shape[0], rows):
-        part = [x[at : at + rows] for x in (h, inputs, targets, weights)]
+    for part in zip(*(x.split(rows) for x in (h, inputs, targets, weights)), strict=True):
         total = total + (checkpoint(chunk_sums, *part, head, use_reentrant=False) if torch.is_grad_enabled()
                          else chunk_sums(*part, head))
     return Sums(*total)

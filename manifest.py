@@ -5,38 +5,55 @@ A manifest is a jsonl file, one object a line, audio paths relative to its folde
     {"id": "digits/4", "audio": "digits/4.opus", "text": "four", "speaker": "allison", "group": "digits", "words": [["four", 0.08]]}
 
 Also understood: language, synthetic, split ("train"; any other word is held out), offset and duration (seconds, a piece of a longer
-file), reference {"audio", "text"}, stereo (left = agent, right = user). Without "audio" a row is text only.
+file), reference {"audio", "text"}, stereo (left = agent, right = user), alignments (words of both, see below). Without "audio" a row
+is text only.
 Two kinds of line are virtual: codes of clips joined, and a rule that writes such lines. "manifest" says in which other
 file the clips live (default: this one).
 
     {"manifest": "manifest.jsonl", "id": "42", "parts": ["digits/4", "digits/2"], "text": "four two"}
     {"manifest": "manifest.jsonl", "compose": {"group": "digits", "count": [1, 6], "rows": 4000, "seed": 0, "held_out": 0.1}}
 
-Other layouts are recognised and converted: wav + txt folders, metadata.csv / LJSpeech, Higgs ChatML, Moshi stereo.
-A bad row is named with its reason and its fix and left out. Used by data.py; needs nothing but audio/.
+A dialogue has alignments [[word, [start, end], "SPEAKER_MAIN" or another], ...]. Moshi's {"path", "duration"} takes them
+from the .json beside the wav ({"alignments": ...}, or J-Moshi's [{"speaker", "word", "start", "end"}]); a folder of such
+pairs needs no list.
+
+Other layouts are recognised and converted: wav + txt folders, metadata.csv / LJSpeech, Moshi stereo, Higgs ChatML (a json list or
+jsonl of {"messages": [...]}, optional "speaker" and "start_index"; recordings as "audio_url" or base64 "raw_audio").
+A bad row is named with its reason and its fix and left out. Used by cache.py; needs only audio/, chatml.py and duplex.py.
 """
 
+import base64
+import binascii
 import csv
 import hashlib
+import io
 import json
 import os
 import random
+import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import soundfile
 import torch
 from torch import Tensor
 
+import duplex
 from audio.wav import load_wav
+from chatml import checked, sample_row
 from options import replace_file
 
 SOUNDS = (".wav", ".flac", ".ogg", ".opus", ".mp3")
 MAX_MANIFEST = 1 << 30      # bytes; what is larger is not a manifest
 MAX_ROWS = 10_000_000       # rows that one compose line may ask for, and clips in one of them
 MAX_PARTS = 1000
+MAX_INLINE = 64 << 20       # characters of base64 that one recording may have
+INLINE = "(inline)"         # file name of a recording that stands in the manifest itself
+PACE, SILENCE = "text does not fit the length", "silence"
 ALLOW = "or allow it: check --allow-outside, --data.allow_outside=True"
 COLUMNS = {"audio": ("file_name", "audio", "path", "wav", "filename"),
            "text": ("text", "transcription", "sentence", "transcript", "normalized_text"),
@@ -72,6 +89,7 @@ class Manifest:
     virtual: list[Row] = field(default_factory=list)        # compose lines as they were written
     bad: list[Bad] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    assistant_text: str = "drop"                            # of the one-turn clone requests that chatml.py rewrites
 
     @property
     def root(self) -> Path:
@@ -81,13 +99,13 @@ class Manifest:
         self.bad.append(Bad(where, reason, fix))
 
 
-def read_manifest(path: str | Path, allow_outside: bool = False, nested: bool = False) -> Manifest:
+def read_manifest(path: str | Path, allow_outside: bool = False, nested: bool = False, assistant_text: str = "drop") -> Manifest:
     """Recognise a source and read its rows; rows that cannot be read are in `.bad`.
 
     Raises FileNotFoundError without the source, ValueError when its layout is unknown.
     """
     kind, path = detect(Path(path))
-    m, virtual = Manifest(path, kind, allow_outside), []
+    m, virtual = Manifest(path, kind, allow_outside, assistant_text=assistant_text), []
     read, convert = LAYOUTS[kind]
     for where, row in read(m):
         try:
@@ -112,7 +130,8 @@ def detect(path: Path) -> tuple[str, Path]:
         named = [path / n for n in ("manifest.jsonl", "metadata.csv", "metadata.jsonl", "metadata.tsv")]
         lists = [p for p in named if p.is_file()] or sorted(path.glob("*.jsonl"))
         if not lists:
-            return "wav + txt", path
+            paired = any(p.with_suffix(".json").is_file() for p in path.rglob("*") if p.suffix.lower() in SOUNDS)
+            return ("wav + json" if paired else "wav + txt"), path
         path = lists[0]
     if not path.is_file():
         raise FileNotFoundError(f"data source {path} does not exist; check the path")
@@ -211,42 +230,16 @@ def pairs(m: Manifest) -> Iterator[tuple[str, Row]]:
 
 
 def chatml(m: Manifest, sample: Row) -> Row:
-    """Higgs ChatML: the last assistant turn is the row, an earlier turn with audio its reference."""
+    """Higgs ChatML: the last assistant turn is the row, an earlier turn with audio its reference (chatml.py)."""
+    return readable(sample_row, sample, m.assistant_text)
+
+
+def readable(read: Callable[..., Any], *given: Any) -> Any:
+    """Call a reader of chatml.py; its ValueError "reason; fix" becomes Unusable."""
     try:
-        turns = [(turn["role"], *contents(turn["content"])) for turn in sample["messages"]]
-    except (KeyError, TypeError):
-        raise Unusable("malformed messages", 'each message needs "role" and "content" (text, or parts of type "text" or "audio")') from None
-    replies = [i for i, (role, _, _) in enumerate(turns) if role == "assistant"]
-    if not replies:
-        raise Unusable("no assistant turn", "the last assistant turn holds what the model should say")
-    last = max((i for i in replies if turns[i][2]), default=replies[-1])        # the last one with audio, if any has
-    row = {k: sample[k] for k in ("id", "speaker", "language", "split") if sample.get(k) is not None}
-    row |= {"text": said(turns, last), "messages": sample["messages"]} | turns[last][2]
-    for i in range(last):
-        if turns[i][2]:
-            row["reference"] = {"text": said(turns, i)} | turns[i][2]
-    return row
-
-
-def contents(content: Any) -> tuple[str, Row]:
-    """Split the content of a ChatML turn into its text and its audio {"audio", "offset", "duration"}."""
-    texts, audio = [], {}
-    for part in content if isinstance(content, list) else [content]:
-        if isinstance(part, str):
-            texts.append(part)
-        elif part["type"] == "text":
-            texts.append(part["text"])
-        elif part["type"] == "audio":
-            audio = {"audio": part.get("audio_url") or "(inline)"}
-            audio |= {k: part[k] for k in ("offset", "duration") if part.get(k) is not None}
-        else:
-            raise KeyError(part["type"])
-    return " ".join(texts).strip(), audio
-
-
-def said(turns: list[tuple[str, str, Row]], i: int) -> str:
-    """The words of turn i: its own text, or that of the user turn before it."""
-    return turns[i][1] or next((text for role, text, _ in reversed(turns[:i]) if text and role == "user"), "")
+        return read(*given)
+    except ValueError as error:
+        raise Unusable(*str(error).split("; ", 1)) from None
 
 
 def moshi(m: Manifest, item: Row) -> Row:
@@ -257,11 +250,19 @@ def moshi(m: Manifest, item: Row) -> Row:
         raise Unusable("no alignment file", f'keep {name} and {side.name} {{"alignments": [[word, [start, end], speaker]]}} together')
     text = "\n".join(line for _, line in text_lines(m, side))
     try:
-        times = [(str(w).strip(), float(t[0]), who) for w, t, who in json.loads(text)["alignments"]]
-    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
-        raise Unusable("malformed alignments", f"mend {side.name}: {type(error).__name__} {error}") from None
-    words = sorted(([w, t] for w, t, who in times if who == "SPEAKER_MAIN" and w), key=lambda pair: pair[1])
-    return {"audio": name, "stereo": True, "text": " ".join(w for w, _ in words), "words": words, "alignments": times}
+        found = duplex.parse_alignments(json.loads(text))
+    except (ValueError, RecursionError) as error:
+        raise Unusable("malformed alignments", f"mend {side.name}: {error}") from None
+    words = [[word, start] for word, start, _, who in duplex.tidy(found)[0] if who == duplex.MAIN]
+    said = " ".join(word for word, _ in words)
+    kept = {key: item[key] for key in ("id", "speaker", "split") if key in item}
+    return kept | {"audio": name, "stereo": True, "text": said, "words": words, "alignments": duplex.as_json(found)}
+
+
+def stereo_pairs(m: Manifest) -> Iterator[tuple[str, Row]]:
+    """Read a folder of sound files that each have a .json of alignments (DailyTalkContiguous without its list)."""
+    for path in sorted(p for p in m.path.rglob("*") if p.suffix.lower() in SOUNDS and p.with_suffix(".json").is_file()):
+        yield (name := path.relative_to(m.path).as_posix()), {"path": name}
 
 
 def as_it_is(m: Manifest, row: Row) -> Row:
@@ -269,7 +270,8 @@ def as_it_is(m: Manifest, row: Row) -> Row:
 
 
 LAYOUTS = {"manifest": (json_rows, as_it_is), "metadata": (metadata, as_it_is), "wav + txt": (pairs, as_it_is),
-           "Higgs ChatML": (json_rows, chatml), "Moshi stereo": (json_rows, moshi)}       # how rows are read, and made ours
+           "Higgs ChatML": (json_rows, chatml), "Moshi stereo": (json_rows, moshi),
+           "wav + json": (stereo_pairs, moshi)}                                           # how rows are read, and made ours
 
 
 # ---- what a row must have ----
@@ -294,38 +296,66 @@ def is_time(value: Any) -> bool:
 
 def accept(m: Manifest, where: str, row: Row) -> None:
     """Add a row with its defaults and its reference clip; Unusable before its audio is opened when a field is wrong."""
-    reference = row.get("reference", {})
-    if not isinstance(reference, dict) or reference and not isinstance(reference.get("text"), str):
-        raise Unusable("malformed field", 'a reference has "audio" and "text"')
-    for part in (row, reference) if reference else (row,):
+    beside = recordings_beside(row)
+    for part in (row, *beside.values()):
         name = str(part.get("audio") or "")
-        if name == "(inline)":
-            raise Unusable("inline audio", "write raw_audio to a file and name it in audio_url")
-        part |= OURS | {"file": str(inside(m, name)) if name else ""}
+        if name == INLINE:
+            inline_bytes(part)
+        part |= OURS | {"file": name if name == INLINE else str(inside(m, name)) if name else ""}
     start = f"@{row['offset']}" if row.get("offset") else ""
-    row["id"] = str(row.get("id") or (os.path.splitext(str(row["audio"]))[0] + start if row.get("audio") else where))
+    named = row.get("audio") and row["audio"] != INLINE
+    row["id"] = str(row.get("id") or (os.path.splitext(str(row["audio"]))[0] + start if named else where))
     row["speaker"] = str(row.get("speaker") or "")
     try:
-        check_fields(m, row, reference)
+        check_fields(m, row, list(beside.values()))
     except Unusable as error:
         return m.reject(f"{where} {row['id']}", *error.args)
-    if reference:
-        name = f"{row['id']}#reference"
-        m.clips[name] = {"id": name, "speaker": row["speaker"]} | reference
+    for suffix, part in beside.items():
+        m.clips[row["id"] + suffix] = {"id": row["id"] + suffix, "speaker": row["speaker"]} | part
     m.clips[row["id"]] = row
     m.rows.append(row)
     return None
 
 
-def check_fields(m: Manifest, row: Row, reference: Row) -> None:
+def recordings_beside(row: Row) -> dict[str, Row]:
+    """The other recordings of a row by the suffix of their id: its reference, and what else its messages hold."""
+    reference, others = row.get("reference", {}), row.get("others", {})
+    if not isinstance(reference, dict) or not isinstance(others, dict):
+        raise Unusable("malformed field", 'a reference has "audio" and "text"')
+    found = ({"#reference": reference} if reference else {}) | others
+    if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in found.values()):
+        raise Unusable("malformed field", 'a reference has "audio" and "text"')
+    if "clips" not in row:
+        row.pop("messages", None)               # they belong to another tool: the row speaks for itself
+    elif not isinstance(row["clips"], list) or not all(name in ("", *found) for name in row["clips"]):
+        raise Unusable("malformed field", '"clips" names the recordings of "messages" by suffix')
+    else:
+        readable(checked, row.get("messages"))
+    return found
+
+
+def inline_bytes(part: Row) -> bytes:
+    """The sound file that a manifest holds as base64 in `raw_audio`; Unusable when it does not."""
+    text, fix = part.get("raw_audio"), "give raw_audio as base64 of a sound file, or name the file in audio_url"
+    if not isinstance(text, str) or not text or len(text) > MAX_INLINE:
+        raise Unusable("inline audio", fix)
+    try:
+        found = base64.b64decode(text.partition("base64,")[2] or text, validate=True)
+        soundfile.info(io.BytesIO(found))
+    except (binascii.Error, soundfile.LibsndfileError):
+        raise Unusable("inline audio", f"it is no base64 of a sound file: {fix}") from None
+    return found
+
+
+def check_fields(m: Manifest, row: Row, others: list[Row]) -> None:
     words = row.get("words", [])
-    if not isinstance(row.get("text"), str) or not row["text"].strip():
+    if not isinstance(row.get("text"), str) or not (row["text"].strip() or "alignments" in row):     # an agent may only listen
         raise Unusable("empty text", "write what is said, or remove the row")
     if "\ufffd" in row["text"]:
         raise Unusable("bad encoding", "the text holds U+FFFD: save it again as UTF-8 from its origin")
     if row["id"] in m.clips:
         raise Unusable("duplicate id", "ids must be unique in a manifest: rename one")
-    if not all(is_time(part.get(k, 0)) for k in ("offset", "duration") for part in (row, reference)):
+    if not all(is_time(part.get(k, 0)) for k in ("offset", "duration") for part in (row, *others)):
         raise Unusable("malformed field", "offset and duration are seconds")
     if not isinstance(words, list) or not all(
             isinstance(w, list) and len(w) == 2 and isinstance(w[0], str) and is_time(w[1]) for w in words):
@@ -407,7 +437,8 @@ def read_clip(row: Row, limits: tuple[float, float] = (0.0, 4 * 3600)) -> tuple[
     """
     begin, piece = row.get("offset", 0.0), "duration" in row and "offset" in row
     try:
-        wav, rate = load_wav(row["file"], None, 2 if row.get("stereo") else 1, 4 * 3600 if piece else begin + limits[1])
+        with opened(row) as path:
+            wav, rate = load_wav(path, None, 2 if row.get("stereo") else 1, 4 * 3600 if piece else begin + limits[1])
     except FileNotFoundError:
         raise Unusable("missing file", f"{row['file']} does not exist: check the path") from None
     except (ValueError, OSError, RuntimeError) as error:
@@ -455,30 +486,49 @@ def quality_faults(wav: Tensor, rate: int, pace: float) -> Iterator[Fault]:
     if (wav.abs() >= 0.999).float().mean() > 0.01:
         yield "doubt", "clipping", "more than 1 % of samples at full scale: lower the gain and record again"
     if peak < 10 ** (-50 / 20) or (level < -50).float().mean() > 0.6:
-        yield "doubt", "silence", "peak below -50 dBFS, or 60 % silent: trim it or remove the row"
+        yield "doubt", SILENCE, "peak below -50 dBFS, or 60 % silent: trim it or remove the row"
     elif seconds >= 1 and level.quantile(0.9) - level.quantile(0.1) < 10:        # a short word has no pause to measure
         yield "doubt", "low SNR", "speech is within 10 dB of the noise: denoise or remove the row"
-    if pace > 35 or (pace < 2 and seconds > 2):                                  # one letter may take half a second
-        yield "doubt", "text does not fit the length", "2..35 characters a second are usual: check the transcript"
+    if pace > 35 or (0 < pace < 2 and seconds > 2):                              # one letter may take half a second
+        yield "doubt", PACE, "2..35 characters a second are usual: check the transcript"
+
+
+@contextmanager
+def opened(row: Row) -> Iterator[str]:
+    """A path at which the audio of a row can be read; one that stands in the manifest lies there for a moment."""
+    if row["file"] != INLINE:
+        yield row["file"]
+        return
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(inline_bytes(row))
+        file.flush()
+        yield file.name
 
 
 def digest(row: Row) -> str:
     """sha256 of the audio bytes of a row and of the piece it takes of them."""
-    with open(row["file"], "rb") as file:
+    with opened(row) as path, open(path, "rb") as file:
         hashed = hashlib.file_digest(file, "sha256")
     hashed.update(json.dumps([row.get("offset", 0), row.get("duration"), bool(row.get("stereo"))]).encode())
     return hashed.hexdigest()
 
 
 def inspect(row: Row, limits: tuple[float, float], seen: dict[str, str]) -> list[Fault]:
-    """Open the audio of a row and list its faults; `seen` maps digests to ids and finds copies."""
+    """Open the audio of a row and list its faults; `seen` maps digests to ids and finds copies.
+
+    A dialogue is cut into chunks, so it may be long; its agent may listen for most of it.
+    """
+    dialogue = "alignments" in row
+    limits = (limits[0], 4 * 3600.0) if dialogue else limits
     try:
         wav, rate = read_clip(row, limits)
     except Unusable as error:
         return [("reject", *error.args)]
     first = seen.setdefault(digest(row), row["id"])
     copy = [("doubt", "duplicate audio", f"the same audio as {first}: remove one")] if first != row["id"] else []
-    return [*faults(wav, rate, row["text"], limits), *copy]
+    stereo = duplex.stereo_faults(wav, rate, row) if row.get("stereo") else ()
+    found = [f for f in faults(wav, rate, row["text"], limits) if not (dialogue and f[1] in (PACE, SILENCE))]
+    return [*found, *copy, *stereo]
 
 
 def check(path: str, write: str = "", allow_outside: bool = False, limits: tuple[float, float] = (0.2, 30.0)) -> None:
@@ -490,14 +540,16 @@ def check(path: str, write: str = "", allow_outside: bool = False, limits: tuple
     print(f"detected: {m.kind} ({m.path})", *m.notes, sep="\n  ")
     seen: dict[str, str] = {}
     dropped: set[str] = set()
+    own = {r["id"] for r in m.rows}
     for row in [r for r in m.clips.values() if r["file"]]:
-        for kind, reason, fix in inspect(row, limits, seen):
+        serves = row["id"].rpartition("#")[0] in own                # one recording may be the reference of many rows
+        for kind, reason, fix in inspect(row, limits, {} if serves else seen):
             if kind == "warn":
                 print(f"  warning: {row['id']}: {reason}; {fix}")
             else:
                 m.reject(row["id"], reason, fix)
                 dropped.add(row["id"])
-    used = {r["id"]: [r["id"], *r.get("parts", []), f"{r['id']}#reference"] for r in m.rows}
+    used = {r["id"]: [r["id"], *r.get("parts", []), *(r["id"] + suffix for suffix in ("#reference", *r.get("others", ())))] for r in m.rows}
     kept = [r for r in m.rows if not dropped.intersection(used[r["id"]])]
     report(m, len(kept))
     if write:
@@ -528,8 +580,10 @@ def write_lists(m: Manifest, kept: list[Row], folder: Path) -> None:
 def moved(row: Row, folder: Path) -> Row:
     """A row whose audio paths are relative to `folder`."""
     new = {k: v for k, v in row.items() if k not in OURS}
-    if row["file"]:
+    if row["file"] and row["file"] != INLINE:
         new["audio"] = os.path.relpath(row["file"], folder)
     if row.get("reference"):
         new["reference"] = moved(row["reference"], folder)
+    if row.get("others"):
+        new["others"] = {suffix: moved(part, folder) for suffix, part in row["others"].items()}
     return new

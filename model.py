@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels.attention import attend, attention_mask
+from kernels.attention import Cache, attend, attention_mask
+from kernels.decode import column_step
 from kernels.rope import rope_tables, rotate
 from loss import Sums, cross_entropy_sums
 from streams import Stream, StreamTable, is_audio
@@ -138,32 +139,6 @@ class RMSNorm(nn.Module):
 
 # ---- what a stack knows of the columns it reads ----
 
-class Cache:
-    """Keys and values of one stack in a ring of `capacity` slots, allocated once; a slot knows its position."""
-
-    def __init__(self, c: StackConfig, layers: int, batch: int, capacity: int, device: torch.device, dtype: torch.dtype) -> None:
-        shape = (layers, batch, c.kv, capacity, c.head)
-        self.keys, self.values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
-        self.positions = torch.full((batch, capacity), -1, device=device)      # -1 = empty, or padding
-        self.audio = torch.zeros(batch, capacity, dtype=torch.bool, device=device)
-        self.capacity, self.count, self.live = capacity, 0, 0
-
-    def reserve(self, positions: Tensor, audio: Tensor) -> None:
-        """Take slots for the next columns.   positions, audio (B, n)"""
-        n = positions.shape[1]
-        assert n <= self.capacity, (n, self.capacity)
-        self.slots = torch.arange(self.count, self.count + n, device=positions.device) % self.capacity
-        self.positions[:, self.slots], self.audio[:, self.slots] = positions, audio
-        self.count += n
-        self.live = min(self.count, self.capacity)
-
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v (B, H_kv, n, head) and return all live ones."""
-        self.keys[layer][:, :, self.slots] = k.to(self.keys.dtype)
-        self.values[layer][:, :, self.slots] = v.to(self.values.dtype)
-        return self.keys[layer][:, :, : self.live].to(k.dtype), self.values[layer][:, :, : self.live].to(v.dtype)
-
-
 @dataclass
 class Context:
     """Everything the blocks of a stack share in one pass: computed once, read by every layer."""
@@ -175,6 +150,11 @@ class Context:
     rows: tuple[Tensor, Tensor] | None = None    # flat numbers of the text rows and of the audio rows
     cache: Cache | None = None
     step: slice | None = None                    # depth transformer: which codebook steps x holds
+
+    def side(self) -> bool | None:
+        """Which of the dual networks all columns take: False = text, True = audio, None = both are needed."""
+        empty = [self.rows is None or not len(rows) for rows in self.rows or (0, 0)]
+        return None if not any(empty) else empty[0] and self.rows is not None
 
 
 def temporal_context(c: ModelConfig, audio: Tensor, positions: Tensor | None, segments: Tensor | None, cache: Cache | None) -> Context:
@@ -190,8 +170,10 @@ def temporal_context(c: ModelConfig, audio: Tensor, positions: Tensor | None, se
     if cache is not None:
         cache.reserve(positions, audio)
         key_audio = cache.audio[:, : cache.live]
-        context.mask = attention_mask(positions, cache.positions[:, : cache.live], stack.window, None, None)
-        own = positions[:, :, None] == cache.positions[:, None, : cache.live]
+        in_order = cache.plain and S in (1, cache.live) and cache.count <= (stack.window or cache.capacity)
+        if not in_order or c.fast_forward:
+            context.mask = attention_mask(positions, cache.positions[:, : cache.live], stack.window, None, None)
+            own = positions[:, :, None] == cache.positions[:, None, : cache.live]
     else:
         own = torch.eye(S, dtype=torch.bool, device=audio.device)
         if not plain or 0 < stack.window < S or c.fast_forward:
@@ -320,7 +302,11 @@ class Temporal(nn.Module):
             self.norm = RMSNorm(s.dim, s.norm_eps)
 
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        h = self.run(self.layers, x, context, 0)
+        fast, side = context.cache and context.cache.fast, context.side()
+        if fast and x.shape[1] == 1 and side is not None and not torch.is_grad_enabled():
+            h = fast(x[:, 0], context.cache, context.rope, context.mask, side)[:, None]
+        else:
+            h = self.run(self.layers, x, context, 0)
         if not self.c.tail:
             h = self.norm(h)
             return h, h
@@ -353,6 +339,10 @@ class Embedding(nn.Module):
         return vectors * (ids >= 0).unsqueeze(-1).to(vectors.dtype)
 
     def forward(self, ids: Tensor) -> Tensor:
+        if ids.shape[2] == 1 and len(self.offsets) > 1 and self.weight.dtype == torch.float32 and not torch.is_grad_enabled():
+            flat = ids[..., 0] + torch.tensor(self.offsets, device=ids.device)               # one column: one operation
+            known = ids[..., 0] >= 0
+            return F.embedding_bag(torch.where(known, flat, 0), self.weight, mode="sum", per_sample_weights=known.float())[:, None]
         total = self.row(0, ids[:, 0])
         for n in range(1, len(self.offsets)):      # left to right, as the references add in low precision
             total = total + self.row(n, ids[:, n])
@@ -388,10 +378,12 @@ class Depth(nn.Module):
 
     def step(self, k: int, h: Tensor, token: Tensor, cache: Cache) -> Tensor:
         """One step of sampling: logits of codebook k.   h (B, D), token (B,) -> (B, V)"""
-        step = slice(k, k + 1)
-        position = torch.full((h.shape[0], 1), k, device=h.device)
-        cache.reserve(position, position >= 0)
-        x = self.input(h[None], step) + self.embed(k, token)[None]
+        step, cache.slots, cache.live = slice(k, k + 1), slice(k, k + 1), k + 1      # step 0 overwrites the column before
+        if k == 0:                                                           # what h gives to every step, at once
+            cache.inputs = self.input(h.expand(self.c.steps, *h.shape), slice(0, self.c.steps))
+        x = cache.inputs[step] + self.embed(k, token)[None]
+        if cache.fast and not torch.is_grad_enabled():
+            return self.head(cache.fast(x[0], cache, None, None, step=k)[None], step)[0]
         return self.head(self.run(x, Context(step=step, cache=cache)), step)[0]
 
     def run(self, x: Tensor, context: Context) -> Tensor:
@@ -401,7 +393,9 @@ class Depth(nn.Module):
 
     def cache(self, batch: int) -> Cache:
         weight = self.head.weight
-        return Cache(self.c, self.c.layers, batch, self.c.steps, weight.device, weight.dtype)
+        cache = Cache(self.c.layers, batch, self.c.kv, self.c.steps, self.c.head, weight)
+        cache.fast = None if self.c.rope_theta else column_step(self.layers, self.c, ACTIVATIONS[self.c.activation])
+        return cache
 
 
 # ---- the model ----
@@ -473,12 +467,12 @@ class MultistreamLM(nn.Module):
         """Sum the embeddings of a column.   (B, K, S) -> (B, S, D)"""
         parts = []
         if self.table.audio:
-            audio = self.embed["audio"](tokens[:, self.table.audio])
+            audio = self.embed["audio"](tokens[:, len(self.table.text) :])
             if self.training and self.config.input_drop:
                 audio = audio * self.keep_inputs(tokens)[..., None]
             parts.append(audio)
         if self.table.text:
-            parts.append(self.embed["text"](tokens[:, self.table.text]))
+            parts.append(self.embed["text"](tokens[:, : len(self.table.text)]))
         return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
     def keep_inputs(self, tokens: Tensor) -> Tensor:
@@ -513,7 +507,10 @@ class MultistreamLM(nn.Module):
             kept = (w != 0).any(1).nonzero().squeeze(1)
             inputs = self.depth_inputs(targets)[kept]
             logits = sum(self.table.streams[k].classes for k in rows)
-            part = cross_entropy_sums(h.flatten(0, 1)[kept], inputs, head, t[kept], w[kept], logits)
+            x = h.flatten(0, 1)[kept]
+            if rows is self.table.audio_out and self.config.depth and not self.config.checkpoint:     # only the head runs twice
+                x, head = self.depth(x, inputs).transpose(0, 1), lambda x, _: self.depth.head(x.transpose(0, 1), slice(0, x.shape[1]))
+            part = cross_entropy_sums(x, inputs, head, t[kept], w[kept], logits)
             total = total.add(rows, part)
         return total
 
@@ -523,7 +520,9 @@ class MultistreamLM(nn.Module):
         """Allocate the static cache for `columns` columns; prompts are read `chunk` columns at a time."""
         c, weight = self.config, self.temporal.layers[0].attn.o.weight
         capacity = min(columns, c.temporal.window + chunk) if c.temporal.window else columns
-        return Cache(c.temporal, c.temporal.layers + 2 * c.tail, batch, capacity, weight.device, weight.dtype)
+        cache = Cache(c.temporal.layers + 2 * c.tail, batch, c.temporal.kv, capacity, c.temporal.head, weight)
+        cache.fast = column_step(self.temporal.layers, c.temporal, ACTIVATIONS[c.temporal.activation])
+        return cache
 
     def count_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
@@ -541,7 +540,7 @@ def codebooks(count: int, vocab: int, classes: int, start: int, end: int = -1, d
 # Higgs Audio v2 3B: Llama-3.2-3B with a second FFN for audio columns; text ids from its tokenizer.json.
 HIGGS_V2_3B = ModelConfig(
     StreamTable((Stream("text", "text", 128256, 128256), *codebooks(8, 1026, 1026, 1024, 1025, range(8))),
-                "clone", audio_start=128013, audio_end=128012, stop=(128001, 128009)),
+                "chatml", audio_start=128013, audio_end=128012, stop=(128001, 128009)),
     StackConfig(dim=3072, layers=28, heads=24, kv_heads=8, head_dim=128, ffn=8192, rope_theta=500000.0,
                 rope_scaling=(32.0, 1.0, 4.0, 8192.0)),
     dual_ffn=tuple(range(28)))
@@ -551,7 +550,7 @@ MOSHI_DELAYS = (0, 1, 1, 1, 1, 1, 1, 1)
 MOSHI_7B = ModelConfig(
     StreamTable((Stream("text", "text", 32001, 32000, start=32000),
                  *codebooks(8, 2049, 2048, 2048, delays=MOSHI_DELAYS),
-                 *codebooks(8, 2049, 0, 2048, delays=MOSHI_DELAYS, name="user")), "words", aligned=True),
+                 *codebooks(8, 2049, 0, 2048, delays=MOSHI_DELAYS, name="user")), "duplex", aligned=True),
     StackConfig(dim=4096, layers=32, heads=32, ffn=11264, norm_eps=1e-8, rope_interleaved=True, window=3000, packed=True),
     depth=StackConfig(dim=1024, layers=6, heads=16, ffn=2816, norm_eps=1e-8, rope_theta=0.0, packed=True, steps=8))
 

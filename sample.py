@@ -3,6 +3,9 @@
     python sample.py --ckpt out/demo --text "four nine two seven" --out x.wav
     out/demo/ckpt/latest: step 650, no adapter; x.wav: 2.4 s, ended by itself
 
+    python sample.py --ckpt out/moshi_lora --user in.wav --out reply.wav
+    talks with the recording: left the model, right the user, reply.txt what the model says and when
+
 `generate` yields one frame (B, K) at a time, already un-delayed: text rows as they come, audio rows as soon as every
 codebook of a frame exists. Writing a file, streaming and live chat all consume it. The prompt is built by the layout
 function that built the training grids. Next: checkpoint.py.
@@ -12,7 +15,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -21,13 +24,17 @@ from tqdm import tqdm
 
 import lora
 from audio import load_codec
-from audio.wav import WavWriter, save_wav
+from audio.wav import WavWriter, load_wav, save_wav
+from cache import encode
+from chatml import chunks
 from checkpoint import DTYPES, load
 from data import DataConfig, load_tokenizer, prompt_example
+from duplex import UserFeed, official_files, transcript, write_reply
 from kernels.sample import Noise, sample
 from model import Cache, MultistreamLM
 from options import apply, edge, from_json, help_text, read_lines, replace_file, split_arguments
-from streams import FEEDS, StreamTable, Undelay, lay_out
+from streams import FEEDS, Example, lay_out
+from turns import FREE, DecodeState, finish, forced, settle, start_state
 
 Rule = float | tuple[float, ...]
 
@@ -43,12 +50,14 @@ class SampleConfig:
     ras_window: int = 0             # repetition-aware sampling: look back this many columns, 0 = off
     ras_repeats: int = 2            # redraw from the full distribution when a code was drawn so often there
     max_frames: int = 500           # columns generated at most
+    closing: str = "frame"          # how audio ends: "frame" as trained, or as "boson" or "hf" (transformers) end it
     seed: int = 0                   # item i of a batch draws from seed + i, whatever the batch
 
     def __post_init__(self) -> None:
         for name in ("temperature", "top_k", "top_p", "min_p"):
             rule = getattr(self, name)
             assert all(v >= 0 for v in (rule if isinstance(rule, tuple) else (rule,))), f"{name} {rule} is negative"
+        assert self.closing in ("frame", "boson", "hf"), f"closing {self.closing!r} is none of frame, boson, hf"
         assert self.max_frames > 0, f"max_frames {self.max_frames} is not positive"
 
 
@@ -56,6 +65,8 @@ class SampleConfig:
 
 def draw(logits: Tensor, config: SampleConfig, rows: slice, noise: Noise, history: Tensor | None = None) -> Tensor:
     """Draw one id for each row.   logits (B, R, V) fp32, `rows` the places of R among the predicted streams -> (B, R)"""
+    if config.temperature == 0 and not config.ras_window:
+        return logits.argmax(-1)                                              # the rules keep the likeliest
     rules = []
     for rule in (config.temperature, config.top_k, config.top_p, config.min_p):
         values = rule[rows] if isinstance(rule, tuple) else (rule,) * (rows.stop - rows.start)
@@ -64,65 +75,6 @@ def draw(logits: Tensor, config: SampleConfig, rows: slice, noise: Noise, histor
         rules.append(torch.tensor(values, dtype=logits.dtype, device=logits.device)[:, None])
     recent = history[..., -config.ras_window :] if history is not None and config.ras_window > 0 else None
     return sample(logits, tuple(rules), noise, rows, recent, config.ras_repeats)
-
-
-# ---- the state of a batch of generations ----
-
-@dataclass
-class DecodeState:
-    """Where each of B items stands. `count` is columns since its audio segment began, the start column being 0."""
-
-    speaking: Tensor            # (B,) bool: the next column is an audio column
-    count: Tensor               # (B,)
-    closed: Tensor              # (B,) frame in which the audio ends, NEVER while it goes on
-    done: Tensor                # (B,) bool
-    owed: Tensor                # (B,) text id that must come next, -1 = none
-    undelay: Undelay            # columns in, frames out; remembers the newest columns
-
-
-NEVER = 1 << 40
-
-
-def start_state(prompt: Tensor, table: StreamTable, remember: int) -> DecodeState:
-    """Read off the prompt (B, K, S) what comes next: text, the first audio column, or more of a segment."""
-    B, _, S = prompt.shape
-    audio = (prompt[:, table.audio] >= 0).any(1) if table.audio else torch.zeros(B, S, dtype=torch.bool, device=prompt.device)
-    run = audio.flip(1).cumprod(1).sum(1)                                        # audio columns at the end of the prompt
-    begins = (prompt[:, 0, -1] == table.audio_start) if table.audio_start >= 0 else torch.zeros_like(run, dtype=torch.bool)
-    bare = bool(table.audio_out) and table.streams[table.audio_out[0]].start < 0  # no start column: frames begin at once
-    count = torch.full_like(run, S) if table.aligned else run + int(bare)
-    undelay = Undelay(table.delays, () if table.aligned else table.text, remember)
-    undelay.recent = [prompt[:, :, -1 - n] for n in range(min(S, undelay.kept))]
-    state = DecodeState((run > 0) | begins | table.aligned, count, torch.full_like(run, NEVER), torch.zeros_like(begins),
-                        torch.full_like(run, -1), undelay)
-    if table.audio_out:
-        for b in range(B):                       # a prompt that ends inside a closing segment goes on closing
-            for n in reversed(range(int(run[b]))):
-                settle(state, prompt[:, :, S - 1 - n], count - 1 - n, table, torch.arange(B, device=run.device) == b)
-    return state
-
-
-def settle(state: DecodeState, column: Tensor, place: Tensor, table: StreamTable, where: Tensor) -> None:
-    """Note an end id in an audio row: the lowest codebook that has one decides in which frame the audio ends."""
-    found = torch.full_like(state.closed, NEVER)
-    for k in reversed(table.audio_out):
-        stream = table.streams[k]
-        ends = where & (stream.end >= 0) & (column[:, k] == stream.end) & (place > stream.delay)
-        found = torch.where(ends, place - 1 - stream.delay, found)
-    state.closed = torch.where(state.closed == NEVER, found, state.closed)
-
-
-def force(column: Tensor, state: DecodeState, table: StreamTable) -> Tensor:
-    """Overwrite what is not sampled in audio rows: start ids before a row begins, end ids once the audio is closed."""
-    for k in table.audio_out:
-        stream = table.streams[k]
-        frame = state.count - 1 - stream.delay
-        if stream.start >= 0:
-            column[:, k] = torch.where(frame < 0, stream.start, column[:, k])
-        if stream.end >= 0:
-            column[:, k] = torch.where(frame >= state.closed, stream.end, column[:, k])
-        column[:, k] = torch.where(state.speaking, column[:, k], -1)
-    return column
 
 
 # ---- the generator ----
@@ -146,7 +98,8 @@ def generate(model: MultistreamLM, prompt: Tensor, config: SampleConfig | None =
         raise ValueError(f"the prompt has {K} rows, the model's table {len(table)}: {[s.name for s in table.streams]}")
     padding = (prompt < 0).all(1).cumprod(1).sum(1)                           # columns of -1 on the left
     position = S - padding
-    state, cache = start_state(prompt, table, config.ras_window), model.cache(B, S + config.max_frames)
+    state, cache = start_state(prompt, table, config.ras_window, config.closing), model.cache(B, S + config.max_frames)
+    state.depth = model.depth.cache(B) if model.config.depth else None
     try:
         h = prefill(model, prompt, padding, cache)
         for n in range(config.max_frames):
@@ -154,8 +107,8 @@ def generate(model: MultistreamLM, prompt: Tensor, config: SampleConfig | None =
             frame = state.undelay.push(column)
             number = state.count - 1 - state.undelay.lag                      # of the newest frame that is complete
             real = state.speaking & (number >= 0) & (number < state.closed)
-            frame[:, table.audio] = torch.where(real[:, None], frame[:, table.audio], -1)
-            frame[state.done] = -1
+            frame[:, len(table.text) :].masked_fill_(~real[:, None], -1)
+            frame.masked_fill_(state.done[:, None], -1)
             finish(state, column, table)
             if not table.aligned or real.any():
                 yield frame
@@ -189,54 +142,42 @@ def next_column(model: MultistreamLM, h: tuple[Tensor, Tensor], state: DecodeSta
     if feed is not None:
         column = feed(column)
     if bool(state.speaking.any()):
-        allowed = feed.may_end() if hasattr(feed, "may_end") else torch.ones(B, dtype=torch.bool)
-        sample_audio(model, h_audio, column, state, config, noise, allowed.to(column.device))
+        sample_audio(model, h_audio, column, state, config, noise, feed.may_end().to(column.device) if hasattr(feed, "may_end") else None)
     return column
 
 
 def sample_audio(model: MultistreamLM, h: Tensor, column: Tensor, state: DecodeState, config: SampleConfig,
-                 noise: Noise, may_end: Tensor) -> None:
+                 noise: Noise, may_end: Tensor | None) -> None:
     """Fill the predicted audio rows of a column in place: all at once, or step by step through the depth transformer."""
     table, rows, first = model.table, model.table.audio_out, len(model.table.text_out)
-    end = table.streams[rows[0]].end
-    history = torch.stack([c[:, rows] for c in state.undelay.recent], dim=-1).flip(-1)                     # (B, Q, n)
+    end, out = table.streams[rows[0]].end, column[:, rows[0] : rows[-1] + 1]   # `out` is a view
+    history = state.heard                                                     # (B, Q, n)
+    if config.closing == "hf":                                                # start and end ids do not count as repetition
+        history = history.masked_fill((history == state.edges[0, :, None]) | (history == state.edges[1, :, None]), -1)
 
     def choose(logits: Tensor, at: slice) -> Tensor:
         logits = logits.float()
-        if end >= 0:
+        if end >= 0 and may_end is not None:
             logits[~may_end, :, end] = -torch.inf
         places = slice(first + at.start, first + at.stop)
         return draw(logits, config, places, noise, history[:, at])
 
+    held = forced(state)
     if model.config.depth is None:
-        column[:, rows] = choose(model.audio_logits(h, column[:, :0]).transpose(0, 1), slice(0, len(rows)))
-        force(column, state, table)
+        drawn = choose(model.audio_logits(h, column[:, :0]).transpose(0, 1), slice(0, len(rows)))
+        out.copy_(torch.where(held == FREE, drawn, held))
     else:
-        depth, token = model.depth.cache(h.shape[0]), column[:, table.text[0]]
-        for k, row in enumerate(rows):
-            column[:, row] = choose(model.depth.step(k, h, token, depth)[:, None], slice(k, k + 1))[:, 0]
-            token = force(column, state, table)[:, row]
-    settle(state, column, state.count, table, state.speaking)
-    force(column, state, table)                                               # a row below the one that ended ends with it
-
-
-def finish(state: DecodeState, column: Tensor, table: StreamTable) -> None:
-    """Move every item on: into audio after `audio_start`, out of it when all rows have ended, to the end after `stop`."""
-    lag = max(table.delays)
-    over = state.speaking & (state.count - 1 - lag >= state.closed)
-    text = column[:, table.text_out[0]] if table.text_out else torch.full_like(state.count, -1)
-    bare = bool(table.audio_out) and table.streams[table.audio_out[0]].start < 0
-    state.owed = torch.where(over & (table.audio_end >= 0), table.audio_end, -1)
-    state.count = state.count + 1
-    if table.aligned:
-        state.done = state.done | over
-        return
-    begins = ~state.speaking & (text == table.audio_start) & (table.audio_start >= 0)
-    stops = torch.isin(text, torch.tensor(table.stop, dtype=text.dtype, device=text.device)) & ~state.speaking
-    state.done = state.done | stops
-    state.count = torch.where(begins, int(bare), state.count)
-    state.closed = torch.where(begins, NEVER, state.closed)
-    state.speaking = (state.speaking & ~over) | begins
+        token, free = column[:, table.text[0]], held == FREE
+        for k in range(len(rows)):
+            drawn = choose(model.depth.step(k, h, token, state.depth)[:, None], slice(k, k + 1))[:, 0]
+            out[:, k] = token = torch.where(free[:, k], drawn, held[:, k])
+    if any(table.streams[k].end >= 0 for k in rows):
+        settle(state, column, state.count, table, state.speaking)
+        held = forced(state)                                                  # a row below the one that ended ends with it
+        out.copy_(torch.where(held == FREE, out, held))
+    if config.ras_window:
+        newer = torch.cat([state.heard[..., 1:], column[:, rows, None]], -1)
+        state.heard = torch.where(state.speaking[:, None, None], newer, state.heard)
 
 
 # ---- text to speech ----
@@ -248,21 +189,25 @@ class Speech:
     wav: Tensor
     ended: bool
     frames: int
+    codes: Tensor = field(default_factory=lambda: torch.empty(0, 0))            # (Q, T)
 
 
 def speak(model: MultistreamLM, texts: Sequence[str], data: DataConfig, config: SampleConfig, codec: object | None = None,
           reference: tuple[str, str] | None = None, on_audio: Callable[[Tensor], None] | None = None,
-          progress: bool = False) -> list[Speech]:
-    """Speak texts as one batch. `reference` is (wav file, its transcript); `on_audio` gets the first one's (1, n) samples early."""
+          progress: bool = False, before: Sequence[tuple[str, Tensor]] = ()) -> list[Speech]:
+    """Speak texts as one batch. `reference` is (wav file, its transcript); `on_audio` gets the first one's (1, n) samples early.
+
+    A conversation goes on behind `before`, pairs of text and codes (Q, T) that were spoken already.
+    """
     codec, tokenizer, table = codec or load_codec(data.codec), load_tokenizer(data.tokenizer), model.table
-    examples = [prompt_example(text, data, tokenizer, codec, reference, table.aligned) for text in texts]
+    examples = [prompt_example(text, data, tokenizer, codec, reference, table, before) for text in texts]
     prompt = pad_left([lay_out(example, table)[0] for example in examples])
     feed = FEEDS[table.layout]([e.text for e in examples], table) if table.layout in FEEDS else None
     frames: list[Tensor] = []
     decoder = codec.stream() if on_audio else None
     bar = tqdm(total=config.max_frames, unit="frame", disable=not (progress and sys.stderr.isatty()))
     for frame in generate(model, prompt, config, feed):
-        codes = frame[:, table.audio_out]
+        codes = frame[:, table.audio_out].cpu()                           # the codec may live elsewhere
         frames.append(codes)
         bar.update()
         if decoder is not None and bool((codes[0] >= 0).all()):
@@ -275,21 +220,48 @@ def speak(model: MultistreamLM, texts: Sequence[str], data: DataConfig, config: 
     return [_decoded(codes, codec, capped) for codes in stacked]
 
 
+def speak_long(model: MultistreamLM, text: str, data: DataConfig, config: SampleConfig, codec: object, limit: int,
+               reference: tuple[str, str] | None = None, on_audio: Callable[[Tensor], None] | None = None) -> Speech:
+    """Speak a text in pieces of `limit` words, or of speakers' turns; in a conversation each goes on from the last one's voice."""
+    spoken: list[tuple[str, Speech]] = []
+    for piece in chunks(text, limit):
+        last = [(said, speech.codes) for said, speech in spoken[-1:] if model.table.layout == "chatml"]
+        spoken.append((piece, *speak(model, [piece], data, config, codec, reference, on_audio, progress=True, before=last)))
+    speeches = [speech for _, speech in spoken]
+    codes = torch.cat([speech.codes for speech in speeches], dim=1)
+    wav = codec.decode(codes[None])[0] if codes.shape[1] else torch.zeros(1, 0)
+    return Speech(wav, all(speech.ended for speech in speeches), codes.shape[1], codes)
+
+
 def sounding(codes: Tensor, codec: object) -> Tensor:
     """Keep ids inside the codec's tables: a start or end id in the middle of speech sounds like the nearest code."""
     return codes.clamp(max=codec.codebook_size - 1)
 
 
 def _decoded(codes: Tensor, codec: object, capped: bool) -> Speech:
-    spoken = codes[:, (codes >= 0).all(0)]                                   # (Q, T): frames after the end hold -1
-    wav = codec.decode(sounding(spoken[None], codec))[0] if spoken.shape[1] else torch.zeros(1, 0)
-    return Speech(wav, not capped or bool(codes.shape[1] and (codes[:, -1] < 0).all()), spoken.shape[1])
+    spoken = sounding(codes[:, (codes >= 0).all(0)], codec)                  # (Q, T): frames after the end hold -1
+    wav = codec.decode(spoken[None])[0] if spoken.shape[1] else torch.zeros(1, 0)
+    return Speech(wav, not capped or bool(codes.shape[1] and (codes[:, -1] < 0).all()), spoken.shape[1], spoken)
 
 
 def pad_left(grids: Sequence[Tensor]) -> Tensor:
     """Stack prompts (K, S_i) into (B, K, S), columns of -1 on the left."""
     S = max(g.shape[1] for g in grids)
     return torch.stack([torch.nn.functional.pad(g, (S - g.shape[1], 0), value=-1) for g in grids])
+
+
+# ---- conversation ----
+
+def reply(model: MultistreamLM, user: Tensor, config: SampleConfig, exact_moshi: bool = False) -> Tensor:
+    """Talk with a recorded user: hear codes (B, Q, T) frame by frame.   -> frames (B, K, T), both sides and the text
+
+    `exact_moshi`: as moshi's generator, which never hears the first frame and gives fewer.
+    """
+    prompt = lay_out(Example(torch.zeros(0, dtype=torch.long)), model.table)[0].expand(len(user), -1, -1)
+    columns = user.shape[-1] + (0 if exact_moshi else max(model.table.delays))
+    feed = UserFeed(user, model.table, exact_moshi)
+    bar = tqdm(generate(model, prompt, replace(config, max_frames=columns), feed), total=columns, unit="frame", disable=None)
+    return torch.stack([frame.cpu() for frame in bar], dim=-1)
 
 
 # ---- command line ----
@@ -302,8 +274,16 @@ class Job(SampleConfig):
     text: str = ""               # what to say
     texts: str = ""              # or a file with one text a line
     out: str = "out/sample.wav"  # wav to write; with texts, a folder for wavs and samples.jsonl
+    user: str = ""               # or a recording to talk with: out becomes stereo (left the model), its words a .txt beside it
+    exact_moshi: bool = False    # with user: miss its first frame as moshi's generator does
     ref: str = ""                # reference recording of the voice to clone
     ref_text: str = ""           # what the reference says
+    ref_in: str = "assistant"    # conversations: where it stands, in an "assistant" turn or in the "system" message
+    scene: str = ""              # conversations: scene description
+    chunk_words: int = 0         # speak a long text in pieces of so many words, or of speakers' turns; 0 = whole
+    codec: str = ""              # codec, tokenizer and normaliser where the checkpoint names none, as official ones do
+    tokenizer: str = ""          # by default the one in the checkpoint's folder
+    normaliser: str = ""
     adapter: str = ""            # checkpoint folder of an adapter to put on top
     device: str = "cpu"          # cpu or cuda
     dtype: str = "fp32"          # fp32, bf16 or fp16
@@ -312,6 +292,7 @@ class Job(SampleConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        assert self.ref_in in ("assistant", "system") and self.chunk_words >= 0, "ref_in is assistant or system, chunk_words not negative"
         assert self.batch > 0, f"batch {self.batch} is not positive"
         assert self.dtype in DTYPES, f"dtype {self.dtype!r} is none of {', '.join(DTYPES)}"
         assert self.device in ("cpu", "cuda"), f"device {self.device!r} is neither cpu nor cuda"
@@ -325,10 +306,13 @@ def load_for_sampling(job: Job) -> tuple[MultistreamLM, DataConfig]:
         raise ValueError("--device=cuda: this machine shows no CUDA device; use --device=cpu")
     model = load(job.ckpt, job.device, job.dtype, job.adapter or None)
     found = lora.norms(model)
-    applied = (f"adapter {model.extras.base or model.extras.folder}: {len(found)} Linears, |BA|/|W| up to {max(found.values()):.2g}"
-               if found else "no adapter")
-    print(f"{model.extras.folder}: step {model.extras.step}, {applied}")
-    return model, from_json(DataConfig, model.extras.data or {}, f"{model.extras.folder}/config.json data")
+    applied = f"adapter applied: {2 * len(found)} tensors, |BA|/|W| up to {max(found.values()):.2g}" if found else "no adapter"
+    print(f"{job.adapter or model.extras.folder}: step {model.extras.step}, {applied}")
+    folder = Path(model.extras.folder)
+    facts = dict(model.extras.data or official_files(folder))
+    facts |= {key: getattr(job, key) for key in ("codec", "tokenizer", "normaliser") if getattr(job, key)}
+    facts |= {"scene": job.scene, "reference_in": job.ref_in}
+    return model, from_json(DataConfig, facts, f"{folder}/config.json data")
 
 
 def main() -> None:
@@ -341,6 +325,8 @@ def main() -> None:
     if pairs.get("stream") == "":
         pairs["stream"] = "true"
     job = apply(Job(), pairs)
+    if job.user:
+        return converse(job)
     texts = read_lines(job.texts) if job.texts else [job.text]
     if not any(text.strip() for text in texts):
         raise ValueError("nothing to say; add --text=\"...\" or --texts=FILE with one text a line")
@@ -351,14 +337,31 @@ def main() -> None:
     say(job, texts)
 
 
+def converse(job: Job) -> None:
+    """Answer the recording job.user for as long as it lasts: both sides as a stereo wav, and a transcript."""
+    model, data = load_for_sampling(job)
+    if model.table.layout != "duplex":
+        raise ValueError(f"--user needs a model that listens, {job.ckpt} has layout {model.table.layout!r}; give it --text")
+    codec, tokenizer = load_codec(data.codec), load_tokenizer(data.tokenizer)
+    wav, rate = load_wav(job.user, codec.sample_rate)
+    frames = reply(model, encode(codec, wav)[None], job, job.exact_moshi)[0]          # (K, T)
+    spoken = codec.decode(sounding(frames[None, model.table.audio_out[: codec.num_codebooks]], codec))[0]
+    write_reply(job.out, spoken, wav, rate, transcript(frames[0], tokenizer, codec.frame_rate))
+    print(f"{job.out}: {frames.shape[1] / codec.frame_rate:.1f} s, left the model, right {job.user}; its words are in the .txt beside it")
+
+
 def say(job: Job, texts: list[str]) -> None:
     """Speak texts, a batch at a time, into job.out: one wav, or with --texts a folder of them and samples.jsonl."""
     model, data = load_for_sampling(job)
+    if model.table.layout == "duplex":
+        raise ValueError(f"{job.ckpt} talks with somebody; give it a recording with --user=in.wav instead of a text")
     codec, reference, rows = load_codec(data.codec), (job.ref, job.ref_text) if job.ref else None, []
     for at in range(0, len(texts), job.batch):
         part = texts[at : at + job.batch]
         with WavWriter(job.out, codec.sample_rate) if job.stream else nullcontext() as writer:
-            spoken = speak(model, part, data, job, codec, reference, writer and writer.append, progress=True)
+            hear = writer and writer.append
+            spoken = ([speak_long(model, text, data, job, codec, job.chunk_words, reference, hear) for text in part] if job.chunk_words
+                      else speak(model, part, data, job, codec, reference, hear, progress=True))
         for n, (text, speech) in enumerate(zip(part, spoken, strict=True), at):
             path = Path(job.out) / f"{n:03d}.wav" if job.texts else Path(job.out)
             if not job.stream:

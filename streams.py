@@ -14,7 +14,7 @@ function builds the training grid and the prompt. Next: model.py.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -84,7 +84,7 @@ class StreamTable:
 
 def is_audio(tokens: Tensor, table: StreamTable) -> Tensor:
     """Tell audio columns, those in which any audio row is >= 0.   (..., K, S) -> (..., S) bool"""
-    return (tokens[..., table.audio, :] >= 0).any(-2)
+    return (tokens[..., len(table.text) :, :] >= 0).any(-2)                                   # text rows come first
 
 
 # ---- delay: frames <-> columns ----
@@ -117,13 +117,13 @@ class Undelay:
 
     Rows in `at_once` are not held back. Until frames are complete `push` returns what stands there, start ids or the
     oldest column known; the caller's column count says when frames begin: `lag` columns after the start column.
-    `recent` keeps the newest columns, newest first, and at least `remember` of them.
+    `recent` keeps the newest columns, newest first.
     """
 
-    def __init__(self, delays: Sequence[int], at_once: Sequence[int] = (), remember: int = 0) -> None:
+    def __init__(self, delays: Sequence[int], at_once: Sequence[int] = ()) -> None:
         self.lag = max(delays)
         self.behind = [0 if k in at_once else self.lag - d for k, d in enumerate(delays)]    # columns ago that row k held it
-        self.kept, self.recent = max(self.lag + 1, remember), list[Tensor]()
+        self.kept, self.recent = self.lag + 1, list[Tensor]()
 
     def push(self, column: Tensor) -> Tensor:
         self.recent = [column, *self.recent[: self.kept - 1]]
@@ -141,6 +141,9 @@ class Example:
     starts: Tensor | None = None        # (n,) first frame of each text token (aligned layouts)
     reference: "Example | None" = None  # another clip of the same voice
     user: Tensor | None = None          # (Q, T) the other speaker's codes
+    weights: Tensor | None = None       # (T,) how much each id of a text row with one id a frame counts
+    before: int = 0                     # frames in front that are only context: the head of a chunk of a long dialogue
+    segments: "list[tuple[Tensor, float]]" = field(default_factory=list)    # a conversation: ids (n,) or codes (Q, T), weight
     name: str = ""                      # for messages
 
 
@@ -203,6 +206,11 @@ def clone_grid(example: Example, table: StreamTable) -> Grid:
         if part.codes is not None:
             blocks += [audio_block(part.codes, weight, table), text_block(finish, weight, table)]
     return join(blocks)
+
+
+def chat_grid(example: Example, table: StreamTable) -> Grid:
+    """A conversation as chatml.py wrote it (Higgs Audio): text and speech take turns, each with its weight."""
+    return join([(text_block if part.dim() == 1 else audio_block)(part, weight, table) for part, weight in example.segments])
 
 
 MAX_AGE = 63        # frames since the word began, clamped
@@ -274,9 +282,24 @@ class WordFeed:
         return self.index == self.last
 
 
-LAYOUTS = {"text": text_grid, "clone": clone_grid, "words": words_grid}
+def duplex_grid(example: Example, table: StreamTable) -> Grid:
+    """Two speakers at once (Moshi, DSAA): in a frame one text id, the agent's codes and the user's, delayed and cut at T.
+
+    example.text and .weights are (T,). Rows that are only read never count. Without `codes` the grid is the prompt: the
+    start column; a chunk from the middle of a dialogue starts with a column of what was before instead.
+    """
+    start = table.column("start")
+    if example.codes is None:
+        return start, torch.zeros(start.shape)
+    frames = torch.cat([part for part in (example.text[None], example.codes, example.user) if part is not None])      # (K, T)
+    counts = ((frames >= 0) & (table.column("classes") > 0)).float()
+    counts[0] *= 1.0 if example.weights is None else example.weights
+    tokens, weights = delay(frames, table.delays, start), delay(counts, table.delays, 0.0)
+    weights[:, example.before] = 0
+    return tokens[:, example.before :], weights[:, example.before :]
 
 
+LAYOUTS = {"text": text_grid, "clone": clone_grid, "chatml": chat_grid, "words": words_grid, "duplex": duplex_grid}
 FEEDS = {"words": WordFeed}
 
 

@@ -1,6 +1,6 @@
 """Text: versioned normalisers, tokenizers, and when each token is said.
 
-    normalise("Dial 49!", "english-v1")                  "dial four nine"
+    normalise("Dial 49!", "english-v1")                  "dial four nine"; several are joined: "arabic-v1+higgs-v1"
     load_tokenizer("assets/speech/words.json")           .encode, .decode, .size; also "bytes", .model, tokenizer.json
     aligned_ids(row, seconds, tokenizer, "english-v1")   ids, and the second at which each begins
     frame_starts(seconds, 25, ...)                       the codec frame of each
@@ -41,14 +41,51 @@ def arabic(text: str) -> str:
     return unicodedata.normalize("NFC", text).translate(ARABIC)
 
 
-NORMALISERS: dict[str, Callable[[str], str]] = {"none": str, "english-v1": english, "arabic-v1": arabic}
+HIGGS_SIGNS = (str.maketrans("。：；？！（）()【】《》“”‘’、—·「」『』", ".:;?!    []<>\"\"'',-.\"\"\"\"")
+               | str.maketrans({"，": ", ", "…": "..."}))
+HIGGS_TAGS = {
+    "°F": " degrees Fahrenheit", "°C": " degrees Celsius", "[laugh]": "<SE>[Laughter]</SE>", "[music]": "<SE>[Music]</SE>",
+    "[applause]": "<SE>[Applause]</SE>", "[cheering]": "<SE>[Cheering]</SE>", "[cough]": "<SE>[Cough]</SE>",
+    "[humming start]": "<SE_s>[Humming]</SE_s>", "[humming end]": "<SE_e>[Humming]</SE_e>",
+    "[music start]": "<SE_s>[Music]</SE_s>", "[music end]": "<SE_e>[Music]</SE_e>",
+    "[sing start]": "<SE_s>[Singing]</SE_s>", "[sing end]": "<SE_e>[Singing]</SE_e>"}
 
 
-def normalise(text: str, name: str) -> str:
-    """Apply a normaliser and fold white space; "none" leaves both alone."""
-    if name not in NORMALISERS:
-        raise ValueError(f"normaliser {name!r} is unknown; choose one of {', '.join(NORMALISERS)}")
-    return " ".join(NORMALISERS[name](text).split()) if name != "none" else text
+def higgs(text: str) -> str:
+    """What the official Higgs example does to a transcript: plain punctuation, tags of sound events, a full stop at the end."""
+    text = text.translate(HIGGS_SIGNS)
+    for tag, words in HIGGS_TAGS.items():
+        text = text.replace(tag, words)
+    text = folded(text)
+    return text if not text or text.endswith((".", "!", "?", ",", ";", '"', "'", "</SE_e>", "</SE>")) else text + "."
+
+
+def folded(text: str) -> str:
+    """Single spaces within lines, and no empty line."""
+    return "\n".join(line for line in (" ".join(part.split()) for part in text.split("\n")) if line)
+
+
+NORMALISERS: dict[str, Callable[[str], str]] = {"none": str, "english-v1": english, "arabic-v1": arabic, "higgs-v1": higgs}
+
+
+def check_normaliser(names: str) -> None:
+    """ValueError when one of the names joined by "+" is unknown."""
+    for name in names.split("+"):
+        if name not in NORMALISERS:
+            raise ValueError(f"normaliser {name!r} is unknown; choose one of {', '.join(NORMALISERS)}, or several joined by +")
+
+
+def normalise(text: str, names: str) -> str:
+    """Apply normalisers, "arabic-v1" or "arabic-v1+higgs-v1", and fold white space.
+
+    "none" leaves all as it is. Lines stay apart under "higgs-v1", where a line may begin with its [SPEAKERn].
+    """
+    check_normaliser(names)
+    if names == "none":
+        return text
+    for name in names.split("+"):
+        text = NORMALISERS[name](text)
+    return folded(text) if "higgs-v1" in names.split("+") else " ".join(text.split())
 
 
 # ---- tokenizers ----

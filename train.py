@@ -28,7 +28,7 @@ import lora
 from audio import load_codec
 from audio.wav import save_wav
 from checkpoint import DTYPES, Extras, RunState, fill_adapter, latest, load, load_run, point, prune, resolve, rewind, save, save_run
-from config import TrainConfig, learning_rate
+from config import TrainConfig, first_beta, learning_rate
 from data import Batch, Loader, prepare
 from loss import Sums, loss_scale, report
 from model import MultistreamLM
@@ -271,7 +271,7 @@ while True:
     norm = float(torch.nn.utils.clip_grad_norm_(trained.values(), config.clip or math.inf))
     rate = learning_rate(run.step, config)
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"], group["betas"] = rate, (first_beta(run.step, config), config.betas[1])
     if math.isfinite(norm):
         scaler.step(optimizer)
         run.skips = 0

@@ -5,6 +5,9 @@
 Positions, not places, decide who sees whom: the keys may lie in a ring, in packed rows, or behind padding.
 """
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -27,3 +30,35 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """
     causal = mask is None and q.shape[2] == k.shape[2]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+
+
+class Cache:
+    """Keys and values of one stack in a ring of `capacity` slots, allocated once; a slot knows its position."""
+
+    def __init__(self, layers: int, batch: int, heads: int, capacity: int, head: int, like: Tensor) -> None:
+        self.store = like.new_zeros(layers, batch, 2 * heads, capacity, head)
+        self.keys, self.values = self.store.split(heads, dim=2)
+        self.positions = torch.full((batch, capacity), -1, device=like.device)      # -1 = empty, or padding
+        self.audio = torch.zeros(batch, capacity, dtype=torch.bool, device=like.device)
+        self.capacity, self.count, self.live = capacity, 0, 0
+        self.plain = True               # slots hold columns in order, none of them padding
+        self.fast: Any = None           # kernels/decode.py: how a single column goes through the stack
+
+    def reserve(self, positions: Tensor, audio: Tensor) -> None:
+        """Take slots for the next columns.   positions, audio (B, n)"""
+        n = positions.shape[1]
+        assert n <= self.capacity, (n, self.capacity)
+        at = self.count % self.capacity
+        wraps = at + n > self.capacity
+        self.slots = torch.arange(at, at + n, device=positions.device) % self.capacity if wraps else slice(at, at + n)
+        if n > 1:                       # a single column behind them is never padding
+            self.plain = self.plain and bool((positions[:, 0] >= 0).all() and (positions.diff(dim=1) == 1).all())
+        self.positions[:, self.slots], self.audio[:, self.slots] = positions, audio
+        self.count += n
+        self.live = min(self.count, self.capacity)
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v (B, H_kv, n, head) and return all live ones."""
+        self.keys[layer][:, :, self.slots] = k.to(self.keys.dtype)
+        self.values[layer][:, :, self.slots] = v.to(self.values.dtype)
+        return self.keys[layer][:, :, : self.live].to(k.dtype), self.values[layer][:, :, : self.live].to(v.dtype)

@@ -8,6 +8,7 @@ rotation are fp32 whatever x is.
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -18,12 +19,16 @@ def rope_tables(head: int, theta: float, scaling: Sequence[float], positions: Te
 
     `scaling` of Llama 3.1: factor, low and high frequency factor, original length; empty for none.
     """
-    half = torch.arange(0, head, 2, dtype=torch.float32, device=positions.device)
-    frequencies = 1.0 / theta ** (half / head)
-    if scaling:
-        frequencies = llama3_scaling(frequencies, *scaling)
-    angles = positions[:, None, :, None].float() * frequencies
+    angles = positions[:, None, :, None].float() * rope_frequencies(head, theta, tuple(scaling), positions.device)
     return angles.cos(), angles.sin()
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def rope_frequencies(head: int, theta: float, scaling: tuple[float, ...], device: torch.device) -> Tensor:
+    """How fast each pair turns, made once.   -> (head/2,)"""
+    frequencies = 1.0 / theta ** (torch.arange(0, head, 2, dtype=torch.float32, device=device) / head)
+    return llama3_scaling(frequencies, *scaling) if scaling else frequencies
 
 
 def llama3_scaling(frequencies: Tensor, factor: float, low: float, high: float, original: float) -> Tensor:
@@ -35,9 +40,21 @@ def llama3_scaling(frequencies: Tensor, factor: float, low: float, high: float, 
 
 def rotate(x: Tensor, tables: tuple[Tensor, Tensor], interleaved: bool) -> Tensor:
     """Apply RoPE.   x (B, H, S, head) -> same"""
-    cos, sin = tables
-    if interleaved:
-        a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-        return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
+    return turned(x, rotation(tables, interleaved))
+
+
+Rotation = tuple[Tensor, Tensor, int]
+
+
+def rotation(tables: tuple[Tensor, Tensor], interleaved: bool) -> Rotation:
+    """Tables as `turned` wants them: cosines, (-sine, sine), and the axis of a pair.   Shapes end in (head/2, 2) or (2, head/2)"""
+    axis, (cos, sin) = -1 if interleaved else -2, tables
+    return cos.unsqueeze(axis), torch.stack([-sin, sin], axis), axis
+
+
+def turned(x: Tensor, rotation: Rotation) -> Tensor:
+    """x (B, H, S, head) -> same; or without S, as the tables are"""
+    cos, sin, axis = rotation
+    half = x.shape[-1] // 2
+    pairs = x.float().reshape(*x.shape[:-1], *((half, 2) if axis == -1 else (2, half)))       # (a, b) along `axis`
+    return torch.addcmul(pairs * cos, pairs.flip(axis), sin).view(x.shape).to(x.dtype)

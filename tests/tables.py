@@ -25,7 +25,7 @@ def aligned_table(Q: int) -> StreamTable:
 def duplex_table() -> StreamTable:
     """Moshi in small: one text row, three codebooks of the agent, two of the user that are only read."""
     return StreamTable((Stream("text", "text", 41, 40, start=40), *codebooks(3, 17, 16, 16, delays=(0, 1, 1)),
-                        *codebooks(2, 17, 0, 16, delays=(0, 1), name="user")), "words", aligned=True)
+                        *codebooks(2, 17, 0, 16, delays=(0, 1), name="user")), "duplex", aligned=True)
 
 
 CONFIGS = {

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from config import SCHEDULES, learning_rate
+from config import SCHEDULES, first_beta, learning_rate
 from options import run_config
 
 TINY = replace(run_config(ROOT / "configs" / "tiny.py"), steps=500, warmup=50, warmup_offset=0, lr=1.0, min_lr=0.0)
@@ -47,6 +47,19 @@ def test_onecycle_equals_torch_to_1e_12(steps, warmup, lr):
         if n + 1 < steps:
             optimizer.step()
             wanted.step()
+
+
+@pytest.mark.parametrize("steps, warmup", [(500, 50), (20, 7), (100, 2)])
+def test_cycled_momentum_equals_torch(steps, warmup):
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1.0, betas=(0.9, 0.95))
+    wanted = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.0, total_steps=steps, pct_start=warmup / steps)
+    config = replace(TINY, schedule="onecycle", steps=steps, warmup=warmup, cycle_momentum=True)
+    for n in range(steps):
+        assert first_beta(n, config) == pytest.approx(optimizer.param_groups[0]["betas"][0], rel=1e-12), n
+        optimizer.step()
+        if n + 1 < steps:
+            wanted.step()
+    assert first_beta(3, replace(config, cycle_momentum=False)) == config.betas[0]
 
 
 def test_cosine_ends_where_it_should():

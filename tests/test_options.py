@@ -137,7 +137,8 @@ def test_help_lists_every_key_with_its_default_and_a_line():
     rc, out, _ = call("train.py", "configs/tiny.py", "--help")
     lines = {line.split()[0]: line for line in out.splitlines() if line.startswith("  --")}
     assert rc == 0 and lines.keys() == {f"--{name}" for name, *_ in flatten(TINY, with_off=True)} and "--model.temporal.layers" in lines
-    assert all(repr(value)[:60] in lines[f"--{name}"] and lines[f"--{name}"].endswith(text) for name, value, text in flatten(TINY, with_off=True))
+    every = flatten(TINY, with_off=True)
+    assert all(repr(value)[:60] in lines[f"--{name}"] and lines[f"--{name}"].endswith(text) for name, value, text in every)
     assert lines["--lr"].split(maxsplit=2) == ["--lr", "0.0015", "peak learning rate"]
 
 

@@ -20,7 +20,7 @@ import official
 from checkpoint import export, load
 from lora import LoraConfig
 from model import HIGGS_V2_3B, MOSHI_7B, MOSS_9B, QWEN2_5_1_5B, MultistreamLM, StackConfig
-from sample import SampleConfig, generate
+from sample import SampleConfig, generate, reply
 from streams import delay, undelay
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -194,21 +194,19 @@ def test_moshi_greedy_frames_equal_lmgen(name, tmp_path):
     case = Golden(name)
     model, user, theirs = load(case.write(tmp_path)), case["user"], case["frames"]
     table = model.table
-    rows = [k for k in table.audio if k not in table.audio_out]
-    column = 0
-
-    def feed(tokens: torch.Tensor) -> torch.Tensor:
-        nonlocal column
-        column += 1
-        for n, k in enumerate(rows):                                    # start ids hide what moshi's generator is given first
-            late = column - table.delays[k]
-            tokens[:, k] = user[:, n, late] if late > 0 else table.streams[k].start
-        return tokens
-
-    prompt = table.column("start").expand(2, -1, -1)
-    frames = torch.stack(list(generate(model, prompt, SampleConfig(temperature=0, max_frames=user.shape[-1] - 1), feed)), -1)
-    written = [0, *table.audio_out]
-    assert torch.equal(frames[:, written], theirs[..., : frames.shape[-1]]) and frames.shape[-1] >= theirs.shape[-1] - 1
+    assert table == replace(MOSHI_7B.table, streams=table.streams)
+    frames = reply(model, user, SampleConfig(temperature=0), exact_moshi=True)
+    assert torch.equal(frames[:, [0, *table.audio_out]], theirs)
+    heard = [k for k in table.audio if k not in table.audio_out]
+    assert torch.equal(frames[:, heard], user[..., 1 : 1 + frames.shape[-1]])       # its first frame is never heard
+    ours = reply(model, user[..., 1:], SampleConfig(temperature=0))                 # without the flag nothing is skipped
+    assert torch.equal(ours, frames) and ours.shape[-1] == user.shape[-1] - 1
+    with torch.inference_mode():                                        # training's forward pass agrees with every greedy token
+        text, audio = model(delay(ours, table.delays, table.column("start")))
+    assert torch.equal(text.argmax(-1), ours[:, 0])
+    for k, row in enumerate(table.audio_out):
+        lag = table.delays[row]
+        assert torch.equal(audio[:, k].argmax(-1)[:, lag:], ours[:, row, : ours.shape[-1] - lag])
 
 
 @pytest.mark.parametrize("form", ["in_proj_weight", "in_proj.weight"])

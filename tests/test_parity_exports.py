@@ -15,6 +15,7 @@ from test_parity import GATE, Golden, higgs_grid, logits, with_adapter
 import lora
 from checkpoint import export, load
 from lora import LoraConfig
+from sample import SampleConfig, reply
 from streams import delay
 
 os.environ |= {"NO_TORCH_COMPILE": "1", "NO_CUDA_GRAPH": "1", "HF_HUB_OFFLINE": "1"}      # moshi reads them on import
@@ -132,3 +133,20 @@ def test_moshi_loads_our_adapter(fuse, tmp_path):
     for k, row in enumerate(table.audio_out):
         mask = case["mask"][:, k]
         assert error(audio[:, k].roll(-table.delays[row], 1)[mask], theirs.logits[:, k][mask]) <= GATE
+
+
+@torch.no_grad()
+def test_moshi_says_what_our_adapted_model_replies(tmp_path):
+    """Its streaming generator with our adapter file, and `sample.reply`: the same greedy words and codes, both sides live."""
+    case, LMGen = Golden("moshi"), needs("moshi.models", "LMGen")
+    base = case.write(tmp_path / "base")
+    model = with_adapter(load(base), LoraConfig(rank=3, alpha=6.0, targets=("temporal.*", "text_head", "depth.*")))
+    folder = export(model, tmp_path / "out", to="moshi-lora")
+    adapted = moshi(base / "model.safetensors", folder / "config.json", lora_weights=folder / "lora.safetensors", fuse_lora=False)
+    generator, frames, user = LMGen(adapted, use_sampling=False), [], case["user"].flip(-1)
+    with generator.streaming(len(user)):
+        for t in range(user.shape[-1]):
+            frames.append(generator.step(user[:, :, t : t + 1]))
+    theirs = torch.cat([frame for frame in frames if frame is not None], -1)
+    ours = reply(model, user, SampleConfig(temperature=0), exact_moshi=True)
+    assert torch.equal(ours[:, [0, *model.table.audio_out]], theirs)

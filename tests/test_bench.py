@@ -1,0 +1,118 @@
+"""Measurements are honest: ratios are those of pairs, both sides compute the same, and what was not measured says so."""
+
+import gc
+import json
+
+import pytest
+import torch
+from conftest import call
+
+import bench
+import peers
+from checkpoint import load, save
+from kernels.cross_entropy import row_nll, row_nll_ref
+from kernels.decode import column_step
+from lora import LoraConfig, inject
+from model import ACTIVATIONS
+from sample import SampleConfig, generate
+
+
+def test_ratios_are_of_pairs():
+    row = bench.compare([1.0, 4.0, 3.0], [2.0, 4.0, 12.0], 6)
+    assert row["ratio"]["median"] == 0.5 and row["ours"]["ms"]["median"] == 3000 and row["ours"]["per_second"] == 2.0
+    assert bench.compare([1.0], [], 1)["ratio"] is None
+
+
+def test_sides_alternate_and_warming_up_is_not_counted():
+    order: list[str] = []
+    ours, peer = bench.alternate(lambda: order.append("a"), lambda: order.append("b"), 3, warmup=1)
+    assert "".join(order) == "abababab" and len(ours) == len(peer) == 3
+
+
+def test_a_wrong_answer_is_not_measured():
+    a = torch.tensor([1.0, 2.0])
+    assert "equal" in bench.check(a, a * (1 + 1e-6), "losses")
+    for other in (a + 0.01, a[:1], a * torch.nan):
+        with pytest.raises(ValueError, match="losses differ"):
+            bench.check(a, other, "losses")
+    with pytest.raises(ValueError, match="tokens differ"):
+        bench.check(torch.tensor([3, 4]), torch.tensor([3, 5]), "tokens")
+
+
+def test_a_peer_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setattr(peers, "absent", lambda package: True)
+    rc, out, _ = call("bench.py", "decode", "--model=qwen", "--width=32", "--pairs=1", "--peer")
+    line, table = out.splitlines()
+    row = json.loads(line)
+    assert rc == 0 and row["ratio"] is None and row["checked"] == "not measured: pip install transformers peft" and row["checked"] in table
+    assert row["ours"]["per_second"] > 0 and row["threads"] == 1 and "peer" not in row
+
+
+@pytest.mark.parametrize("words", [["train", "--model=moshi"], ["train", "--model=higgs"], ["decode", "--model=higgs"]])
+def test_our_side_runs_alone(words):
+    rc, out, _ = call("bench.py", *words, "--width=32", "--pairs=1", "--json")
+    assert rc == 0 and json.loads(out)["checked"].startswith("not measured")
+
+
+def test_a_command_that_does_not_exist_says_what_does():
+    for words in ([], ["speed"], ["train", "decode"], ["train", "--model=gpt"], ["train", "--pairs=0"]):
+        assert call("bench.py", *words)[0] == 2
+    assert "--pairs" in call("bench.py", "--help")[1]
+
+
+@pytest.mark.parametrize(("vocab", "streams", "limit"), [(32000, 1, 0.15), (1026, 8, 0.2)])
+def test_the_loss_needs_a_fraction_of_the_memory_of_full_logits(vocab, streams, limit):
+    ours, naive = (bench.run_peak(which, vocab, streams) for which in ("ours", "naive"))
+    assert naive > 300 and ours <= limit * naive, (ours, naive)
+
+
+def test_row_nll_equals_its_definition():
+    """Value, class and gradient, with equal largest logits, a zero gradient, and a layout that is not contiguous."""
+    g = torch.Generator().manual_seed(0)
+    logits = (4 * torch.randn(5, 3, 37, generator=g)).transpose(0, 1)
+    logits[0, 0, 3] = logits[0, 0, 9] = 50.0
+    targets, weights = torch.randint(0, 37, (3, 5), generator=g), torch.randn(3, 5, generator=g)
+    weights[1, 2] = 0.0
+    results = []
+    for op in (row_nll, row_nll_ref):
+        leaf = logits.clone().requires_grad_()
+        nll, top = op(leaf * 1.0, targets)
+        (nll * weights).sum().backward()
+        results.append((nll.detach(), top, leaf.grad))
+    for ours, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=1e-5)
+    assert results[0][2][1, 2].abs().max() == 0
+
+
+def test_row_nll_refuses_a_second_backward():
+    nll = row_nll(torch.randn(2, 5, requires_grad=True) * 1.0, torch.tensor([1, 2]))[0].sum()
+    nll.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        nll.backward()
+
+
+def test_fused_weights_are_the_models_own(tmp_path):
+    """Generation joins q, k, v in memory: training afterwards changes what the next generation uses, and nothing is held twice."""
+    model = peers.build("qwen", 32)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    first = model.cache(1, 8).fast.layers[0].qkv[0]
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters()) and not any(p.is_inference() for p in model.parameters())
+    with torch.no_grad():
+        model.temporal.layers[0].attn.k.weight.fill_(7.0)
+    again = model.cache(1, 8).fast.layers[0].qkv[0]
+    assert again.data_ptr() == first.data_ptr() and float(again[32:48].min()) == 7.0
+    read = load(save(model, tmp_path))                                       # views of one storage are saved and read as any others
+    assert all(torch.equal(p, read.get_parameter(n)) for n, p in model.named_parameters() if n != "text_head.weight")
+    inject(model, LoraConfig(rank=2, targets=("attn.q",)))
+    assert column_step(model.temporal.layers, model.config.temporal, ACTIVATIONS["silu"]) is None      # adapters go block by block
+
+
+def test_nothing_piles_up_over_500_frames():
+    model = peers.build("higgs", 32).eval()
+    prompt = torch.full((1, len(model.table), 1), -1)
+    prompt[:, 0] = model.table.audio_start
+    counts = []
+    for n, _ in enumerate(generate(model, prompt, SampleConfig(max_frames=510))):
+        if n in (20, 480):
+            counts.append(sum(isinstance(x, torch.Tensor) for x in gc.get_objects()))
+    assert len(counts) == 2 and counts[1] <= counts[0] + 4, counts

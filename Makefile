@@ -29,6 +29,8 @@ check: $(VENV)/test       ## lint and the fast tests, for the habit
 smoke: $(VENV)/demo       ## every config's tiny twin, from training to sampling
 	$(RUN) train.py configs/tiny.py --smoke
 	$(RUN) train.py configs/tiny_clone.py --smoke
+	$(RUN) train.py configs/moshi_lora.py --smoke
+	$(RUN) train.py configs/moshi_full.py --smoke
 
 wer: $(VENV)/test         ## word error rate of the demo's recordings, by an offline recogniser
 	$(RUN) evaluate.py out/demo

@@ -558,7 +558,7 @@ def main() -> None:
                           "data": model.extras.data, "adapters": len(found),
                           "largest |BA|/|W|": max(found.values(), default=0.0)}, indent=1))
     else:
-        raise ValueError(f"unknown command {command!r}; it is one of import, export, merge, show, expand-depth, trim-depth")
+        raise ValueError(f"unknown command {command!r}; it is one of import, export, merge, expand-depth, trim-depth, show")
 
 
 if __name__ == "__main__":

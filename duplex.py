@@ -243,6 +243,11 @@ class UserFeed:
         return column
 
 
+def moshi_rules(codebooks: int) -> dict[str, tuple[float, ...]]:
+    """How moshi draws by default: text at 0.7 of the best 25, codes at 0.8 of the best 250."""
+    return {"temperature": (0.7, *[0.8] * codebooks), "top_k": (25.0, *[250.0] * codebooks)}
+
+
 def transcript(text: Tensor, tokenizer: Tokenizer, frame_rate: float) -> str:
     """What a text row (T,) says: a line a phrase, begun with its time; a second of padding ends a phrase."""
     lines: list[tuple[float, list[int]]] = []

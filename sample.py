@@ -29,7 +29,7 @@ from cache import encode
 from chatml import chunks
 from checkpoint import DTYPES, load
 from data import DataConfig, load_tokenizer, prompt_example
-from duplex import UserFeed, official_files, transcript, write_reply
+from duplex import UserFeed, moshi_rules, official_files, transcript, write_reply
 from kernels.sample import Noise, sample
 from model import Cache, MultistreamLM
 from options import apply, edge, from_json, help_text, read_lines, replace_file, split_arguments
@@ -326,7 +326,7 @@ def main() -> None:
         pairs["stream"] = "true"
     job = apply(Job(), pairs)
     if job.user:
-        return converse(job)
+        return converse(job, bool({"temperature", "top_k"} & pairs.keys()))
     texts = read_lines(job.texts) if job.texts else [job.text]
     if not any(text.strip() for text in texts):
         raise ValueError("nothing to say; add --text=\"...\" or --texts=FILE with one text a line")
@@ -337,11 +337,15 @@ def main() -> None:
     say(job, texts)
 
 
-def converse(job: Job) -> None:
-    """Answer the recording job.user for as long as it lasts: both sides as a stereo wav, and a transcript."""
+def converse(job: Job, chosen: bool = True) -> None:
+    """Answer the recording job.user for as long as it lasts: both sides as a stereo wav, and a transcript.
+
+    Where no sampling rule was `chosen`, Moshi's own hold.
+    """
     model, data = load_for_sampling(job)
     if model.table.layout != "duplex":
         raise ValueError(f"--user needs a model that listens, {job.ckpt} has layout {model.table.layout!r}; give it --text")
+    job = job if chosen else replace(job, **moshi_rules(len(model.table.audio_out)))
     codec, tokenizer = load_codec(data.codec), load_tokenizer(data.tokenizer)
     wav, rate = load_wav(job.user, codec.sample_rate)
     frames = reply(model, encode(codec, wav)[None], job, job.exact_moshi)[0]          # (K, T)

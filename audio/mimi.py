@@ -9,8 +9,6 @@ in and out 80 ms at a time.  Whoever computes keeps a `Past`, the last inputs of
 is one long piece with an empty past.  After Moshi (arXiv:2410.00037), SEANet as in SoundStream (arXiv:2107.03312).
 
     codec = MimiCodec.load("moshiko/")      # Kyutai's tokenizer-e351c8d8-checkpoint125.safetensors, its newer name, or transformers'
-
-Live, the moshi package sees one key too few in every other query once its window is full: `stream(exact_moshi=True)`.
 """
 
 import math
@@ -71,32 +69,30 @@ class Past:
 
 class MimiCodec(nn.Module):
     """Encode and decode speech; `MimiCodec.load(path)` gives one with weights."""
-    name = "mimi"
-    sample_rate = RATE
+    name, sample_rate = "mimi", RATE
 
     def __init__(self, config: MimiConfig | None = None, num_codebooks: int = 8):
         super().__init__()
         self.config = config = config or MimiConfig()
         if not 1 <= num_codebooks <= config.num_codebooks:
             raise ValueError(f"num_codebooks is {num_codebooks}, this Mimi has 1..{config.num_codebooks}; choose among them")
-        self.frame_rate = RATE / config.hop
-        self.num_codebooks, self.codebook_size = num_codebooks, config.codebook_size
+        self.frame_rate, self.num_codebooks, self.codebook_size = RATE / config.hop, num_codebooks, config.codebook_size
         self.encoder, self.decoder = seanet_encoder(config), seanet_decoder(config)
-        self.encoder_transformer, self.decoder_transformer = transformer(config), transformer(config)
+        self.encoder_transformer, self.decoder_transformer = (
+            Chain(*(Layer(config) for _ in range(config.layers))) for _ in range(2))
         self.downsample = Conv(config.dim, config.dim, 4, 2, bias=False, replicate=True)
         self.upsample = ConvTranspose(config.dim, config.dim, 4, 2, groups=config.dim, bias=False)
         self.semantic, self.acoustic = ProjectedRVQ(config, 1), ProjectedRVQ(config, num_codebooks - 1)
 
-    @torch.no_grad()
     def encode(self, wav: Tensor) -> Tensor:
         """(B, 1, W) at 24 kHz -> codes (B, Q, T) int64, T = ceil(W / 1920): the last frame is filled with silence."""
         return self.encode_frames(F.pad(wav, (0, -check_wav(wav) % self.config.hop)), Past())
 
-    @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
         """Codes (B, 1..Q, T) in 0..2047 -> (B, 1, 1920 T), near [-1, 1]; fewer codebooks give a coarser sound."""
         return self.decode_frames(codes, Past())
 
+    @torch.no_grad()
     def encode_frames(self, wav: Tensor, past: Past) -> Tensor:
         """The next whole frames of a sound, (B, 1, 1920 t) -> codes (B, Q, t); `past` is brought up to date."""
         codes = [torch.zeros(len(wav), self.num_codebooks, 0, dtype=torch.int64, device=wav.device)]
@@ -107,6 +103,7 @@ class MimiCodec(nn.Module):
                 codes.append(torch.cat([self.semantic.encode(x), self.acoustic.encode(x)], 1))
         return torch.cat(codes, 2)
 
+    @torch.no_grad()
     def decode_frames(self, codes: Tensor, past: Past) -> Tensor:
         """The next frames of a stream of codes, (B, q, t) -> (B, 1, 1920 t); `past` is brought up to date."""
         check_codes(codes, self.num_codebooks, self.codebook_size)
@@ -126,10 +123,7 @@ class MimiCodec(nn.Module):
 
     @classmethod
     def load(cls, path, num_codebooks: int = 8, config: MimiConfig | None = None, device: str = "cpu") -> "MimiCodec":
-        """Read a folder with a Mimi in it, or one such file; strict.
-
-        config: None takes the values of transformers' config.json in the folder or beside the file, or else the published ones.
-        """
+        """Read a folder with a Mimi in it, or one file; strict.  config: None takes a config.json beside it, or the published values."""
         file = find_file(Path(path))
         if file is None:
             raise FileNotFoundError(f"no Mimi at {path}; name a folder with {FILES[0]} or with transformers' files, or one file")
@@ -137,8 +131,8 @@ class MimiCodec(nn.Module):
         with torch.device("meta"):                  # no time spent on weights that are overwritten
             codec = cls(config, num_codebooks)
         names = official_names(codec)
-        unused = "|".join(re.escape(ours) for ours in set(names.values()) - codec.state_dict().keys())
-        load_strict(codec, our_tensors(read_tensors(file), names, codec.config), {}, rf"{unused}|.*codebook\._?initialized", str(file))
+        unused = "|".join([r".*codebook\.(_?initialized|inited)", *(set(names.values()) - codec.state_dict().keys())])
+        load_strict(codec, our_tensors(read_tensors(file), names, codec.config), {}, unused, str(file))
         return codec.to(device).eval().requires_grad_(False)
 
 
@@ -150,18 +144,15 @@ class MimiStream:
         self.wav = self.codes = None        # (B, 1, n) not yet encoded; the last codes, for their batch size
         self.heard, self.said = Past(exact_moshi), Past(exact_moshi)
 
-    @torch.no_grad()
     def encode(self, wav: Tensor) -> Tensor:
         """Take (B, 1, n >= 0) samples, give the codes (B, Q, t >= 0) of the frames that are whole."""
         if wav.dim() != 3 or wav.shape[2]:
             check_wav(wav)
         self.wav = wav if self.wav is None else torch.cat([self.wav, wav], 2)
         whole = self.wav.shape[2] // self.codec.config.hop * self.codec.config.hop
-        codes = self.codec.encode_frames(self.wav[:, :, :whole], self.heard)
-        self.wav = self.wav[:, :, whole:].clone()
-        return codes
+        frames, self.wav = self.wav[:, :, :whole], self.wav[:, :, whole:].clone()
+        return self.codec.encode_frames(frames, self.heard)
 
-    @torch.no_grad()
     def flush_encode(self) -> Tensor:
         """End the sound: the codes (B, Q, 0..1) of what was held back, filled up with silence."""
         assert self.wav is not None, "flush_encode() before encode()"
@@ -169,12 +160,10 @@ class MimiStream:
         self.wav, self.heard = None, Past(self.exact_moshi)
         return codes
 
-    @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
         """Take codes (B, q, n >= 0), give their samples (B, 1, 1920 n)."""
-        wav = self.codec.decode_frames(codes, self.said)
-        self.codes = codes[:, :, :0]
-        return wav
+        self.codes = codes[:, :1, :0]
+        return self.codec.decode_frames(codes, self.said)
 
     def flush(self) -> Tensor:
         """End the codes: (B, 1, 0), since nothing was held back."""
@@ -184,7 +173,7 @@ class MimiStream:
         return wav
 
 
-# ---- convolutions ----
+# ---- modules ----
 
 class Conv(nn.Module):
     """A convolution that sees only what came before; what came before the start is silence, or the first value again."""
@@ -255,22 +244,15 @@ def seanet_decoder(config: MimiConfig) -> Chain:
     return Chain(*modules, nn.ELU(), Conv(width, 1, 3))
 
 
-# ---- transformer ----
-
-def transformer(config: MimiConfig) -> Chain:
-    return Chain(*(Layer(config) for _ in range(config.layers)))
-
-
 class Layer(nn.Module):
     """Pre-norm attention, then two linear maps; LayerScale (arXiv:2103.17239) weighs each channel of what they add."""
 
     def __init__(self, config: MimiConfig):
         super().__init__()
-        dim = config.dim
-        self.norm1, self.norm2 = nn.LayerNorm(dim, EPS), nn.LayerNorm(dim, EPS)
         self.attn = Attention(config)
-        self.up, self.down = nn.Linear(dim, config.ffn, bias=False), nn.Linear(config.ffn, dim, bias=False)
-        self.scale1, self.scale2 = (nn.Parameter(torch.full((dim,), 0.01)) for _ in range(2))
+        self.norm1, self.norm2 = nn.LayerNorm(config.dim, EPS), nn.LayerNorm(config.dim, EPS)
+        self.up, self.down = nn.Linear(config.dim, config.ffn, bias=False), nn.Linear(config.ffn, config.dim, bias=False)
+        self.scale1, self.scale2 = (nn.Parameter(torch.full((config.dim,), 0.01)) for _ in range(2))
 
     def forward(self, x: Tensor, past: Past) -> Tensor:             # (B, D, S)
         x = x.transpose(1, 2)                                       # -> (B, S, D)
@@ -301,8 +283,7 @@ class Attention(nn.Module):
         L = k.shape[2]
         distance = torch.arange(L - S, L, device=x.device)[:, None] - torch.arange(L, device=x.device)
         y = F.scaled_dot_product_attention(q, k, v, (distance >= 0) & (distance < self.window))
-        first = max(0, L - self.window + 1)
-        past.kept[self] = (start + S, [k[:, :, first:]], [v[:, :, first:]])
+        past.kept[self] = (start + S, [k[:, :, -(self.window - 1):]], [v[:, :, -(self.window - 1):]])
         return self.out(y.transpose(1, 2).flatten(2))
 
 
@@ -311,12 +292,9 @@ def rotate(x: Tensor, start: int) -> Tensor:
     S, head = x.shape[-2:]
     frequencies = torch.exp(torch.arange(head // 2, device=x.device).float() * (-math.log(THETA) * 2 / head))
     angles = torch.arange(start, start + S, device=x.device).float()[:, None] * frequencies         # (S, head / 2)
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = angles.cos(), angles.sin()
+    (a, b), cos, sin = x.float().unflatten(-1, (-1, 2)).unbind(-1), angles.cos(), angles.sin()
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).to(x.dtype)
 
-
-# ---- quantiser ----
 
 class ProjectedRVQ(nn.Module):
     """Residual VQ behind a projection, 512 -> 256 -> 512."""
@@ -367,13 +345,12 @@ NAMES = (       # a pattern of our names -> Kyutai's, transformers'; all rows, o
     (r"^semantic\.", "quantizer.rvq_first.", "quantizer.semantic_residual_vector_quantizer."),
     (r"^acoustic\.", "quantizer.rvq_rest.", "quantizer.acoustic_residual_vector_quantizer."),
     (r"\.project_(in|out)\.", r".\1put_proj.", r".\1put_proj."),
-    (r"\.codebooks\.(\d+)\.table$", r".vq.layers.\1._codebook.embedding", r".layers.\1.codebook.embedding"),        # see divide_sums
+    (r"\.codebooks\.(\d+)\.table$", r".vq.layers.\1._codebook.embedding", r".layers.\1.codebook.embedding"),        # see our_tensors
 )
 ALIASES = (     # other spellings -> those above: older files', and one for both layouts
     (r"\.(in|out)_proj(_|\.)weight$", r".\1_projs.0.weight"),
     (r"codebook\.(embed_avg|embed_sum)$", "codebook.embedding_sum"),
     (r"codebook\.cluster_size$", "codebook.cluster_usage"),
-    (r"codebook\.inited$", "codebook._initialized"),
 )
 
 
@@ -397,7 +374,10 @@ def our_tensors(official: Mapping[str, Tensor], names: Mapping[str, str], config
         spelt = replaced(name, ALIASES)
         state[name if spelt in state else spelt] = tensor           # a second copy is reported as unknown
     join_heads(state, config)
-    divide_sums(state)
+    for name in [name for name in state if name.endswith("codebook.embedding_sum")]:        # of what an entry won, as a moving average
+        usage = name.replace("embedding_sum", "cluster_usage")                              # how often it won
+        if usage in state and state[usage].shape == state[name].shape[:1]:
+            state[name.removesuffix("_sum")] = state.pop(name).float() / state.pop(usage).float().clamp(min=EPS)[:, None]
     return {names.get(name, name): tensor for name, tensor in state.items()}
 
 
@@ -411,19 +391,10 @@ def join_heads(state: dict[str, Tensor], config: MimiConfig) -> None:
             state[f"{stem}qkv_proj.weight"] = torch.cat([q, k, v])
 
 
-def divide_sums(state: dict[str, Tensor]) -> None:
-    """Make entries of a codebook's moving averages: the sum of what each of them won, by how often it won."""
-    for name in [name for name in state if name.endswith("codebook.embedding_sum")]:
-        usage = name.replace("embedding_sum", "cluster_usage")
-        if usage in state and state[usage].shape == state[name].shape[:1]:
-            state[name.removesuffix("_sum")] = state.pop(name).float() / state.pop(usage).float().clamp(min=EPS)[:, None]
-
-
 def is_mimi(path: Path) -> bool:
     """A folder with a Mimi of either layout in it, or one file with its tensors."""
     try:
-        file = find_file(path)
-        names = tensor_names(file) if file else ()
+        names = tensor_names(find_file(path) or path)
     except (ValueError, SafetensorError):
         return False
     return any(re.match(r"quantizer\.(rvq_first|semantic_residual_vector_quantizer)\.", name) for name in names)
@@ -434,7 +405,7 @@ def find_file(path: Path) -> Path | None:
     if not path.is_dir():
         return path if path.is_file() else None
     about = _json(path / "config.json") or {}
-    names = [str(about.get("mimi_name", FILES[0])), *FILES] + ["model.safetensors"] * (about.get("model_type") == "mimi")
+    names = [Path(str(about.get("mimi_name", FILES[0]))).name, *FILES] + ["model.safetensors"] * (about.get("model_type") == "mimi")
     return next((path / name for name in names if (path / name).is_file()), None)
 
 
@@ -442,8 +413,8 @@ FIXED = {                       # what transformers could choose, Mimi never did
     "sampling_rate": RATE, "use_causal_conv": True, "pad_mode": "constant", "trim_right_ratio": 1.0, "hidden_act": "gelu",
     "norm_eps": EPS, "rope_theta": THETA, "rope_type": "default"}
 FIELDS = {                      # ours: transformers'
-    "ratios": "upsampling_ratios", "width": "num_filters", "dim": "hidden_size", "layers": "num_hidden_layers",
-    "heads": "num_attention_heads", "ffn": "intermediate_size", "window": "sliding_window", "num_codebooks": "num_quantizers",
+    "ratios": "upsampling_ratios", "width": "num_filters", "dim": "hidden_size", "layers": "num_hidden_layers", "ffn": "intermediate_size",
+    "heads": "num_attention_heads", "window": "sliding_window", "num_codebooks": "num_quantizers",
     "codebook_size": "codebook_size", "codebook_dim": "codebook_dim"}
 
 

@@ -2,7 +2,7 @@
 
     torchrun --standalone --nproc_per_node=8 train.py configs/moshi_lora.py --data.sources=data/dailytalk.jsonl
     python train.py configs/moshi_lora.py --smoke      a tiny twin on bundled speech: CPU, a minute
-    python sample.py --ckpt out/moshi_lora --user in.wav --out reply.wav --temperature=0.8 --top_k=250
+    python sample.py --ckpt out/moshi_lora --user in.wav --out reply.wav
     python checkpoint.py export out/moshi_lora --to=moshi-lora --out=lora
     python -m moshi.server --lora-weight lora/lora.safetensors --config-path lora/config.json
 

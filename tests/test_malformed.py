@@ -526,7 +526,7 @@ def test_other_commands_refuse_what_they_do_not_know(tiny_run, tmp_path):
     fails(call("data.py", "check", tiny_run.parent / "clips", "--min_seconds=short"), "--min_seconds wants float, got 'short'", "--help")
     fails(call("data.py", "show", config, "--index=99"), "--index 99 does not exist", "examples 0..11")
     fails(call("data.py", "show", config, "--index=first"), "--index first does not exist", "examples 0..11")
-    fails(call("checkpoint.py", "mrege", "x"), "unknown command 'mrege'", "export, merge, show")
+    fails(call("checkpoint.py", "mrege", "x"), "unknown command 'mrege'", "import, export, merge")
     fails(call("checkpoint.py", "merge", tiny_run), "merge needs --out=DIR")
     fails(call("checkpoint.py", "merge", tiny_run, f"--out={tmp_path}/m", "--too=x"), "--too", "nearest is --to")
     assert not (tmp_path / "m").exists()

@@ -162,14 +162,13 @@ class MimiStream:
 
     def decode(self, codes: Tensor) -> Tensor:
         """Take codes (B, q, n >= 0), give their samples (B, 1, 1920 n)."""
-        self.codes = codes[:, :1, :0]
-        return self.codec.decode_frames(codes, self.said)
+        wav, self.codes = self.codec.decode_frames(codes, self.said), codes[:, :1, :0]
+        return wav
 
     def flush(self) -> Tensor:
         """End the codes: (B, 1, 0), since nothing was held back."""
         assert self.codes is not None, "flush() before decode()"
-        wav = self.codec.decode_frames(self.codes, self.said)
-        self.codes, self.said = None, Past(self.exact_moshi)
+        wav, self.codes, self.said = self.codec.decode_frames(self.codes, self.said), None, Past(self.exact_moshi)
         return wav
 
 
@@ -319,7 +318,7 @@ class ProjectedRVQ(nn.Module):
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codes (B, q <= Q, T) -> (B, D, T)."""
-        x = sum(F.embedding(code, book.table) for code, book in zip(codes.unbind(1), self.codebooks, strict=False))
+        x = sum(F.embedding(code.long(), book.table) for code, book in zip(codes.unbind(1), self.codebooks, strict=False))
         return self.project_out(x.transpose(1, 2))
 
 
@@ -372,7 +371,7 @@ def our_tensors(official: Mapping[str, Tensor], names: Mapping[str, str], config
     state = {}
     for name, tensor in official.items():
         spelt = replaced(name, ALIASES)
-        state[name if spelt in state else spelt] = tensor           # a second copy is reported as unknown
+        state[f"{name} (twice)" if spelt in state else spelt] = tensor
     join_heads(state, config)
     for name in [name for name in state if name.endswith("codebook.embedding_sum")]:        # of what an entry won, as a moving average
         usage = name.replace("embedding_sum", "cluster_usage")                              # how often it won

@@ -1,0 +1,187 @@
+"""The telephone: what a line does to speech, and who speaks when in a recorded call.
+
+    line = telephone(wav, rate, law="a", snr=15, loss=0.05)     # as it arrives at the other end, at the same rate
+    for channel, start, end, crosstalk in turns(call, rate):    # a stereo call, one speaker a channel
+        ...
+
+A line is 8 kHz, 300 to 3400 Hz, 8 bits a sample on a logarithmic scale (ITU-T G.711), 20 ms a packet, and some never arrive.
+Codecs of this repository take it after `resample`: nothing above 3.4 kHz comes back.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from audio.wav import resample
+
+RATE = 8000
+LOW, HIGH = 300, 3400       # Hz
+TAPS = 401                  # of the band filter: 50 ms, its edges are 100 Hz wide
+PACKET = 160                # samples, 20 ms
+
+
+# ---- G.711 ----
+
+@lru_cache(maxsize=2)
+def decode_table(law: str) -> Tensor:
+    """What each of the 256 codes stands for, int32 on the scale of 16-bit samples.  ITU-T G.711, tables 1 and 2.
+
+    A code is a sign, a segment of 3 bits and a place of 4 bits in it; each segment is twice as wide as the one below.
+    On the line mu-law codes are inverted as a whole, A-law codes in every other bit (and in the sign).
+    """
+    if law not in ("mu", "a"):
+        raise ValueError(f"there is no {law!r} law of G.711; choose mu (America, Japan) or a (elsewhere)")
+    code = torch.arange(256, dtype=torch.int32) ^ (0xFF if law == "mu" else 0xD5)
+    segment, place = code >> 4 & 7, code & 15
+    if law == "mu":                                                     # of 14 bits
+        size = (((2 * place + 33) << segment) - 33) * 4
+    else:                                                               # of 13 bits; the first two segments are equally wide
+        size = torch.where(segment == 0, 2 * place + 1, (2 * place + 33) << (segment - 1).clamp(min=0)) * 8
+    return torch.where(code >= 128, -size, size)
+
+
+@lru_cache(maxsize=2)
+def encode_table(law: str) -> Tensor:
+    """The code of each 16-bit sample, uint8 (65536,), index sample + 32768.
+
+    Negative samples are complemented bit by bit and then treated as positive, as in ITU-T's own program (G.191), so that a sample
+    right between two steps goes down in value.
+    """
+    sample = torch.arange(-32768, 32768, dtype=torch.int32)
+    size = torch.where(sample < 0, ~sample, sample)
+    if law == "mu":
+        size = (size >> 2).clamp(max=8158) + 33
+        segment = (size[:, None] >= 64 << torch.arange(7)).sum(1)
+        place = size >> (segment + 1) & 15
+    else:
+        decode_table(law)                                               # no other law
+        size = size >> 3
+        segment = (size[:, None] >= 32 << torch.arange(7)).sum(1)
+        place = size >> segment.clamp(min=1) & 15
+    code = segment << 4 | place | torch.where(sample < 0, 128, 0)
+    return (code ^ (0xFF if law == "mu" else 0xD5)).to(torch.uint8)
+
+
+def g711_encode(wav: Tensor, law: str = "mu") -> Tensor:
+    """Samples (...) in [-1, 1] -> codes (...) uint8; louder ones are clipped."""
+    if not torch.isfinite(wav).all():
+        raise ValueError("the sound holds NaN or infinite samples; look upstream for the first of them")
+    sample = (wav.double() * 32768).round().clamp(-32768, 32767).long()
+    return encode_table(law).to(wav.device)[sample + 32768]
+
+
+def g711_decode(codes: Tensor, law: str = "mu") -> Tensor:
+    """Codes (...) uint8 -> samples (...) in (-1, 1)."""
+    if codes.dtype != torch.uint8:
+        raise ValueError(f"G.711 codes are {codes.dtype}, wanted uint8; use torch.frombuffer(bytes, dtype=torch.uint8)")
+    return decode_table(law).to(codes.device)[codes.long()] / 32768
+
+
+# ---- the line ----
+
+def telephone(wav: Tensor, rate: int, law: str = "mu", snr: float | None = None, loss: float = 0.0, seed: int = 0) -> Tensor:
+    """Send sound (..., W) through a line, and give it back (..., W) at its rate.
+
+    snr: noise where the speaker stands, in dB below the speech; None for none.  loss: the share of packets that do not arrive.
+    """
+    line = resample(wav, rate, RATE)
+    if snr is not None:
+        line = add_noise(line, snr, seed)
+    line = g711_decode(g711_encode(band_pass(line), law), law)
+    line = lose_packets(line, loss, seed)[0]
+    return F.pad(resample(line, RATE, rate), (0, 1))[..., : wav.shape[-1]].clamp(-1, 1)
+
+
+def band_pass(wav: Tensor) -> Tensor:
+    """Keep 300 to 3400 Hz of sound (..., W) at 8 kHz: half the amplitude at the edges, -50 dB 100 Hz further out; no delay."""
+    t = torch.arange(TAPS, dtype=torch.float64) - TAPS // 2
+    kernel = sum(sign * 2 * edge / RATE * torch.sinc(2 * edge / RATE * t) for sign, edge in ((1, HIGH), (-1, LOW)))
+    kernel = (kernel * torch.hamming_window(TAPS, periodic=False, dtype=torch.float64)).to(wav)
+    return F.conv1d(wav.reshape(-1, 1, wav.shape[-1]), kernel[None, None], padding=TAPS // 2).view(wav.shape)
+
+
+def add_noise(wav: Tensor, snr: float, seed: int = 0) -> Tensor:
+    """Add white noise `snr` dB below the mean power of each channel of (..., W)."""
+    noise = torch.randn(wav.shape, generator=torch.Generator().manual_seed(seed)).to(wav)
+    return wav + noise * (wav.square().mean(-1, keepdim=True) / 10 ** (snr / 10)).sqrt()
+
+
+def lose_packets(wav: Tensor, loss: float, seed: int = 0, packet: int = PACKET) -> tuple[Tensor, Tensor]:
+    """Lose a share of the packets of (..., W).  -> sound as the other end conceals it, and which packets were lost (..., n)
+
+    The last packet that came is repeated, each time 6 dB softer; before the first one there is silence.
+    """
+    if not 0 <= loss <= 1:
+        raise ValueError(f"loss is {loss}, wanted a share of the packets from 0 to 1; 0.05 is a bad line")
+    W = wav.shape[-1]
+    packets = F.pad(wav, (0, -W % packet)).unflatten(-1, (-1, packet))                  # (..., n, packet)
+    lost = (torch.rand(packets.shape[:-1], generator=torch.Generator().manual_seed(seed)) < loss).to(wav.device)
+    place = torch.arange(packets.shape[-2], device=wav.device).expand(lost.shape)
+    came = torch.where(lost, -1, place).cummax(-1).values                               # the last that came, -1 for none
+    heard = packets.gather(-2, came.clamp(min=0)[..., None].expand(packets.shape))
+    gain = torch.where(came < 0, 0.0, 0.5 ** (place - came)).to(wav)
+    return (heard * gain[..., None]).flatten(-2)[..., :W], lost
+
+
+# ---- calls ----
+
+class Turn(NamedTuple):
+    """Someone speaks.   channel 0 or 1, start and end in seconds, crosstalk: the other one speaks too in the meantime"""
+    channel: int
+    start: float
+    end: float
+    crosstalk: bool
+
+
+def turns(wav: Tensor, rate: int, frame: float = 0.03, pause: float = 0.3, shortest: float = 0.12, floor: float = -50,
+          leak: float = 25) -> list[Turn]:
+    """Take a stereo call (2, W) apart, one speaker a channel, by loudness: turns in the order in which they begin.
+
+    What one speaker says until the other begins is one turn, whatever the pauses.  Shorter bursts than `shortest` seconds
+    are no speech, and shorter gaps than `pause` no end of it; nor is what is below `floor` dBFS speech, or `leak` dB below
+    the other channel, which is then heard through the wall.
+    """
+    if wav.dim() != 2 or wav.shape[0] != 2:
+        raise ValueError(f"the call is {tuple(wav.shape)}, wanted (2, W), a speaker a channel; read it with load_wav(path, channels=2)")
+    step = round(frame * rate)
+    if wav.shape[1] < step:
+        return []
+    power = wav[:, : wav.shape[1] // step * step].unflatten(1, (-1, step)).square().mean(-1)
+    level = 10 * power.clamp(min=1e-10).log10()                                         # (2, n) dBFS
+    spans = [(start, end, channel) for channel in (0, 1)
+             for start, end in speech(level[channel], floor, round(pause / frame), round(shortest / frame), level[1 - channel] - leak)]
+    return joined(sorted(spans), step / rate)
+
+
+def speech(level: Tensor, floor: float, pause: int, shortest: int, leaked: Tensor) -> list[tuple[int, int]]:
+    """Spans of frames (start, end) in which a channel speaks.   level, leaked (n,) dBFS
+
+    It begins 9 dB above the noise, the channel's quietest tenth, or 6 dB below its loudest twentieth where that is lower
+    (someone who never pauses), and goes on 5 dB further down: loudness dips within words.
+    """
+    begin = max(floor, min(float(level.quantile(0.1)) + 9, float(level.quantile(0.95)) - 6))
+    heard = (level > leaked).tolist()
+    spans: list[tuple[int, int]] = []
+    speaking = False
+    for n, loud in enumerate(level.tolist()):
+        speaking = heard[n] and loud > (begin - 5 if speaking else begin)
+        if speaking and spans and n - spans[-1][1] < pause:
+            spans[-1] = (spans[-1][0], n + 1)
+        elif speaking:
+            spans.append((n, n + 1))
+    return [(start, end) for start, end in spans if end - start >= shortest]
+
+
+def joined(spans: list[tuple[int, int, int]], seconds: float) -> list[Turn]:
+    """Sorted spans (start, end, channel) -> turns; neighbours of one channel become one."""
+    found: list[list[int]] = []
+    for start, end, channel in spans:
+        if found and found[-1][2] == channel:
+            found[-1][1] = end
+        else:
+            found.append([start, end, channel])
+    return [Turn(channel, start * seconds, end * seconds, any(c != channel and s < end and e > start for s, e, c in spans))
+            for start, end, channel in found]

@@ -47,20 +47,13 @@ def decode_table(law: str) -> Tensor:
 def encode_table(law: str) -> Tensor:
     """The code of each 16-bit sample, uint8 (65536,), index sample + 32768.
 
-    Negative samples are complemented bit by bit and then treated as positive, as in ITU-T's own program (G.191), so that a sample
-    right between two steps goes down in value.
+    Negative samples are complemented bit by bit first, as in ITU-T's own program (G.191): one on the edge of two steps goes to 0.
     """
     sample = torch.arange(-32768, 32768, dtype=torch.int32)
     size = torch.where(sample < 0, ~sample, sample)
-    if law == "mu":
-        size = (size >> 2).clamp(max=8158) + 33
-        segment = (size[:, None] >= 64 << torch.arange(7)).sum(1)
-        place = size >> (segment + 1) & 15
-    else:
-        decode_table(law)                                               # no other law
-        size = size >> 3
-        segment = (size[:, None] >= 32 << torch.arange(7)).sum(1)
-        place = size >> segment.clamp(min=1) & 15
+    size = (size >> 2).clamp(max=8158) + 33 if law == "mu" else size >> 2
+    segment = (size[:, None] >= 64 << torch.arange(7)).sum(1)
+    place = size >> (segment + 1 if law == "mu" else segment.clamp(min=1) + 1) & 15
     code = segment << 4 | place | torch.where(sample < 0, 128, 0)
     return (code ^ (0xFF if law == "mu" else 0xD5)).to(torch.uint8)
 
@@ -70,6 +63,7 @@ def g711_encode(wav: Tensor, law: str = "mu") -> Tensor:
     if not torch.isfinite(wav).all():
         raise ValueError("the sound holds NaN or infinite samples; look upstream for the first of them")
     sample = (wav.double() * 32768).round().clamp(-32768, 32767).long()
+    decode_table(law)                               # raises for another law
     return encode_table(law).to(wav.device)[sample + 32768]
 
 
@@ -87,12 +81,13 @@ def telephone(wav: Tensor, rate: int, law: str = "mu", snr: float | None = None,
 
     snr: noise where the speaker stands, in dB below the speech; None for none.  loss: the share of packets that do not arrive.
     """
+    if wav.shape[-1] == 0:
+        return wav
     line = resample(wav, rate, RATE)
     if snr is not None:
         line = add_noise(line, snr, seed)
-    line = g711_decode(g711_encode(band_pass(line), law), law)
-    line = lose_packets(line, loss, seed)[0]
-    return F.pad(resample(line, RATE, rate), (0, 1))[..., : wav.shape[-1]].clamp(-1, 1)
+    line = lose_packets(g711_decode(g711_encode(band_pass(line), law), law), loss, seed)[0]
+    return resample(line, RATE, rate)[..., : wav.shape[-1]].clamp(-1, 1)
 
 
 def band_pass(wav: Tensor) -> Tensor:
@@ -151,9 +146,16 @@ def turns(wav: Tensor, rate: int, frame: float = 0.03, pause: float = 0.3, short
         return []
     power = wav[:, : wav.shape[1] // step * step].unflatten(1, (-1, step)).square().mean(-1)
     level = 10 * power.clamp(min=1e-10).log10()                                         # (2, n) dBFS
-    spans = [(start, end, channel) for channel in (0, 1)
-             for start, end in speech(level[channel], floor, round(pause / frame), round(shortest / frame), level[1 - channel] - leak)]
-    return joined(sorted(spans), step / rate)
+    spans = sorted((*span, channel) for channel in (0, 1)
+                   for span in speech(level[channel], floor, round(pause / frame), round(shortest / frame), level[1 - channel] - leak))
+    found: list[list[int]] = []
+    for start, end, channel in spans:
+        if found and found[-1][2] == channel:
+            found[-1][1] = end
+        else:
+            found.append([start, end, channel])
+    return [Turn(channel, start * step / rate, end * step / rate, any(c != channel and s < end and e > start for s, e, c in spans))
+            for start, end, channel in found]
 
 
 def speech(level: Tensor, floor: float, pause: int, shortest: int, leaked: Tensor) -> list[tuple[int, int]]:
@@ -173,15 +175,3 @@ def speech(level: Tensor, floor: float, pause: int, shortest: int, leaked: Tenso
         elif speaking:
             spans.append((n, n + 1))
     return [(start, end) for start, end in spans if end - start >= shortest]
-
-
-def joined(spans: list[tuple[int, int, int]], seconds: float) -> list[Turn]:
-    """Sorted spans (start, end, channel) -> turns; neighbours of one channel become one."""
-    found: list[list[int]] = []
-    for start, end, channel in spans:
-        if found and found[-1][2] == channel:
-            found[-1][1] = end
-        else:
-            found.append([start, end, channel])
-    return [Turn(channel, start * seconds, end * seconds, any(c != channel and s < end and e > start for s, e, c in spans))
-            for start, end, channel in found]

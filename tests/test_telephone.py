@@ -102,7 +102,8 @@ def test_speech_loses_38_db_at_any_loudness(law):
 
 
 def test_what_g711_refuses():
-    for act, message in ((lambda: g711_encode(torch.tensor([float("nan")])), "NaN or infinite"), (lambda: g711_encode(torch.zeros(1), "b"), "no 'b' law"),
+    for act, message in ((lambda: g711_encode(torch.tensor([float("nan")])), "NaN or infinite"),
+            (lambda: g711_encode(torch.zeros(1), "b"), "no 'b' law"),
                          (lambda: g711_decode(torch.zeros(3, dtype=torch.int64)), "torch.int64, wanted uint8"),
                          (lambda: telephone(tone(440), RATE, law="u"), "choose mu .* or a")):
         with pytest.raises(ValueError, match=message):

@@ -435,18 +435,6 @@ def read_state(folder: Path) -> dict[str, Any]:
     return {key: about[key] for key in fields - {"config"}}
 
 
-def rewind(metrics: Path, step: int) -> Path:
-    """Drop the lines of a metrics.jsonl that a killed run wrote behind its last checkpoint: they come again."""
-    try:
-        lines = metrics.read_text().splitlines(keepends=True) if metrics.is_file() else []
-        rows = [(line, json.loads(line)) for line in lines if line.endswith("}\n")]
-        kept = "".join(line for line, row in rows if row["step"] < step + ("val/loss" in row))
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{metrics} has a line that is no row of numbers ({error}); mend it or move the file away") from None
-    replace_file(metrics, lambda temporary: Path(temporary).write_text(kept))
-    return metrics
-
-
 def point(link: Path, target: str) -> None:
     """Make `link` point to `target` in one step."""
     temporary = link.with_name(f".{link.name}.new")

@@ -9,7 +9,6 @@ clip, update. Checkpoints are written between steps, so a run that is killed any
 A script, read from top to bottom; what it calls is tested on its own, and it through its command line.
 """
 
-import json
 import math
 import os
 import signal
@@ -25,9 +24,10 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 import lora
+import monitor
 from audio import load_codec
 from audio.wav import save_wav
-from checkpoint import DTYPES, Extras, RunState, fill_adapter, latest, load, load_run, point, prune, resolve, rewind, save, save_run
+from checkpoint import DTYPES, Extras, RunState, fill_adapter, latest, load, load_run, point, prune, resolve, save, save_run
 from config import TrainConfig, first_beta, learning_rate
 from data import Batch, Loader, prepare
 from loss import Sums, loss_scale, report
@@ -177,44 +177,7 @@ def checkpoint(best: bool = False) -> None:
         prune(out, config.keep)
 
 
-# ---- 8. log ----
-def tracker(name: str):
-    """A function `write(numbers, step)` for metrics.jsonl, TensorBoard, wandb or trackio."""
-    if name == "jsonl":
-        file = rewind(out / "metrics.jsonl", run.step).open("a")
-        return lambda numbers, step: print(json.dumps({"step": step, **numbers}), file=file, flush=True)
-    try:
-        if name == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-            board = SummaryWriter(str(out / "tb"))
-            return lambda numbers, step: [board.add_scalar(k, v, step) for k, v in numbers.items()]
-        session = __import__(name).init(project=os.environ.get(f"{name.upper()}_PROJECT", "multistream"), name=out.name)
-        return lambda numbers, step: session.log({"step": step, **numbers})
-    except ImportError:
-        wanted = "-e '.[log]'" if name == "tensorboard" else name
-        raise ValueError(f"tracker {name} is not installed; run pip install {wanted} or drop it from --trackers") from None
-
-
-def log(step: int, numbers: dict[str, float]) -> None:
-    for write in trackers:
-        write(numbers, step)
-
-
-def memory() -> str:
-    """What the run holds before activations."""
-    weights, ours = (sum(p.numel() * p.element_size() for p in ps) / 2**20 for ps in (raw.parameters(), trained.values()))
-    counts = f"{raw.count_parameters():,} parameters, {sum(p.numel() for p in trained.values()):,} trained"
-    return f"{counts}; memory: weights {weights:.0f} MiB, gradients {ours:.0f} MiB, AdamW {2 * ours:.0f} MiB, and activations"
-
-
-def alarm(numbers: dict[str, float]) -> None:
-    """A pretrained model that starts near the loss of a guess does not fit its data, its layout or its code."""
-    for name, rows in (("text_loss", table.text_out), ("audio_loss", table.audio_out)):
-        guess = math.log(table.streams[rows[0]].classes) if rows else math.inf
-        if numbers.get(name, 0.0) > 0.9 * guess:
-            say(f"warning: {config.init} starts with {name} {numbers[name]:.2f}, a guess has {guess:.2f}; check codec and tokenizer")
-
-
+# ---- 8. when to stop ----
 def over() -> bool:
     return run.step >= config.steps or 0 < config.patience <= run.bad_evals
 
@@ -223,8 +186,8 @@ def over() -> bool:
 stop = {"why": ""}
 for name in ("SIGTERM", "SIGINT"):
     signal.signal(getattr(signal, name), lambda *_, name=name: stop.update(why=name))
-trackers = [tracker(name) for name in ("jsonl", *config.trackers)] if rank == 0 else []
-say(memory())
+log = monitor.Log(out, config.trackers, run.step) if rank == 0 else monitor.Log()
+say(monitor.memory(raw))
 batches = iter(loader)
 began, ticked, columns = time.time(), time.time(), 0
 bar = tqdm(total=config.steps, initial=run.step, unit="step", disable=rank > 0 or not sys.stderr.isatty())
@@ -289,7 +252,7 @@ while True:
     if run.step % config.log_every == 0 or run.step == config.steps - 1:
         numbers = report(all_sum(total), table, config.loss)
         if run.step == 0 and config.init:
-            alarm(numbers)
+            say(*monitor.alarm(numbers, table, config.init))
         seconds, ticked = time.time() - ticked, time.time()
         speed, columns = columns * world / seconds, 0
         log(run.step, {f"train/{k}": v for k, v in numbers.items()} | {"grad_norm": norm, "lr": rate, "columns_per_second": speed})

@@ -1,0 +1,111 @@
+"""What the models are: a stream table and a few switches, and the published architectures as constants.
+
+Numbers only; model.py builds them. A family is a value here and a layout in streams.py, never a subclass.
+Sources: the papers named in model.py and the configuration files of the released checkpoints. Next: model.py.
+"""
+
+from dataclasses import dataclass, field
+
+from streams import Stream, StreamTable
+
+
+@dataclass(frozen=True)
+class StackConfig:
+    """A stack of equal transformer blocks: the temporal or the depth transformer."""
+
+    dim: int = 256                    # width D
+    layers: int = 4                   # blocks
+    heads: int = 4                    # query heads
+    kv_heads: int = 0                 # key and value heads, 0 = as many as query heads
+    head_dim: int = 0                 # width of a head, 0 = dim / heads
+    ffn: int = 1024                   # inner width of the feed-forward network
+    gated: bool = True                # down(act(gate x) * up x), otherwise down(act(up x))
+    activation: str = "silu"          # "silu" or "gelu" (exact)
+    norm_eps: float = 1e-5            # RMSNorm epsilon
+    rope_theta: float = 10000.0       # RoPE base, 0 = no position embedding
+    rope_interleaved: bool = False    # pairs (2i, 2i+1) as in Moshi, otherwise halves (i, i + d/2) as in Llama
+    rope_scaling: tuple[float, ...] = ()   # llama3: factor, low and high frequency factor, original length
+    window: int = 0                   # a query sees this many positions, itself included; 0 = all
+    qkv_bias: bool = False            # Qwen2
+    qk_norm: bool = False             # Qwen3: RMSNorm over each head before RoPE
+    packed: bool = False              # qkv, and gate with up, are one Linear each (Moshi)
+    steps: int = 0                    # depth transformer: codebook steps, each with weights of its own
+    schedule: tuple[int, ...] = ()    # depth transformer: weight set of each step, () = its own
+
+    def __post_init__(self) -> None:
+        assert min(self.dim, self.layers, self.heads, self.ffn) > 0 <= self.kv_heads, "dim, layers, heads and ffn are at least 1"
+        assert self.activation in ("silu", "gelu"), f"activation {self.activation!r} is neither 'silu' nor 'gelu'"
+        assert self.heads % self.kv == 0, f"{self.heads} heads do not divide among {self.kv} kv_heads"
+        assert self.head_dim or self.dim % self.heads == 0, f"dim {self.dim} is no multiple of {self.heads} heads"
+        assert self.head % 2 == 0 or not self.rope_theta, f"RoPE turns pairs: a head of {self.head} is odd"
+        assert len(self.rope_scaling) in (0, 4), "rope_scaling is factor, low, high, original length"
+        assert not self.schedule or len(self.schedule) == self.steps, "schedule names one weight set a step"
+
+    @property
+    def kv(self) -> int:
+        return self.kv_heads or self.heads
+
+    @property
+    def head(self) -> int:
+        return self.head_dim or self.dim // self.heads
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A family: its stream table and its switches."""
+
+    table: StreamTable                                   # the rows of the grid
+    temporal: StackConfig = field(default_factory=StackConfig)   # transformer over columns
+    depth: StackConfig | None = None                     # transformer over codebooks; None = parallel heads
+    dual_ffn: tuple[int, ...] = ()                       # layers with a feed-forward network and norms for audio columns
+    fast_forward: bool = False                           # other layers pass audio columns by and hide them (needs dual_ffn)
+    tail: int = 0                                        # layers after the shared ones, once for text and once for audio
+    tied: bool = False                                   # the text head is the text embedding
+    dropout: float = 0.0                                 # on both residual branches, in training
+    input_drop: float = 0.0                              # up to this share of audio columns is hidden as input, in training
+    checkpoint: bool = False                             # recompute blocks in backward
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.dropout < 1 and 0 <= self.input_drop <= 1, "dropout is in [0, 1), input_drop in [0, 1]"
+        assert len(self.table.text) == 1 or not self.tied, "a tied head needs a single text row"
+        assert all(0 <= n < self.temporal.layers for n in self.dual_ffn), "dual_ffn names layers of the temporal stack"
+        assert self.depth is None or self.depth.steps == len(self.table.audio_out), "depth.steps is one per predicted codebook"
+
+
+# ---- published ----
+
+def codebooks(count: int, vocab: int, classes: int, start: int, end: int = -1, delays: range | tuple[int, ...] | None = None,
+              name: str = "cb") -> tuple[Stream, ...]:
+    """A run of audio streams of one speaker; classes 0 = read, never predicted."""
+    delays = delays if delays is not None else (0,) * count
+    return tuple(Stream(f"{name}{k + 1}", "audio", vocab, classes, delays[k], start, end) for k in range(count))
+
+
+# Higgs Audio v2 3B: Llama-3.2-3B with a second FFN for audio columns; text ids from its tokenizer.json.
+HIGGS_V2_3B = ModelConfig(
+    StreamTable((Stream("text", "text", 128256, 128256), *codebooks(8, 1026, 1026, 1024, 1025, range(8))),
+                "chatml", audio_start=128013, audio_end=128012, stop=(128001, 128009)),
+    StackConfig(dim=3072, layers=28, heads=24, kv_heads=8, head_dim=128, ffn=8192, rope_theta=500000.0,
+                rope_scaling=(32.0, 1.0, 4.0, 8192.0)),
+    dual_ffn=tuple(range(28)))
+
+# Moshi 7B: 17 rows at 12.5 Hz; the user's rows are read and never predicted.
+MOSHI_DELAYS = (0, 1, 1, 1, 1, 1, 1, 1)
+MOSHI_7B = ModelConfig(
+    StreamTable((Stream("text", "text", 32001, 32000, start=32000),
+                 *codebooks(8, 2049, 2048, 2048, delays=MOSHI_DELAYS),
+                 *codebooks(8, 2049, 0, 2048, delays=MOSHI_DELAYS, name="user")), "duplex", aligned=True),
+    StackConfig(dim=4096, layers=32, heads=32, ffn=11264, norm_eps=1e-8, rope_interleaved=True, window=3000, packed=True),
+    depth=StackConfig(dim=1024, layers=6, heads=16, ffn=2816, norm_eps=1e-8, rope_theta=0.0, packed=True, steps=8))
+
+# MOSS-Speech: Qwen3-8B whose last four layers exist twice, once for text and once for speech codes at 12.5 Hz.
+MOSS_9B = ModelConfig(
+    StreamTable((Stream("text", "text", 151680, 151680), *codebooks(1, 16512, 16512, -1, 16384)),
+                "clone", audio_start=151646, stop=(151643, 151645)),
+    StackConfig(dim=4096, layers=32, heads=32, kv_heads=8, head_dim=128, ffn=12288, norm_eps=1e-6, rope_theta=1e6, qk_norm=True),
+    tail=4)
+
+# Qwen2.5-1.5B, text only.
+QWEN2_5_1_5B = ModelConfig(
+    StreamTable((Stream("text", "text", 151936, 151936),), "text", stop=(151643, 151645)),
+    StackConfig(dim=1536, layers=28, heads=12, kv_heads=2, ffn=8960, norm_eps=1e-6, rope_theta=1e6, qkv_bias=True), tied=True)

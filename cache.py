@@ -126,7 +126,7 @@ class Index:
     entries: list[Entry]
     files: dict[str, Any] = field(default_factory=dict)
     chat: Chat | None = None                            # how conversations are written, for tables that want them
-    padding: float = 0.5                                # weight of padding in the text row of a dialogue
+    padding: tuple[float, int, int] = (0.5, 3, 0)       # weight of padding in the text row of a dialogue, and its ids
 
     def text(self, number: int) -> Tensor:
         """Ids of an entry and, where text is aligned, the first frame of each under every variant.   (1 or 1 + V, n)"""
@@ -166,7 +166,7 @@ def prepare(config: DataConfig, table: StreamTable) -> Index:
     manifests = [read_manifest(source_weight(s)[0], config.allow_outside, assistant_text=config.assistant_text) for s in config.sources]
     encoded = store_codes(manifests, codec, duplex, config) if codec else 0
     info = {"version": CACHE_VERSION, "frame_rate": codec.frame_rate if codec else 0.0, "duplex": duplex}
-    index = Index(index_folder(config, table), info, [], chat=chat, padding=config.text_padding_weight)
+    index = Index(index_folder(config, table), info, [], chat=chat, padding=(config.text_padding_weight, table.pad, table.epad))
     indexer = Indexer(index, config, table, tokenizer, joined_audio(manifests))
     for source, m in enumerate(manifests):
         indexer.add(m, source)
@@ -369,7 +369,7 @@ def index_folder(config: DataConfig, table: StreamTable) -> Path:
                                     config.allow_outside, table.aligned, len(table.audio), config.max_text,
                                     *([config.assistant_text, table.layout] if table.layout == "chatml" else []),
                                     *([config.chunk_seconds, config.interleaver, config.contextual, config.spaces,
-                                       config.both_speakers, table.layout] if table.layout == "duplex" else []))[:12]
+                                       config.both_speakers, table.layout, table.pad, table.epad] if table.layout == "duplex" else []))[:12]
 
 
 def open_cache(config: DataConfig, table: StreamTable) -> Index:
@@ -380,7 +380,8 @@ def open_cache(config: DataConfig, table: StreamTable) -> Index:
     found = read_json(folder / "index.json", MAX_INDEX)
     chat = new_chat(config, load_tokenizer(config.tokenizer)) if table.layout == "chatml" else None
     try:
-        return Index(folder, found, [Entry(**entry) for entry in found.pop("entries")], chat=chat, padding=config.text_padding_weight)
+        return Index(folder, found, [Entry(**entry) for entry in found.pop("entries")], chat=chat,
+                     padding=(config.text_padding_weight, table.pad, table.epad))
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(damaged(folder / "index.json", error)) from None
 
@@ -492,7 +493,7 @@ class Indexer:
             for version, frames in enumerate(entry.frames):
                 shift, _, speed = variant(entry.key, version)
                 timed = [(ids, start / speed + shift / rate) for ids, start in tokens]
-                rows.append(duplex.interleave(timed, frames, rate, c.interleaver))
+                rows.append(duplex.interleave(timed, frames, rate, c.interleaver, self.table.pad, self.table.epad))
             for n in range(chunks):
                 name = entry.id + ("~" if swapped else "") + (f"@{n + 1}of{chunks}" if chunks > 1 else "")
                 part = replace(entry, id=name, text=" ".join(w[0] for w in own), chunk=[n, chunks], swapped=bool(swapped))
@@ -574,7 +575,7 @@ def dialogue_example(index: Index, number: int, version: int, context: int) -> E
     agent, user = index.codes(number, version)[:, first:end].chunk(2)
     text = index.text(number - n)[0, at + first : at + end]             # all chunks share the row of the first
     codes = {"codes": user, "user": agent} if entry.swapped else {"codes": agent, "user": user}
-    return Example(text, **codes, weights=duplex.text_weights(text, index.padding), before=begin - first, name=entry.id)
+    return Example(text, **codes, weights=duplex.text_weights(text, *index.padding), before=begin - first, name=entry.id)
 
 
 def chat_example(index: Index, number: int, draw: random.Random | None, reference: int) -> Example:

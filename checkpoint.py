@@ -31,6 +31,7 @@ from duplex import expand_depth, trim_depth
 from lora import LoraConfig
 from model import ModelConfig, MultistreamLM
 from options import FULL, edge, from_json, read_json, replace_file, split_arguments, to_json, unknown, write_json
+from streams import StreamTable
 
 FORMAT, VERSION = "multistream", 1
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -271,7 +272,7 @@ def fill_adapter(model: MultistreamLM, folder: Path, about: dict[str, Any]) -> N
     """Put the adapter of a checkpoint folder onto a model that has none."""
     if not about.get("lora"):
         raise ValueError(f"{folder} holds no adapter; give a checkpoint of a LoRA run")
-    if to_json(model.config.table) != about["model"].get("table"):
+    if model.config.table != from_json(StreamTable, about["model"].get("table"), f"{folder}/config.json table"):
         raise ValueError(f"adapter {folder} was made for another stream table than this model's; use its own base {about['base']!r}")
     lora.inject(model, from_json(LoraConfig, about["lora"], f"{folder}/config.json lora"))
     tensors = read_tensors(folder / "adapter.safetensors")

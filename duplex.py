@@ -28,7 +28,7 @@ from streams import StreamTable, delay
 from text import Tokenizer
 
 MAIN, OTHER = "SPEAKER_MAIN", "SPEAKER_OTHER"
-EPAD, PAD = 0, 3            # Moshi's ids: <unk> stands before a word, <pad> where nothing is said
+EPAD, PAD = 0, 3            # Moshi's ids, which a stream table may change: <unk> stands before a word, <pad> where nothing is said
 INTERLEAVERS = ("queue", "reference")
 PAUSE = 1.0                 # seconds of silence that end a sentence
 SLACK = 0.5                 # seconds that the last word may reach behind the end of its wav
@@ -128,7 +128,8 @@ def sentence_tokens(words: Sequence[Alignment], tokenizer: Tokenizer, glue: str)
     return tokens
 
 
-def interleave(tokens: Sequence[Timed], frames: int, frame_rate: float, interleaver: str = "queue") -> Tensor:
+def interleave(tokens: Sequence[Timed], frames: int, frame_rate: float, interleaver: str = "queue", pad: int = PAD,
+               epad: int = EPAD) -> Tensor:
     """Put each token into a frame of its own, from the one in which its word begins.   -> (frames,) ids, EPAD and PAD
 
     "queue": tokens that are left over wait behind those of the next word, and at the end padding gives way to them, so
@@ -142,11 +143,11 @@ def interleave(tokens: Sequence[Timed], frames: int, frame_rate: float, interlea
             if interleaver == "reference":
                 waiting.clear()
             waiting.extend(left.popleft()[0])
-        if waiting and row and row[-1] == PAD:
-            row[-1] = EPAD
-        row.append(waiting.popleft() if waiting else PAD)
+        if waiting and row and row[-1] == pad:
+            row[-1] = epad
+        row.append(waiting.popleft() if waiting else pad)
     for token in waiting if interleaver == "queue" else ():
-        free = next((n for kind in (PAD, EPAD) for n in reversed(range(frames)) if row[n] == kind), None)
+        free = next((n for kind in (pad, epad) for n in reversed(range(frames)) if row[n] == kind), None)
         if free is None:
             raise ValueError(f"more text tokens than the {frames} frames can hold; check the times of the words")
         del row[free]
@@ -154,9 +155,9 @@ def interleave(tokens: Sequence[Timed], frames: int, frame_rate: float, interlea
     return torch.tensor(row, dtype=torch.long)
 
 
-def text_weights(text: Tensor, padding: float) -> Tensor:
+def text_weights(text: Tensor, padding: float, pad: int = PAD, epad: int = EPAD) -> Tensor:
     """How much each id of a text row counts: padding less than words, -1 nothing.   (T,) -> (T,)"""
-    weights = torch.where((text == PAD) | (text == EPAD), padding, 1.0)
+    weights = torch.where((text == pad) | (text == epad), padding, 1.0)
     return weights * (text >= 0)
 
 
@@ -248,12 +249,12 @@ def moshi_rules(codebooks: int) -> dict[str, tuple[float, ...]]:
     return {"temperature": (0.7, *[0.8] * codebooks), "top_k": (25.0, *[250.0] * codebooks)}
 
 
-def transcript(text: Tensor, tokenizer: Tokenizer, frame_rate: float) -> str:
+def transcript(text: Tensor, tokenizer: Tokenizer, frame_rate: float, pad: int = PAD, epad: int = EPAD) -> str:
     """What a text row (T,) says: a line a phrase, begun with its time; a second of padding ends a phrase."""
     lines: list[tuple[float, list[int]]] = []
     last = -math.inf
     for t, token in enumerate(text.tolist()):
-        if token in (PAD, EPAD, -1):
+        if token in (pad, epad, -1):
             continue
         if t - last > PAUSE * frame_rate:
             lines.append((t / frame_rate, []))

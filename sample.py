@@ -350,7 +350,7 @@ def converse(job: Job, chosen: bool = True) -> None:
     wav, rate = load_wav(job.user, codec.sample_rate)
     frames = reply(model, encode(codec, wav)[None], job, job.exact_moshi)[0]          # (K, T)
     spoken = codec.decode(sounding(frames[None, model.table.audio_out[: codec.num_codebooks]], codec))[0]
-    write_reply(job.out, spoken, wav, rate, transcript(frames[0], tokenizer, codec.frame_rate))
+    write_reply(job.out, spoken, wav, rate, transcript(frames[0], tokenizer, codec.frame_rate, model.table.pad, model.table.epad))
     print(f"{job.out}: {frames.shape[1] / codec.frame_rate:.1f} s, left the model, right {job.user}; its words are in the .txt beside it")
 
 

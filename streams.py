@@ -44,6 +44,8 @@ class StreamTable:
     audio_start: int = -1        # sequential: the text id after which audio columns begin
     audio_end: int = -1          # sequential: the text id that follows the last audio column (-1: sampled)
     stop: tuple[int, ...] = ()   # text ids that end generation
+    pad: int = 3                 # duplex: the text id of a frame in which nothing is said (Moshi's <pad>)
+    epad: int = 0                # duplex: the text id of the frame before a word (Moshi's <unk>)
 
     def __post_init__(self) -> None:
         assert self.layout in ("", *LAYOUTS), f"layout {self.layout!r} is none of {', '.join(LAYOUTS)}"

@@ -80,6 +80,14 @@ def test_no_token_is_lost_and_the_reference_is_the_reference(seed):
     assert all(row[t + 1] > 3 for t in range(frames) if row[t] == EPAD)
 
 
+def test_padding_ids_are_those_of_the_table():
+    row = interleave([([41, 42], 0.3), ([43], 0.9)], 14, RATE, pad=7, epad=8)
+    usual = interleave([([41, 42], 0.3), ([43], 0.9)], 14, RATE)
+    assert row.tolist() == [{PAD: 7, EPAD: 8}.get(token, token) for token in usual.tolist()]
+    assert text_weights(row, 0.5, 7, 8).tolist() == text_weights(usual, 0.5).tolist()
+    assert (interleave([([41], 0.3)], 6, RATE, pad=7, epad=7) == 7).sum() == 5
+
+
 def test_padding_counts_less_and_nothing_counts_nothing():
     assert text_weights(torch.tensor([3, 0, 7, -1, 3]), 0.5).tolist() == [0.5, 0.5, 1.0, 0.0, 0.5]
 

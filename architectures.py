@@ -101,11 +101,26 @@ MOSHI_7B = ModelConfig(
 # MOSS-Speech: Qwen3-8B whose last four layers exist twice, once for text and once for speech codes at 12.5 Hz.
 MOSS_9B = ModelConfig(
     StreamTable((Stream("text", "text", 151680, 151680), *codebooks(1, 16512, 16512, -1, 16384)),
-                "clone", audio_start=151646, stop=(151643, 151645)),
+                "moss", audio_start=151646, stop=(151643, 151645)),
     StackConfig(dim=4096, layers=32, heads=32, kv_heads=8, head_dim=128, ffn=12288, norm_eps=1e-6, rope_theta=1e6, qk_norm=True),
     tail=4)
 
-# Qwen2.5-1.5B, text only.
-QWEN2_5_1_5B = ModelConfig(
-    StreamTable((Stream("text", "text", 151936, 151936),), "text", stop=(151643, 151645)),
-    StackConfig(dim=1536, layers=28, heads=12, kv_heads=2, ffn=8960, norm_eps=1e-6, rope_theta=1e6, qkv_bias=True), tied=True)
+
+def qwen(layers: int, dim: int, ffn: int, heads: int, kv_heads: int, generation: int, head: int = 128, vocab: int = 151936,
+         tied: bool = True) -> ModelConfig:
+    """A text model of the second generation (biases on q, k, v) or of the third (norms on q and k)."""
+    second = generation == 2
+    return ModelConfig(
+        StreamTable((Stream("text", "text", vocab, vocab),), f"qwen{generation}", stop=(151643, 151645)),
+        StackConfig(dim=dim, layers=layers, heads=heads, kv_heads=kv_heads, head_dim=head if head * heads != dim else 0, ffn=ffn,
+                    norm_eps=1e-6, rope_theta=1e6, qkv_bias=second, qk_norm=not second), tied=tied)
+
+
+QWEN2_5_0_5B = qwen(24, 896, 4864, 14, 2, generation=2, head=64)
+QWEN2_5_1_5B = qwen(28, 1536, 8960, 12, 2, generation=2)
+QWEN2_5_3B = qwen(36, 2048, 11008, 16, 2, generation=2)
+QWEN2_5_7B = qwen(28, 3584, 18944, 28, 4, generation=2, vocab=152064, tied=False)
+QWEN3_0_6B = qwen(28, 1024, 3072, 16, 8, generation=3)
+QWEN3_1_7B = qwen(28, 2048, 6144, 16, 8, generation=3)
+QWEN3_4B = qwen(36, 2560, 9728, 32, 8, generation=3)
+QWEN3_8B = qwen(36, 4096, 12288, 32, 8, generation=3, tied=False)

@@ -34,7 +34,7 @@ from tqdm import tqdm
 import duplex
 from audio import load_codec
 from audio.wav import RESAMPLER, resample
-from chatml import Chat, Segment
+from chatml import HIGGS, TEMPLATES, Chat, Segment, written
 from manifest import Bad, Manifest, Row, digest, fraction, read_manifest, usable_clip
 from options import FULL, check_types, read_json, replace_file, write_json
 from streams import Example, StreamTable
@@ -65,6 +65,7 @@ class DataConfig:
     reference: float = 0.0                  # probability that another clip of the same speaker goes before an example
     reference_in: str = "assistant"         # conversations: where it stands, in an "assistant" turn or in the "system" message
     scene: str = ""                         # conversations: scene description of rows that bring none
+    system: str = ""                        # conversations: system message of rows that bring none, "" = the family's own
     assistant_text: str = "drop"            # one-turn clone requests: "drop" or "keep" the text before the answer's speech
     chunk_seconds: float = 100.0            # dialogues: longer ones are cut evenly into chunks of at most this
     interleaver: str = "queue"              # dialogues: "queue" keeps every token, "reference" drops what a word leaves unsaid
@@ -162,7 +163,7 @@ def prepare(config: DataConfig, table: StreamTable) -> Index:
         raise ValueError(f"data.split={config.split!r}, data.sources={config.sources}; give hash, speaker or manifest, and a source")
     tokenizer, codec = load_tokenizer(config.tokenizer), load_codec(config.codec) if table.audio else None
     duplex = fit(table, tokenizer, codec)
-    chat = new_chat(config, tokenizer).fit(table) if table.layout == "chatml" else None
+    chat = new_chat(config, tokenizer, table)
     manifests = [read_manifest(source_weight(s)[0], config.allow_outside, assistant_text=config.assistant_text) for s in config.sources]
     encoded = store_codes(manifests, codec, duplex, config) if codec else 0
     info = {"version": CACHE_VERSION, "frame_rate": codec.frame_rate if codec else 0.0, "duplex": duplex}
@@ -183,8 +184,12 @@ def prepare(config: DataConfig, table: StreamTable) -> Index:
     return index
 
 
-def new_chat(config: DataConfig, tokenizer: Tokenizer) -> Chat:
-    return Chat(tokenizer, config.normaliser, config.scene, config.reference_in == "system")
+def new_chat(config: DataConfig, tokenizer: Tokenizer, table: StreamTable | None) -> Chat | None:
+    """How conversations are written for a table; None for one that has none."""
+    template = TEMPLATES.get(table.layout) if table is not None else None
+    if template is None:
+        return None
+    return Chat(tokenizer, config.normaliser, config.scene, config.reference_in == "system", template, config.system).fit(table)
 
 
 def fit(table: StreamTable, tokenizer: Tokenizer, codec: Any) -> bool:
@@ -367,7 +372,7 @@ def index_folder(config: DataConfig, table: StreamTable) -> Path:
     return Path(config.cache) / sha(CACHE_VERSION, sources, config.codec, config.tokenizer, config.normaliser, config.variants,
                                     config.split, config.held_out, config.min_seconds, config.max_seconds,
                                     config.allow_outside, table.aligned, len(table.audio), config.max_text,
-                                    *([config.assistant_text, table.layout] if table.layout == "chatml" else []),
+                                    *([config.assistant_text, table.layout] if table.layout in TEMPLATES else []),
                                     *([config.chunk_seconds, config.interleaver, config.contextual, config.spaces,
                                        config.both_speakers, table.layout, table.pad, table.epad] if table.layout == "duplex" else []))[:12]
 
@@ -378,7 +383,7 @@ def open_cache(config: DataConfig, table: StreamTable) -> Index:
     if not (folder / "index.json").is_file():
         raise FileNotFoundError(f"no prepared data in {folder} for this config; run `python data.py prepare CONFIG.py`")
     found = read_json(folder / "index.json", MAX_INDEX)
-    chat = new_chat(config, load_tokenizer(config.tokenizer)) if table.layout == "chatml" else None
+    chat = new_chat(config, load_tokenizer(config.tokenizer), table) if table.layout in TEMPLATES else None
     try:
         return Index(folder, found, [Entry(**entry) for entry in found.pop("entries")], chat=chat,
                      padding=(config.text_padding_weight, table.pad, table.epad))
@@ -420,7 +425,7 @@ class Indexer:
         for row in m.clips.values():                    # parts and references stand before the rows that use them
             entry = Entry(row["id"], row["text"], source, "", str(row.get("speaker") or ""), str(row.get("group") or ""))
             try:
-                if self.table.audio:
+                if self.table.audio or self.index.chat is not None:
                     self.locate(entry, row, numbers)
                 entries = self.dialogue(entry, row) if self.table.layout == "duplex" else [(entry, self.text(entry, row))]
             except LookupError:                         # its audio was rejected before
@@ -441,7 +446,7 @@ class Indexer:
         entry.reference = numbers.get(f"{row['id']}#reference", -1)
         if self.index.chat is not None:
             self.converse(entry, row, numbers)
-            if entry.messages and not row["file"]:
+            if not self.table.audio or (entry.messages and not row["file"]):
                 return                                  # a turn of text
         if "parts" in row:
             missing = [p for p in row["parts"] if p not in numbers]
@@ -461,20 +466,27 @@ class Indexer:
     def converse(self, entry: Entry, row: Row, numbers: dict[str, int]) -> None:
         """Keep the messages of a row and the entries of their recordings."""
         entry.scene = str(row.get("scene") or "")
+        chat = self.index.chat
+        if "clips" not in row and chat.template is not HIGGS:
+            if self.table.audio:
+                raise ValueError(f'{chat.template.family} learns from conversations; write the row as {{"messages": [...]}}')
+            chat.plain(row["text"])
+            return
         if "clips" not in row:
             if entry.reference >= 0 and not self.index.entries[entry.reference].text.strip():
                 raise ValueError("its reference has no transcript")
-            self.index.chat.prompt(row["text"])             # a text that would bring marks of turns is refused here
+            chat.prompt(row["text"])                        # a text that would bring marks of turns is refused here
             return
         lost = [name for name in row["clips"] if name and row["id"] + name not in numbers]
-        if lost:
+        if lost and self.table.audio:
             raise ValueError(f"a recording of its messages was left out ({lost[0]})")
-        entry.messages = row["messages"]
-        entry.clips = [numbers[row["id"] + name] if name else len(self.index.entries) for name in row["clips"]]
+        entry.messages = row["messages"] if self.table.audio else written(row["messages"])
+        if self.table.audio:
+            entry.clips = [numbers[row["id"] + name] if name else len(self.index.entries) for name in row["clips"]]
         start = row.get("start_index")
         entry.start = start if isinstance(start, int) and not isinstance(start, bool) else None
         nothing = [torch.zeros(len(self.table.audio), 0, dtype=torch.long)] * len(entry.clips)
-        if not any(weight for _, weight in self.index.chat.segments(entry.messages, nothing, entry.start)):
+        if not any(weight for _, weight in chat.segments(entry.messages, nothing, entry.start)):
             raise ValueError(f"start_index {entry.start} leaves nothing to learn")
 
     def dialogue(self, entry: Entry, row: Row) -> list[tuple[Entry, np.ndarray | None]]:
@@ -586,6 +598,8 @@ def chat_example(index: Index, number: int, draw: random.Random | None, referenc
     entry = index.entries[number]
     if entry.messages:
         return chat_of(index.chat.segments(entry.messages, [codes(n) for n in entry.clips], entry.start), entry.id)
+    if index.chat.template is not HIGGS:
+        return chat_of(index.chat.plain(entry.text), entry.id)
     own, reference = codes(number), entry.reference if entry.reference >= 0 else reference
     references = [(index.entries[reference].text, codes(reference))] if reference >= 0 else []
     return chat_of(index.chat.spoken(entry.text, own, references, entry.scene), entry.id)
@@ -602,7 +616,7 @@ def prompt_example(text: str, config: DataConfig, tokenizer: Tokenizer, codec: A
     `table` tells aligned rows and conversations from plain sequences; a conversation goes on behind `before`, pairs of
     text and codes that were spoken already.
     """
-    aligned, chat = table is not None and table.aligned, table is not None and table.layout == "chatml"
+    aligned, chat = table is not None and table.aligned, new_chat(config, tokenizer, table)
 
     def ids(text: str) -> Tensor:
         words = normalise(text, config.normaliser)
@@ -614,9 +628,9 @@ def prompt_example(text: str, config: DataConfig, tokenizer: Tokenizer, codec: A
     if reference:
         name, said = reference
         example.reference = Example(ids(said), reference_codes(name, said, config, codec), name=name)
-    if chat:
+    if chat is not None:
         voices = [(reference[1], example.reference.codes)] if reference else []
-        return chat_of(new_chat(config, tokenizer).fit(table).prompt(text, voices, before=before), "prompt")
+        return chat_of(chat.prompt(text, voices, before=before), "prompt")
     return example
 
 

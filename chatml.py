@@ -1,4 +1,4 @@
-"""Conversations: messages -> segments of text ids and codes, in the words Higgs Audio v2 was trained on.
+"""Conversations: messages -> segments of text ids and codes, in the words that a family was trained on.
 
     system     Generate audio following instruction.  <|scene_desc_start|> A quiet room. <|scene_desc_end|>
     user       what the reference recording says
@@ -6,17 +6,18 @@
     user       what is to be said
     assistant  <|audio_out_bos|> codes <|audio_eos|> <|eot_id|>             trained; a prompt ends behind <|audio_out_bos|>
 
-A message is {"role", "content"}: a text, or a list of texts, {"type": "text", "text"} and {"type": "audio", ...}. Every
-turn is <|start_header_id|>role<|end_header_id|>, two line ends, its content and <|eot_id|> (<|eom_id|> when an assistant
-turn follows an assistant turn). `Chat.segments` writes training examples and prompts alike; streams.chat_grid lays them
-out. Which turns are targets: those of the assistant from `start` on, headers never.
+A message is {"role", "content"}: a text, or a list of texts, {"type": "text", "text"} and {"type": "audio", ...}. How a
+family marks turns is a value, a `Template`: Higgs Audio (above), Qwen2.5 and Qwen3 (<|im_start|>role, a line end, content,
+<|im_end|>), MOSS-Speech (the same, with speech). `Chat.segments` writes training examples and prompts alike;
+streams.chat_grid lays them out. Which turns are targets: those of the assistant from `start` on, headers never.
 
 Sources: boson-multimodal 0.1.1 (prepare_chatml_sample, its collator) and the generation example of its repository; the
-chat template of transformers differs (it trims text and has a role `scene`) and is not followed. Next: cache.py.
+chat template that transformers has for Higgs differs (it trims text and has a role `scene`) and is not followed; the
+templates beside Qwen2.5 and Qwen3, which are; the processor of MOSS-Speech. Next: cache.py.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,8 +37,50 @@ SCENE, SCENE_END = "<|scene_desc_start|>", "<|scene_desc_end|>"
 PLACEHOLDERS = ("<|AUDIO|>", "<|AUDIO_OUT|>")       # one id a clip in the official files; never in our grid
 SPECIALS = (BEGIN, END, HEADER, HEADER_END, EOM, EOT, HEAR, AUDIO_END, SPEAK, RECIPIENT, SCENE, SCENE_END)
 SOUNDS = ("<SE>", "</SE>", "<SE_s>", "</SE_s>", "<SE_e>", "</SE_e>")                # sound events: text.py writes them
-FORBIDDEN = (               # in a text: they would be structure
-    BEGIN, END, HEADER, HEADER_END, EOM, EOT, HEAR, AUDIO_END, SPEAK, RECIPIENT, *PLACEHOLDERS)
+SOSP = "<|object_ref_start|>"                       # what MOSS-Speech opens speech with; a mark of pictures in Qwen
+THOUGHTS = ("<think>", "</think>")                  # ids of audio columns in MOSS-Speech
+CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+
+
+@dataclass(frozen=True)
+class Template:
+    """How a family writes turns: header ({role} is filled in), content, close, behind. "" = it has no such mark."""
+
+    family: str                         # for messages
+    header: str
+    close: str                          # a target where the assistant speaks
+    stop: str                           # ends a text that is no conversation
+    marks: tuple[str, ...]              # special tokens it writes with; each is one id of the tokenizer
+    refused: tuple[str, ...]            # what no text may hold: it would be structure
+    behind: str = ""                    # between turns, never a target
+    again: str = ""                     # closes an assistant turn that another one follows
+    begin: str = ""                     # before the first turn
+    recipient: str = ""                 # behind whom an assistant turn is for
+    hear: str = ""                      # opens a recording
+    speak: str = ""                     # opens the assistant's speech
+    end: str = ""                       # follows codes, where no code does
+    chooses: bool = False               # the model itself opens speech; otherwise the prompt says which reply it wants
+    system: tuple[str, str] = ("", "")  # system turn of conversations that bring none, for a text and for a spoken reply
+    thought: str = ""                   # opens a reply that was not thought about
+    targets: str = "all"                # of the replies, "all" or the "last"; "clone": the last where one before it is speech
+    joint: bool = False                 # header and content become ids as one text
+
+
+HIGGS = Template(
+    "Higgs Audio v2", HEADER + "{role}" + HEADER_END + "\n\n", EOT, END, SPECIALS,
+    (BEGIN, END, HEADER, HEADER_END, EOM, EOT, HEAR, AUDIO_END, SPEAK, RECIPIENT, *PLACEHOLDERS), again=EOM, begin=BEGIN,
+    recipient=RECIPIENT, hear=HEAR, speak=SPEAK, end=AUDIO_END, chooses=True, targets="clone")
+QWEN2 = Template(
+    "Qwen2.5", "<|im_start|>{role}\n", "<|im_end|>", "<|endoftext|>", CHATML, (*CHATML, SOSP, *THOUGHTS), behind="\n", joint=True,
+    system=("You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",) * 2)
+# In Qwen3 only the last reply stands behind the empty thought with which it will be asked for: only it is trained.
+QWEN3 = replace(QWEN2, family="Qwen3", system=("", ""), thought="<think>\n\n</think>\n\n", targets="last")
+MOSS = replace(
+    QWEN2, family="MOSS-Speech", marks=(*CHATML, SOSP), hear=SOSP, speak=SOSP, joint=False,
+    system=("You are a helpful assistant. Answer the user's questions with text.",
+            "You are a helpful voice assistant. Answer the user's questions with spoken responses."))
+TEMPLATES = {"chatml": HIGGS, "qwen2": QWEN2, "qwen3": QWEN3, "moss": MOSS}          # by the layout of the stream table
+REFUSED = dict.fromkeys(mark for template in TEMPLATES.values() for mark in template.refused)
 
 INSTRUCTION = "Generate audio following instruction."
 SPEAKERS = """You are an AI assistant designed to convert text into speech.
@@ -50,20 +93,21 @@ ROLES = ("system", "user", "assistant")
 
 # ---- special ids ----
 
-def resolve(tokenizer: Tokenizer, names: Sequence[str] = SPECIALS) -> dict[str, int]:
+def resolve(tokenizer: Tokenizer, names: Sequence[str] = SPECIALS, family: str = HIGGS.family) -> dict[str, int]:
     """The id of each special token, read off the tokenizer; ValueError when one is not a single id there."""
     found = {name: tokenizer.encode(name) for name in names}
     missing = [name for name, ids in found.items() if len(ids) != 1]
     if missing:
         listed = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
-        raise ValueError(f"tokenizer {tokenizer.name} has no special token {listed}; give the tokenizer.json of Higgs Audio v2")
+        raise ValueError(f"tokenizer {tokenizer.name} has no special token {listed}; give the tokenizer.json of {family}")
     return {name: ids[0] for name, ids in found.items()}
 
 
 def steered(table: StreamTable, tokenizer: Tokenizer) -> StreamTable:
-    """A chat table whose steering ids are those of a tokenizer."""
-    ids = resolve(tokenizer)
-    return replace(table, audio_start=ids[SPEAK], audio_end=ids[AUDIO_END], stop=(ids[END], ids[EOT]))
+    """A table of conversations whose steering ids are those of a tokenizer."""
+    t = TEMPLATES[table.layout]
+    ids = resolve(tokenizer, t.marks, t.family) | {"": -1}
+    return replace(table, audio_start=ids[t.speak], audio_end=ids[t.end], stop=(ids[t.stop], ids[t.close]))
 
 
 # ---- messages ----
@@ -94,6 +138,8 @@ def checked(messages: Any) -> list[Message]:
     if not isinstance(messages, list) or not all(isinstance(m, dict) and m.get("role") in ROLES and "content" in m for m in messages):
         raise ValueError(f'malformed messages; a list of {{"role", "content"}}, roles {", ".join(ROLES)}')
     for message in messages:
+        if message.get("tool_calls") or message.get("reasoning_content"):
+            raise ValueError("malformed messages; tool_calls and reasoning_content are not written here: leave them out")
         for part in parts(message["content"]):
             refuse_marks(part if isinstance(part, str) else "", message["role"])
     if not any(m["role"] == "assistant" for m in messages):
@@ -101,11 +147,13 @@ def checked(messages: Any) -> list[Message]:
     return messages
 
 
-def refuse_marks(text: str, role: str) -> str:
+def refuse_marks(text: str, role: str, marks: Iterable[str] = tuple(REFUSED)) -> str:
     """The text, which may not open or close turns, nor bring placeholders: what is data never becomes structure."""
-    held = [mark for mark in FORBIDDEN if mark in text]
+    held = next((mark for mark in marks if mark in text), "")
+    if held in THOUGHTS:
+        raise ValueError(f"reasoning in a turn; the text of a {role} turn holds {held}, keep only what is said behind </think>")
     if held:
-        raise ValueError(f"wrong placeholder count; the text of a {role} turn holds {held[0]}, "
+        raise ValueError(f"wrong placeholder count; the text of a {role} turn holds {held}, "
                          + 'name each recording in a part of type "audio" and leave such marks out')
     return text
 
@@ -135,7 +183,7 @@ def sample_row(sample: Message, assistant_text: str = "drop") -> Message:
     last = max((i for i in replies if clips(messages[i]["content"])), default=replies[-1])
     heard = [(i, part) for i, m in enumerate(messages) for part in clips(m["content"])]
     own = max((n for n, (i, _) in enumerate(heard) if i == last), default=-1)
-    row = {k: sample[k] for k in ("id", "speaker", "language", "split", "start_index") if sample.get(k) not in (None, "")}
+    row = {k: sample[k] for k in ("id", "speaker", "language", "split", "group", "start_index") if sample.get(k) not in (None, "")}
     row = {k: v for k, v in row.items() if v == v}                              # tables write NaN for what is missing
     misc = sample.get("misc")
     if "speaker" not in row and isinstance(misc, dict) and misc.get("speaker"):
@@ -165,15 +213,29 @@ def bare(message: Message) -> Message:
 
 
 def said(messages: list[Message], i: int) -> str:
-    """The words of turn i: its own text, or that of the user turn before it."""
+    """The words of turn i: its own text, the "text" of its recording, or the words of the user turn before it."""
     before = [words(m["content"]) for m in reversed(messages[:i]) if m["role"] == "user"]
-    return words(messages[i]["content"]) or next(filter(None, before), "")
+    heard = " ".join(str(part["text"]) for part in clips(messages[i]["content"]) if part.get("text"))
+    return words(messages[i]["content"]) or heard or next(filter(None, before), "")
 
 
-def trained_from(messages: list[Message]) -> int:
-    """Default `start_index`: the last assistant turn when an earlier one has audio (a reference), else the first turn."""
+def written(messages: list[Message]) -> list[Message]:
+    """A conversation for a model that only reads: what its recordings say stands in their place."""
+    out = []
+    for message in messages:
+        lost = [part for part in clips(message["content"]) if not part.get("text")]
+        if lost:
+            raise ValueError(f'the model reads text only; give the recording {lost[0].get("audio_url", "(inline)")} a "text", what it says')
+        spelled = [part if isinstance(part, str) else part["text"] for part in parts(message["content"])]
+        out.append(message | {"content": " ".join(spelled)})
+    return out
+
+
+def trained_from(messages: list[Message], targets: str = "clone") -> int:
+    """Default `start_index`: the first turn, or the last assistant turn; under "clone", where an earlier one has audio (a reference)."""
     replies = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-    return replies[-1] if any(clips(messages[i]["content"]) for i in replies[:-1]) else 0
+    last = targets == "last" or (targets == "clone" and any(clips(messages[i]["content"]) for i in replies[:-1]))
+    return replies[-1] if last and replies else 0
 
 
 # ---- official prompts ----
@@ -243,14 +305,18 @@ class Chat:
 
     tokenizer: Tokenizer
     normaliser: str = "none"
-    scene: str = ""                 # scene description of rows that bring none
-    in_system: bool = False         # reference audio goes into the system message
+    scene: str = ""                 # Higgs: scene description of rows that bring none
+    in_system: bool = False         # Higgs: reference audio goes into the system message
+    template: Template = HIGGS
+    system: str = ""                # system turn of conversations that bring none, "" = that of the template
+    thinking: bool = False          # prompts leave it to Qwen3 whether it thinks first
 
     def fit(self, table: StreamTable) -> "Chat":
         """Check that the model steers by the ids of this tokenizer."""
-        ids = resolve(self.tokenizer, SPECIALS + (SOUNDS if "higgs-v1" in self.normaliser else ()))
-        for name, wanted in ((SPEAK, [table.audio_start]), (AUDIO_END, [table.audio_end]), (EOT, table.stop)):
-            if ids[name] not in wanted:
+        t = self.template
+        ids = resolve(self.tokenizer, t.marks + (SOUNDS if "higgs-v1" in self.normaliser else ()), t.family)
+        for name, wanted in ((t.speak, [table.audio_start]), (t.end, [table.audio_end]), (t.close, table.stop)):
+            if name and ids[name] not in wanted:
                 found = f"{name} is {ids[name]} in tokenizer {self.tokenizer.name}, {', '.join(map(str, wanted))} in the model"
                 raise ValueError(f"{found}; use the tokenizer that belongs to the model")
         return self
@@ -258,48 +324,87 @@ class Chat:
     def encode(self, text: str) -> Tensor:
         return torch.tensor(self.tokenizer.encode(text), dtype=torch.long)
 
-    def segments(self, messages: list[Message], codes: Sequence[Tensor], start: int | None = None, speak: bool = False) -> list[Segment]:
+    def segments(self, messages: list[Message], codes: Sequence[Tensor], start: int | None = None, reply: str = "") -> list[Segment]:
         """Write messages with the codes (Q, T) of their audio parts, in reading order; targets begin at message `start`.
 
-        `speak` opens an assistant turn behind them: the grid is then a prompt, and ends where speech begins.
+        `reply`, "text" or "speech", opens an assistant turn behind them: the grid is then a prompt.
         """
+        t = self.template
         wanted = sum(len(clips(m["content"])) for m in messages)
         if wanted != len(codes):
             raise ValueError(f"wrong placeholder count; {wanted} audio parts in the messages, {len(codes)} recordings: name each once")
-        start = trained_from(messages) if start is None else start
+        start = trained_from(messages, t.targets) if start is None else start
+        spoken = reply == "speech" or (not reply and bool(clips(messages[-1]["content"])))
+        system = self.system or t.system[spoken]
+        if system and messages[0]["role"] != "system":
+            messages, start = [{"role": "system", "content": system}, *messages], start + 1
         out: list[Segment] = []
         given = iter(codes)
         for n, message in enumerate(messages):
-            role = message["role"]
-            weight = float(role == "assistant" and n >= start and not speak)
-            out.append((self.encode((BEGIN if n == 0 else "") + header(role)), 0.0))
-            if message.get("recipient"):
-                out.append((self.encode(refuse_marks(str(message["recipient"]), role) + RECIPIENT), weight))
-            for part in parts(message["content"]):
-                if isinstance(part, str):
-                    text = normalise(part, self.normaliser) if role != "system" else part
-                    out.append((self.encode(refuse_marks(text, role)), weight))
-                else:
-                    begin = SPEAK if role == "assistant" else HEAR
-                    out += [(self.encode(begin), weight), (next(given), weight), (self.encode(AUDIO_END), weight)]
-            again = role == "assistant" and n + 1 < len(messages) and messages[n + 1]["role"] == "assistant"
-            out.append((self.encode(EOM if again else EOT), weight))
-        return [*out, (self.encode(header("assistant") + SPEAK), 0.0)] if speak else out
+            role, closing = message["role"], message is messages[-1]
+            weight = float(role == "assistant" and n >= start and not reply)
+            thought = t.thought if closing and role == "assistant" and any(m["role"] == "user" for m in messages) else ""
+            out += self.turn(message, (t.begin if n == 0 else "") + t.header.format(role=role) + thought, given, weight)
+            again = t.again and role == "assistant" and not closing and messages[n + 1]["role"] == "assistant"
+            out.append((self.encode(t.again if again else t.close), weight))
+            out += [(self.encode(t.behind), 0.0)] if t.behind else []
+        if not reply:
+            return out
+        opened = t.speak if reply == "speech" else t.thought if not self.thinking else ""
+        return [*out, (self.encode(t.header.format(role="assistant") + opened), 0.0)]
+
+    def turn(self, message: Message, header: str, codes: Iterator[Tensor], weight: float) -> Iterator[Segment]:
+        """The header of a turn and its content."""
+        t, role, content = self.template, message["role"], list(parts(message["content"]))
+        texts = [normalise(part, self.normaliser) if isinstance(part, str) and role != "system" else part for part in content]
+        for text in texts:
+            refuse_marks(text if isinstance(text, str) else "", role, t.refused)
+        head = self.encode(header)
+        if t.joint and texts and isinstance(texts[0], str):         # "\n" and a text that begins with it may share an id
+            first = texts.pop(0)
+            whole = self.encode(header + (first.lstrip("\n") if t.thought and header.endswith(t.thought) else first))
+            yield whole[: len(head)], 0.0
+            yield whole[len(head) :], weight
+        else:
+            yield head, 0.0
+        if message.get("recipient"):
+            if not t.recipient:
+                raise ValueError(f"malformed messages; {t.family} has no recipient: leave it out")
+            yield self.encode(refuse_marks(str(message["recipient"]), role) + t.recipient), weight
+        for part in texts:
+            if isinstance(part, str):
+                yield self.encode(part), weight
+                continue
+            yield self.encode(t.speak if role == "assistant" else t.hear), weight * t.chooses
+            yield next(codes), weight
+            if t.end:
+                yield self.encode(t.end), weight
 
     def spoken(self, text: str, codes: Tensor, references: Sequence[tuple[str, Tensor]] = (), scene: str = "") -> list[Segment]:
         """The training example of a recording: its clone prompt and its codes."""
         messages = clone_messages(text, [said for said, _ in references], scene or self.scene, self.in_system)
         return self.segments([*messages, audio_turn()], [*(c for _, c in references), codes])
 
+    def plain(self, text: str) -> list[Segment]:
+        """The training example of a text that is no conversation: all of it, and the mark that ends it."""
+        text = refuse_marks(normalise(text, self.normaliser), "plain", self.template.refused)
+        return [(self.encode(text + self.template.stop), 1.0)]
+
     def prompt(self, text: str, references: Sequence[tuple[str, Tensor]] = (), scene: str = "",
-               before: Sequence[tuple[str, Tensor]] = ()) -> list[Segment]:
-        """What sampling starts from. `before` are turns already spoken, (text, codes): a long text goes on in their voice."""
-        *opening, ask = clone_messages(text, [said for said, _ in references], scene or self.scene, self.in_system)
+               before: Sequence[tuple[str, Tensor]] = (), reply: str = "") -> list[Segment]:
+        """What sampling starts from. `before` are turns already spoken, (text, codes): a long text goes on in their voice.
+
+        `reply` is "speech" where the model speaks, and "text" otherwise.
+        """
+        t = self.template
+        if t is not HIGGS and references:
+            raise ValueError(f"{t.family} takes no reference recording; leave --ref out")
+        turns = [{"role": "user", "content": text}]
+        if t is HIGGS:
+            turns = clone_messages(text, [said for said, _ in references], scene or self.scene, self.in_system)
+        *opening, ask = turns
         for said, _ in before:
             opening += [{"role": "user", "content": said}, audio_turn()]
         voices = [codes for said, codes in references if not said.startswith("profile:")]
-        return self.segments([*opening, ask], [*voices, *(codes for _, codes in before)], speak=True)
-
-
-def header(role: str) -> str:
-    return f"{HEADER}{role}{HEADER_END}\n\n"
+        reply = reply or ("speech" if t.speak else "text")
+        return self.segments([*opening, ask], [*voices, *(codes for _, codes in before)], reply=reply)

@@ -17,8 +17,9 @@ A dialogue has alignments [[word, [start, end], "SPEAKER_MAIN" or another], ...]
 from the .json beside the wav ({"alignments": ...}, or J-Moshi's [{"speaker", "word", "start", "end"}]); a folder of such
 pairs needs no list.
 
-Other layouts are recognised and converted: wav + txt folders, metadata.csv / LJSpeech, Moshi stereo, Higgs ChatML (a json list or
-jsonl of {"messages": [...]}, optional "speaker" and "start_index"; recordings as "audio_url" or base64 "raw_audio").
+Other layouts are recognised and converted: wav + txt folders, metadata.csv / LJSpeech, Moshi stereo, conversations (Higgs ChatML: a
+json list or jsonl of {"messages": [...]}, optional "speaker", "split", "group" and "start_index"; text alone, or recordings as
+{"type": "audio", "audio_url" or base64 "raw_audio", "text": what it says}).
 A bad row is named with its reason and its fix and left out. Used by cache.py; needs only audio/, chatml.py and duplex.py.
 """
 
@@ -44,7 +45,7 @@ from torch import Tensor
 
 import duplex
 from audio.wav import load_wav
-from chatml import checked, sample_row
+from chatml import checked, clips, sample_row
 from options import replace_file
 
 SOUNDS = (".wav", ".flac", ".ogg", ".opus", ".mp3")
@@ -138,7 +139,7 @@ def detect(path: Path) -> tuple[str, Path]:
     if path.suffix in (".csv", ".tsv", ".txt"):
         return "metadata", path
     keys = next((row.keys() for _, row in json_rows(Manifest(path))), {}.keys())
-    for kind, marks in (("manifest", ("audio", "parts", "compose", "manifest")), ("Higgs ChatML", ("messages",)),
+    for kind, marks in (("manifest", ("audio", "parts", "compose", "manifest")), ("conversations", ("messages",)),
                         ("Moshi stereo", ("path",)), ("metadata", ("file_name",)), ("manifest", ("text",))):
         if keys & set(marks):
             return kind, path
@@ -230,7 +231,7 @@ def pairs(m: Manifest) -> Iterator[tuple[str, Row]]:
 
 
 def chatml(m: Manifest, sample: Row) -> Row:
-    """Higgs ChatML: the last assistant turn is the row, an earlier turn with audio its reference (chatml.py)."""
+    """Conversations: the last assistant turn is the row, an earlier turn with audio its reference (chatml.py)."""
     return readable(sample_row, sample, m.assistant_text)
 
 
@@ -270,7 +271,7 @@ def as_it_is(m: Manifest, row: Row) -> Row:
 
 
 LAYOUTS = {"manifest": (json_rows, as_it_is), "metadata": (metadata, as_it_is), "wav + txt": (pairs, as_it_is),
-           "Higgs ChatML": (json_rows, chatml), "Moshi stereo": (json_rows, moshi),
+           "conversations": (json_rows, chatml), "Moshi stereo": (json_rows, moshi),
            "wav + json": (stereo_pairs, moshi)}                                           # how rows are read, and made ours
 
 
@@ -349,7 +350,7 @@ def inline_bytes(part: Row) -> bytes:
 
 def check_fields(m: Manifest, row: Row, others: list[Row]) -> None:
     words = row.get("words", [])
-    if not isinstance(row.get("text"), str) or not (row["text"].strip() or "alignments" in row):     # an agent may only listen
+    if not isinstance(row.get("text"), str) or not (row["text"].strip() or "alignments" in row or answers(row)):
         raise Unusable("empty text", "write what is said, or remove the row")
     if "\ufffd" in row["text"]:
         raise Unusable("bad encoding", "the text holds U+FFFD: save it again as UTF-8 from its origin")
@@ -360,6 +361,11 @@ def check_fields(m: Manifest, row: Row, others: list[Row]) -> None:
     if not isinstance(words, list) or not all(
             isinstance(w, list) and len(w) == 2 and isinstance(w[0], str) and is_time(w[1]) for w in words):
         raise Unusable("malformed field", 'words look like [["four", 0.08], ...]')
+
+
+def answers(row: Row) -> bool:
+    """A row that needs no transcript: the agent of a dialogue may only listen, and a spoken reply to speech speaks for itself."""
+    return "clips" in row and any(clips(m["content"]) for m in row["messages"] if m["role"] == "user")
 
 
 # ---- virtual rows ----

@@ -227,8 +227,9 @@ def ids(value: int | list[int] | None) -> tuple[int, ...]:
 
 
 def read_qwen(about: About, tensors: Tensors) -> ModelConfig:
-    second = about["model_type"] == "qwen2"
-    table = StreamTable((Stream("text", "text", about["vocab_size"], about["vocab_size"]),), "text", stop=ids(about.get("eos_token_id")))
+    kind, words = about["model_type"], about["vocab_size"]
+    second = kind == "qwen2"
+    table = StreamTable((Stream("text", "text", words, words),), kind, stop=ids(about.get("eos_token_id")))
     return ModelConfig(table, llama(about, about["num_hidden_layers"], 1e-6, qkv_bias=second, qk_norm=not second),
                        tied=about.get("tie_word_embeddings", False))
 

@@ -211,7 +211,7 @@ def clone_grid(example: Example, table: StreamTable) -> Grid:
 
 
 def chat_grid(example: Example, table: StreamTable) -> Grid:
-    """A conversation as chatml.py wrote it (Higgs Audio): text and speech take turns, each with its weight."""
+    """A conversation as chatml.py wrote it (Higgs Audio, Qwen, MOSS-Speech): text and speech take turns, each with its weight."""
     return join([(text_block if part.dim() == 1 else audio_block)(part, weight, table) for part, weight in example.segments])
 
 
@@ -301,7 +301,8 @@ def duplex_grid(example: Example, table: StreamTable) -> Grid:
     return tokens[:, example.before :], weights[:, example.before :]
 
 
-LAYOUTS = {"text": text_grid, "clone": clone_grid, "chatml": chat_grid, "words": words_grid, "duplex": duplex_grid}
+LAYOUTS = {"text": text_grid, "clone": clone_grid, "words": words_grid, "duplex": duplex_grid,
+           **dict.fromkeys(("chatml", "qwen2", "qwen3", "moss"), chat_grid)}
 FEEDS = {"words": WordFeed}
 
 

@@ -128,7 +128,7 @@ if previous.exists():
     say(f"resuming {previous} at step {run.step}", *("  " + line for line in difference(before, config)))
 if rank == 0:
     write_json(out / "config.json", config)
-data_facts = {k: getattr(config.data, k) for k in ("codec", "tokenizer", "normaliser")}
+data_facts = {k: getattr(config.data, k) for k in ("codec", "tokenizer", "normaliser", "system")}
 extras = Extras(0, data_facts, "base" if base == str(out / "base") else base if config.lora is not None else "")
 net = DDP(raw, device_ids=[local] if kind == "cuda" else None, gradient_as_bucket_view=True) if distributed else raw
 

@@ -4,7 +4,8 @@ Numbers only; model.py builds them. A family is a value here and a layout in str
 Sources: the papers named in model.py and the configuration files of the released checkpoints. Next: model.py.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from streams import Stream, StreamTable
 
@@ -31,6 +32,7 @@ class StackConfig:
     packed: bool = False              # qkv, and gate with up, are one Linear each (Moshi)
     steps: int = 0                    # depth transformer: codebook steps, each with weights of its own
     schedule: tuple[int, ...] = ()    # depth transformer: weight set of each step, () = its own
+    low_rank: int = 0                 # depth transformer: width of its embedding tables, each widened by a Linear; 0 = dim
 
     def __post_init__(self) -> None:
         assert min(self.dim, self.layers, self.heads, self.ffn) > 0 <= self.kv_heads, "dim, layers, heads and ffn are at least 1"
@@ -40,6 +42,7 @@ class StackConfig:
         assert self.head % 2 == 0 or not self.rope_theta, f"RoPE turns pairs: a head of {self.head} is odd"
         assert len(self.rope_scaling) in (0, 4), "rope_scaling is factor, low, high, original length"
         assert not self.schedule or len(self.schedule) == self.steps, "schedule names one weight set a step"
+        assert set(self.schedule) == set(range(len(set(self.schedule)))), f"schedule {self.schedule} leaves weight sets out"
 
     @property
     def kv(self) -> int:
@@ -61,6 +64,9 @@ class ModelConfig:
     fast_forward: bool = False                           # other layers pass audio columns by and hide them (needs dual_ffn)
     tail: int = 0                                        # layers after the shared ones, once for text and once for audio
     tied: bool = False                                   # the text head is the text embedding
+    demux: bool = False                                  # text rows share one table, each behind a Linear (Moshi's TTS)
+    extra_heads: int = 0                                 # small heads beside the text head (Moshi's STT: is the user pausing?)
+    extra_classes: int = 6                               # classes of each
     dropout: float = 0.0                                 # on both residual branches, in training
     input_drop: float = 0.0                              # up to this share of audio columns is hidden as input, in training
     checkpoint: bool = False                             # recompute blocks in backward
@@ -97,6 +103,38 @@ MOSHI_7B = ModelConfig(
                  *codebooks(8, 2049, 0, 2048, delays=MOSHI_DELAYS, name="user")), "duplex", aligned=True),
     StackConfig(dim=4096, layers=32, heads=32, ffn=11264, norm_eps=1e-8, rope_interleaved=True, window=3000, packed=True),
     depth=StackConfig(dim=1024, layers=6, heads=16, ffn=2816, norm_eps=1e-8, rope_theta=0.0, packed=True, steps=8))
+
+
+
+def kyutai(dim: int, layers: int, heads: int, window: int, rope: float, **more: Any) -> StackConfig:
+    """A temporal transformer of the Moshi family: the feed-forward network is two thirds of 4.125 D wide."""
+    return StackConfig(dim=dim, layers=layers, heads=heads, ffn=2 * int(4.125 * dim) // 3, norm_eps=1e-8, rope_theta=rope,
+                       rope_interleaved=True, window=window, packed=True, **more)
+
+
+def hibiki(Q: int, temporal: StackConfig) -> ModelConfig:
+    """Hibiki translates what the user says; how well it should sound is a condition. Q codebooks of each side."""
+    delays = (0, *[2] * (Q - 1))
+    return ModelConfig(
+        StreamTable((Stream("text", "text", 48001, 48000, start=48000),
+                     Stream("description", "condition", 32, start=31, rank=16, values=("very_bad", "bad", "neutral", "good", "very_good")),
+                     *codebooks(Q, 2049, 2048, 2048, delays=delays), *codebooks(Q, 2049, 0, 2048, delays=delays, name="user")),
+                    "duplex", aligned=True),
+        temporal, depth=replace(MOSHI_7B.depth, steps=Q))
+
+
+HIBIKI_2B = hibiki(16, kyutai(2560, 24, 20, 3000, 1e5))
+HIBIKI_1B = hibiki(8, kyutai(2048, 16, 16, 3000, 1e5))
+
+
+def recogniser(words: int, temporal: StackConfig, extra_heads: int = 0) -> ModelConfig:
+    """Kyutai's speech to text: 32 codebooks are heard, the text comes a while later; extra heads tell pauses."""
+    return ModelConfig(StreamTable((Stream("text", "text", words + 1, words, start=words), *codebooks(32, 2049, 0, 2048, name="user")),
+                                   "duplex", aligned=True), temporal, extra_heads=extra_heads)
+
+
+STT_1B = recogniser(8000, kyutai(2048, 16, 16, 750, 1e5), extra_heads=4)        # en, fr; 0.5 s late
+STT_2_6B = recogniser(4000, kyutai(2048, 48, 32, 375, 1e5))                     # en; 2.5 s late
 
 # MOSS-Speech: Qwen3-8B whose last four layers exist twice, once for text and once for speech codes at 12.5 Hz.
 MOSS_9B = ModelConfig(

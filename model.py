@@ -29,6 +29,7 @@ from kernels.attention import Cache, attend, attention_mask
 from kernels.decode import column_step
 from kernels.rope import rope_tables, rotate
 from loss import Sums, cross_entropy_sums
+from projected import Condition, Projected
 from streams import StreamTable, is_audio
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu}
@@ -294,28 +295,31 @@ class Depth(nn.Module):
     Every step has weights of its own, held step-major, so all steps of all columns are batched products.
     """
 
-    def __init__(self, c: StackConfig, table: StreamTable, width: int) -> None:
+    def __init__(self, c: StackConfig, table: StreamTable, width: int, demux: bool = False) -> None:
         super().__init__()
-        self.c = c
-        text, audio = ([table.streams[i] for i in rows] for rows in (table.text[:1], table.audio_out))
+        self.c, self.texts = c, len(table.text) if demux else 1               # text rows that step 0 reads
+        text, audio = ([table.streams[i].vocab for i in rows] for rows in (table.text[: self.texts], table.audio_out[:-1]))
+        narrow = {"rank": c.low_rank or c.dim, "dim": c.dim, "linear": Linear}
         sets = {"sets": len(set(c.schedule)) or c.steps, "schedule": c.schedule}
         self.input = Linear(width, c.dim, **sets)
-        self.text = Embedding([s.vocab for s in text], c.dim)
-        self.audio = Embedding([s.vocab for s in audio[:-1]], c.dim) if len(audio) > 1 else None
+        self.text = Projected(text, **narrow, shared=demux) if demux or c.low_rank else Embedding(text, c.dim)
+        self.audio = None if not audio else Projected(audio, **narrow) if c.low_rank else Embedding(audio, c.dim)
         self.layers = nn.ModuleList(Block(c) for _ in range(c.layers))
-        self.head = Linear(c.dim, audio[0].classes, sets=c.steps)
+        self.head = Linear(c.dim, table.streams[table.audio_out[0]].classes, sets=c.steps)
 
     def embed(self, k: int, token: Tensor) -> Tensor:
-        return self.text.row(0, token) if k == 0 else self.audio.row(k - 1, token)
+        """What step k reads: text ids (N, texts) in step 0, then the codebook before, (N,).   -> (N, d)"""
+        return self.text(token[..., None])[:, 0] if k == 0 else self.audio.row(k - 1, token)
 
     def forward(self, h: Tensor, tokens: Tensor) -> Tensor:
-        """All steps at once, with the true tokens.   h (N, D), tokens (N, Q): text row, then codebooks 0..Q-2 -> (Q, N, d)"""
+        """All steps at once, with the true tokens.   h (N, D), tokens (N, Q): text, then codebooks 0..Q-2 -> (Q, N, d)"""
         x = self.input(h.expand(self.c.steps, *h.shape), slice(0, self.c.steps))
-        x = x + torch.stack([self.embed(k, tokens[:, k]) for k in range(self.c.steps)])
+        read = [tokens[:, : self.texts], *tokens[:, self.texts :].unbind(1)]
+        x = x + torch.stack([self.embed(k, token) for k, token in enumerate(read)])
         return self.run(x, Context(step=slice(0, self.c.steps)))
 
     def step(self, k: int, h: Tensor, token: Tensor, cache: Cache) -> Tensor:
-        """One step of sampling: logits of codebook k.   h (B, D), token (B,) -> (B, V)"""
+        """One step of sampling: logits of codebook k.   h (B, D), token as in `embed` -> (B, V)"""
         step, cache.slots, cache.live = slice(k, k + 1), slice(k, k + 1), k + 1      # step 0 overwrites the column before
         if k == 0:                                                           # what h gives to every step, at once
             cache.inputs = self.input(h.expand(self.c.steps, *h.shape), slice(0, self.c.steps))
@@ -347,15 +351,21 @@ class MultistreamLM(nn.Module):
         streams, D = self.table.streams, config.temporal.dim
         kinds = {"text": self.table.text, "audio": self.table.audio}
         self.embed = nn.ModuleDict({kind: Embedding([streams[i].vocab for i in rows], D) for kind, rows in kinds.items() if rows})
+        if config.demux:
+            self.embed["text"] = Projected([streams[i].vocab for i in kinds["text"]], D, D, Linear, shared=True)
+        for s in (streams[i] for i in self.table.conditions):
+            self.embed[f"condition_{s.name}"] = Condition(s.vocab, s.rank, D, Linear)
         self.temporal = Temporal(config)
         if self.table.text_out:
             self.text_head = Linear(D, streams[self.table.text_out[0]].classes)
+        if config.extra_heads:
+            self.extra_head = Linear(D, config.extra_classes, sets=config.extra_heads).requires_grad_(False)      # no loss reaches it
         if config.tied:
             self.text_head.weight = self.embed["text"].weight
         if self.table.audio_out and config.depth is None:
             self.audio_head = Linear(D, sum(streams[i].classes for i in self.table.audio_out))
         if config.depth is not None:
-            self.depth = Depth(config.depth, self.table, D)
+            self.depth = Depth(config.depth, self.table, D, config.demux)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -405,13 +415,14 @@ class MultistreamLM(nn.Module):
         """Sum the embeddings of a column.   (B, K, S) -> (B, S, D)"""
         parts = []
         if self.table.audio:
-            audio = self.embed["audio"](tokens[:, len(self.table.text) :])
+            audio = self.embed["audio"](tokens[:, self.table.lead :])
             if self.training and self.config.input_drop:
                 audio = audio * self.keep_inputs(tokens)[..., None]
             parts.append(audio)
         if self.table.text:
             parts.append(self.embed["text"](tokens[:, : len(self.table.text)]))
-        return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+        parts += [self.embed[f"condition_{self.table.streams[i].name}"](tokens[:, i]) for i in self.table.conditions]
+        return sum(parts[1:], parts[0])
 
     def keep_inputs(self, tokens: Tensor) -> Tensor:
         """Hide a random share, up to `input_drop`, of the audio columns of each row.   -> (B, S) of 0 and 1
@@ -424,7 +435,7 @@ class MultistreamLM(nn.Module):
 
     def depth_inputs(self, targets: Tensor) -> Tensor:
         """The tokens that the depth steps read: text row, codebooks 0..Q-2 of the predicted column.   (B, K, S) -> (N, Q)"""
-        rows = [self.table.text[0], *self.table.audio_out[:-1]] if self.config.depth is not None else []
+        rows = [*self.table.text[: self.depth.texts], *self.table.audio_out[:-1]] if self.config.depth is not None else []
         return targets[:, rows].transpose(1, 2).flatten(0, 1)
 
     def audio_logits(self, h: Tensor, tokens: Tensor) -> Tensor:
@@ -433,6 +444,11 @@ class MultistreamLM(nn.Module):
         if self.config.depth is None:
             return self.audio_head(h).unflatten(-1, (Q, -1)).transpose(0, 1)
         return self.depth.head(self.depth(h, tokens), slice(0, Q))
+
+    def extra_odds(self, h: Tensor) -> Tensor:
+        """What the extra heads say.   text states (B, S, D) -> probabilities (B, heads, S, classes)"""
+        logits = self.extra_head(h.flatten(0, 1).expand(self.config.extra_heads, -1, -1), slice(0, self.config.extra_heads))
+        return logits.unflatten(1, h.shape[:2]).transpose(0, 1).float().softmax(-1)
 
     def sums(self, h_text: Tensor, h_audio: Tensor, targets: Tensor, weights: Tensor) -> Sums:
         """Loss sums per stream; rows without a target never reach a head.   targets, weights (B, K, S)"""

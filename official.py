@@ -59,6 +59,7 @@ MOSS = (("embed.text.weight", "model.embed_tokens.weight"), ("embed.audio.weight
         *stack("temporal.layers", "model.shared_block.layers"), *stack("temporal.text_tail", "model.text_block.layers"),
         *stack("temporal.audio_tail", "model.audio_block.layers"), ("temporal.{x}_norm.weight", "model.{x}_norm.weight"),
         ("{x}_head.weight", "{x}_lm_head.weight"))
+CONDITION = "condition_provider.conditioners"
 MOSHI = (("embed.text.weight", "text_emb.weight"), ("embed.audio.weight", "emb.{k}.weight"),
          *stack("temporal.layers", "transformer.layers", (
              ("attn_norm.weight", "norm1.alpha"), ("ffn_norm.weight", "norm2.alpha"),
@@ -70,26 +71,33 @@ MOSHI = (("embed.text.weight", "text_emb.weight"), ("embed.audio.weight", "emb.{
              ("ffn.gate_up.weight", "gating.{k}.linear_in.weight"), ("ffn.down.weight", "gating.{k}.linear_out.weight"))),
          ("temporal.norm.weight", "out_norm.alpha"), ("text_head.weight", "text_linear.weight"),
          ("depth.text.weight", "depformer_text_emb.weight"), ("depth.audio.weight", "depformer_emb.{k}.weight"),
-         ("depth.input.weight", "depformer_in.{k}.weight"), ("depth.head.weight", "linears.{k}.weight"))
-WILD = {"{n}": r"(?P<n>\d+)", "{x}": "(?P<x>[a-z]+)", "{p}": "(?P<p>weight|bias)"}
+         ("depth.input.weight", "depformer_in.{k}.weight"), ("depth.head.weight", "linears.{k}.weight"),
+         ("extra_head.weight", "extra_heads.{k}.weight"),
+         ("depth.audio.out.weight", "depformer_emb.{k}.low_rank.weight"), ("depth.text.out.weight", "depformer_text_emb.low_rank.weight"),
+         ("embed.condition_{c}.weight", f"{CONDITION}.{{c}}.embed.weight"),
+         ("embed.condition_{c}.none", f"{CONDITION}.{{c}}.learnt_padding"),
+         ("embed.condition_{c}.out.weight", f"{CONDITION}.{{c}}.output_proj.weight"))
+DEMUX = (("embed.text.out.weight", "text_emb.out{K}.weight"), ("depth.text.out.weight", "depformer_text_emb.out{K}.weight"))
+UNREAD = "depformer_text_emb.low_rank.weight"      # moshi makes it beside out1 and out2 and never uses it
+WILD = {"{n}": r"(?P<n>\d+)", "{x}": "(?P<x>[a-z]+)", "{c}": r"(?P<c>\w+)", "{p}": "(?P<p>weight|bias)"}
 
 
 def pieces(name: str, shape: torch.Size, config: ModelConfig, rules: Rules) -> list[str]:
     """Their names of what one of our parameters is made of, in order."""
-    for ours, theirs in rules:
+    for ours, theirs in (*(DEMUX if config.demux else ()), *rules):
         pattern = re.escape(ours).replace(r"\{", "{").replace(r"\}", "}")
         for mark, group in WILD.items():
             pattern = pattern.replace(mark, group)
         if match := re.fullmatch(pattern, name):
-            named = theirs.format(**match.groupdict(), k="{k}")
+            named = theirs.format(**match.groupdict(), k="{k}", K="{K}")
             count = shape[0] if len(shape) == 3 else shape[0] // config.table.streams[config.table.audio[0]].vocab if "{k}" in named else 1
-            return [named.replace("{k}", str(k)) for k in range(count)]
+            return [named.format(k=k, K=k + 1) for k in range(count)]
     raise ValueError(f"{name} has no counterpart in this layout; the model is of another family")
 
 
 def cut(tensor: Tensor, names: list[str]) -> list[Tensor]:
     """Cut one of our parameters into their tensors."""
-    if names[0].endswith(".alpha"):
+    if names[0].endswith((".alpha", ".learnt_padding")):
         return [tensor.view(1, 1, -1)]
     return list(tensor) if tensor.dim() == 3 else list(tensor.chunk(len(names)))
 
@@ -126,7 +134,7 @@ def to_theirs(layout: "Layout", tensors: Tensors, config: ModelConfig) -> Tensor
     for name, tensor in tensors.items():
         names = pieces(name, tensor.shape, config, layout.rules)
         result |= dict(zip(names, cut(tensor, names), strict=True))
-    return layout.finish(result)
+    return layout.finish(result, config)
 
 
 def same(tensors: Tensors, name: str, copy: str) -> None:
@@ -159,9 +167,11 @@ def tidy_boson(tensors: Tensors, config: ModelConfig) -> Tensors:
 
 
 def tidy_moshi(tensors: Tensors, config: ModelConfig) -> Tensors:
-    """Split attention that is fused over the depth steps: (steps * 3D, D) -> one tensor a step."""
+    """Split attention that is fused over the depth steps: (steps * 3D, D) -> one tensor a step. What moshi never uses is left out."""
     result: Tensors = {}
     for name, tensor in tensors.items():
+        if config.demux and name.startswith(UNREAD.removesuffix("weight")):
+            continue
         match = re.fullmatch(r"(.+\.(?:in|out)_proj)(?:[._]weight|(\.lora_[AB]\.weight))", name)
         if match is None:
             result[name] = tensor
@@ -171,8 +181,10 @@ def tidy_moshi(tensors: Tensors, config: ModelConfig) -> Tensors:
     return result
 
 
-def fuse_moshi(tensors: Tensors) -> Tensors:
-    """Write attention as the released files do: fused over the depth steps."""
+def fuse_moshi(tensors: Tensors, config: ModelConfig) -> Tensors:
+    """Write attention as the released files do: fused over the depth steps. What moshi wants and never uses is zero."""
+    if config.demux and config.depth and config.depth.low_rank and "depformer_text_emb.weight" in tensors:
+        tensors = tensors | {UNREAD: tensors["depformer_text_emb.weight"].new_zeros(config.depth.dim, config.depth.low_rank)}
     groups: dict[str, list[Tensor]] = {}
     for name, tensor in tensors.items():
         fused = re.sub(r"in_projs\.\d+\.weight$", "in_proj_weight", name)
@@ -324,10 +336,8 @@ def write_moss(c: ModelConfig, dtype: str) -> About:
 
 NORMS = {"rms_norm_f32": 1e-8, "rms_norm": 1e-5}       # the first computes in fp32 whatever the model's type, as ours does
 MOSHI_PLAIN = {
-    "layer_scale": (None,), "kv_repeat": (1,), "causal": (True,), "norm_emb": (False,), "bias_proj": (False,), "text_card_out": (None,),
-    "extra_heads_num_heads": (0,), "cross_attention": (False,), "demux_second_stream": (False,), "demux_second_text_stream": (False,),
-    "conditioners": (None, {}), "fuser": (None, {}), "quantize": (False,), "depformer_norm": (None,), "depformer_layer_scale": (None,),
-    "depformer_low_rank_embeddings": (None,)}
+    "layer_scale": (None,), "kv_repeat": (1,), "causal": (True,), "norm_emb": (False,), "bias_proj": (False,),
+    "cross_attention": (False, []), "quantize": (False,), "depformer_norm": (None,), "depformer_layer_scale": (None,)}
 
 
 def read_moshi(about: About, tensors: Tensors) -> ModelConfig:
@@ -338,11 +348,30 @@ def read_moshi(about: About, tensors: Tensors) -> ModelConfig:
     steps, count, card, text, delays = about["dep_q"], about["n_q"], about["card"], about["text_card"], about["delays"]
     if len(delays) != count + 1:
         raise ValueError(f"config.json has {len(delays)} delays for {count + 1} streams; restore it")
+    demux = bool(about.get("demux_second_stream", about.get("demux_second_text_stream", False)))
     table = replace(MOSHI_7B.table, streams=(
-        Stream("text", "text", text + 1, text, delays[0], text),
+        Stream("text", "text", text + 1, about.get("text_card_out") or text, delays[0], text),
+        *([Stream("ahead", "text", text + 1, delay=delays[0])] if demux else []), *moshi_conditions(about),
         *codebooks(steps, card + 1, card, card, delays=tuple(delays[1 : 1 + steps])),
         *codebooks(count - steps, card + 1, 0, card, delays=tuple(delays[1 + steps :]), name="user")))
-    return ModelConfig(table, moshi_stack(about), depth=moshi_depth(about) if steps else None)
+    return ModelConfig(table, moshi_stack(about), depth=moshi_depth(about) if steps else None, demux=demux,
+                       extra_heads=about.get("extra_heads_num_heads", 0), extra_classes=about.get("extra_heads_dim", 6))
+
+
+def moshi_conditions(about: About) -> list[Stream]:
+    """A row for each conditioner: lookup tables whose sum is added to every column."""
+    found, fuser = about.get("conditioners") or {}, about.get("fuser") or {}
+    refuse(fuser, {"prepend": ([],), "cross": ([],)})
+    if sorted(fuser.get("sum", [])) != sorted(found):
+        raise ValueError(f"config.json has conditioners {sorted(found)}, of which {sorted(fuser.get('sum', []))} are added; wanted all")
+    rows = []
+    for name in fuser.get("sum", []):
+        refuse(found[name], {"type": ("lut",)})
+        lut = found[name]["lut"]
+        refuse(lut, {"tokenizer": ("noop",), "force_linear": (True,), "learn_padding": (True,), "output_bias": (False,)})
+        bins = lut["n_bins"]
+        rows.append(Stream(name, "condition", bins + 1, start=bins, rank=lut["dim"], values=tuple(lut.get("possible_values") or ())))
+    return rows
 
 
 def moshi_stack(about: About) -> StackConfig:
@@ -358,11 +387,14 @@ def moshi_depth(about: About) -> StackConfig:
             "depformer_pos_emb": ("none",)})
     dim = about["depformer_dim"]
     inner = about.get("depformer_dim_feedforward") or int(about["hidden_scale"] * dim)
+    if isinstance(inner, list) and len(set(inner)) == 1:
+        inner = inner[0]
     if not isinstance(inner, int):
         raise ValueError("config.json has a depformer_dim_feedforward for each step, this code reads one width only")
     return StackConfig(dim=dim, layers=about["depformer_num_layers"], heads=about["depformer_num_heads"], ffn=moshi_width(inner, dim),
                        norm_eps=NORMS[about["norm"]], rope_theta=0.0, packed=True, steps=about["dep_q"],
-                       schedule=tuple(about.get("depformer_weights_per_step_schedule") or ()))
+                       schedule=tuple(about.get("depformer_weights_per_step_schedule") or ()),
+                       low_rank=about.get("depformer_low_rank_embeddings") or 0)
 
 
 def moshi_width(outer: int, dim: int) -> int:
@@ -386,14 +418,28 @@ def write_moshi(c: ModelConfig, dtype: str) -> About:
         "dim": s.dim, "num_layers": s.layers, "num_heads": s.heads, "hidden_scale": scale, "gating": "silu", "causal": True,
         "norm": next((n for n, eps in NORMS.items() if eps == s.norm_eps), "rms_norm_f32"), "layer_scale": None,
         "context": s.window or None, "positional_embedding": "rope" if s.rope_theta else "none", "max_period": s.rope_theta or 10000.0,
-        "n_q": len(c.table.audio), "dep_q": len(c.table.audio_out), "card": streams[-1].vocab - 1, "text_card": streams[0].classes,
-        "existing_text_padding_id": 3, "delays": [x.delay for x in streams], "model_type": "moshi", "lora": False}
+        "n_q": len(c.table.audio), "dep_q": len(c.table.audio_out), "card": streams[-1].vocab - 1, "text_card": streams[0].vocab - 1,
+        "existing_text_padding_id": 3, "delays": [streams[0].delay, *(streams[k].delay for k in c.table.audio)], "lora": False,
+        "model_type": "stt" if d is None else "tts" if c.demux else "hibiki" if c.table.conditions else "moshi"}
+    if streams[0].classes != streams[0].vocab - 1:
+        about["text_card_out"] = streams[0].classes
+    if c.demux:
+        about["demux_second_stream"] = True
+    if c.extra_heads:
+        about |= {"extra_heads_num_heads": c.extra_heads, "extra_heads_dim": c.extra_classes}
+    if rows := [streams[k] for k in c.table.conditions]:
+        about["conditioners"] = {x.name: {"type": "lut", "lut": {
+            "n_bins": x.vocab - 1, "dim": x.rank, "tokenizer": "noop", "possible_values": list(x.values) or None}} for x in rows}
+        about["fuser"] = {"sum": [x.name for x in rows], "prepend": [], "cross": [], "cross_attention_pos_emb": False,
+                          "cross_attention_pos_emb_scale": 1}
     if d is not None:
         about |= {
             "depformer_dim": d.dim, "depformer_dim_feedforward": moshi_outer(d.ffn, d.dim), "depformer_num_heads": d.heads,
             "depformer_num_layers": d.layers, "depformer_layer_scale": None, "depformer_multi_linear": True, "depformer_gating": "silu",
             "depformer_pos_emb": "none", "depformer_weights_per_step": True,
             "depformer_weights_per_step_schedule": list(d.schedule) or None}
+        if d.low_rank:
+            about["depformer_low_rank_embeddings"] = d.low_rank
     return about
 
 
@@ -410,7 +456,7 @@ class Layout:
     write: Callable[[ModelConfig, str], About]
     fits: Callable[[ModelConfig], bool]                         # could a model be of this family?
     tidy: Callable[[Tensors, ModelConfig], Tensors]             # every accepted spelling -> the one of the rules
-    finish: Callable[[Tensors], Tensors] = lambda tensors: tensors
+    finish: Callable[[Tensors, ModelConfig], Tensors] = lambda tensors, config: tensors
 
 
 def is_higgs(c: ModelConfig) -> bool:
@@ -628,6 +674,10 @@ def export_moshi_lora(model: MultistreamLM, dtype: str) -> tuple[About, Tensors]
         a, b = padded(linear, found.get(path), rank, scale)
         for n, (one, other) in zip(names[f"{path}.weight"], zip(a, b, strict=True), strict=True):
             result |= {f"{module(n)}.lora_A.weight": one, f"{module(n)}.lora_B.weight": other}
+    depth = model.config.depth
+    if model.config.demux and depth and depth.low_rank:
+        stem = module(UNREAD)
+        result |= {f"{stem}.lora_A.weight": torch.zeros(rank, depth.low_rank), f"{stem}.lora_B.weight": torch.zeros(depth.dim, rank)}
     trained = lora.trained_parameters(model, model.lora)
     result |= to_theirs(layout, {n: p.detach() for n, p in trained.items()}, model.config)
     return {**layout.write(model.config, dtype), "lora": True, "lora_rank": rank, "lora_scaling": scale}, result

@@ -30,6 +30,7 @@ from chatml import chunks
 from checkpoint import DTYPES, load
 from data import DataConfig, load_tokenizer, prompt_example
 from duplex import UserFeed, moshi_rules, official_files, transcript, write_reply
+from guidance import Guidance
 from kernels.sample import Noise, sample
 from model import Cache, MultistreamLM
 from options import apply, edge, from_json, help_text, read_lines, replace_file, split_arguments
@@ -50,6 +51,9 @@ class SampleConfig:
     ras_window: int = 0             # repetition-aware sampling: look back this many columns, 0 = off
     ras_repeats: int = 2            # redraw from the full distribution when a code was drawn so often there
     max_frames: int = 500           # columns generated at most
+    cfg: float = 1.0                # guidance: how much what the condition changes is exaggerated; 1 = off
+    cfg_no_text: bool = False       # the unguided side reads no text
+    cfg_hide: int = 0               # nor the first frames, this many
     closing: str = "frame"          # how audio ends: "frame" as trained, or as "boson" or "hf" (transformers) end it
     seed: int = 0                   # item i of a batch draws from seed + i, whatever the batch
 
@@ -83,12 +87,14 @@ Feed = Callable[[Tensor], Tensor]
 
 
 @torch.inference_mode()
-def generate(model: MultistreamLM, prompt: Tensor, config: SampleConfig | None = None, feed: Feed | None = None) -> Iterator[Tensor]:
+def generate(model: MultistreamLM, prompt: Tensor, config: SampleConfig | None = None, feed: Feed | None = None,
+             given: Tensor | None = None) -> Iterator[Tensor]:
     """Continue a prompt grid (B, K, S) or (K, S); yield frames (B, K) int64 as they become complete.
 
     Rows that have nothing in a frame hold -1; an item that has ended holds -1 everywhere. Prompts of different lengths
     are padded on the left with columns of -1. `feed(column) -> column` fills the rows that the model only reads (word
-    rows, the user's codes); its `may_end()`, if it has one, tells which items may close their audio.
+    rows, the user's codes); its `may_end()`, if it has one, tells which items may close their audio. `given` (B, K, n)
+    are the ids of the next n columns, FREE where the model draws: forced text or codes, or -1 for nothing.
     """
     config, table, training = config or SampleConfig(), model.table, model.training
     model.eval()
@@ -98,31 +104,37 @@ def generate(model: MultistreamLM, prompt: Tensor, config: SampleConfig | None =
         raise ValueError(f"the prompt has {K} rows, the model's table {len(table)}: {[s.name for s in table.streams]}")
     padding = (prompt < 0).all(1).cumprod(1).sum(1)                           # columns of -1 on the left
     position = S - padding
-    state, cache = start_state(prompt, table, config.ras_window, config.closing), model.cache(B, S + config.max_frames)
-    state.depth = model.depth.cache(B) if model.config.depth else None
+    guide = Guidance(config, table)
+    sides = 2 * B if guide.on else B                                          # rows that the model reads
+    state, cache = start_state(prompt, table, config.ras_window, config.closing), model.cache(sides, S + config.max_frames)
+    state.guide, state.depth = guide, model.depth.cache(sides) if model.config.depth else None
     try:
-        h = prefill(model, prompt, padding, cache)
+        h = prefill(model, prompt, padding, cache, guide)
         for n in range(config.max_frames):
+            state.given = given[..., n].to(prompt) if given is not None and n < given.shape[-1] else None
             column = next_column(model, h, state, config, Noise(config.seed, B, n, prompt.device), feed)
             frame = state.undelay.push(column)
             number = state.count - 1 - state.undelay.lag                      # of the newest frame that is complete
             real = state.speaking & (number >= 0) & (number < state.closed)
-            frame[:, len(table.text) :].masked_fill_(~real[:, None], -1)
+            frame[:, table.lead :].masked_fill_(~real[:, None], -1)
             frame.masked_fill_(state.done[:, None], -1)
             finish(state, column, table)
             if not table.aligned or real.any():
                 yield frame
             if state.done.all():
                 break
-            h = model.hidden(column[..., None], position[:, None] + n, cache=cache)
+            at = position[:, None] + n
+            h = model.hidden(guide.both(column[..., None], at), guide.twice(at), cache=cache)
     finally:                                                                  # also when the caller stops listening
         model.train(training)
 
 
-def prefill(model: MultistreamLM, prompt: Tensor, padding: Tensor, cache: Cache, chunk: int = 256) -> tuple[Tensor, Tensor]:
+def prefill(model: MultistreamLM, prompt: Tensor, padding: Tensor, cache: Cache, guide: Guidance,
+            chunk: int = 256) -> tuple[Tensor, Tensor]:
     """Read the prompt into the cache, `chunk` columns at a time; -> states of its last column, (B, 1, D) twice"""
     positions = torch.arange(prompt.shape[2], device=prompt.device)[None] - padding[:, None]
     positions = positions.clamp(min=-1)                                       # padding has position -1 and is never seen
+    prompt, positions = guide.both(prompt, positions), guide.twice(positions)
     for at in range(0, prompt.shape[2], chunk):
         h = model.hidden(prompt[..., at : at + chunk], positions[:, at : at + chunk], cache=cache)
     return h[0][:, -1:], h[1][:, -1:]
@@ -130,18 +142,21 @@ def prefill(model: MultistreamLM, prompt: Tensor, padding: Tensor, cache: Cache,
 
 def next_column(model: MultistreamLM, h: tuple[Tensor, Tensor], state: DecodeState, config: SampleConfig, noise: Noise,
                 feed: Feed | None) -> Tensor:
-    """Sample the next column (B, K): the text row, what `feed` fills, then the audio rows."""
+    """Sample the next column (B, K): the text row, what `feed` fills or is given, then the audio rows."""
     table, B = model.table, len(state.count)
     h_text, h_audio = (x[:, -1] for x in h)                                   # (B, 1, D) -> (B, D)
     column = torch.full((B, len(table)), -1, device=h_text.device)
+    column[:, table.conditions] = state.undelay.recent[0][:, table.conditions]
     texts = len(table.text_out)
     if texts and (table.aligned or not bool(state.speaking.all())):
-        drawn = draw(model.text_head(h_text).float()[:, None], config, slice(0, 1), noise)[:, 0]
+        drawn = draw(state.guide.mix(model.text_head(h_text), text=True).float()[:, None], config, slice(0, 1), noise)[:, 0]
         drawn = torch.where(state.owed >= 0, state.owed, drawn)
         column[:, table.text_out[0]] = drawn if table.aligned else torch.where(state.speaking, -1, drawn)
     if feed is not None:
         column = feed(column)
-    if bool(state.speaking.any()):
+    if state.given is not None:
+        column = torch.where(state.given == FREE, column, state.given)
+    if table.audio_out and bool(state.speaking.any()):
         sample_audio(model, h_audio, column, state, config, noise, feed.may_end().to(column.device) if hasattr(feed, "may_end") else None)
     return column
 
@@ -156,24 +171,24 @@ def sample_audio(model: MultistreamLM, h: Tensor, column: Tensor, state: DecodeS
         history = history.masked_fill((history == state.edges[0, :, None]) | (history == state.edges[1, :, None]), -1)
 
     def choose(logits: Tensor, at: slice) -> Tensor:
-        logits = logits.float()
+        logits = state.guide.mix(logits).float()
         if end >= 0 and may_end is not None:
             logits[~may_end, :, end] = -torch.inf
         places = slice(first + at.start, first + at.stop)
         return draw(logits, config, places, noise, history[:, at])
 
-    held = forced(state)
+    held = forced(state, rows)
     if model.config.depth is None:
         drawn = choose(model.audio_logits(h, column[:, :0]).transpose(0, 1), slice(0, len(rows)))
         out.copy_(torch.where(held == FREE, drawn, held))
     else:
-        token, free = column[:, table.text[0]], held == FREE
+        token, free = column[:, table.text[: model.depth.texts]], held == FREE
         for k in range(len(rows)):
-            drawn = choose(model.depth.step(k, h, token, state.depth)[:, None], slice(k, k + 1))[:, 0]
+            drawn = choose(model.depth.step(k, h, state.guide.twice(token), state.depth)[:, None], slice(k, k + 1))[:, 0]
             out[:, k] = token = torch.where(free[:, k], drawn, held[:, k])
     if any(table.streams[k].end >= 0 for k in rows):
         settle(state, column, state.count, table, state.speaking)
-        held = forced(state)                                                  # a row below the one that ended ends with it
+        held = forced(state, rows)                                            # a row below the one that ended ends with it
         out.copy_(torch.where(held == FREE, out, held))
     if config.ras_window:
         newer = torch.cat([state.heard[..., 1:], column[:, rows, None]], -1)
@@ -252,15 +267,19 @@ def pad_left(grids: Sequence[Tensor]) -> Tensor:
 
 # ---- conversation ----
 
-def reply(model: MultistreamLM, user: Tensor, config: SampleConfig, exact_moshi: bool = False) -> Tensor:
+def reply(model: MultistreamLM, user: Tensor, config: SampleConfig, exact_moshi: bool = False,
+          conditions: Tensor | None = None, given: Tensor | None = None) -> Tensor:
     """Talk with a recorded user: hear codes (B, Q, T) frame by frame.   -> frames (B, K, T), both sides and the text
 
-    `exact_moshi`: as moshi's generator, which never hears the first frame and gives fewer.
+    `conditions` (C, 1) or (B, C, 1) are the ids of the condition rows. `exact_moshi`: as moshi's generator, which never
+    hears the first frame and gives fewer.
     """
-    prompt = lay_out(Example(torch.zeros(0, dtype=torch.long)), model.table)[0].expand(len(user), -1, -1)
+    prompt = lay_out(Example(torch.zeros(0, dtype=torch.long)), model.table)[0].repeat(len(user), 1, 1)
+    if conditions is not None:
+        prompt[:, model.table.conditions] = conditions
     columns = user.shape[-1] + (0 if exact_moshi else max(model.table.delays))
     feed = UserFeed(user, model.table, exact_moshi)
-    bar = tqdm(generate(model, prompt, replace(config, max_frames=columns), feed), total=columns, unit="frame", disable=None)
+    bar = tqdm(generate(model, prompt, replace(config, max_frames=columns), feed, given), total=columns, unit="frame", disable=None)
     return torch.stack([frame.cpu() for frame in bar], dim=-1)
 
 

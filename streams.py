@@ -26,19 +26,21 @@ class Stream:
     """One row of the grid. Ids 0..vocab-1 may stand in it; ids 0..classes-1 are predicted (0 = the row is only read)."""
 
     name: str            # what messages and metrics call it
-    kind: str            # "text" or "audio"
+    kind: str            # "text", "condition" (one id for the whole sequence) or "audio"
     vocab: int           # rows of its embedding
     classes: int = 0     # rows of its head
     delay: int = 0       # columns between a frame and the place of its token
     start: int = -1      # id that stands in the row before its first token
     end: int = -1        # id that closes the row (EOS)
+    rank: int = 0        # condition: width of its table
+    values: tuple[str, ...] = ()   # condition: names of its first ids; its last id says that nothing was chosen
 
 
 @dataclass(frozen=True)
 class StreamTable:
     """The rows of a family's grid and the text ids that steer it."""
 
-    streams: tuple[Stream, ...]  # text rows, then the agent's codebooks, then the user's
+    streams: tuple[Stream, ...]  # text rows, conditions, then the agent's codebooks, then the user's
     layout: str                  # a name in LAYOUTS, "" = none yet
     aligned: bool = False        # text and audio share columns; otherwise they take turns
     audio_start: int = -1        # sequential: the text id after which audio columns begin
@@ -50,7 +52,7 @@ class StreamTable:
     def __post_init__(self) -> None:
         assert self.layout in ("", *LAYOUTS), f"layout {self.layout!r} is none of {', '.join(LAYOUTS)}"
         kinds = [s.kind for s in self.streams]
-        assert kinds == sorted(kinds, reverse=True), f"text rows come first: {kinds}"
+        assert kinds == sorted(kinds, reverse=True), f"text rows come first, then conditions: {kinds}"
         assert len({s.classes for s in self.streams if s.kind == "audio" and s.classes}) <= 1, "one head shape for audio"
         assert sum(s.classes > 0 for s in self.streams if s.kind == "text") <= 1, "at most one text row is predicted"
 
@@ -65,6 +67,15 @@ class StreamTable:
     @cached_property
     def audio(self) -> list[int]:
         return [i for i, s in enumerate(self.streams) if s.kind == "audio"]
+
+    @cached_property
+    def conditions(self) -> list[int]:
+        return [i for i, s in enumerate(self.streams) if s.kind == "condition"]
+
+    @cached_property
+    def lead(self) -> int:
+        """Rows before the audio rows."""
+        return len(self) - len(self.audio)
 
     @cached_property
     def text_out(self) -> list[int]:
@@ -86,7 +97,7 @@ class StreamTable:
 
 def is_audio(tokens: Tensor, table: StreamTable) -> Tensor:
     """Tell audio columns, those in which any audio row is >= 0.   (..., K, S) -> (..., S) bool"""
-    return (tokens[..., len(table.text) :, :] >= 0).any(-2)                                   # text rows come first
+    return (tokens[..., table.lead :, :] >= 0).any(-2)
 
 
 # ---- delay: frames <-> columns ----
@@ -293,7 +304,8 @@ def duplex_grid(example: Example, table: StreamTable) -> Grid:
     start = table.column("start")
     if example.codes is None:
         return start, torch.zeros(start.shape)
-    frames = torch.cat([part for part in (example.text[None], example.codes, example.user) if part is not None])      # (K, T)
+    held = start[1 : table.lead].expand(-1, example.codes.shape[-1])             # conditions hold one id throughout
+    frames = torch.cat([part for part in (example.text[None], held, example.codes, example.user) if part is not None])      # (K, T)
     counts = ((frames >= 0) & (table.column("classes") > 0)).float()
     counts[0] *= 1.0 if example.weights is None else example.weights
     tokens, weights = delay(frames, table.delays, start), delay(counts, table.delays, 0.0)

@@ -12,7 +12,9 @@ then; `closing` says how. K codebooks, codebook i drew its end id in column c:
 A trained model draws those ids itself, and the three agree. Used by sample.py.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +36,10 @@ class DecodeState:
     edges: Tensor               # (3, Q) start id, end id and delay of the predicted audio rows
     heard: Tensor               # (B, Q, n) the newest audio columns, those of the prompt included, for repetition-aware sampling
     closing: str                # how audio ends: "frame", "boson" or "hf"
+    given: Tensor | None = None # (B, K) ids that the column being drawn must hold, FREE where it may hold any
     depth: Cache | None = None  # of the depth transformer, begun again in every column
+    guide: Any = None           # guidance.Guidance: what the model reads twice
+    given: Tensor | None = None # (B, K) what the next column must hold, FREE where the model draws
 
 
 NEVER, FREE = 1 << 40, -2
@@ -76,14 +81,18 @@ def settle(state: DecodeState, column: Tensor, place: Tensor, table: StreamTable
         state.closed = torch.where(ends.all(1), torch.minimum(state.closed, place - 1 - delay.max()), state.closed)
 
 
-def forced(state: DecodeState) -> Tensor:
-    """What audio rows must hold: start ids before a row begins, end ids once the audio is closed, else FREE.   -> (B, Q)"""
+def forced(state: DecodeState, rows: Sequence[int]) -> Tensor:
+    """What the predicted audio `rows` must hold: what is given, start ids before a row begins, end ids once the audio is closed.
+
+    FREE elsewhere.   -> (B, Q)
+    """
     start, end, delay = state.edges
     frame = state.count[:, None] - 1 - delay
     held = torch.where((frame < 0) & (start >= 0), start, FREE)
     closed = state.closed[:, None] + (state.closing == "boson")               # boson draws the end id of the other rows freely
     held = torch.where((frame >= closed) & (end >= 0), end, held)
-    return torch.where(state.speaking[:, None], held, -1)
+    held = torch.where(state.speaking[:, None], held, -1)
+    return held if state.given is None else torch.where(state.given[:, rows] == FREE, held, state.given[:, rows])
 
 
 def finish(state: DecodeState, column: Tensor, table: StreamTable) -> None:

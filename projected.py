@@ -1,0 +1,70 @@
+"""Embeddings that pass through a Linear, for Moshi's relatives.
+
+    narrow tables    y_n = P_n E_n[id]            TTS, Hibiki: the depth transformer's tables, `low_rank` wide
+    one table        y_n = P_n E[id]              TTS: two text rows, the word that is said and one that lies ahead (`demux`)
+    condition        y = P E[id], or a learnt u   Hibiki, TTS: one choice for the whole sequence, added to every column
+
+-1 adds exactly zero, as in `Embedding` of model.py, whose `Linear` these are given. A condition is a row of the grid
+that holds its id in every column; its last id says that nothing was chosen: guidance without the condition reads that.
+Sources: moshi 0.2.13 (ScaledEmbedding, LUTConditioner), arXiv:2502.03382 (Hibiki). Next: model.py.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Linear = Callable[..., nn.Module]
+
+
+class Projected(nn.Module):
+    """Tables of width `rank`, each row of the grid widened by a Linear of its own.   ids (B, n, S) -> (B, S, D)
+
+    `shared`: all rows read the table of the first.
+    """
+
+    def __init__(self, vocabularies: Sequence[int], rank: int, dim: int, linear: Linear, shared: bool = False) -> None:
+        super().__init__()
+        tables = vocabularies[:1] if shared else vocabularies
+        self.weight = nn.Parameter(torch.empty(sum(tables), rank))
+        self.offsets = [0 if shared else sum(vocabularies[:n]) for n in range(len(vocabularies))]
+        self.out = linear(rank, dim, sets=len(vocabularies))
+
+    def row(self, n: int, ids: Tensor) -> Tensor:
+        """Embed one row.   ids (...) -> (..., D)"""
+        narrow = F.embedding(ids.clamp(min=0) + self.offsets[n], self.weight).flatten(0, -2)[None]      # -> (1, N, R)
+        return self.out(narrow, slice(n, n + 1)).view(*ids.shape, -1) * (ids >= 0).unsqueeze(-1)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        total = self.row(0, ids[:, 0])
+        for n in range(1, len(self.offsets)):
+            total = total + self.row(n, ids[:, n])
+        return total
+
+
+class Condition(nn.Module):
+    """A choice among `vocab - 1` values; the last id is none of them.   ids (B, S) -> (B, S, D)"""
+
+    def __init__(self, vocab: int, rank: int, dim: int, linear: Linear) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab, rank))
+        self.out = linear(rank, dim)
+        self.none = nn.Parameter(torch.empty(1, dim))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        chosen = self.out(F.embedding(ids.clamp(min=0), self.weight))
+        return torch.where((ids == len(self.weight) - 1)[..., None], self.none, chosen) * (ids >= 0).unsqueeze(-1)
+
+
+def condition_id(stream: Any, value: str) -> int:
+    """The id of a value: its place among the row's `values`, or a hash where it names none. "" chooses nothing."""
+    if not value:
+        return stream.vocab - 1
+    if not stream.values:
+        return int(hashlib.sha256(value.encode()).hexdigest(), 16) % (stream.vocab - 1)
+    if value not in stream.values:
+        raise ValueError(f"condition {stream.name} is {value!r}; it is one of {', '.join(stream.values)}, or nothing")
+    return stream.values.index(value)

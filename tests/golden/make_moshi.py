@@ -1,0 +1,127 @@
+"""Write the golden files of Moshi's relatives: what Hibiki, the recogniser and the speaking model add to it.
+
+    python tests/golden/make_moshi.py hibiki stt tts moshi_guided     (environment A of make.py, which tells the rest)
+
+hibiki  a condition chosen from a table and added to every column; greedy frames with it and with guidance by it
+stt     every audio row is read, the text is predicted, small heads beside it
+tts     two text rows in one (id = left + (right + 1) * rows), tables of low rank, a weight schedule, two conditions
+moshi_guided  plain Moshi with guidance by a past without text, and by one whose first frames are hidden; holes in the user's rows
+"""
+
+import copy
+import sys
+
+import torch
+from make import MOSHI, draw, scramble, write
+from moshi.conditioners import ConditionAttributes
+from moshi.models import LMGen
+from moshi.models.lm import LMModel
+from moshi.models.loaders import get_condition_fuser, get_conditioner_provider
+from torch import Tensor
+
+HIBIKI = MOSHI | {"n_q": 6, "delays": [0, 0, 2, 2, 0, 2, 2], "max_period": 100000.0, "context": 9, "num_heads": 2,
+                  "conditioners": {"description": {"type": "lut", "lut": {
+                      "n_bins": 7, "dim": 5, "tokenizer": "noop", "possible_values": ["very_bad", "bad", "neutral", "good", "very_good"]}}},
+                  "fuser": {"sum": ["description"], "prepend": [], "cross": [], "cross_attention_pos_emb": False,
+                            "cross_attention_pos_emb_scale": 1}}
+STT = MOSHI | {"n_q": 5, "dep_q": 0, "delays": [0] * 6, "context": 7, "max_period": 100000.0, "extra_heads_num_heads": 4}
+TTS = MOSHI | {"n_q": 4, "dep_q": 4, "delays": [0, 0, 2, 2, 2], "depformer_low_rank_embeddings": 7, "demux_second_stream": True,
+               "depformer_weights_per_step_schedule": [0, 1, 2, 2], "depformer_dim_feedforward": [50, 50, 50], "text_card_out": 5,
+               "conditioners": {"control": {"type": "lut", "lut": {"n_bins": 1, "dim": 24, "tokenizer": "noop", "possible_values": ["ok"]}},
+                                "cfg": {"type": "lut", "lut": {"n_bins": 3, "dim": 6, "tokenizer": "noop"}}},
+               "fuser": {"sum": ["control", "cfg"], "prepend": [], "cross": []}}
+
+
+def build(config: dict, seed: int) -> LMModel:
+    """The package's model of a config.json, as its loader builds it."""
+    kwargs = copy.deepcopy(config)                 # its builders write into it
+    if "conditioners" in kwargs:
+        provider = get_conditioner_provider(kwargs["dim"], "cpu", kwargs)
+        kwargs.pop("conditioners")
+        kwargs |= {"condition_provider": provider, "fuser": get_condition_fuser(kwargs)}
+    if "demux_second_stream" in kwargs:
+        kwargs["demux_second_text_stream"] = kwargs.pop("demux_second_stream")
+    return scramble(LMModel(device="cpu", dtype=torch.float32, **kwargs), seed, gain=1.0)
+
+
+def conditions(model: LMModel, *chosen: dict[str, str | None]) -> dict:
+    return model.condition_provider.prepare_and_provide([ConditionAttributes(text=c) for c in chosen])
+
+
+@torch.no_grad()
+def frames(model: LMModel, user: Tensor, **options: object) -> Tensor:
+    """Greedy frames of the streaming generator.   user (B, Q, T)"""
+    generator, found = LMGen(model, use_sampling=False, **options), []
+    with generator.streaming(len(user)):
+        for t in range(user.shape[-1]):
+            frame = generator.step(user[:, :, t : t + 1])
+            found += [] if frame is None else [frame]
+    return torch.cat(found, -1)
+
+
+def codes(config: dict, T: int = 13) -> Tensor:
+    found = draw(config["card"], 2, config["n_q"] + 1, T, seed=7)
+    found[:, 0] = draw(config["text_card"], 2, T, seed=8)
+    found[0, 0, 4], found[1, 2, 5] = -1, -1
+    return found
+
+
+def logits(out: object) -> dict[str, Tensor]:
+    return {"mask": out.mask, "logits": out.logits.nan_to_num(0.0), "text_logits": out.text_logits[:, 0], "text_mask": out.text_mask[:, 0]}
+
+
+@torch.no_grad()
+def hibiki() -> None:
+    model, given = build(HIBIKI, 31), codes(HIBIKI)
+    good, bad, none = ({"description": value} for value in ("very_good", "bad", None))
+    out = model(given, conditions(model, good, none))
+    user = draw(HIBIKI["card"], 2, 3, 14, seed=9)
+    write("hibiki", model, HIBIKI | {"model_type": "hibiki"}, "torch moshi", codes=given, user=user, **logits(out),
+          frames=frames(model, user, condition_tensors=conditions(model, good, bad)),
+          guided=frames(model, user, condition_tensors=conditions(model, good, bad, none, none), cfg_coef=2.5))
+
+
+@torch.no_grad()
+def stt() -> None:
+    """The package's teacher-forced forward pass wants a depth transformer; its halves do not."""
+    model, given = build(STT, 33), codes(STT)
+    start = model._get_initial_token().expand(2, -1, -1)
+    h, text = model.forward_text(torch.cat([start, given[..., :-1]], -1))
+    extra = torch.stack([head(h).softmax(-1) for head in model.extra_heads], 1)
+    user = draw(STT["card"], 2, 5, 14, seed=9)
+    write("stt", model, STT | {"model_type": "stt"}, "torch moshi", codes=given, text_logits=text[:, 0], extra=extra, user=user,
+          frames=frames(model, user))
+
+
+@torch.no_grad()
+def tts() -> None:
+    model, given = build(TTS, 35), codes(TTS)
+    given[:, 0] = torch.where(given[:, 0] < 0, -1, given[:, 0] + (draw(6, 2, 13, seed=11) * 5) * 31)     # right: none or 4, 9, ...
+    said, other = {"control": "ok", "cfg": "2.0"}, {"control": None, "cfg": "1.0"}
+    out = model(given, conditions(model, said, other))
+    ahead = draw(30, 2, 12, seed=12)
+    count = iter(range(12))
+
+    def look(token: Tensor) -> None:
+        token += (ahead[:, next(count)] + 1) * 31
+
+    user = torch.empty(2, 0, 12, dtype=torch.long)
+    found = frames(model, user, condition_tensors=conditions(model, said, other), on_text_hook=look)
+    write("tts", model, TTS | {"model_type": "tts"}, "torch moshi", codes=given, ahead=ahead, frames=found, **logits(out))
+
+
+@torch.no_grad()
+def moshi_guided() -> None:
+    model = build(MOSHI, 37)
+    user = draw(MOSHI["card"], 2, 2, 14, seed=9)
+    user[0, 1, 3], user[1, :, 6:9] = -1, -1
+    write("moshi_guided", model, MOSHI | {"model_type": "moshi"}, "torch moshi", user=user, plain=frames(model, user),
+          no_text=frames(model, user, cfg_coef=3.0, cfg_is_no_text=True),
+          masked=frames(model, user, cfg_coef=2.0, cfg_is_masked_until=[3, 5]))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for case in sys.argv[1:] or sys.exit(__doc__):
+        torch.manual_seed(0)
+        globals()[case]()

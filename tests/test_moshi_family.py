@@ -1,0 +1,185 @@
+"""Hibiki, the recogniser and the speaking model: what golden/make_moshi.py had the moshi package compute, ours computes too."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from test_parity import Golden, check, same_tensors, with_adapter
+from torch import Tensor
+
+import official
+from architectures import HIBIKI_1B, HIBIKI_2B, STT_1B, STT_2_6B
+from checkpoint import export, load
+from guidance import chosen
+from lora import LoraConfig
+from model import MultistreamLM
+from sample import SampleConfig, generate, reply
+from streams import delay
+
+GREEDY = SampleConfig(temperature=0)
+CHOICES = {"hibiki": ("description=very_good", ""), "stt": ("", ""), "tts": ("control=ok,cfg=2.0", "cfg=1.0"), "moshi_guided": ("", "")}
+
+
+def load_case(name: str, folder: Path) -> tuple[Golden, MultistreamLM]:
+    case = Golden(name)
+    return case, load(case.write(folder))
+
+
+def conditions(model: MultistreamLM, name: str) -> Tensor:
+    return torch.stack([chosen(model.table, text) for text in CHOICES[name]])                     # (B, C, 1)
+
+
+def columns(case: Golden, model: MultistreamLM) -> Tensor:
+    """The package's codes (B, 1 + Q, T), its two texts in one, as our grid (B, K, T + 1)."""
+    codes, table, size = case["codes"], model.table, model.table.streams[0].vocab
+    texts = codes[:, :1]
+    if model.config.demux:
+        texts = torch.cat([torch.where(texts < 0, -1, texts % size), torch.where(texts < 0, -1, texts // size - 1)], 1)
+    held = conditions(model, case.name)
+    start = table.column("start").repeat(2, 1, 1)
+    start[:, table.conditions] = held
+    return delay(torch.cat([texts, held.expand(-1, -1, codes.shape[-1]), codes[:, 1:]], 1), table.delays, start)
+
+
+# ---- logits ----
+
+@pytest.mark.parametrize("name", ["hibiki", "tts"])
+@torch.inference_mode()
+def test_logits_equal_moshi(name, tmp_path):
+    case, model = load_case(name, tmp_path)
+    text, audio = model(columns(case, model))
+    check(name, text[case["text_mask"]], case["text_logits"][case["text_mask"]])
+    for k, row in enumerate(model.table.audio_out):
+        mask = case["mask"][:, k]
+        check(name, audio[:, k].roll(-model.table.delays[row], 1)[mask], case["logits"][:, k][mask])
+
+
+@torch.inference_mode()
+def test_the_recogniser_and_its_extra_heads_equal_moshi(tmp_path):
+    case, model = load_case("stt", tmp_path)
+    grid = columns(case, model)
+    check("stt", model(grid)[0], case["text_logits"])
+    check("stt, extra heads", model.extra_odds(model.hidden(grid[..., :-1])[0]), case["extra"])
+    assert model(grid)[1] is None and not model.extra_head.weight.requires_grad
+
+
+# ---- greedy frames ----
+
+def test_hibiki_frames_equal_lmgen_with_and_without_guidance(tmp_path):
+    case, model = load_case("hibiki", tmp_path)
+    given = torch.stack([chosen(model.table, f"description={value}") for value in ("very_good", "bad")])
+    rows = [0, *model.table.audio_out]
+    for wanted, cfg in (("frames", 1.0), ("guided", 2.5)):
+        frames = reply(model, case["user"], SampleConfig(temperature=0, cfg=cfg), exact_moshi=True, conditions=given)
+        assert torch.equal(frames[:, rows], case[wanted])
+        assert torch.equal(frames[:, 1], given[:, 0].expand(-1, frames.shape[-1]))
+    assert not torch.equal(case["frames"], case["guided"])
+    other = reply(model, case["user"], GREEDY, exact_moshi=True, conditions=given.flip(0))
+    assert not torch.equal(other[:, rows], case["frames"])
+
+
+def test_recognised_text_equals_lmgen(tmp_path):
+    case, model = load_case("stt", tmp_path)
+    assert torch.equal(reply(model, case["user"], GREEDY, exact_moshi=True)[:, :1], case["frames"])
+
+
+def test_spoken_frames_equal_lmgen_with_a_text_that_lies_ahead(tmp_path):
+    """The second text row is given column by column; the package packs it into the first."""
+    case, model = load_case("tts", tmp_path)
+    given = torch.full((2, len(model.table), 12), -2)
+    given[:, 1] = case["ahead"]
+    prompt = model.table.column("start").repeat(2, 1, 1)
+    prompt[:, model.table.conditions] = conditions(model, "tts")
+    frames = torch.stack(list(generate(model, prompt, SampleConfig(temperature=0, max_frames=12), given=given)), -1)
+    texts = case["frames"][:, 0]
+    assert torch.equal(frames[:, 0], texts % 31) and torch.equal(frames[:, 1], texts // 31 - 1)
+    assert torch.equal(frames[:, model.table.audio_out], case["frames"][:, 1:])
+
+
+def test_guidance_without_text_and_without_first_frames_equals_lmgen(tmp_path):
+    """The user's rows have holes: -1 is heard as nothing."""
+    case, model = load_case("moshi_guided", tmp_path)
+    rows, user = [0, *model.table.audio_out], case["user"]
+    assert torch.equal(reply(model, user, GREEDY, exact_moshi=True)[:, rows], case["plain"])
+    frames = reply(model, user, SampleConfig(temperature=0, cfg=3.0, cfg_no_text=True), exact_moshi=True)
+    assert torch.equal(frames[:, rows], case["no_text"]) and not torch.equal(case["no_text"], case["plain"])
+    for n, hidden in enumerate((3, 5)):
+        frames = reply(model, user[n : n + 1], SampleConfig(temperature=0, cfg=2.0, cfg_hide=hidden), exact_moshi=True)
+        assert torch.equal(frames[:, rows], case["masked"][n : n + 1])
+
+
+def test_guidance_wants_something_to_leave_out(tmp_path):
+    _, model = load_case("moshi_guided", tmp_path)
+    with pytest.raises(ValueError, match="has no condition, add --cfg_no_text"):
+        next(generate(model, model.table.column("start"), SampleConfig(cfg=2.0)))
+
+
+def test_given_tokens_are_kept_and_what_is_free_is_drawn(tmp_path):
+    """A whole reply given back gives itself; with a text row of its own the rest is what teacher forcing predicts."""
+    case, model = load_case("moshi_guided", tmp_path)
+    table, user = model.table, case["user"][..., 1:]
+    frames = reply(model, user, GREEDY)
+    given = delay(frames, table.delays, table.column("start"))[..., 1:]
+    assert torch.equal(reply(model, user, GREEDY, given=given), frames)
+    forced = torch.full_like(given, -2)
+    forced[:, 0], forced[:, 2, 3:6] = 7, -1                            # words of mine; a codebook that is not there for a while
+    said = reply(model, user, GREEDY, given=forced)
+    assert (said[:, 0] == 7).all() and (said[:, 2, 2:5] == -1).all() and not torch.equal(said[:, 1:4], frames[:, 1:4])
+    with torch.inference_mode():
+        audio = model(delay(said, table.delays, table.column("start")))[1]
+    for k, row in enumerate(table.audio_out):
+        lag = table.delays[row]
+        kept = said[:, row, : said.shape[-1] - lag]
+        assert torch.equal(audio[:, k].argmax(-1)[:, lag:][kept >= 0], kept[kept >= 0])
+
+
+# ---- sizes ----
+
+@pytest.mark.parametrize(("config", "count"), [(HIBIKI_2B, 3_729_761_280 + 32 * 16 + 16 * 2560 + 2560), (STT_1B, 989_253_632),
+                                               (STT_2_6B, 2_617_118_720), (HIBIKI_1B, 1_799_907_840)])
+def test_parameters_are_those_of_the_released_models(config, count):
+    """Hibiki 2B: what the package counts, and the condition's table, its Linear and the vector of no choice."""
+    with torch.device("meta"):
+        model = MultistreamLM(config)
+    assert model.count_parameters() == count
+    about = official.LAYOUTS["moshi"].write(config, "bfloat16")
+    assert not official.lost(config, official.LAYOUTS["moshi"].read(about, {}))
+
+
+# ---- files ----
+
+@pytest.mark.parametrize("name", ["hibiki", "stt", "tts"])
+def test_official_files_are_read_and_written_back(name, tmp_path):
+    case, model = load_case(name, tmp_path / "base")
+    folder = export(model, tmp_path / "back", to="moshi")
+    again = load(folder)
+    assert same_tensors(again, model) and not official.lost(model.config, again.config)
+    assert json.loads((folder / "config.json").read_text())["model_type"] == case.config["model_type"] == name
+    assert same_tensors(load(export(model, tmp_path / "ours")), model)
+
+
+@pytest.mark.parametrize("name", ["hibiki", "stt", "tts"])
+def test_their_adapters_read_back_exactly(name, tmp_path):
+    targets = {"hibiki": ("embed.condition_description.out", "depth.*"), "stt": ("extra_head", "text_head"), "tts": ("*.out", "depth.head")}
+    case, base = load_case(name, tmp_path / "base")
+    model = with_adapter(base, LoraConfig(rank=3, alpha=6.0, targets=targets[name]))
+    assert same_tensors(load(tmp_path / "base", adapter=export(model, tmp_path / "lora", to="moshi-lora")), model)
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"fuser": {"sum": [], "cross": ["description"]}}, r"cross = \['description'\]"), ({"fuser": {"sum": []}}, "of which .* are added"),
+    ({"conditioners": {"description": {"type": "tensor"}}}, "type = 'tensor'"), ({"cross_attention": True}, "cross_attention = True")])
+def test_what_cannot_be_computed_is_refused_by_name(change, words, tmp_path):
+    case = Golden("hibiki")
+    case.config |= change
+    with pytest.raises(ValueError, match=words):
+        load(case.write(tmp_path))
+
+
+def test_conditions_are_chosen_by_name(tmp_path):
+    table = load_case("hibiki", tmp_path)[1].table
+    assert chosen(table, "description=good").tolist() == [[3]] and chosen(table, "").tolist() == [[7]]
+    for text, words in (("description=fine", "is one of very_bad, bad, neutral"), ("voice=x", "there is no condition 'voice'")):
+        with pytest.raises(ValueError, match=words):
+            chosen(table, text)

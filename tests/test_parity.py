@@ -426,7 +426,7 @@ def test_missing_extra_and_misshapen_tensors_are_named_in_one_line(name, tmp_pat
     ("qwen2", "use_sliding_window", True), ("qwen3", "attention_bias", True), ("qwen2", "hidden_act", "relu"),
     ("higgs", "rope_parameters", {"rope_type": "yarn", "factor": 2.0}), ("boson_list", "use_rq_transformer", True),
     ("boson_list", "audio_embed_avg", True), ("moshi", "norm", "layer_norm"), ("moshi", "depformer_norm", "rms_norm"),
-    ("moshi", "norm_emb", True), ("moshi", "extra_heads_num_heads", 4), ("moss", "num_hidden_layers", 9)])
+    ("moshi", "norm_emb", True), ("moshi", "bias_proj", True), ("moss", "num_hidden_layers", 9)])
 def test_what_cannot_be_computed_is_refused_by_name(name, field, value, tmp_path):
     case = Golden(name)
     case.config[field] = value

@@ -35,6 +35,7 @@ class TrainConfig:
     batch_size: int = 1                    # packed rows of a micro-batch, on one rank
     accum: int = 1                         # micro-batches of a step, on one rank
     lr: float = 1e-3                       # peak learning rate
+    rates: tuple[tuple[str, float], ...] = ()   # (pattern, factor) on the rate of parts, the first match holds; 0 freezes
     schedule: str = "linear"               # constant, linear, cosine, wsd or onecycle
     warmup: int = 0                        # steps of linear warm-up (onecycle: of the rise)
     warmup_offset: int = 0                 # 0: the first update has rate 0 when there is a warm-up; 1 avoids it
@@ -74,6 +75,7 @@ class TrainConfig:
         assert all(getattr(self, name) >= 0 for name in counts), f"none of {', '.join(counts)} may be negative"
         assert all(0 <= beta < 1 for beta in self.betas) and 0 <= self.seed < 2**63, "betas are in [0, 1), seed is not negative"
         assert 0 <= self.ema < 1 and 0 <= self.decay <= 1, f"ema {self.ema} is outside [0, 1), or decay {self.decay} outside [0, 1]"
+        assert all(factor >= 0 for _, factor in self.rates), f"rates {self.rates} has a negative factor"
         unknown = set(self.trackers) - {"tensorboard", "wandb", "trackio"}
         assert not unknown, f"trackers {sorted(unknown)} are none of tensorboard, wandb, trackio"
 

@@ -10,7 +10,7 @@ and an `adapter` slot; one per depth step when the weight has a leading axis. Kn
 
 import fnmatch
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -85,6 +85,11 @@ def matches(path: str, pattern: str) -> bool:
     return fnmatch.fnmatchcase(f".{path}", f"*.{pattern}")
 
 
+def within(path: str, pattern: str) -> bool:
+    """`matches`, of a parameter or of a module that it belongs to."""
+    return matches(path, pattern) or matches(path, f"{pattern}.*")
+
+
 def linears(model: nn.Module) -> dict[str, nn.Module]:
     """Every module that can carry an adapter, by path."""
     return {path: m for path, m in model.named_modules() if hasattr(m, "adapter") and hasattr(m, "weight")}
@@ -123,12 +128,30 @@ def trained_parameters(model: nn.Module, config: LoraConfig) -> dict[str, nn.Par
     """The parameters that `train` names, by module or parameter path."""
     chosen: dict[str, nn.Parameter] = {}
     for pattern in config.train:
-        hits = {name: p for name, p in model.named_parameters() if "lora_" not in name
-                and (matches(name, pattern) or matches(name, f"{pattern}.*"))}
+        hits = {name: p for name, p in model.named_parameters() if "lora_" not in name and within(name, pattern)}
         if not hits:
             raise ValueError(f"train pattern {pattern!r} matches no parameter; there are {outline(dict(model.named_parameters()))}")
         chosen |= hits
     return chosen
+
+
+def rate_factors(model: nn.Module, rates: Sequence[tuple[str, float]]) -> dict[str, float]:
+    """Factor on the learning rate of each trainable parameter, the first (pattern, factor) that fits; 0 freezes it.
+
+    ValueError when a pattern fits nothing that is trainable, or nothing is left to train.
+    """
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    factors = dict.fromkeys(trained, 1.0)
+    for pattern, factor in reversed(rates):
+        hits = [name for name in trained if within(name, pattern)]
+        if not hits:
+            raise ValueError(f"rates pattern {pattern!r} matches nothing that is trained; there are {outline(trained)}")
+        factors |= dict.fromkeys(hits, factor)
+    if not any(factors.values()):
+        raise ValueError("rates are 0 throughout: nothing is left to train; give a part a factor above 0")
+    for name, p in trained.items():
+        p.requires_grad_(factors[name] > 0)
+    return factors
 
 
 def outline(names: dict[str, object]) -> str:

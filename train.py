@@ -81,6 +81,7 @@ if config.lora is not None:
     if config.init_adapter:
         folder = resolve(config.init_adapter)
         fill_adapter(raw, folder, read_json(folder / "config.json"))
+factors = lora.rate_factors(raw, config.rates)
 raw.train().to(device)
 for p in raw.parameters():                       # what is trained has fp32 masters, what is frozen has none
     p.data = p.data.float() if p.requires_grad else p.data.to(dtype)
@@ -93,9 +94,11 @@ trained = {n: p for n, p in raw.named_parameters() if p.requires_grad}
 ema = {n: p.detach().clone() for n, p in trained.items()} if config.ema else {}
 
 # ---- 5. optimizer ----
-matrices, vectors = ([p for p in trained.values() if (p.dim() >= 2) == wanted] for wanted in (True, False))
-optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-                              lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+groups: dict[tuple[float, bool], list[torch.nn.Parameter]] = {}      # by factor of the rate, and matrices apart from vectors
+for n, p in trained.items():
+    groups.setdefault((factors[n], p.dim() >= 2), []).append(p)
+optimizer = torch.optim.AdamW([{"params": ps, "factor": factor, "weight_decay": config.weight_decay * matrices}
+                               for (factor, matrices), ps in groups.items()], lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 scaler = torch.amp.GradScaler(kind, enabled=dtype == torch.float16)
 torch.manual_seed(config.seed + 1 + rank)        # dropout differs between ranks
 
@@ -228,7 +231,7 @@ while True:
     norm = float(parallel.whole(torch.nn.utils.clip_grad_norm_(trained.values(), config.clip or math.inf)))
     rate = learning_rate(run.step, config)
     for group in optimizer.param_groups:
-        group["lr"], group["betas"] = rate, (first_beta(run.step, config), config.betas[1])
+        group["lr"], group["betas"] = rate * group["factor"], (first_beta(run.step, config), config.betas[1])
     if math.isfinite(norm):
         scaler.step(optimizer)
         run.skips = 0

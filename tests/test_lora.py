@@ -122,6 +122,18 @@ def test_rank_and_alpha_patterns() -> None:
     assert by_path["temporal.layers.1.attn.q"].scale == pytest.approx(7 / 5)
 
 
+def test_rates_name_parts_beside_adapters_and_the_first_match_holds() -> None:
+    model = make(config=LoraConfig(rank=2, targets=("attn.*",), train=("embed.*",)))
+    factors = lora.rate_factors(model, (("layers.0.*", 0.0), ("adapter", 0.5), ("embed.text", 0.1)))
+    trained = {name: p.requires_grad for name, p in model.named_parameters() if name in factors}
+    assert {n: f for n, f in factors.items() if "lora" not in n} == {"embed.text.weight": 0.1, "embed.audio.weight": 1.0}
+    assert {f for n, f in factors.items() if "layers.0" in n} == {0.0} and {f for n, f in factors.items() if "layers.1" in n} == {0.5}
+    assert trained == {name: factor > 0 for name, factor in factors.items()}
+    for rates, words in ((("ffn.*", 0.5),), "matches nothing that is trained"), ((("*", 0.0),), "nothing is left to train"):
+        with pytest.raises(ValueError, match=words):
+            lora.rate_factors(model, rates)
+
+
 def test_qwen_attention_adapters_have_their_published_count() -> None:
     with torch.device("meta"):
         model = inject(MultistreamLM(QWEN2_5_1_5B), LoraConfig(rank=8, targets=("attn.*",)))

@@ -214,6 +214,20 @@ def test_fine_tuning_starts_where_the_other_run_ended(folder: Path, whole: Path)
     assert same(final(folder / "tuned"), final(whole, "ema.safetensors"), 1e-6)
 
 
+def test_parts_have_rates_of_their_own_and_0_freezes(folder: Path, whole: Path) -> None:
+    """The first update of AdamW moves every weight that has a gradient by the rate."""
+    rates = "(('attn.q',1),('temporal.*',0),('audio_head',0.5))"
+    said = train(folder, f"--out={folder}/rates", f"--init={whole}", f"--rates={rates}", "--steps=1", "--lr=1e-3", "--weight_decay=0",
+                 "--eps=1e-20", *NO_NOISE)
+    before, after = load(whole).state_dict(), final(folder / "rates")
+    moved = {n: float((after[n] - before[n]).abs().max()) for n in after}
+    for name, distance in moved.items():
+        wanted = {"audio_head.weight": 5e-4, "text_head.weight": 0.0}.get(name, 1e-3 if "temporal" not in name or ".q." in name else 0.0)
+        assert abs(distance - wanted) < 1e-6, name                      # the clips are single words: no text target
+    assert f"{sum(t.numel() for n, t in after.items() if 'temporal' not in n or '.q.' in n):,} trained" in said
+    assert "'depth' matches nothing" in train(folder, f"--out={folder}/x", "--rates=(('depth',0.5),)", expect=2)
+
+
 def test_a_pretrained_model_that_only_guesses_raises_the_alarm(folder: Path) -> None:
     train(folder, f"--out={folder}/fresh", "--steps=1", "--lr=1e-9")
     assert "a guess has" in train(folder, f"--out={folder}/alarm", f"--init={folder}/fresh", "--steps=1")

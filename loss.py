@@ -64,7 +64,7 @@ def chunk_sums(h: Tensor, inputs: Tensor, targets: Tensor, weights: Tensor, head
     t, w = targets.T, weights.T.float()
     wanted = (w != 0) & (t >= 0)
     safe = torch.where(wanted, t, 0)
-    nll, likeliest = row_nll(logits, safe) if logits.shape[1] else (logits.sum(-1), t)
+    nll, likeliest, _ = row_nll(logits, safe) if logits.shape[1] else (logits.sum(-1), t, None)
     w = torch.where(wanted, w, 0.0)
     hits = ((likeliest == t) & wanted).float()
     return torch.stack([(w * nll).sum(1), w.sum(1), hits.sum(1), wanted.float().sum(1)])

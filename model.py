@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from architectures import HIGGS_V2_3B, MOSHI_7B, MOSS_9B, QWEN2_5_1_5B, ModelConfig, StackConfig, codebooks  # noqa: F401
 from kernels.attention import Cache, attend, attention_mask
 from kernels.decode import column_step
-from kernels.rope import rope_tables, rotate
+from kernels.rope import rope, rope_tables
 from loss import Sums, cross_entropy_sums
 from projected import Condition, Projected
 from streams import StreamTable, is_audio
@@ -158,7 +158,7 @@ class Attention(nn.Module):
         if c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if context.rope is not None:
-            q, k = (rotate(t, context.rope, c.rope_interleaved) for t in (q, k))
+            q, k = (rope(t, context.rope, c.rope_interleaved) for t in (q, k))
         if context.cache is not None:
             k, v = context.cache.update(layer, k, v)
         y = attend(q, k, v, mask)

@@ -10,7 +10,6 @@ from conftest import call
 import bench
 import peers
 from checkpoint import load, save
-from kernels.cross_entropy import row_nll, row_nll_ref
 from kernels.decode import column_step
 from lora import LoraConfig, inject
 from model import ACTIVATIONS
@@ -64,31 +63,6 @@ def test_a_command_that_does_not_exist_says_what_does():
 def test_the_loss_needs_a_fraction_of_the_memory_of_full_logits(vocab, streams, limit):
     ours, naive = (bench.run_peak(which, vocab, streams) for which in ("ours", "naive"))
     assert naive > 300 and ours <= limit * naive, (ours, naive)
-
-
-def test_row_nll_equals_its_definition():
-    """Value, class and gradient, with equal largest logits, a zero gradient, and a layout that is not contiguous."""
-    g = torch.Generator().manual_seed(0)
-    logits = (4 * torch.randn(5, 3, 37, generator=g)).transpose(0, 1)
-    logits[0, 0, 3] = logits[0, 0, 9] = 50.0
-    targets, weights = torch.randint(0, 37, (3, 5), generator=g), torch.randn(3, 5, generator=g)
-    weights[1, 2] = 0.0
-    results = []
-    for op in (row_nll, row_nll_ref):
-        leaf = logits.clone().requires_grad_()
-        nll, top = op(leaf * 1.0, targets)
-        (nll * weights).sum().backward()
-        results.append((nll.detach(), top, leaf.grad))
-    for ours, wanted in zip(*results, strict=True):
-        torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=1e-5)
-    assert results[0][2][1, 2].abs().max() == 0
-
-
-def test_row_nll_refuses_a_second_backward():
-    nll = row_nll(torch.randn(2, 5, requires_grad=True) * 1.0, torch.tensor([1, 2]))[0].sum()
-    nll.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="inplace operation"):
-        nll.backward()
 
 
 def test_fused_weights_are_the_models_own(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tables import CONFIGS, STACK, grid
 
-from kernels.rope import rope_tables, rotate
+from kernels.rope import rope, rope_tables
 from model import HIGGS_V2_3B, MOSHI_7B, MOSS_9B, QWEN2_5_1_5B, ModelConfig, MultistreamLM, StackConfig
 
 NAMES = list(CONFIGS)
@@ -208,14 +208,14 @@ def test_tails_are_independent() -> None:
 def test_rope_conventions_differ_by_a_permutation_of_the_head() -> None:
     x, positions = torch.randn(2, 3, 5, 8), torch.arange(5)[None]
     tables = rope_tables(8, 1e4, (), positions)
-    halves = rotate(x[..., [0, 2, 4, 6, 1, 3, 5, 7]], tables, interleaved=False)
-    assert torch.allclose(rotate(x, tables, interleaved=True)[..., [0, 2, 4, 6, 1, 3, 5, 7]], halves, atol=1e-6)
+    halves = rope(x[..., [0, 2, 4, 6, 1, 3, 5, 7]], tables, interleaved=False)
+    assert torch.allclose(rope(x, tables, interleaved=True)[..., [0, 2, 4, 6, 1, 3, 5, 7]], halves, atol=1e-6)
 
 
 def test_rope_scores_depend_on_distance_only() -> None:
     q, k = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
     at = [rope_tables(8, 1e4, (), torch.tensor([[p]])) for p in (0, 3, 7, 10, 400, 403)]
-    score = [float((rotate(q, at[n + 1], False) * rotate(k, at[n], False)).sum()) for n in (0, 2, 4)]
+    score = [float((rope(q, at[n + 1], False) * rope(k, at[n], False)).sum()) for n in (0, 2, 4)]
     assert max(score) - min(score) < 1e-4
 
 

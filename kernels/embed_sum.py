@@ -1,0 +1,98 @@
+"""The sum of one embedding a row; an id below zero adds exactly zero.
+
+    x[m] = sum over rows k with ids[k, m] >= 0 of  W[offset_k + ids[k, m]]
+    dW[v] = sum over the places (k, m) that hold v, in the order of (m, k), of dx[m]
+
+The backward sorts the places by id and adds up each id's places in that order: no atomics, the same bits every time.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.choice import fused, jit, power, tl
+
+PLACES = 32      # places of one id that are added at a time
+
+
+def embed_sum_ref(ids: Tensor, weight: Tensor, offsets: Sequence[int]) -> Tensor:
+    """ids (B, K, S), weight (sum of vocabularies, D), offsets: where the K tables begin -> (B, S, D)
+
+    Added from left to right in the type of the weight, as the published models do.
+    """
+    if ids.shape[2] == 1 and len(offsets) > 1 and weight.dtype == torch.float32 and not torch.is_grad_enabled():
+        known = ids[..., 0] >= 0                                                           # one column: one operation
+        flat = torch.where(known, ids[..., 0] + torch.tensor(offsets, device=ids.device), 0)
+        return F.embedding_bag(flat, weight, mode="sum", per_sample_weights=known.float())[:, None]
+    total = embed_row(ids[:, 0], weight, offsets[0])
+    for k in range(1, len(offsets)):
+        total = total + embed_row(ids[:, k], weight, offsets[k])
+    return total
+
+
+def embed_row(ids: Tensor, weight: Tensor, offset: int) -> Tensor:
+    """One row.   ids (...) -> (..., D)"""
+    vectors = F.embedding(ids.clamp(min=0) + offset, weight)
+    return vectors * (ids >= 0).unsqueeze(-1).to(vectors.dtype)
+
+
+@jit
+def forward_kernel(ids, weight, x, K, D, BLOCK: tl.constexpr):
+    m = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = d < D
+    total = tl.zeros([BLOCK], tl.float32)
+    for k in range(0, K):
+        v = tl.load(ids + m * K + k)
+        total += tl.load(weight + v * D + d, mask=d < tl.where(v >= 0, D, 0), other=0.0).to(tl.float32)
+    tl.store(x + m * D + d, total.to(x.dtype.element_ty), mask=inside)
+
+
+@jit
+def backward_kernel(places, starts, dx, dw, K, D, PLACES: tl.constexpr, BLOCK: tl.constexpr):
+    v = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = d < D
+    end = tl.load(starts + v + 1)
+    begin = tl.load(starts + v)
+    n = tl.arange(0, PLACES)
+    total = tl.zeros([BLOCK], tl.float32)
+    for step in range(0, tl.cdiv(end - begin, PLACES)):
+        at = begin + step * PLACES + n
+        m = tl.load(places + at, mask=at < end, other=0) // K
+        part = tl.load(dx + m[:, None] * D + d[None, :], mask=(at < end)[:, None] & inside[None, :], other=0.0)
+        total += tl.sum(part.to(tl.float32), axis=0)
+    tl.store(dw + v * D + d, total.to(dw.dtype.element_ty), mask=inside)
+
+
+class EmbedSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, ids: Tensor, weight: Tensor, offsets: Sequence[int]) -> Tensor:
+        (B, K, S), D = ids.shape, weight.shape[1]
+        shift = torch.tensor(offsets, device=ids.device)
+        flat = ids.transpose(1, 2).reshape(-1, K)
+        flat = torch.where(flat >= 0, flat + shift, -1)                                   # (M, K)
+        x = torch.empty(B, S, D, dtype=weight.dtype, device=weight.device)
+        block = power(D, most=1024)
+        if B * S:
+            forward_kernel[(B * S, -(-D // block))](flat, weight.detach().contiguous(), x, K, D, block)
+        ctx.save_for_backward(flat)
+        ctx.like = weight.shape, weight.dtype
+        return x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dx: Tensor) -> tuple[None, Tensor | None, None]:
+        (flat,), ((V, D), dtype) = ctx.saved_tensors, ctx.like
+        ids, places = flat.flatten().sort(stable=True)
+        starts = torch.searchsorted(ids, torch.arange(V + 1, device=ids.device))           # ids of -1 lie before the first
+        dw, block = torch.empty(V, D, dtype=dtype, device=dx.device), power(D, most=128)
+        backward_kernel[(V, -(-D // block))](places, starts, dx.contiguous(), dw, flat.shape[1], D, PLACES, block)
+        return None, dw, None
+
+
+def embed_sum(ids: Tensor, weight: Tensor, offsets: Sequence[int]) -> Tensor:
+    """`embed_sum_ref`, added in fp32"""
+    return EmbedSum.apply(ids, weight, offsets) if fused(weight) else embed_sum_ref(ids, weight, offsets)

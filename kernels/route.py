@@ -1,0 +1,32 @@
+"""Rows in another order, and back: columns of text first, columns of audio behind them.
+
+    y[i] = x[order[i]]      dx[j] = dy[back[j]]      back is the inverse of order
+
+The order is made once a batch; two networks then read two slices, and no layer looks for its columns. A gather knows
+nothing of permutations and would add up its gradient with atomics: here that is a gather too.
+"""
+
+import torch
+from torch import Tensor
+
+
+class Route(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, order: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(order, back)
+        return x.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None]:
+        order, back = ctx.saved_tensors
+        return Route.apply(dy, back, order), None, None
+
+
+def route_ref(x: Tensor, order: Tensor, back: Tensor) -> Tensor:
+    """x (N, D), order and its inverse (N,) -> (N, D)"""
+    return x[order]
+
+
+def route(x: Tensor, order: Tensor, back: Tensor) -> Tensor:
+    """`route_ref`"""
+    return Route.apply(x, order, back)

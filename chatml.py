@@ -341,7 +341,7 @@ class Chat:
         out: list[Segment] = []
         given = iter(codes)
         for n, message in enumerate(messages):
-            role, closing = message["role"], message is messages[-1]
+            role, closing = message["role"], n + 1 == len(messages)
             weight = float(role == "assistant" and n >= start and not reply)
             thought = t.thought if closing and role == "assistant" and any(m["role"] == "user" for m in messages) else ""
             out += self.turn(message, (t.begin if n == 0 else "") + t.header.format(role=role) + thought, given, weight)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from safetensors import safe_open
 
 import architectures
 from architectures import ModelConfig, codebooks
@@ -120,6 +121,38 @@ def test_the_four_modes_of_moss(asked, reply):
     assert (tokens[0, -1] == IDS[SOSP]) == (reply == "speech") and (tokens[1] >= 0).sum() == (3 if asked == "speech" else 0)
     head, written = ids("<|im_start|>assistant\n"), tokens[0, tokens[1] < 0].tolist()
     assert written[-len(head) :] == head if reply == "text" else written[-1 - len(head) : -1] == head
+
+
+# ---- against transformers ----
+
+class Golden:
+    def __init__(self) -> None:
+        with safe_open(Path(__file__).parent / "golden" / "qwen_chat.safetensors", "pt") as file:
+            self.about = json.loads(file.metadata()["config"])
+            self.tensors = {key: file.get_tensor(key).tolist() for key in file.keys()}
+
+    def rows(self, name: str) -> list[list[int]]:
+        flat = iter(self.tensors[f"{name}/ids"])
+        return [[next(flat) for _ in range(n)] for n in self.tensors[f"{name}/lengths"]]
+
+
+def test_ids_of_200_strings_equal_transformers():
+    golden = Golden()
+    texts = golden.about["texts"]
+    assert len(set(texts)) == 200 and [ids(text) for text in texts] == golden.rows("raw")
+    assert sum(any(IDS[mark] in ids(text) for mark in ("<|im_end|>", "<think>", SOSP)) for text in texts) == 3     # real marks are one id
+
+
+@pytest.mark.parametrize(("name", "mode"), [
+    ("qwen2", "whole"), ("qwen2", "prompt"), ("qwen3", "whole"), ("qwen3", "prompt"), ("qwen3", "off")])
+def test_conversations_equal_apply_chat_template(name, mode):
+    """Of one to five turns, with and without a system turn, thinking on ("prompt") and off; more than 200 of them."""
+    golden = Golden()
+    chat = replace(CHATS[name], thinking=mode == "prompt")
+    made = [torch.cat([part for part, _ in chat.segments(talk, [], reply="" if mode == "whole" else "text")]).tolist()
+            for talk in golden.about["chats"]]
+    theirs = golden.rows(f"{name}/{mode}")
+    assert len(made) >= 200 and made == theirs
 
 
 # ---- bad input ----

@@ -21,85 +21,10 @@ import torch
 from torch import Tensor
 
 from audio.wav import load_wav, resample
+from metrics import wer
 from options import edge, replace_file, write_json
 
-ONES = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen
-sixteen seventeen eighteen nineteen""".split()
-TENS = "- - twenty thirty forty fifty sixty seventy eighty ninety".split()
-ORDINALS = {"one": "first", "two": "second", "three": "third", "five": "fifth", "eight": "eighth",
-            "nine": "ninth", "twelve": "twelfth"}
-SIGNS = {"%": "percent", "#": "pound", "&": "and", "$": "dollars", "@": "at", "*": "star", "+": "plus"}
 RATE = 16_000
-
-
-# ---- text ----
-
-def spell(number: int) -> str:
-    """Spell a whole number below 10^12 in words: 742 -> 'seven hundred forty two'."""
-    if number < 20:
-        return ONES[number]
-    if number < 100:
-        return (TENS[number // 10] + " " + (ONES[number % 10] if number % 10 else "")).strip()
-    for size, name in ((10**9, "billion"), (10**6, "million"), (1000, "thousand"), (100, "hundred")):
-        if number >= size:
-            rest = number % size
-            return f"{spell(number // size)} {name}" + (f" {spell(rest)}" if rest else "")
-    raise AssertionError(number)
-
-
-def spell_ordinal(number: int) -> str:
-    """21 -> 'twenty first'."""
-    *head, last = spell(number).split()
-    if last not in ORDINALS:
-        last = last[:-1] + "ieth" if last.endswith("y") else last + "th"
-    return " ".join([*head, ORDINALS.get(last, last)])
-
-
-def normalise(text: str, digit_by_digit: bool = False) -> str:
-    """Lower-case words only: signs and ordinals spelled out, numbers read whole or digit by digit."""
-    text = text.lower().replace("’", "'")
-    text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text)                             # 1,234 -> 1234
-    text = re.sub(r"(\d+)(?:st|nd|rd|th)\b", lambda m: f" {spell_ordinal(int(m[1][-12:]))} ", text)
-    for sign, word in SIGNS.items():
-        text = text.replace(sign, f" {word} ")
-    text = re.sub(r"\d+", lambda m: f" {_read(m[0], digit_by_digit)} ", text)
-    text = re.sub(r"(?<=\w)'(?=\w)", "", text)                                  # i'm -> im, on both sides
-    text = re.sub(r"\b(re|de|un|non)-(?=[a-z])", r"\1", text)                   # re-enter -> reenter
-    return " ".join(re.findall(r"[^\W_]+", text))
-
-
-def _read(digits: str, digit_by_digit: bool) -> str:
-    by_digit = digit_by_digit or len(digits) > 12 or (len(digits) > 1 and digits[0] == "0")
-    return " ".join(ONES[int(d)] for d in digits) if by_digit else spell(int(digits))
-
-
-def edit_distance(a, b) -> int:
-    """Fewest insertions, deletions and substitutions that turn sequence a into sequence b."""
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        previous, row[0] = row[0], i
-        for j, y in enumerate(b, 1):
-            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (x != y))
-    return row[-1]
-
-
-def wer(reference: str, hypothesis: str) -> float:
-    """Word error rate in [0, 1], the better of the two readings of numbers on either side."""
-    return _error_rate(reference, hypothesis, str.split)
-
-
-def cer(reference: str, hypothesis: str) -> float:
-    """Character error rate in [0, 1]; spaces do not count."""
-    return _error_rate(reference, hypothesis, lambda text: text.replace(" ", ""))
-
-
-def _error_rate(reference: str, hypothesis: str, units) -> float:
-    rates = []
-    for ref in {normalise(reference, by_digit) for by_digit in (False, True)}:
-        for hyp in {normalise(hypothesis, by_digit) for by_digit in (False, True)}:
-            wanted, heard = units(ref), units(hyp)
-            rates.append(min(edit_distance(wanted, heard), len(wanted)) / max(len(wanted), 1))
-    return min(rates)
 
 
 # ---- recogniser ----

@@ -88,6 +88,7 @@ If the user's message includes a [SPEAKER*] tag, do not read out the tag and gen
 using the specified voice.
 If no speaker tag is present, select a suitable voice on your own."""
 SEED_REQUEST = re.compile(r"\s*please generate speech for given text[^:]*:\s*", re.I)
+TAG = "<audio>"                     # ms-swift's placeholder
 ROLES = ("system", "user", "assistant")
 
 
@@ -170,6 +171,24 @@ def official(messages: list[Message], assistant_text: str = "drop") -> list[Mess
     said = list(parts(answer["content"])) if assistant_text == "keep" else clips(answer["content"])
     turns = [("user", found[0]), ("assistant", found[1]), ("user", SEED_REQUEST.sub("", found[2], count=1)), ("assistant", said)]
     return [*before, *({"role": role, "content": content} for role, content in turns)]
+
+
+def untagged(sample: Message) -> Message:
+    """An ms-swift sample, <audio> in its texts and the files apart in "audios", as a ChatML sample."""
+    messages, files = sample.get("messages"), sample["audios"] if isinstance(sample["audios"], list) else [sample["audios"]]
+    messages = messages if isinstance(messages, list) else []
+    texts = [m["content"] if isinstance(m, dict) and isinstance(m.get("content"), str) else "" for m in messages]
+    marks = sum(text.count(TAG) for text in texts)
+    if marks != len(files) or not all(isinstance(file, str) for file in files):
+        raise ValueError(f'wrong placeholder count; {marks} times {TAG} in the messages, {len(files)} names in "audios": name each once')
+    given, out = iter(files), []
+    for message, text in zip(messages, texts, strict=True):
+        if TAG in text:
+            first, *others = text.split(TAG)
+            content = [first, *(part for other in others for part in ({"type": "audio", "audio_url": next(given)}, other))]
+            message = message | {"content": [part for part in content if part != ""]}
+        out.append(message)
+    return {k: v for k, v in sample.items() if k != "audios"} | {"messages": out}
 
 
 def sample_row(sample: Message, assistant_text: str = "drop") -> Message:

@@ -19,7 +19,9 @@ pairs needs no list.
 
 Other layouts are recognised and converted: wav + txt folders, metadata.csv / LJSpeech, Moshi stereo, conversations (Higgs ChatML: a
 json list or jsonl of {"messages": [...]}, optional "speaker", "split", "group" and "start_index"; text alone, or recordings as
-{"type": "audio", "audio_url" or base64 "raw_audio", "text": what it says}).
+{"type": "audio", "audio_url" or base64 "raw_audio", "text": what it says}; ms-swift: <audio> in the text, the files in "audios"),
+train-higgs-audio's metadata.json ({"samples": [{"audio_file", "transcript_file", "ref_audio_file", "ref_transcript", ...}]}), MOSS-TTSD
+({"file_path", "full_transcript"}, or "reference_audio" and "reference_text" beside "audio" and "text").
 A bad row is named with its reason and its fix and left out. Used by cache.py; needs only audio/, chatml.py and duplex.py.
 """
 
@@ -31,6 +33,7 @@ import io
 import json
 import os
 import random
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -45,7 +48,7 @@ from torch import Tensor
 
 import duplex
 from audio.wav import load_wav
-from chatml import checked, clips, sample_row
+from chatml import checked, clips, sample_row, untagged
 from options import replace_file
 
 SOUNDS = (".wav", ".flac", ".ogg", ".opus", ".mp3")
@@ -128,7 +131,7 @@ def read_manifest(path: str | Path, allow_outside: bool = False, nested: bool = 
 def detect(path: Path) -> tuple[str, Path]:
     """Name the layout of a file or folder, and the file that lists its rows."""
     if path.is_dir():
-        named = [path / n for n in ("manifest.jsonl", "metadata.csv", "metadata.jsonl", "metadata.tsv")]
+        named = [path / n for n in ("manifest.jsonl", "metadata.csv", "metadata.jsonl", "metadata.tsv", "metadata.json")]
         lists = [p for p in named if p.is_file()] or sorted(path.glob("*.jsonl"))
         if not lists:
             paired = any(p.with_suffix(".json").is_file() for p in path.rglob("*") if p.suffix.lower() in SOUNDS)
@@ -140,6 +143,7 @@ def detect(path: Path) -> tuple[str, Path]:
         return "metadata", path
     keys = next((row.keys() for _, row in json_rows(Manifest(path))), {}.keys())
     for kind, marks in (("manifest", ("audio", "parts", "compose", "manifest")), ("conversations", ("messages",)),
+                        ("train-higgs-audio", ("samples", "audio_file")), ("MOSS-TTSD", ("full_transcript",)),
                         ("Moshi stereo", ("path",)), ("metadata", ("file_name",)), ("manifest", ("text",))):
         if keys & set(marks):
             return kind, path
@@ -232,7 +236,7 @@ def pairs(m: Manifest) -> Iterator[tuple[str, Row]]:
 
 def chatml(m: Manifest, sample: Row) -> Row:
     """Conversations: the last assistant turn is the row, an earlier turn with audio its reference (chatml.py)."""
-    return readable(sample_row, sample, m.assistant_text)
+    return readable(sample_row, readable(untagged, sample) if "audios" in sample else sample, m.assistant_text)
 
 
 def readable(read: Callable[..., Any], *given: Any) -> Any:
@@ -266,12 +270,59 @@ def stereo_pairs(m: Manifest) -> Iterator[tuple[str, Row]]:
         yield (name := path.relative_to(m.path).as_posix()), {"path": name}
 
 
+def samples(m: Manifest) -> Iterator[tuple[str, Row]]:
+    """Read the list in train-higgs-audio's metadata.json, or lines of such samples."""
+    for where, row in json_rows(m):
+        items = row.get("samples", [row])
+        for i, item in enumerate(items if isinstance(items, list) else [items]):
+            name = f"sample {i}" if "samples" in row else where
+            if isinstance(item, dict):
+                yield name, item
+            else:
+                m.reject(name, "malformed json", "each sample must be an object {...}")
+
+
+def clone_sample(m: Manifest, item: Row) -> Row:
+    """train-higgs-audio: the words of a recording and of its reference stand in files, or beside them in the sample."""
+    row = {"audio": str(item.get("audio_file") or ""), "text": transcript_of(m, item, "transcript"),
+           "speaker": str(item.get("speaker_id") or item.get("speaker_name") or "")}
+    name = str(item.get("id") or item.get("audio_id") or "")
+    row |= {key: item[key] for key in ("language", "scene", "split", "offset") if item.get(key)} | ({"id": name} if name else {})
+    if item.get("ref_audio_file"):
+        row["reference"] = {"audio": str(item["ref_audio_file"]), "text": transcript_of(m, item, "ref_transcript")}
+    return row
+
+
+def transcript_of(m: Manifest, item: Row, key: str) -> str:
+    """What is said, from item[key] or from the file that item[key + "_file"] names; "" when there is neither."""
+    if isinstance(item.get(key), str) or not item.get(f"{key}_file"):
+        return str(item.get(key) or "")
+    path = inside(m, str(item[f"{key}_file"]))
+    if not path.is_file():
+        raise Unusable("no transcript", f"{path} does not exist: write into it what is said")
+    return "\n".join(line for _, line in text_lines(m, path))
+
+
+def ttsd(m: Manifest, item: Row) -> Row:
+    """MOSS-TTSD: speakers are numbered from 1 and marked [S1], ours from 0 and [SPEAKER0]."""
+    text = re.sub(r"\[S(\d+)\]", lambda mark: f"[SPEAKER{int(mark[1]) - 1}] ", str(item.get("full_transcript") or ""))
+    return {k: v for k, v in item.items() if k not in ("file_path", "full_transcript")} | {"audio": item.get("file_path"), "text": text}
+
+
+def own_row(m: Manifest, row: Row) -> Row:
+    """A row of ours, or one that names its reference as MOSS-TTSD does."""
+    if "reference_audio" in row and "reference" not in row:
+        row["reference"] = {"audio": row.pop("reference_audio"), "text": row.pop("reference_text", "")}
+    return row
+
+
 def as_it_is(m: Manifest, row: Row) -> Row:
     return row
 
 
-LAYOUTS = {"manifest": (json_rows, as_it_is), "metadata": (metadata, as_it_is), "wav + txt": (pairs, as_it_is),
+LAYOUTS = {"manifest": (json_rows, own_row), "metadata": (metadata, as_it_is), "wav + txt": (pairs, as_it_is),
            "conversations": (json_rows, chatml), "Moshi stereo": (json_rows, moshi),
+           "train-higgs-audio": (samples, clone_sample), "MOSS-TTSD": (json_rows, ttsd),
            "wav + json": (stereo_pairs, moshi)}                                           # how rows are read, and made ours
 
 

@@ -251,3 +251,47 @@ def test_check_keeps_compose_lines_and_fails_when_nothing_is_left(tmp_path, caps
     assert [row.get("compose") for row in kept] == [None, rule["compose"]]
     with pytest.raises(ValueError, match="no usable row"):
         check(str(write_lines(tmp_path / "none.jsonl", [{"audio": "b.wav", "text": "x"}])))
+
+
+# ---- layouts of other trainers ----
+
+def test_ms_swift_rows_become_conversations(tmp_path):
+    for name in ("ref", "out"):
+        write(tmp_path / f"{name}.wav")
+    rows = [{"messages": [{"role": "user", "content": "the voice"}, {"role": "assistant", "content": "<audio>"},
+                          {"role": "user", "content": "say it"}, {"role": "assistant", "content": "well: <audio>"}],
+             "audios": ["ref.wav", "out.wav"], "speaker": "amal"},
+            *({"messages": [{"role": "user", "content": "say it"}, {"role": "assistant", "content": "<audio>"}], "audios": files}
+              for files in (["ref.wav", "out.wav"], []))]
+    m = read_manifest(write_lines(tmp_path / "swift.jsonl", rows))
+    assert (m.kind, [b.where for b in m.bad], set(reasons(m))) == ("conversations", ["line 2", "line 3"], {"wrong placeholder count"})
+    [row] = m.rows
+    assert (row["audio"], row["reference"]["audio"], row["reference"]["text"]) == ("out.wav", "ref.wav", "the voice")
+    assert row["speaker"] == "amal" and row["clips"] == ["#reference", ""]
+    assert row["messages"][3]["content"] == ["well: ", {"type": "audio", "audio_url": "out.wav"}]
+
+
+def test_metadata_json_of_train_higgs_audio(tmp_path):
+    for name in ("a", "ref"):
+        write(tmp_path / f"{name}.wav")
+    (tmp_path / "a.txt").write_text("مرحبا\n", encoding="utf-8")
+    samples = [{"audio_file": "a.wav", "transcript_file": "a.txt", "audio_id": "first", "speaker_id": "amal", "scene": "A quiet room.",
+                "ref_audio_file": "ref.wav", "ref_transcript": "the voice"},
+               {"audio_file": "a.wav", "transcript_file": "gone.txt"}, {"audio_file": "a.wav"}, "nonsense"]
+    (tmp_path / "metadata.json").write_text(json.dumps({"dataset_info": {"total_samples": 4}, "samples": samples}))
+    m = read_manifest(tmp_path)
+    assert m.kind == "train-higgs-audio" and reasons(m) == ["no transcript", "empty text", "malformed json"]
+    [row] = m.rows
+    assert (row["id"], row["text"], row["speaker"], row["scene"]) == ("first", "مرحبا", "amal", "A quiet room.")
+    assert row["reference"]["text"] == "the voice" and row["reference"]["file"] == str(tmp_path / "ref.wav")
+    only = read_manifest(write_lines(tmp_path / "lines.jsonl", samples[:1]))
+    assert (only.kind, only.rows[0]["text"]) == ("train-higgs-audio", "مرحبا")
+
+
+def test_moss_ttsd_rows(tmp_path):
+    write(tmp_path / "a.wav")
+    talk = read_manifest(write_lines(tmp_path / "talk.jsonl", [{"file_path": "a.wav", "full_transcript": "[S1]hello [S2]yes"}]))
+    assert talk.kind == "MOSS-TTSD" and talk.rows[0]["text"] == "[SPEAKER0] hello [SPEAKER1] yes"
+    clone = {"reference_audio": "a.wav", "reference_text": "the voice", "audio": "a.wav", "text": "said"}
+    clone = read_manifest(write_lines(tmp_path / "clone.jsonl", [clone]))
+    assert clone.rows[0]["reference"]["text"] == "the voice" and clone.rows[0]["text"] == "said"

@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from architectures import HIGGS_V2_3B, MOSHI_7B, MOSS_9B, QWEN2_5_1_5B, ModelConfig, StackConfig, codebooks  # noqa: F401
 from kernels.attention import Cache, attend, attention_mask
-from kernels.decode import column_step
+from kernels.decode import ColumnStep, Turns, column_step
 from kernels.rope import rope, rope_tables
 from loss import Sums, cross_entropy_sums
 from projected import Condition, Projected
@@ -83,6 +83,8 @@ class Context:
     """Everything the blocks of a stack share in one pass: computed once, read by every layer."""
 
     rope: tuple[Tensor, Tensor] | None = None    # (B, 1, S, head/2) twice
+    turn: Tensor | None = None                   # the same for one column that goes the fast way
+    fast: bool = False                           # a single column goes through kernels/decode.py
     mask: Tensor | None = None                   # (B, 1, S, S_keys) bool, None = plain causal
     hidden: Tensor | None = None                 # mask of fast-forward layers: audio keys hidden too
     audio: Tensor | None = None                  # (B, S) bool
@@ -90,24 +92,22 @@ class Context:
     cache: Cache | None = None
     step: slice | None = None                    # depth transformer: which codebook steps x holds
 
-    def side(self) -> bool | None:
-        """Which of the dual networks all columns take: False = text, True = audio, None = both are needed."""
-        empty = [self.rows is None or not len(rows) for rows in self.rows or (0, 0)]
-        return None if not any(empty) else empty[0] and self.rows is not None
-
 
 def temporal_context(c: ModelConfig, audio: Tensor, positions: Tensor | None, segments: Tensor | None, cache: Cache | None) -> Context:
     """Build the shared facts of a temporal pass.   audio (B, S) bool"""
     B, S = audio.shape
     stack, plain = c.temporal, positions is None and segments is None and cache is None
+    fast = S == 1 and cache is not None and cache.fast is not None and not torch.is_grad_enabled()
+    fast = fast and not (c.dual_ffn and cache.side is None)                       # a mixed column needs both networks
     if positions is None:
         positions = torch.arange(S, device=audio.device).expand(B, S)
-    context = Context(audio=audio, cache=cache)
-    if stack.rope_theta:
+    context = Context(audio=audio, cache=cache, fast=fast)
+    if stack.rope_theta and not fast:
         context.rope = rope_tables(stack.head, stack.rope_theta, stack.rope_scaling, positions.clamp(min=0))
     key_audio = audio
     if cache is not None:
         cache.reserve(positions, audio)
+        context.turn = cache.turns(positions[:, 0].clamp(min=0), cache.count) if fast and stack.rope_theta else None
         key_audio = cache.audio[:, : cache.live]
         in_order = cache.plain and S in (1, cache.live) and cache.count <= (stack.window or cache.capacity)
         if not in_order or c.fast_forward:
@@ -121,7 +121,7 @@ def temporal_context(c: ModelConfig, audio: Tensor, positions: Tensor | None, se
         context.mask = context.mask | own.unsqueeze(-3)              # padding sees itself: no row of a softmax is empty
     if c.fast_forward:
         context.hidden = context.mask & ~key_audio[:, None, None, :] | own.unsqueeze(-3)
-    if c.dual_ffn:
+    if c.dual_ffn and not fast:
         flat = audio.flatten()
         context.rows = ((~flat).nonzero().squeeze(1), flat.nonzero().squeeze(1))
     return context
@@ -241,11 +241,9 @@ class Temporal(nn.Module):
             self.norm = RMSNorm(s.dim, s.norm_eps)
 
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        fast, side = context.cache and context.cache.fast, context.side()
-        if fast and x.shape[1] == 1 and side is not None and not torch.is_grad_enabled():
-            h = fast(x[:, 0], context.cache, context.rope, context.mask, side)[:, None]
-        else:
-            h = self.run(self.layers, x, context, 0)
+        if context.fast:
+            return self.column(x[:, 0], context)
+        h = self.run(self.layers, x, context, 0)
         if not self.c.tail:
             h = self.norm(h)
             return h, h
@@ -253,6 +251,21 @@ class Temporal(nn.Module):
         text = self.run(self.text_tail, h, context, n)
         audio = self.run(self.audio_tail, h, context, n + self.c.tail)
         return self.text_norm(text), self.audio_norm(audio)
+
+    def column(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        """The fast way of one column.   x (B, D) -> as `forward`"""
+        cache, (trunk, *tails) = context.cache, context.cache.fast
+        h = trunk(x, trunk.places(cache.slots.start, cache.live), context.turn, context.mask, bool(cache.side))
+        text, audio = (t(h, t.places(cache.slots.start, cache.live), context.turn, context.mask) for t in tails) if tails else (h, h)
+        return text[:, None], audio[:, None]
+
+    def columns(self, cache: Cache) -> list[ColumnStep] | None:
+        """What `column` runs: the shared layers, then the tails; None when columns must go block by block."""
+        c, n = self.c, len(self.layers)
+        parts = [(self.layers, 0, None if c.tail else self.norm)]
+        parts += [(self.text_tail, n, self.text_norm), (self.audio_tail, n + c.tail, self.audio_norm)] if c.tail else []
+        steps = [column_step(blocks, c.temporal, ACTIVATIONS[c.temporal.activation], cache, *rest) for blocks, *rest in parts]
+        return None if None in steps else steps
 
     def run(self, blocks: nn.ModuleList, x: Tensor, context: Context, first: int) -> Tensor:
         recompute = self.c.checkpoint and torch.is_grad_enabled() and context.cache is None
@@ -270,7 +283,13 @@ class Embedding(nn.Module):
     def __init__(self, vocabularies: list[int], dim: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(sum(vocabularies), dim))
-        self.offsets = [sum(vocabularies[:n]) for n in range(len(vocabularies))]
+        self.offsets, self.kept = [sum(vocabularies[:n]) for n in range(len(vocabularies))], None
+
+    def starts(self, device: torch.device) -> Tensor:
+        """The offsets on a device."""
+        if self.kept is None or self.kept.device != device:
+            self.kept = torch.tensor(self.offsets, device=device)
+        return self.kept
 
     def row(self, n: int, ids: Tensor) -> Tensor:
         """Embed one row.   ids (...) -> (..., D)"""
@@ -279,9 +298,8 @@ class Embedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         if ids.shape[2] == 1 and len(self.offsets) > 1 and self.weight.dtype == torch.float32 and not torch.is_grad_enabled():
-            flat = ids[..., 0] + torch.tensor(self.offsets, device=ids.device)               # one column: one operation
-            known = ids[..., 0] >= 0
-            return F.embedding_bag(torch.where(known, flat, 0), self.weight, mode="sum", per_sample_weights=known.float())[:, None]
+            vectors = F.embedding((ids[..., 0] + self.starts(ids.device)).clamp_(min=0), self.weight)
+            return torch.bmm((ids >= 0).mT.to(vectors.dtype), vectors)         # one column: (B, 1, n) (B, n, D)
         total = self.row(0, ids[:, 0])
         for n in range(1, len(self.offsets)):      # left to right, as the references add in low precision
             total = total + self.row(n, ids[:, n])
@@ -321,12 +339,21 @@ class Depth(nn.Module):
     def step(self, k: int, h: Tensor, token: Tensor, cache: Cache) -> Tensor:
         """One step of sampling: logits of codebook k.   h (B, D), token as in `embed` -> (B, V)"""
         step, cache.slots, cache.live = slice(k, k + 1), slice(k, k + 1), k + 1      # step 0 overwrites the column before
-        if k == 0:                                                           # what h gives to every step, at once
-            cache.inputs = self.input(h.expand(self.c.steps, *h.shape), slice(0, self.c.steps))
-        x = cache.inputs[step] + self.embed(k, token)[None]
-        if cache.fast and not torch.is_grad_enabled():
-            return self.head(cache.fast(x[0], cache, None, None, step=k)[None], step)[0]
-        return self.head(self.run(x, Context(step=step, cache=cache)), step)[0]
+        if k == 0:
+            cache.inputs = self.inputs(h)
+        x = cache.inputs[k] + self.embed(k, token)
+        if cache.fast is None or torch.is_grad_enabled():
+            return self.head(self.run(x[None], Context(step=step, cache=cache)), step)[0]
+        x = cache.fast(x, cache.places[k], None, None, step=k)
+        return self.head(x[None], step)[0] if self.head.adapter else F.linear(x, self.head.weight[k])
+
+    def inputs(self, h: Tensor) -> Tensor:
+        """What the temporal state gives to every step, as one product.   h (B, D) -> (steps, B, d)"""
+        every = slice(0, self.c.steps)
+        if self.input.adapter is not None:
+            return self.input(h.expand(self.c.steps, *h.shape), every)
+        sets = F.linear(h, self.input.weight.flatten(0, 1)).unflatten(-1, (-1, self.c.dim))
+        return self.input.pick(sets.transpose(0, 1), every)
 
     def run(self, x: Tensor, context: Context) -> Tensor:
         for layer, block in enumerate(self.layers):
@@ -336,7 +363,8 @@ class Depth(nn.Module):
     def cache(self, batch: int) -> Cache:
         weight = self.head.weight
         cache = Cache(self.c.layers, batch, self.c.kv, self.c.steps, self.c.head, weight)
-        cache.fast = None if self.c.rope_theta else column_step(self.layers, self.c, ACTIVATIONS[self.c.activation])
+        cache.fast = None if self.c.rope_theta else column_step(self.layers, self.c, ACTIVATIONS[self.c.activation], cache)
+        cache.places = cache.fast and [cache.fast.places(k, k + 1) for k in range(self.c.steps)]
         return cache
 
 
@@ -475,7 +503,7 @@ class MultistreamLM(nn.Module):
         c, weight = self.config, self.temporal.layers[0].attn.o.weight
         capacity = min(columns, c.temporal.window + chunk) if c.temporal.window else columns
         cache = Cache(c.temporal.layers + 2 * c.tail, batch, c.temporal.kv, capacity, c.temporal.head, weight)
-        cache.fast = column_step(self.temporal.layers, c.temporal, ACTIVATIONS[c.temporal.activation])
+        cache.fast, cache.turns = self.temporal.columns(cache), Turns(c.temporal, weight)
         return cache
 
     def count_parameters(self) -> int:

@@ -112,6 +112,8 @@ def generate(model: MultistreamLM, prompt: Tensor, config: SampleConfig | None =
         h = prefill(model, prompt, padding, cache, guide)
         for n in range(config.max_frames):
             state.given = given[..., n].to(prompt) if given is not None and n < given.shape[-1] else None
+            mixed = state.given is not None or bool(state.speaking.any()) != bool(state.speaking.all())
+            cache.side = None if mixed else bool(state.speaking[0])
             column = next_column(model, h, state, config, Noise(config.seed, B, n, prompt.device), feed)
             frame = state.undelay.push(column)
             number = state.count - 1 - state.undelay.lag                      # of the newest frame that is complete

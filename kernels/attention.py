@@ -42,7 +42,10 @@ class Cache:
         self.audio = torch.zeros(batch, capacity, dtype=torch.bool, device=like.device)
         self.capacity, self.count, self.live = capacity, 0, 0
         self.plain = True               # slots hold columns in order, none of them padding
-        self.fast: Any = None           # kernels/decode.py: how a single column goes through the stack
+        self.fast: Any = None           # kernels/decode.py: how a single column goes through the stack, its angles, its places
+        self.turns: Any = None
+        self.places: Any = None
+        self.side: bool | None = None   # what the caller knows of the next columns: all are audio, all are text, or not known
 
     def reserve(self, positions: Tensor, audio: Tensor) -> None:
         """Take slots for the next columns.   positions, audio (B, n)"""

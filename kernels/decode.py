@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.attention import Cache
-from kernels.rope import Rotation, rotation, turned
+from kernels.rope import rope_tables, rotation, turned
 
 Pair = tuple[Tensor, Tensor | None]      # weight and bias of one product
+Places = list[tuple[Tensor, ...]]
 
 
 def joined(linears: Sequence[Any]) -> Pair:
@@ -53,7 +54,7 @@ class Layer:
     def __init__(self, block: nn.Module, packed: bool, gated: bool) -> None:
         attn = block.attn
         qkv = (per_step(attn.qkv), None) if packed else joined([attn.q, attn.k, attn.v])
-        self.qkv, self.bias = qkv if packed else ([qkv[0]], qkv[1])
+        self.qkv, self.bias = [w.mT for w in qkv[0]] if packed else [qkv[0].mT], qkv[1]
         self.o = [w.mT for w in per_step(attn.o)]
         self.head_norm = None
         if hasattr(attn, "q_norm"):
@@ -65,54 +66,118 @@ class Layer:
 
     def side(self, first: Any, second: Any, ffn: Any, packed: bool, gated: bool) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
         up = per_step(ffn.gate_up) if packed and gated else [joined([ffn.gate, ffn.up])[0]] if gated else per_step(ffn.up)
-        return first.weight.detach(), second.weight.detach(), up, [w.mT for w in per_step(ffn.down)]
+        return twice(first.weight), twice(second.weight), [w.mT for w in up], [w.mT for w in per_step(ffn.down)]
+
+
+def twice(weight: Tensor) -> Tensor:
+    return torch.cat([weight.detach(), weight.detach()])
+
+
+def rms(pair: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """RMSNorm of the first half x of pair (..., 2 D), weight (2 D)   -> (..., D)
+
+    x / rms(x) is the LayerNorm of (x, -x), whose mean is 0: on a CPU that is one operation where RMSNorm is eight.
+    """
+    D = pair.shape[-1] // 2
+    x, minus = pair.split(D, -1)
+    if pair.is_cuda:
+        return torch.rms_norm(x, (D,), None if weight is None else weight[:D], eps)
+    torch.neg(x, out=minus)
+    return torch.layer_norm(pair, (2 * D,), weight, None, eps).narrow(-1, 0, D)
 
 
 class ColumnStep:
-    """Runs one column through a stack.   `c` is its StackConfig, `act` the activation of its feed-forward networks"""
+    """Runs one column through a stack, in memory taken once.   `c` is its StackConfig, `act` the activation of its
+    feed-forward networks, `cache` holds its keys and values in the layers from `first` on, `norm` comes behind the last.
+    """
 
-    def __init__(self, blocks: Sequence[nn.Module], c: Any, act: Callable[..., Tensor]) -> None:
-        self.c, self.act = c, act
+    def __init__(self, blocks: Sequence[nn.Module], c: Any, act: Callable[..., Tensor], cache: Cache, first: int = 0,
+                 norm: nn.Module | None = None) -> None:
+        self.c, self.act, self.norm = c, act, None if norm is None else twice(norm.weight)
         self.layers = [Layer(block, c.packed, c.gated) for block in blocks]
+        self.store = cache.store[first : first + len(self.layers)]
+        B, turning = cache.store.shape[1], c.heads + c.kv
+        self.pair = cache.store.new_empty(B, 2 * c.dim)
+        self.x = self.pair[:, : c.dim]
+        self.up = cache.store.new_empty(B, (1 + c.gated) * c.ffn)
+        self.qkv = cache.store.new_empty(B, (turning + c.kv) * c.head)
+        heads = self.qkv.view(B, -1, c.head)
+        self.raw, self.v = heads.split([turning, c.kv], 1)                              # before RoPE
+        self.plain = cache.store.dtype == torch.float32
+        aside = c.rope_theta and not (self.plain and c.rope_interleaved)                # RoPE then writes elsewhere
+        self.qk = torch.empty_like(self.raw) if aside else self.raw
+        self.q, self.k = self.qk.split([c.heads, c.kv], 1)
+        self.q = self.q.view(B, c.kv, -1, c.head)                                       # the queries of a key head together
+        self.parts = [qk.unflatten(-1, (2, -1)).unbind(2) for qk in (self.raw, self.qk)]
 
-    def __call__(self, x: Tensor, cache: Cache, rope: tuple[Tensor, Tensor] | None, mask: Tensor | None, audio: bool = False,
-                 step: int = 0) -> Tensor:
-        """x (B, D) -> (B, D); the slot of `cache` is reserved, mask (B, 1, 1, live) or None, `audio` is the side of all columns"""
+    def places(self, slot: int, live: int) -> Places:
+        """Of each layer: where the keys and the values of the new column go, and those that it sees."""
+        new, seen, kv = self.store.select(3, slot), self.store.narrow(3, 0, live), self.c.kv
+        views = (new.narrow(2, 0, kv), new.narrow(2, kv, kv), seen.narrow(2, 0, kv), seen.narrow(2, kv, kv))
+        return list(zip(*(view.unbind() for view in views), strict=True))
+
+    def __call__(self, x: Tensor, places: Places, turn: Tensor | None, mask: Tensor | None, audio: bool = False, step: int = 0) -> Tensor:
+        """x (B, D) -> (B, D), which the next call may overwrite; mask (B, 1, 1, live) or None, `audio` is the side of all columns"""
         c, B = self.c, x.shape[0]
-        turn = None if rope is None else rotation([t[:, :, 0] for t in rope], c.rope_interleaved)
-        slots = cache.store.select(3, cache.slots.start).unbind()                        # of each layer: (B, 2 H_kv, head)
-        live = cache.store.narrow(3, 0, cache.live)
-        keys, values = live.narrow(2, 0, c.kv).unbind(), live.narrow(2, c.kv, c.kv).unbind()
-        for n, layer in enumerate(self.layers):                                          # tails have layers of the cache too
+        self.x.copy_(x)
+        for layer, (new_k, new_v, keys, values) in zip(self.layers, places, strict=True):
             attn_norm, ffn_norm, up, down = layer.sides[audio]
-            y = F.linear(torch.rms_norm(x, (c.dim,), attn_norm, c.norm_eps), layer.qkv[step], layer.bias).view(B, -1, c.head)
-            if layer.head_norm is not None or turn is not None:
-                y = self.turn(y, layer.head_norm, turn)
-            slots[n].copy_(y.narrow(1, c.heads, 2 * c.kv))
-            q = y.narrow(1, 0, c.heads).view(B, c.kv, -1, c.head)                        # the queries of a key head together
-            y = F.scaled_dot_product_attention(q, keys[n], values[n], attn_mask=mask)
-            x = torch.addmm(x, y.reshape(B, -1), layer.o[step])
-            y = F.linear(torch.rms_norm(x, (c.dim,), ffn_norm, c.norm_eps), up[step])
-            if c.gated:
-                gate, y = y.chunk(2, 1)
-                x = torch.addmm(x, self.act(gate).mul_(y), down[step])
+            y = rms(self.pair, attn_norm, c.norm_eps)
+            if layer.bias is None:
+                torch.mm(y, layer.qkv[step], out=self.qkv)
             else:
-                x = torch.addmm(x, self.act(y), down[step])
-        return x
+                torch.addmm(layer.bias, y, layer.qkv[step], out=self.qkv)
+            if layer.head_norm is not None:
+                torch.mul(rms(F.pad(self.raw, (0, c.head)), None, c.norm_eps), layer.head_norm, out=self.raw)
+            if turn is not None:
+                self.turn(turn)
+            new_k.copy_(self.k)
+            new_v.copy_(self.v)
+            y = F.scaled_dot_product_attention(self.q, keys, values, attn_mask=mask)
+            self.x.addmm_(y.reshape(B, -1), layer.o[step])
+            torch.mm(rms(self.pair, ffn_norm, c.norm_eps), up[step], out=self.up)
+            if c.gated:
+                gate, y = self.up.chunk(2, 1)
+                self.x.addmm_(self.act(gate).mul_(y), down[step])
+            else:
+                self.x.addmm_(self.act(self.up), down[step])
+        return self.x if self.norm is None else rms(self.pair, self.norm, c.norm_eps)
 
-    def turn(self, y: Tensor, norm: Tensor | None, turn: Rotation | None) -> Tensor:
-        """Norms and RoPE of the queries and keys among y (B, H + 2 H_kv, head); the values stay."""
-        qk, v = y.split([self.c.heads + self.c.kv, self.c.kv], 1)
-        if norm is not None:
-            qk = torch.rms_norm(qk, (self.c.head,), None, self.c.norm_eps) * norm
-        return torch.cat([qk if turn is None else turned(qk, turn), v], 1)
+    def turn(self, table: Tensor) -> None:
+        """RoPE of the queries and keys. `table` is what `Turns` gives."""
+        if self.c.rope_interleaved and self.plain:                                       # (a + ib)(cos + i sin)
+            torch.view_as_complex(self.raw.unflatten(-1, (-1, 2))).mul_(table)
+        elif self.plain:
+            (a, b), (new_a, new_b), (cos, sin) = *self.parts, table.unbind(2)
+            torch.mul(a, cos, out=new_a).addcmul_(b, sin, value=-1)
+            torch.mul(b, cos, out=new_b).addcmul_(a, sin)
+        else:
+            self.qk.copy_(turned(self.raw, rotation(table.unbind(2), self.c.rope_interleaved)))
 
 
-def column_step(blocks: Sequence[nn.Module], c: Any, act: Callable[[Tensor], Tensor]) -> ColumnStep | None:
+class Turns:
+    """The angles of RoPE by position, computed once; a fast column looks its own up."""
+
+    def __init__(self, c: Any, like: Tensor) -> None:
+        self.c, self.complex = c, c.rope_interleaved and like.dtype == torch.float32
+        self.device, self.table = like.device, None
+
+    def __call__(self, positions: Tensor, below: int) -> Tensor:
+        """positions (B,), all of them < below -> (B, 1, head/2) complex, or (B, 1, 2, head/2): cosines, sines"""
+        if self.table is None or below > len(self.table):
+            count = max(256, 2 * below)
+            cos, sin = rope_tables(self.c.head, self.c.rope_theta, self.c.rope_scaling, torch.arange(count, device=self.device)[None])
+            cos, sin = cos[0, 0][:, None], sin[0, 0][:, None]                            # (count, 1, head/2)
+            self.table = torch.complex(cos, sin) if self.complex else torch.stack([cos, sin], 2)
+        return self.table.index_select(0, positions)
+
+
+def column_step(blocks: Sequence[nn.Module], c: Any, act: Callable[[Tensor], Tensor], cache: Cache, first: int = 0,
+                norm: nn.Module | None = None) -> ColumnStep | None:
     """The fast way through a stack, or None when it must go block by block."""
     linears = [m for block in blocks for m in block.modules() if hasattr(m, "adapter")]
     adapted = any(m.adapter is not None and m.adapter.enabled and m.adapter.base is None for m in linears)
     types = {p.dtype for block in blocks for p in block.parameters()}
     sets = any(m.weight.dim() == 3 for m in linears)
     odd = any(block.skips_audio for block in blocks) or (sets and not c.packed) or (c.packed and c.qkv_bias)
-    return None if adapted or odd or len(types) != 1 else ColumnStep(blocks, c, act)
+    return None if adapted or odd or types != {cache.store.dtype} else ColumnStep(blocks, c, act, cache, first, norm)

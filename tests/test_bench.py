@@ -10,9 +10,7 @@ from conftest import call
 import bench
 import peers
 from checkpoint import load, save
-from kernels.decode import column_step
 from lora import LoraConfig, inject
-from model import ACTIVATIONS
 from sample import SampleConfig, generate
 
 
@@ -69,16 +67,16 @@ def test_fused_weights_are_the_models_own(tmp_path):
     """Generation joins q, k, v in memory: training afterwards changes what the next generation uses, and nothing is held twice."""
     model = peers.build("qwen", 32)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    first = model.cache(1, 8).fast.layers[0].qkv[0]
+    first = model.cache(1, 8).fast[0].layers[0].qkv[0].mT
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters()) and not any(p.is_inference() for p in model.parameters())
     with torch.no_grad():
         model.temporal.layers[0].attn.k.weight.fill_(7.0)
-    again = model.cache(1, 8).fast.layers[0].qkv[0]
+    again = model.cache(1, 8).fast[0].layers[0].qkv[0].mT
     assert again.data_ptr() == first.data_ptr() and float(again[32:48].min()) == 7.0
     read = load(save(model, tmp_path))                                       # views of one storage are saved and read as any others
     assert all(torch.equal(p, read.get_parameter(n)) for n, p in model.named_parameters() if n != "text_head.weight")
     inject(model, LoraConfig(rank=2, targets=("attn.q",)))
-    assert column_step(model.temporal.layers, model.config.temporal, ACTIVATIONS["silu"]) is None      # adapters go block by block
+    assert model.cache(1, 8).fast is None      # adapters go block by block
 
 
 def test_nothing_piles_up_over_500_frames():

@@ -54,6 +54,26 @@ class StackConfig:
 
 
 @dataclass(frozen=True)
+class FusionConfig:
+    """DSAA: a frozen text model beside the temporal transformer, and the projectors that join them (dsaa.py)."""
+
+    tower: "ModelConfig"              # the text model
+    source: str = ""                  # where its weights are: folder or hub id; checkpoints leave them out
+    revision: str = ""                # fingerprint of those weights
+    rate: str = "frame"               # the tower steps once a column ("frame"), or only at word pieces ("token")
+    text: str = "preserve"            # projector before the text head: preserve, residual, mlp, gated, text_residual
+    depth: str = "residual"           # projector before each depth step
+    hidden: int = 4096                # inner width of the projectors
+    dropout: float = 0.1              # in the projectors, in training
+    split_norm: bool = False          # each part of their input has a norm of its own
+    feed_text: bool = False           # the temporal transformer hears the text too, through a map that starts at zero
+
+    def __post_init__(self) -> None:
+        assert self.rate in ("frame", "token"), f"rate {self.rate!r} is neither 'frame' nor 'token'"
+        assert not self.tower.table.audio and self.tower.fusion is None, "the tower is a plain text model"
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A family: its stream table and its switches."""
 
@@ -67,6 +87,7 @@ class ModelConfig:
     demux: bool = False                                  # text rows share one table, each behind a Linear (Moshi's TTS)
     extra_heads: int = 0                                 # small heads beside the text head (Moshi's STT: is the user pausing?)
     extra_classes: int = 6                               # classes of each
+    fusion: FusionConfig | None = None                   # a text model beside the temporal transformer (DSAA)
     dropout: float = 0.0                                 # on both residual branches, in training
     input_drop: float = 0.0                              # up to this share of audio columns is hidden as input, in training
     checkpoint: bool = False                             # recompute blocks in backward
@@ -75,6 +96,7 @@ class ModelConfig:
         assert 0 <= self.dropout < 1 and 0 <= self.input_drop <= 1, "dropout is in [0, 1), input_drop in [0, 1]"
         assert len(self.table.text) == 1 or not self.tied, "a tied head needs a single text row"
         assert all(0 <= n < self.temporal.layers for n in self.dual_ffn), "dual_ffn names layers of the temporal stack"
+        assert self.fusion is None or self.depth, "fusion joins two towers in front of a depth transformer"
         assert self.depth is None or self.depth.steps == len(self.table.audio_out), "depth.steps is one per predicted codebook"
 
 

@@ -25,13 +25,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import dsaa
 import lora
 import official
-from duplex import expand_depth, trim_depth
+from duplex import expand_depth, official_files, trim_depth
 from lora import LoraConfig
-from model import ModelConfig, MultistreamLM
-from options import FULL, edge, from_json, read_json, replace_file, split_arguments, to_json, unknown, write_json
+from model import QWEN2_5_1_5B, FusionConfig, ModelConfig, MultistreamLM
+from options import FULL, apply, edge, from_json, read_json, replace_file, split_arguments, to_json, unknown, write_json
 from streams import StreamTable
+from text import load_tokenizer
 
 FORMAT, VERSION = "multistream", 1
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -131,6 +133,7 @@ def load(path: str | Path, device: str = "cpu", dtype: str | torch.dtype | None 
         fill_adapter(model, folder, about)
     else:
         model = build(about, folder, config)
+        furnish(model, folder)
     model.extras = extras
     return put_adapter(model, adapter).to(device, dtype).eval()
 
@@ -219,6 +222,10 @@ def build_official(layout: official.Layout, folder: Path, config: ModelConfig | 
     tensors = read_official(folder, file if file is not None and file.is_file() else folder / about.get("moshi_name", "model.safetensors"))
     if (folder / "generation_config.json").is_file():             # it knows all ids that end a text, config.json often one
         about |= {k: v for k, v in read_json(folder / "generation_config.json").items() if k == "eos_token_id" and v is not None}
+    if layout.name == "moshi" and "text_projector.alpha" in tensors:
+        raise ValueError(f"{folder}/config.json names no text model; add \"text_llm\": {{\"hf_repo_id\": the one it was made with}}")
+    if layout.name == "dsaa" and "model" not in about["text_llm"]:
+        about["text_llm"]["model"] = to_json(load(about["text_llm"].get("hf_repo_id", "")).config)
     stored = official.read_config(layout, about, tensors, str(folder))
     changed = official.lost(stored, replace(config, table=stored.table)) if config is not None else []
     if changed:
@@ -229,7 +236,42 @@ def build_official(layout: official.Layout, folder: Path, config: ModelConfig | 
     tie(model)
     fill(model, official.to_ours(layout, weights(model), stored, tensors, str(folder)), str(folder))
     model.extras = Extras(folder=str(folder))
+    return furnish(model, folder)
+
+
+def furnish(model: MultistreamLM, folder: Path = Path(".")) -> MultistreamLM:
+    """Give a model that has a text tower that tower's weights, from where its config says (DSAA)."""
+    fusion = model.config.fusion
+    if fusion is None:
+        return model
+    try:
+        body = load(resolve_base(fusion.source, folder))
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(f"the text model beside {folder} cannot be read: {error}; name its place with --model.fusion.source") from None
+    found = dsaa.fingerprint(weights(body))
+    if official.lost(body.config, dsaa.as_stored(fusion.tower, body.config)) or fusion.revision not in ("", found):
+        raise ValueError(f"{fusion.source} is not the text model that {folder} was made with (fingerprint {found}, not {fusion.revision}); "
+                         + "name that one with --model.fusion.source")
+    body.config = fusion.tower
+    model.tower.body = body.requires_grad_(False).eval()
     return model
+
+
+def setup_dsaa(moshi: str | Path, text_llm: str | Path, out: str | Path, padding: str = "own", **choices: Any) -> Path:
+    """New weights from plain Moshi and any text model, begun where both were; `choices` are fields of FusionConfig."""
+    ears, body = load(moshi), load(text_llm)
+    if body.config.table.audio or body.config.fusion:
+        raise ValueError(f"{text_llm} is no plain text model: it has audio rows; give a Qwen checkpoint")
+    source = str(Path(text_llm).resolve()) if Path(text_llm).exists() else str(text_llm)
+    files = official_files(Path(body.extras.folder)) | dict(body.extras.data or {})
+    tokenizer = load_tokenizer(files["tokenizer"]) if "tokenizer" in files else None
+    ids = dsaa.special_ids(body.config, tokenizer, padding)
+    fusion = FusionConfig(body.config, source, dsaa.fingerprint(weights(body)), **choices)
+    model = MultistreamLM(dsaa.design(ears.config, fusion, *ids))
+    model.tower.body = body
+    dsaa.warm_start(model, weights(ears))
+    data = {**(ears.extras.data or official_files(Path(ears.extras.folder))), **({"tokenizer": files["tokenizer"]} if tokenizer else {})}
+    return save(model, out, Extras(data=data if "tokenizer" in data else None))
 
 
 def tie(model: MultistreamLM) -> None:
@@ -473,7 +515,7 @@ def export(model_or_dir: MultistreamLM | str | Path, dir: str | Path, to: str = 
     merged.to(dtype)
     if to != FORMAT:
         about, tensors = official.export_model(merged.config, weights(merged), to, str(dtype).removeprefix("torch."))
-        write_tensors(Path(dir) / "model.safetensors", tensors)
+        write_tensors(Path(dir) / about.get("moshi_name", "model.safetensors"), tensors)
         write_json(Path(dir) / "config.json", about)
         return Path(dir)
     extras = getattr(model, "extras", None) or Extras()
@@ -499,6 +541,7 @@ def export_adapter(model: MultistreamLM, folder: Path, to: str) -> Path:
 def load_copy(model: MultistreamLM) -> MultistreamLM:
     """A deep copy, so that exporting leaves the caller's model as it is."""
     copy = MultistreamLM(model.config)
+    copy.tower = model.tower
     if getattr(model, "lora", None) is not None:
         lora.inject(copy, model.lora)
     fill(copy, weights(model), "the model in memory")
@@ -516,16 +559,32 @@ def rebuild(path: str, dir: str | Path, change: Any) -> Path:
     return save(other, dir, model.extras)
 
 
+def setup_command(pairs: dict[str, str]) -> None:
+    """`checkpoint.py setup-dsaa`: two models and an output folder, the rest are choices."""
+    pairs = {key.replace("-", "_"): value for key, value in pairs.items()}
+    for name in ("moshi", "text_llm", "out"):
+        if not pairs.get(name):
+            wanted = "a folder to write" if name == "out" else "a checkpoint or hub id"
+            raise ValueError(f"setup-dsaa needs --{name.replace('_', '-')}, {wanted}")
+    given = {key: value for key, value in pairs.items() if key not in ("moshi", "text_llm", "out", "padding")}
+    typed = apply(FusionConfig(QWEN2_5_1_5B), given)
+    choices = {key: getattr(typed, key) for key in given}
+    print(f"wrote {setup_dsaa(pairs['moshi'], pairs['text_llm'], pairs['out'], pairs.get('padding', 'own'), **choices)}")
+
+
 USAGE = """python checkpoint.py import OFFICIAL --out=DIR                   read an official folder, file or hub id and write ours; knows
                                                                  Qwen2, Qwen3, Higgs Audio v2 (both layouts), Moshi, MOSS-Speech
 python checkpoint.py export CKPT --to=LAYOUT --out=DIR           multistream, hf, boson, moshi (adapters merged in fp32), peft, moshi-lora
 python checkpoint.py merge CKPT --out=DIR                        export --to=multistream
 python checkpoint.py expand-depth CKPT --out=DIR                 Moshi: predict the user's codebooks too; trim-depth undoes it
+python checkpoint.py setup-dsaa --moshi=M --text-llm=L --out=DIR   new DSAA weights; --rate, --padding=own|space and fields of FusionConfig
 python checkpoint.py show CKPT                                   what a checkpoint holds"""
 
 
 def main() -> None:
     words, pairs = split_arguments(sys.argv[1:], ("help",))
+    if words == ["setup-dsaa"] and "help" not in pairs:
+        return setup_command(pairs)
     if "help" in pairs or len(words) != 2:
         print(USAGE)
         raise SystemExit(0 if "help" in pairs else 2)

@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from architectures import HIGGS_V2_3B, MOSHI_7B, MOSS_9B, QWEN2_5_1_5B, ModelConfig, StackConfig, codebooks  # noqa: F401
+from architectures import HIGGS_V2_3B, MOSHI_7B, MOSS_9B, QWEN2_5_1_5B, FusionConfig, ModelConfig, StackConfig, codebooks  # noqa: F401
+from dsaa import Affine, Projector, TextTower
 from kernels.attention import Cache, attend, attention_mask
 from kernels.decode import ColumnStep, Turns, column_step
 from kernels.rope import rope, rope_tables
@@ -313,35 +314,46 @@ class Depth(nn.Module):
     Every step has weights of its own, held step-major, so all steps of all columns are batched products.
     """
 
-    def __init__(self, c: StackConfig, table: StreamTable, width: int, demux: bool = False) -> None:
+    def __init__(self, c: StackConfig, table: StreamTable, width: int, demux: bool = False, fusion: FusionConfig | None = None) -> None:
         super().__init__()
-        self.c, self.texts = c, len(table.text) if demux else 1               # text rows that step 0 reads
+        self.c, self.texts, self.text_map = c, len(table.text) if demux else 1, None      # text rows that step 0 reads
         text, audio = ([table.streams[i].vocab for i in rows] for rows in (table.text[: self.texts], table.audio_out[:-1]))
         narrow = {"rank": c.low_rank or c.dim, "dim": c.dim, "linear": Linear}
         sets = {"sets": len(set(c.schedule)) or c.steps, "schedule": c.schedule}
-        self.input = Linear(width, c.dim, **sets)
-        self.text = Projected(text, **narrow, shared=demux) if demux or c.low_rank else Embedding(text, c.dim)
+        if fusion is None:
+            self.input = Linear(width, c.dim, **sets)
+            self.text = Projected(text, **narrow, shared=demux) if demux or c.low_rank else Embedding(text, c.dim)
+        else:
+            parts = (fusion.tower.temporal.dim, width, c.dim)
+            self.input = Projector(fusion.depth, parts, fusion.hidden, c.dim, fusion.dropout, fusion.split_norm, c.steps)
+            self.text, self.text_map = Embedding(text, parts[0]), Affine(parts[0], c.dim)      # the text model's width -> ours
         self.audio = None if not audio else Projected(audio, **narrow) if c.low_rank else Embedding(audio, c.dim)
         self.layers = nn.ModuleList(Block(c) for _ in range(c.layers))
         self.head = Linear(c.dim, table.streams[table.audio_out[0]].classes, sets=c.steps)
 
     def embed(self, k: int, token: Tensor) -> Tensor:
         """What step k reads: text ids (N, texts) in step 0, then the codebook before, (N,).   -> (N, d)"""
-        return self.text(token[..., None])[:, 0] if k == 0 else self.audio.row(k - 1, token)
+        if k:
+            return self.audio.row(k - 1, token)
+        text = self.text(token[..., None])[:, 0]
+        return text if self.text_map is None else self.text_map(text)
+
+    def join(self, h: Tensor, embedded: Tensor, step: slice) -> Tensor:
+        """What the steps read: Moshi adds, DSAA projects.   h (N, D), embedded (n, N, d) -> (n, N, d)"""
+        h = h.expand(len(embedded), *h.shape)
+        return self.input(h, step) + embedded if self.text_map is None else self.input(torch.cat([h, embedded], -1), step)
 
     def forward(self, h: Tensor, tokens: Tensor) -> Tensor:
         """All steps at once, with the true tokens.   h (N, D), tokens (N, Q): text, then codebooks 0..Q-2 -> (Q, N, d)"""
-        x = self.input(h.expand(self.c.steps, *h.shape), slice(0, self.c.steps))
-        read = [tokens[:, : self.texts], *tokens[:, self.texts :].unbind(1)]
-        x = x + torch.stack([self.embed(k, token) for k, token in enumerate(read)])
-        return self.run(x, Context(step=slice(0, self.c.steps)))
+        step, read = slice(0, self.c.steps), [tokens[:, : self.texts], *tokens[:, self.texts :].unbind(1)]
+        return self.run(self.join(h, torch.stack([self.embed(k, token) for k, token in enumerate(read)]), step), Context(step=step))
 
     def step(self, k: int, h: Tensor, token: Tensor, cache: Cache) -> Tensor:
         """One step of sampling: logits of codebook k.   h (B, D), token as in `embed` -> (B, V)"""
         step, cache.slots, cache.live = slice(k, k + 1), slice(k, k + 1), k + 1      # step 0 overwrites the column before
-        if k == 0:
+        if k == 0 and self.text_map is None:
             cache.inputs = self.inputs(h)
-        x = cache.inputs[k] + self.embed(k, token)
+        x = cache.inputs[k] + self.embed(k, token) if self.text_map is None else self.join(h, self.embed(k, token)[None], step)[0]
         if cache.fast is None or torch.is_grad_enabled():
             return self.head(self.run(x[None], Context(step=step, cache=cache)), step)[0]
         x = cache.fast(x, cache.places[k], None, None, step=k)
@@ -377,15 +389,21 @@ class MultistreamLM(nn.Module):
         super().__init__()
         self.config, self.table = config, config.table
         streams, D = self.table.streams, config.temporal.dim
-        kinds = {"text": self.table.text, "audio": self.table.audio}
+        kinds, fusion = {"text": [] if config.fusion else self.table.text, "audio": self.table.audio}, config.fusion
         self.embed = nn.ModuleDict({kind: Embedding([streams[i].vocab for i in rows], D) for kind, rows in kinds.items() if rows})
         if config.demux:
             self.embed["text"] = Projected([streams[i].vocab for i in kinds["text"]], D, D, Linear, shared=True)
         for s in (streams[i] for i in self.table.conditions):
             self.embed[f"condition_{s.name}"] = Condition(s.vocab, s.rank, D, Linear)
         self.temporal = Temporal(config)
+        self.tower, self.remembered, spoken = None, None, D
+        if fusion is not None:
+            self.tower = TextTower(MultistreamLM(fusion.tower), fusion.rate, (self.table.pad, self.table.epad))
+            spoken = fusion.tower.temporal.dim
+            self.text_projector = Projector(fusion.text, (spoken, D), fusion.hidden, spoken, fusion.dropout, fusion.split_norm)
+            self.feed_text = Affine(spoken, D, bias=False) if fusion.feed_text else None
         if self.table.text_out:
-            self.text_head = Linear(D, streams[self.table.text_out[0]].classes)
+            self.text_head = Linear(spoken, streams[self.table.text_out[0]].classes)
         if config.extra_heads:
             self.extra_head = Linear(D, config.extra_classes, sets=config.extra_heads).requires_grad_(False)      # no loss reaches it
         if config.tied:
@@ -393,14 +411,22 @@ class MultistreamLM(nn.Module):
         if self.table.audio_out and config.depth is None:
             self.audio_head = Linear(D, sum(streams[i].classes for i in self.table.audio_out))
         if config.depth is not None:
-            self.depth = Depth(config.depth, self.table, D, config.demux)
+            self.depth = Depth(config.depth, self.table, D, config.demux, fusion)
         self.reset_parameters()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MultistreamLM":
+        if self.tower is not None:                     # moves and casts with the model that it is no part of
+            self.tower.body._apply(fn, recurse)
+        return super()._apply(fn, recurse)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Truncated normal, 1/sqrt(fan_in) wide; residual outputs smaller by sqrt(2 layers); embeddings 1/sqrt(D) / sqrt(K)."""
+        started = {id(p) for module in self.modules() if isinstance(module, (Affine, Projector)) for p in module.parameters()}
+        if self.tower is not None and self.feed_text is not None and not self.feed_text.weight.is_meta:
+            self.feed_text.weight.zero_()
         for name, p in self.named_parameters():
-            if p.is_meta or p.dim() < 2:
+            if p.is_meta or p.dim() < 2 or id(p) in started:
                 continue
             std = p.shape[-1] ** -0.5
             if name.endswith(("attn.o.weight", "ffn.down.weight")):
@@ -434,10 +460,21 @@ class MultistreamLM(nn.Module):
     def hidden(self, tokens: Tensor, positions: Tensor | None = None, segments: Tensor | None = None,
                cache: Cache | None = None) -> tuple[Tensor, Tensor]:
         """Run the temporal transformer.   tokens (B, K, S) -> states for the text and the audio heads, (B, S, D) each"""
-        audio = is_audio(tokens, self.table)
-        context = temporal_context(self.config, audio, positions, segments, cache)
-        x = self.embed_tokens(tokens)
-        return self.temporal(x, context)
+        if self.tower is not None:
+            return self.fused(tokens, positions, segments, cache)
+        context = temporal_context(self.config, is_audio(tokens, self.table), positions, segments, cache)
+        return self.temporal(self.embed_tokens(tokens), context)
+
+    def fused(self, tokens: Tensor, positions: Tensor | None, segments: Tensor | None, cache: Cache | None) -> tuple[Tensor, Tensor]:
+        """`hidden` of two towers: projected for the text head (B, S, Dt), joined for the depth steps (B, S, Dt + D)."""
+        def towers() -> Tensor:
+            context, x = temporal_context(self.config, is_audio(tokens, self.table), positions, segments, cache), self.embed_tokens(tokens)
+            if self.feed_text is not None:
+                x = x + self.feed_text(self.tower.embed(tokens[:, 0]))
+            spoken = self.tower(tokens[:, 0], positions, segments, cache and cache.tower)
+            return torch.cat([spoken, self.temporal(x, context)[0]], -1)
+        h = towers() if self.remembered is None or cache is not None else self.remembered(tokens, segments, towers)
+        return self.text_projector(h), h
 
     def embed_tokens(self, tokens: Tensor) -> Tensor:
         """Sum the embeddings of a column.   (B, K, S) -> (B, S, D)"""
@@ -447,7 +484,7 @@ class MultistreamLM(nn.Module):
             if self.training and self.config.input_drop:
                 audio = audio * self.keep_inputs(tokens)[..., None]
             parts.append(audio)
-        if self.table.text:
+        if "text" in self.embed:
             parts.append(self.embed["text"](tokens[:, : len(self.table.text)]))
         parts += [self.embed[f"condition_{self.table.streams[i].name}"](tokens[:, i]) for i in self.table.conditions]
         return sum(parts[1:], parts[0])
@@ -504,6 +541,7 @@ class MultistreamLM(nn.Module):
         capacity = min(columns, c.temporal.window + chunk) if c.temporal.window else columns
         cache = Cache(c.temporal.layers + 2 * c.tail, batch, c.temporal.kv, capacity, c.temporal.head, weight)
         cache.fast, cache.turns = self.temporal.columns(cache), Turns(c.temporal, weight)
+        cache.tower = self.tower and self.tower.cache(batch, columns)
         return cache
 
     def count_parameters(self) -> int:

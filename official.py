@@ -6,6 +6,7 @@
     boson   higgs_audio (first release)            split frozen | trainable tensors, heads written twice
     moss    moss_speech
     moshi   n_q and dep_q (flat keyword list)      attention fused in one tensor, or one tensor a step
+    dsaa    the same, and text_llm                 the text model's weights stay where text_llm says
 
 A rule is (our name, their name). {n} {x} {p} stand for the same text on both sides; {k} on their side counts tensors
 that we keep in one, rows above each other or, in a depth transformer, stacked by step. Our parameters drive both ways:
@@ -26,8 +27,8 @@ from torch import Tensor, nn
 
 import lora
 from lora import LoraConfig
-from model import HIGGS_V2_3B, MOSHI_7B, MOSS_9B, ModelConfig, MultistreamLM, StackConfig, codebooks
-from options import difference
+from model import HIGGS_V2_3B, MOSHI_7B, MOSS_9B, FusionConfig, ModelConfig, MultistreamLM, StackConfig, codebooks
+from options import difference, from_json, to_json
 from streams import Stream, StreamTable
 
 Rules = tuple[tuple[str, str], ...]
@@ -79,6 +80,12 @@ MOSHI = (("embed.text.weight", "text_emb.weight"), ("embed.audio.weight", "emb.{
          ("embed.condition_{c}.out.weight", f"{CONDITION}.{{c}}.output_proj.weight"))
 DEMUX = (("embed.text.out.weight", "text_emb.out{K}.weight"), ("depth.text.out.weight", "depformer_text_emb.out{K}.weight"))
 UNREAD = "depformer_text_emb.low_rank.weight"      # moshi makes it beside out1 and out2 and never uses it
+PROJECTED = (("norm", "norm"), ("up", "fc1"), ("down", "fc2"), ("skip", "skip"))
+DSAA = (*(rule for rule in MOSHI if rule[0] not in ("embed.text.weight", "depth.text.weight", "depth.input.weight", "text_head.weight")),
+        ("text_head.weight", "text_head.weight"), ("text_projector.scale", "text_projector.alpha"),
+        *((f"text_projector.{ours}.{{p}}", f"text_projector.fusion.{n}.{{p}}") for ours, n in (("norm", 0), ("up", 1), ("down", 4))),
+        ("depth.text.weight", "depformer_text_emb.emb.weight"), ("depth.text_map.{p}", "depformer_text_proj.{p}"),
+        *((f"depth.input.{ours}.{{p}}", f"depformer_projectors.{{k}}.{theirs}.{{p}}") for ours, theirs in PROJECTED))
 WILD = {"{n}": r"(?P<n>\d+)", "{x}": "(?P<x>[a-z]+)", "{c}": r"(?P<c>\w+)", "{p}": "(?P<p>weight|bias)"}
 
 
@@ -98,13 +105,13 @@ def pieces(name: str, shape: torch.Size, config: ModelConfig, rules: Rules) -> l
 def cut(tensor: Tensor, names: list[str]) -> list[Tensor]:
     """Cut one of our parameters into their tensors."""
     if names[0].endswith((".alpha", ".learnt_padding")):
-        return [tensor.view(1, 1, -1)]
+        return [tensor.view(1, 1, -1) if tensor.dim() else tensor]
     return list(tensor) if tensor.dim() == 3 else list(tensor.chunk(len(names)))
 
 
 def glue(parts: list[Tensor], shape: torch.Size) -> Tensor:
     """Undo `cut`."""
-    return torch.stack(parts) if len(shape) == 3 else torch.cat(parts).view(shape)
+    return torch.stack(parts) if len(shape) == 3 else torch.cat(parts).view(shape) if shape else parts[0]
 
 
 # ---- tensors ----
@@ -190,6 +197,17 @@ def fuse_moshi(tensors: Tensors, config: ModelConfig) -> Tensors:
         fused = re.sub(r"in_projs\.\d+\.weight$", "in_proj_weight", name)
         groups.setdefault(re.sub(r"out_projs\.\d+\.weight$", "out_proj.weight", fused), []).append(tensor)
     return {name: parts[0] if len(parts) == 1 else torch.cat(parts) for name, parts in groups.items()}
+
+
+def tidy_dsaa(tensors: Tensors, config: ModelConfig) -> Tensors:
+    """As Moshi; norms and biases of the projectors get the axis that theirs are stacked along."""
+    return {n: t[None] if t.dim() == 1 and n.startswith("depformer_projectors.") else t for n, t in tidy_moshi(tensors, config).items()}
+
+
+def split_dsaa(tensors: Tensors, config: ModelConfig) -> Tensors:
+    """Undo `tidy_dsaa`; the reference keeps attention one tensor a step."""
+    return {n: t[0] if len(t.shape) == 2 and n.startswith("depformer_projectors.") and (n.endswith("bias") or ".norm." in n) else t
+            for n, t in tensors.items()}
 
 
 def weight_sets(c: StackConfig) -> int:
@@ -443,6 +461,31 @@ def write_moshi(c: ModelConfig, dtype: str) -> About:
     return about
 
 
+def read_dsaa(about: About, tensors: Tensors) -> ModelConfig:
+    """As Moshi, with the text model's vocabulary; text_llm says which model that is, and how it is fused."""
+    llm, steps = about["text_llm"], about["dep_q"]
+    tower, V = from_json(ModelConfig, llm["model"], "text_llm.model"), tensors["text_head.weight"].shape[0]
+    base = read_moshi(about, tensors)
+    start, pad = about.get("existing_bos_id"), about["existing_text_padding_id"]
+    first = replace(base.table.streams[0], vocab=V, classes=V, start=V if start is None else start)
+    fusion = FusionConfig(tower, str(llm.get("hf_repo_id") or ""), str(llm.get("revision") or ""),
+                          hidden=tensors["text_projector.fusion.1.weight"].shape[0],
+                          **{k: llm[k] for k in ("rate", "dropout", "split_norm") if k in llm})
+    if fusion.tower.table.streams[0].vocab != V or steps != len(base.table.audio_out):
+        raise ValueError(f"text_llm has {fusion.tower.table.streams[0].vocab} ids, text_head {V}; name the text model it was made with")
+    table = replace(base.table, streams=(first, *base.table.streams[1:]), pad=pad, epad=about.get("existing_text_end_padding_id", pad))
+    return replace(base, table=table, fusion=fusion)
+
+
+def write_dsaa(c: ModelConfig, dtype: str) -> About:
+    fusion, text = c.fusion, c.table.streams[0]
+    llm = {"hf_repo_id": fusion.source, "revision": fusion.revision, "model": to_json(fusion.tower), "rate": fusion.rate,
+           "dropout": fusion.dropout, "split_norm": fusion.split_norm}
+    return write_moshi(replace(c, fusion=None), dtype) | {
+        "text_card": text.classes, "existing_bos_id": text.start, "existing_text_padding_id": c.table.pad,
+        "existing_text_end_padding_id": c.table.epad, "moshi_name": "dsaa.safetensors", "text_llm": llm}
+
+
 # ---- layouts ----
 
 @dataclass(frozen=True)
@@ -468,13 +511,16 @@ LAYOUTS = {layout.name: layout for layout in (
     Layout("higgs", "hf", HIGGS, read_higgs, write_higgs, is_higgs, tidy_qwen),
     Layout("boson", "boson", BOSON, read_boson, write_boson, is_higgs, tidy_boson),
     Layout("moss", "hf", MOSS, read_moss, write_moss, lambda c: c.tail > 0, tidy_qwen),
-    Layout("moshi", "moshi", MOSHI, read_moshi, write_moshi, lambda c: c.table.aligned and c.temporal.packed, tidy_moshi, fuse_moshi))}
+    Layout("moshi", "moshi", MOSHI, read_moshi, write_moshi, lambda c: c.table.aligned and c.temporal.packed and not c.fusion, tidy_moshi,
+           fuse_moshi),
+    Layout("dsaa", "dsaa", DSAA, read_dsaa, write_dsaa, lambda c: c.fusion is not None, tidy_dsaa, split_dsaa))}
 MODEL_TYPES = {"qwen2": "qwen", "qwen3": "qwen", "higgs_audio_v2": "higgs", "higgs_audio": "boson", "moss_speech": "moss"}
 
 
 def recognise(about: About) -> Layout | None:
     """Tell a layout by the content of its config.json; None when it is no known one."""
-    name = "moshi" if {"n_q", "dep_q", "text_card"} <= about.keys() else MODEL_TYPES.get(about.get("model_type", ""))
+    moshi = "dsaa" if isinstance(about.get("text_llm"), dict) else "moshi"
+    name = moshi if {"n_q", "dep_q", "text_card"} <= about.keys() else MODEL_TYPES.get(about.get("model_type", ""))
     return LAYOUTS.get(name or "")
 
 

@@ -128,9 +128,15 @@ def apply(config: Any, pairs: dict[str, str], prefix: str = "--") -> Any:
 
 def _part(config: Any, name: str, kind: Any) -> Any:
     """The dataclass in a field; an optional one is switched on by naming one of its fields. None = it is no part."""
-    kinds = [k for k in typing.get_args(kind) if dataclasses.is_dataclass(k)]
+    kinds = [k for k in typing.get_args(kind) if dataclasses.is_dataclass(k) and not _needed(k)]
     current = kinds[0]() if getattr(config, name) is None and kinds else getattr(config, name)
     return current if dataclasses.is_dataclass(current) else None
+
+
+def _needed(kind: Any) -> list[str]:
+    """Fields of a dataclass without a default: it cannot be switched on by naming one of the others."""
+    missing = dataclasses.MISSING
+    return [f.name for f in dataclasses.fields(kind) if f.default is missing and f.default_factory is missing]
 
 
 def _parse(kind: Any, text: str, name: str) -> Any:

@@ -16,11 +16,18 @@ from model import MultistreamLM
 from options import apply, flatten, load_config, run_config, split_arguments
 from sample import Job
 
-FLOORS = {"options": 0, "streams": 0, "lora": 0, "audio": 0, "kernels": 0, "parallel": 0, "projected": 0, "text": 1, "metrics": 1,
-          "architectures": 1, "monitor": 1, "loss": 1, "duplex": 1.3, "chatml": 1.3, "turns": 1.3, "calls": 1.3, "guidance": 1.3,
-          "manifest": 1.6, "cache": 2, "model": 2, "data": 3, "official": 3, "config": 4, "checkpoint": 4, "sample": 5, "peers": 5,
-          "train": 6, "bench": 6}
-BESIDE = {"evaluate": {"audio", "metrics", "options"}}                     # files that stand on a floor of their own: what they may import
+FLOORS = {                                                      # imports run downwards only
+    "options": 0, "streams": 0, "lora": 0, "audio": 0, "kernels": 0, "parallel": 0, "projected": 0,
+    "text": 1, "architectures": 1, "metrics": 1, "monitor": 1, "loss": 1,
+    "duplex": 1.3, "chatml": 1.3, "turns": 1.3, "calls": 1.3, "guidance": 1.3,
+    "dsaa": 1.5,
+    "manifest": 1.6,
+    "cache": 2, "model": 2,
+    "data": 3, "official": 3,
+    "config": 4, "checkpoint": 4,
+    "sample": 5, "peers": 5,
+    "train": 6, "bench": 6}
+BESIDE = {"evaluate": {"audio", "metrics", "options"}}          # files that stand on a floor of their own: what they may import
 CORE = ("config", "streams", "model", "lora", "data", "loss", "train", "sample")
 PRODUCT = sorted(path for folder in (".", "audio", "kernels", "configs", "assets") for path in (ROOT / folder).glob("*.py"))
 CONFIGS = sorted(ROOT.glob("configs/*.py"))

@@ -32,6 +32,7 @@ from duplex import expand_depth, official_files, trim_depth
 from lora import LoraConfig
 from model import QWEN2_5_1_5B, FusionConfig, ModelConfig, MultistreamLM
 from options import FULL, apply, edge, from_json, read_json, replace_file, split_arguments, to_json, unknown, write_json
+from parallel import barrier, place, whole
 from streams import StreamTable
 from text import load_tokenizer
 
@@ -41,9 +42,18 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # ---- files of tensors ----
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file whole; a tensor with two names is stored once by the caller's choice of names."""
-    plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+def write_tensors(path: Path, tensors: dict[str, Tensor], write: bool = True) -> None:
+    """Write a safetensors file whole; a tensor with two names is stored once by the caller's choice of names.
+
+    Of a sharded model every rank calls it, and one with `write`.
+    """
+    plain: dict[str, Tensor] = {}
+    for name, t in tensors.items():
+        t = whole(t.detach())
+        if write:
+            plain[name] = t.cpu().contiguous()
+    if not write:
+        return
     try:
         replace_file(path, lambda temporary: save_file(plain, temporary, metadata={"format": "pt"}))
     except SafetensorError as error:                       # a full disk, for one
@@ -73,8 +83,11 @@ class Extras:
     folder: str = ""                        # where it was loaded from
 
 
-def save(model: nn.Module, dir: str | Path, extras: Extras | None = None) -> Path:
-    """Write a model, adapters included, as a folder that `load` reads. With `extras.base` only the adapter is written."""
+def save(model: nn.Module, dir: str | Path, extras: Extras | None = None, write: bool = True) -> Path:
+    """Write a model, adapters included, as a folder that `load` reads. With `extras.base` only the adapter is written.
+
+    Of a sharded model every rank calls it, and one with `write`.
+    """
     folder, extras = Path(dir), extras or getattr(model, "extras", None) or Extras()
     config: LoraConfig | None = getattr(model, "lora", None)
     idle: list[str] = []
@@ -82,9 +95,11 @@ def save(model: nn.Module, dir: str | Path, extras: Extras | None = None) -> Pat
         tensors = lora.state(model, config)
         idle = lora.idle_adapters(tensors)
         idle = idle if len(idle) < len(list(lora.adapters(model))) else []     # one that was never trained stays refused
-        write_tensors(folder / "adapter.safetensors", tensors)
+        write_tensors(folder / "adapter.safetensors", tensors, write)
     else:
-        write_tensors(folder / "model.safetensors", weights(model))
+        write_tensors(folder / "model.safetensors", weights(model), write)
+    if not write:
+        return folder
     data = dict(extras.data or {})
     if data and Path(data["tokenizer"]).is_file():         # a checkpoint carries its tokenizer
         data["tokenizer"] = copy_file(Path(data["tokenizer"]), folder)
@@ -206,7 +221,7 @@ def fill(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
         if target.shape != tensors[name].shape:
             raise ValueError(f"{source}: {name} is {tuple(tensors[name].shape)}, the config wants {tuple(target.shape)}; "
                              + "check that weights and config.json belong together")
-        target.copy_(tensors[name])
+        target.copy_(place(tensors[name], target))
 
 
 def recognise(folder: Path) -> official.Layout | None:
@@ -393,13 +408,14 @@ def fill_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: 
         if key != "step" and value.shape != p.shape:
             found = f"optimizer state of {path} is {tuple(value.shape)}, the model has {tuple(p.shape)}"
             raise ValueError(f"{source}: {found}; use another checkpoint")
-        state.setdefault(p, {})[key] = value.to(p.device) if key != "step" or optimizer.defaults.get("fused") else value
+        fused = optimizer.defaults.get("fused")
+        state.setdefault(p, {})[key] = place(value, p) if key != "step" else value.to(p.device) if fused else value
     for p, values in state.items():
         optimizer.state[p] = values
 
 
 def save_run(out: Path, model: MultistreamLM, optimizer: torch.optim.Optimizer, run: RunState, config: Any, extras: Extras,
-             ema: dict[str, Tensor] | None, rank: int, barrier: Any) -> Path:
+             ema: dict[str, Tensor] | None, rank: int) -> Path:
     """Write out/ckpt/step_N; every rank calls it, rank 0 writes the model, each rank its RNG."""
     folder = out / "ckpt" / f"step_{run.step:06d}"
     temporary = out / "ckpt" / f".writing_{run.step:06d}"
@@ -409,12 +425,12 @@ def save_run(out: Path, model: MultistreamLM, optimizer: torch.optim.Optimizer, 
     barrier()
     try:
         write_tensors(temporary / "state" / f"rng_rank{rank}.safetensors", rng_state())
+        save(model, temporary, extras, rank == 0)
+        write_tensors(temporary / "state" / "optimizer.safetensors", optimizer_tensors(model, optimizer), rank == 0)
+        if ema:
+            write_tensors(temporary / "ema.safetensors", ema, rank == 0)
         if rank == 0:
-            save(model, temporary, extras)
-            write_tensors(temporary / "state" / "optimizer.safetensors", optimizer_tensors(model, optimizer))
             write_json(temporary / "state" / "run.json", {**to_json(run), "config": to_json(config)})
-            if ema:
-                write_tensors(temporary / "ema.safetensors", ema)
         barrier()
         if rank == 0:
             aside = folder.with_name(f".old_{folder.name}")

@@ -50,6 +50,7 @@ class TrainConfig:
     dtype: str = "auto"                    # fp32, bf16 or fp16 compute; auto = bf16 where the device has it
     device: str = "auto"                   # cpu, cuda, or auto
     compile: bool = False                  # torch.compile each block
+    shard: bool = False                    # FSDP2: a rank holds its part of weights, gradients and AdamW; full fine-tuning
     seed: int = 0                          # of weights, data order, dropout
 
     eval_every: int = 0                    # steps between evaluations, 0 = only at the end
@@ -67,6 +68,7 @@ class TrainConfig:
         check_types(self)
         assert self.schedule in SCHEDULES, f"schedule {self.schedule!r} is none of {SCHEDULES}"
         assert self.dtype in ("auto", "fp32", "bf16", "fp16"), f"dtype {self.dtype!r} is none of auto, fp32, bf16, fp16"
+        assert not self.shard or self.lora is None, "shard is for full fine-tuning; adapters are small, leave it off"
         assert self.device in ("auto", "cpu", "cuda"), f"device {self.device!r} is none of auto, cpu, cuda"
         assert min(self.steps, self.batch_size, self.accum, self.log_every) > 0, "steps, batch_size, accum and log_every are at least 1"
         counts = ("warmup", "eval_every", "eval_batches", "patience", "save_every", "keep", "lr", "min_lr", "eps", "weight_decay", "clip")

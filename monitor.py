@@ -14,6 +14,7 @@ from pathlib import Path
 from torch import nn
 
 from options import replace_file
+from parallel import part
 from streams import StreamTable
 
 Write = Callable[[dict[str, float], int], object]
@@ -63,9 +64,9 @@ def tracker(name: str, out: Path) -> Write:
 
 
 def memory(model: nn.Module) -> str:
-    """What the run holds before activations."""
+    """What this rank holds before activations."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    weights, ours = (sum(p.numel() * p.element_size() for p in ps) / 2**20 for ps in (model.parameters(), trained))
+    weights, ours = (sum(part(p).numel() * p.element_size() for p in ps) / 2**20 for ps in (model.parameters(), trained))
     counts = f"{sum(p.numel() for p in model.parameters()):,} parameters, {sum(p.numel() for p in trained):,} trained"
     return f"{counts}; memory: weights {weights:.0f} MiB, gradients {ours:.0f} MiB, AdamW {2 * ours:.0f} MiB, and activations"
 

@@ -4,35 +4,34 @@
     torchrun --standalone --nproc_per_node=8 train.py configs/tiny_clone.py --lr=1e-4
     python train.py configs/tiny.py                               again: continues where it stopped
 
-One step: fetch the micro-batches, count their targets over all ranks, forward and backward with one all-reduce,
-clip, update. Checkpoints are written between steps, so a run that is killed anywhere repeats nothing and skips nothing.
+One step: fetch the micro-batches, count their targets over all ranks, forward and backward with one all-reduce (DDP, or
+shards: parallel.py), clip, update. Checkpoints are written between steps, so a run that is killed anywhere repeats
+nothing and skips nothing.
 A script, read from top to bottom; what it calls is tested on its own, and it through its command line.
 """
 
 import math
-import os
 import signal
 import sys
 import time
 from contextlib import nullcontext
-from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 import lora
 import monitor
+import parallel
 from audio import load_codec
 from audio.wav import save_wav
 from checkpoint import DTYPES, Extras, RunState, fill_adapter, latest, load, load_run, point, prune, resolve, save, save_run
 from config import TrainConfig, first_beta, learning_rate
 from data import Batch, Loader, prepare
 from loss import Sums, loss_scale, report
-from model import MultistreamLM
+from model import Block, MultistreamLM
 from options import difference, exit_on_error, from_json, load_config, read_json, write_json
+from parallel import all_sum, barrier
 from sample import SampleConfig, speak
 
 exit_on_error()                                  # a ValueError or OSError from here on is one line and exit code 2
@@ -42,32 +41,18 @@ config: TrainConfig = load_config(sys.argv[1:], "python train.py configs/NAME.py
 out, table = Path(config.out), config.model.table
 
 # ---- 2. runtime: rank, device, precision, seed ----
-distributed = "RANK" in os.environ
-rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+rank, world, local = parallel.ranks()
 kind = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 if kind == "cuda" and not torch.cuda.is_available():
     raise ValueError("--device=cuda: this machine shows no CUDA device; use --device=cpu, or check its driver and CUDA_VISIBLE_DEVICES")
 device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
 if kind == "cuda":
     torch.cuda.set_device(device)
-if distributed:
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(minutes=30))
+parallel.start(kind)
 has_bf16 = torch.cuda.is_bf16_supported() if kind == "cuda" else torch.cpu.get_capabilities().get("avx512_bf16", False)
 dtype = DTYPES[config.dtype if config.dtype != "auto" else "bf16" if has_bf16 else "fp32"]
 autocast = torch.autocast(kind, dtype) if dtype != torch.float32 else nullcontext()
 torch.manual_seed(config.seed)                   # equal weights everywhere; the ranks part ways in section 5
-
-
-def barrier() -> None:
-    if distributed:
-        dist.barrier()
-
-
-def all_sum(x: torch.Tensor) -> torch.Tensor:
-    x = x.to(device)                             # NCCL reduces what lies on the GPU
-    if distributed:
-        dist.all_reduce(x)
-    return x.cpu()
 
 
 def say(*lines: object) -> None:
@@ -103,6 +88,8 @@ for p in raw.parameters():                       # what is trained has fp32 mast
 if config.compile:
     for block in raw.temporal.layers:
         block.compile()
+if config.shard:
+    parallel.shard(raw, Block, device, dtype)
 trained = {n: p for n, p in raw.named_parameters() if p.requires_grad}
 ema = {n: p.detach().clone() for n, p in trained.items()} if config.ema else {}
 
@@ -122,7 +109,7 @@ if previous.exists():
     if config.resume == "never":
         raise ValueError(f"{out} already holds a run; continue it with --resume=auto or choose another --out")
     run, averaged = load_run(previous, raw, optimizer, rank)
-    ema = {n: t.to(device) for n, t in averaged.items()} if config.ema and averaged else ema
+    ema = {n: parallel.place(t, trained[n]) for n, t in averaged.items()} if config.ema and averaged else ema
     if run.loader:
         loader.restore(run.loader)
     if run.scaler:
@@ -133,7 +120,7 @@ if rank == 0:
     write_json(out / "config.json", config)
 data_facts = {k: getattr(config.data, k) for k in ("codec", "tokenizer", "normaliser", "system")}
 extras = Extras(0, data_facts, "base" if base == str(out / "base") else base if config.lora is not None else "")
-net = DDP(raw, device_ids=[local] if kind == "cuda" else None, gradient_as_bucket_view=True) if distributed else raw
+net = parallel.wrap(raw, device)
 
 
 def forward(module: torch.nn.Module, batch: Batch) -> Sums:
@@ -146,7 +133,9 @@ def forward(module: torch.nn.Module, batch: Batch) -> Sums:
 def trade_averages() -> None:
     """Swap the trained weights with their averages; a second call swaps back."""
     for n, p in trained.items() if ema else ():
-        p.data, ema[n] = ema[n], p.data
+        kept = p.detach().clone()
+        p.detach().copy_(ema[n])
+        ema[n].copy_(kept)
 
 
 @torch.no_grad()
@@ -155,25 +144,31 @@ def evaluate() -> dict[str, float]:
     raw.eval()
     trade_averages()
     total = torch.zeros(4, len(table), dtype=torch.float64)
-    for n, batch in enumerate(held_out):
-        if config.eval_batches and n >= config.eval_batches:
-            break
-        total += forward(raw, batch).stacked().cpu()
-    if config.prompts and rank == 0:
-        codec = load_codec(config.data.codec)
-        with autocast:
-            spoken = speak(raw, config.prompts, config.data, SampleConfig(max_frames=250), codec)
-        for text, speech in zip(config.prompts, spoken, strict=True):
-            name = "".join(c if c.isalnum() else "_" for c in text[:60])
-            save_wav(out / "samples" / f"step_{run.step:06d}" / f"{name}.wav", speech.wav, codec.sample_rate)
+    with parallel.gathered(raw):
+        for n, batch in enumerate(held_out):
+            if config.eval_batches and n >= config.eval_batches:
+                break
+            total += forward(raw, batch).stacked().cpu()
+        if config.prompts and rank == 0:
+            listen()
     trade_averages()
     raw.train()
-    return report(all_sum(total), table, config.loss)
+    return report(all_sum(total, device), table, config.loss)
+
+
+def listen() -> None:
+    """Speak the prompts into out/samples."""
+    codec = load_codec(config.data.codec)
+    with autocast:
+        spoken = speak(raw, config.prompts, config.data, SampleConfig(max_frames=250), codec)
+    for text, speech in zip(config.prompts, spoken, strict=True):
+        name = "".join(c if c.isalnum() else "_" for c in text[:60])
+        save_wav(out / "samples" / f"step_{run.step:06d}" / f"{name}.wav", speech.wav, codec.sample_rate)
 
 
 def checkpoint(best: bool = False) -> None:
     run.scaler, extras.step = scaler.state_dict(), run.step
-    folder = save_run(out, raw, optimizer, run, config, extras, ema, rank, barrier)
+    folder = save_run(out, raw, optimizer, run, config, extras, ema, rank)
     if rank == 0:
         if best:
             point(out / "ckpt" / "best", folder.name)
@@ -214,7 +209,7 @@ while True:
     step_batches = [next(batches) for _ in range(config.accum)]
     late = config.max_minutes and time.time() - began > 60 * config.max_minutes
     wish = torch.tensor([float(bool(stop["why"] or late))], dtype=torch.float64)
-    counts = all_sum(torch.cat([sum(b.weights[..., 1:].sum((0, 2)).double() for b in step_batches), wish]))
+    counts = all_sum(torch.cat([sum(b.weights[..., 1:].sum((0, 2)).double() for b in step_batches), wish]), device)
     if counts[-1] > 0:
         checkpoint()                             # run.loader still stands before these micro-batches
         say(f"stopped by {stop['why'] or '--max_minutes'} before step {run.step}; the same command continues")
@@ -222,11 +217,10 @@ while True:
     run.loader = step_batches[-1].state
     scale = loss_scale(counts[:-1], table, config.loss).float().to(device)
 
-    # (c) forward and backward; DDP averages over ranks, so x world makes it a sum
+    # (c) forward and backward; gradients are averaged over ranks, so x world makes it a sum
     total = torch.zeros(4, len(table), dtype=torch.float64, device=device)
     for n, batch in enumerate(step_batches):
-        if distributed:
-            net.require_backward_grad_sync = n == config.accum - 1          # all-reduce once, with the last one
+        parallel.last_of_step(net, n == config.accum - 1)
         sums = forward(net, batch)
         scaler.scale((scale * sums.nll).sum() * world).backward()
         total += sums.stacked()
@@ -234,7 +228,7 @@ while True:
 
     # (d) clip and update, or skip a step whose gradient is not finite
     scaler.unscale_(optimizer)
-    norm = float(torch.nn.utils.clip_grad_norm_(trained.values(), config.clip or math.inf))
+    norm = float(parallel.whole(torch.nn.utils.clip_grad_norm_(trained.values(), config.clip or math.inf)))
     rate = learning_rate(run.step, config)
     for group in optimizer.param_groups:
         group["lr"], group["betas"] = rate * group["factor"], (first_beta(run.step, config), config.betas[1])
@@ -253,7 +247,7 @@ while True:
 
     # (e) log
     if run.step % config.log_every == 0 or run.step == config.steps - 1:
-        numbers = report(all_sum(total), table, config.loss)
+        numbers = report(all_sum(total, device), table, config.loss)
         if run.step == 0 and config.init:
             say(*monitor.alarm(numbers, table, config.init))
         seconds, ticked = time.time() - ticked, time.time()
@@ -269,5 +263,4 @@ while True:
 bar.close()
 peak = f", peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if kind == "cuda" else ""
 say(f"{time.time() - began:.0f} s{peak}; checkpoint {out}/ckpt/latest, numbers {out}/metrics.jsonl")
-if distributed:
-    dist.destroy_process_group()
+parallel.end()

@@ -5,7 +5,8 @@
     python checkpoint.py export out/moshi_full --to=moshi --out=merged
     python -m moshi.server --moshi-weight merged/model.safetensors --config-path merged/config.json
 
-Needs: not yet measured; weights, gradients and AdamW in fp32 are 123 GB before activations.  Expect: not yet measured.
+Needs: not yet measured; weights, gradients and AdamW in fp32 are 123 GB before activations, shared out over the ranks
+(FSDP2).  Expect: not yet measured.
 """
 
 from dataclasses import replace
@@ -14,5 +15,5 @@ from pathlib import Path
 from options import run_config
 
 beside = Path(__file__).with_name("moshi_lora.py")
-config = replace(run_config(beside), lora=None, out="out/moshi_full")
-smoke = replace(run_config(beside, "smoke"), lora=None, out="out/smoke_moshi_full")
+config = replace(run_config(beside), lora=None, shard=True, out="out/moshi_full")
+smoke = replace(run_config(beside, "smoke"), lora=None, shard=True, out="out/smoke_moshi_full")

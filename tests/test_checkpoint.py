@@ -173,7 +173,7 @@ def advance(model: MultistreamLM, optimizer: torch.optim.Optimizer, steps: range
 
 
 def write_run(path: Path, step: int, model: MultistreamLM, optimizer: torch.optim.Optimizer, ema: dict | None = None) -> Path:
-    return save_run(path, model, optimizer, RunState(step=step, best=1.5, loader={"draw": 3}), {"lr": 1}, Extras(), ema, 0, lambda: None)
+    return save_run(path, model, optimizer, RunState(step=step, best=1.5, loader={"draw": 3}), {"lr": 1}, Extras(), ema, 0)
 
 
 def test_model_optimizer_and_generators_continue_exactly(tmp_path: Path) -> None:
@@ -193,10 +193,10 @@ def test_a_save_that_fails_leaves_the_older_checkpoint_and_no_litter(tmp_path: P
     write_run(tmp_path, 1, model, optimizer)
     original = checkpoint.write_tensors
 
-    def full(path: Path, tensors: dict) -> None:
+    def full(path: Path, tensors: dict, write: bool = True) -> None:
         if path.name == "optimizer.safetensors":
             raise OSError(28, "No space left on device")
-        original(path, tensors)
+        original(path, tensors, write)
 
     monkeypatch.setattr(checkpoint, "write_tensors", full)
     with pytest.raises(OSError, match="No space left"):

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from conftest import CONFIG, ROOT, write_clips
 from safetensors.torch import load_file
 
 import lora
-from checkpoint import load
+from checkpoint import load, point
 from options import read_json
 
 NO_NOISE = ("--model.dropout=0", "--model.input_drop=0")
@@ -48,9 +49,12 @@ def train(folder: Path, *options: str, ranks: int = 0, expect: int = 0) -> str:
     return done.stdout + done.stderr
 
 
+def rows(out: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
 def losses(out: Path) -> list[tuple[int, float]]:
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row]
+    return [(row["step"], row["train/loss"]) for row in rows(out) if "train/loss" in row]
 
 
 def final(out: Path, name: str = "model.safetensors") -> dict[str, torch.Tensor]:
@@ -118,6 +122,25 @@ def test_a_rank_run_resumes_exactly(folder: Path) -> None:
     train(folder, f"--out={folder}/d_again", *common, "--schedule=constant", ranks=2)
     train(folder, f"--out={folder}/d_parts", *common, "--schedule=constant", ranks=2)
     assert losses(folder / "d_parts") == losses(folder / "d_again") and same(final(folder / "d_parts"), final(folder / "d_again"))
+
+
+@pytest.mark.slow
+def test_shards_train_save_and_resume_as_one_process_does(folder: Path) -> None:
+    common = ("--steps=4", "--save_every=2", "--eval_every=3", "--ema=0.9", "--clip=0.1", "--eps=1e-4", "--keep=4", *NO_NOISE)
+    shards = (*common, "--accum=1", "--shard=true")
+    train(folder, f"--out={folder}/s_one", "--accum=2", *common)
+    train(folder, f"--out={folder}/s_two", *shards, ranks=2)
+    one, two = (losses(folder / name) for name in ("s_one", "s_two"))
+    assert len(one) == 4 and max(abs(a - b) for (_, a), (_, b) in zip(one, two, strict=True)) < 1e-6
+    for name in ("model.safetensors", "ema.safetensors", "state/optimizer.safetensors"):
+        assert same(final(folder / "s_one", name), final(folder / "s_two", name), 1e-6)
+    evaluated = [[row["val/loss"] for row in rows(folder / name) if "val/loss" in row] for name in ("s_one", "s_two")]
+    assert len(evaluated[0]) == 2 and max(abs(a - b) for a, b in zip(*evaluated, strict=True)) < 1e-6
+    shutil.copytree(folder / "s_two", folder / "s_again", symlinks=True)
+    point(folder / "s_again/ckpt/latest", "step_000002")
+    train(folder, f"--out={folder}/s_again", *shards, ranks=2)
+    for name in ("model.safetensors", "ema.safetensors", "state/optimizer.safetensors"):
+        assert same(final(folder / "s_again", name), final(folder / "s_two", name))
 
 
 def test_terminated_runs_save_and_continue(folder: Path) -> None:

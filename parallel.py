@@ -1,0 +1,114 @@
+"""Several processes that train one model: who is who, sums over ranks, and how weights are shared out.
+
+    DDP      every rank holds all weights; gradients are averaged               adapters, and whatever fits
+    FSDP2    a rank holds 1/world of each weight, gradient and moment; a block is gathered just before it runs
+
+Without torchrun all of this does nothing. Every rank calls what is marked collective, in the same order. Checkpoints
+hold whole tensors either way: `whole` gathers one, `place` cuts one to the part of this rank. Next: train.py.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+
+def start(kind: str) -> None:
+    """Join the group that torchrun made; `kind` is the type of device."""
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(minutes=30))
+
+
+def ranks() -> tuple[int, int, int]:
+    """Number of this process, how many there are, and its number on this machine."""
+    rank, world, local = (int(os.environ.get(name, other)) for name, other in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    return rank, world, local
+
+
+def barrier() -> None:
+    """Wait for every rank. Collective."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def all_sum(x: Tensor, device: torch.device) -> Tensor:
+    """Sum over ranks, on the CPU. Collective; NCCL reduces what lies on the GPU."""
+    x = x.to(device)
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x.cpu()
+
+
+def end() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+# ---- how weights are shared out ----
+
+def shard(model: nn.Module, block: type[nn.Module], device: torch.device, dtype: torch.dtype) -> None:
+    """Cut every weight into one part a rank, in place; alone there is nothing to cut. Collective.
+
+    A module of type `block` is gathered for as long as it runs, all else with the model. Parts, gradients and moments keep
+    their type; what is gathered is in `dtype`, and gradients are summed in fp32.
+    """
+    if not dist.is_initialized():
+        return
+    for t in [*model.parameters(), *model.buffers()]:       # what rank 0 drew or read holds, as DDP has it
+        dist.broadcast(t.data, 0)
+    policy = MixedPrecisionPolicy(None if dtype == torch.float32 else dtype, torch.float32, cast_forward_inputs=False)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for module in [m for m in model.modules() if isinstance(m, block)] + [model]:
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+
+
+def wrap(model: nn.Module, device: torch.device) -> nn.Module:
+    """What to call in training: the model itself when it is sharded or alone, otherwise with DDP around it. Collective."""
+    if isinstance(model, FSDPModule) or not dist.is_initialized():
+        return model
+    return DDP(model, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True)
+
+
+def last_of_step(net: nn.Module, last: bool) -> None:
+    """DDP averages gradients with the last micro-batch only; shards have no room for whole gradients and sum each time."""
+    if isinstance(net, DDP):
+        net.require_backward_grad_sync = last
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Hold all weights on every rank: within, each may run the model on its own, or not at all. Collective."""
+    parts = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    for m in parts:
+        m.set_reshard_after_forward(False, recurse=False)
+        m.unshard()
+    try:
+        yield
+    finally:
+        for m in parts:
+            m.reshard()
+            m.set_reshard_after_forward(m is not model, recurse=False)     # the model's own part is used until backward
+
+
+def whole(t: Tensor) -> Tensor:
+    """All of a tensor of which each rank holds a part. Collective."""
+    return t.full_tensor() if isinstance(t, DTensor) else t
+
+
+def part(t: Tensor) -> Tensor:
+    """What this rank holds of a tensor."""
+    return t.to_local() if isinstance(t, DTensor) else t
+
+
+def place(full: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, which every rank has, as `like` is kept: on its device, and cut as it is."""
+    full = full.to(like.device)
+    return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None) if isinstance(like, DTensor) else full

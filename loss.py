@@ -36,6 +36,9 @@ class LossConfig:
         assert self.groups in ("modality", "all"), f"groups {self.groups!r} is neither 'modality' nor 'all'"
 
 
+FIELDS = ("nll", "weight", "hits", "count")
+
+
 @dataclass
 class Sums:
     """Per-stream sums over targets, each (K,): weighted nll (carries the gradient), weight, hits, count."""
@@ -44,15 +47,17 @@ class Sums:
     weight: Tensor
     hits: Tensor
     count: Tensor
+    quiet: Tensor | None = None     # (4,) what of them is padding in the text row, where that is told apart
 
     def add(self, rows: Sequence[int], part: "Sums") -> "Sums":
         """Add the sums of a few streams at their places."""
         at = torch.tensor(list(rows), device=self.nll.device)
-        return Sums(*(getattr(self, f).index_add(0, at, getattr(part, f)) for f in ("nll", "weight", "hits", "count")))
+        return Sums(*(getattr(self, f).index_add(0, at, getattr(part, f)) for f in FIELDS), self.quiet)
 
     def stacked(self) -> Tensor:
-        """All four as one detached (4, K) float64 tensor, ready to be reduced over ranks."""
-        return torch.stack([t.detach().double() for t in (self.nll, self.weight, self.hits, self.count)])
+        """All four as one detached float64 tensor (4, K + 1), `quiet` last, ready to be reduced over ranks."""
+        sums = torch.stack([getattr(self, f).detach().double() for f in FIELDS])
+        return torch.cat([sums, torch.zeros_like(sums[:, :1]) if self.quiet is None else self.quiet[:, None].double()], 1)
 
 
 Head = Callable[[Tensor, Tensor], Tensor]      # h (N, D), inputs (N, ...) -> logits (Q, N, V)
@@ -102,16 +107,24 @@ def loss_scale(weight: Tensor, table: StreamTable, config: LossConfig) -> Tensor
 
 
 def report(sums: Tensor, table: StreamTable, config: LossConfig) -> dict[str, float]:
-    """Name the numbers of (4, K) sums: loss, text and audio loss, and loss and accuracy of every predicted stream."""
-    nll, weight, hits, count = sums
-    scale = loss_scale(weight, table, config)
-    numbers = {"loss": (nll * scale).sum()}
-    for kind, rows in (("text", table.text_out), ("audio", table.audio_out)):
-        if rows and weight[rows].sum() > 0:
-            numbers[f"{kind}_loss"] = nll[rows].sum() / weight[rows].sum()
-            numbers[f"{kind}_accuracy"] = hits[rows].sum() / count[rows].sum()
-    for k in [*table.text_out, *table.audio_out]:
-        if weight[k] > 0:
-            numbers[f"{table.streams[k].name}_loss"] = nll[k] / weight[k]
-            numbers[f"{table.streams[k].name}_accuracy"] = hits[k] / count[k]
-    return {name: float(value) for name, value in numbers.items()}
+    """Name the numbers of (4, K + 1) sums: the loss, and loss and accuracy of every class and every predicted stream."""
+    sums, quiet = sums[:, :-1], sums[:, -1]
+    numbers = {"loss": float((sums[0] * loss_scale(sums[1], table, config)).sum())}
+    found = {name: sums[:, rows].sum(1) for name, rows in classes(table).items()}
+    if quiet[1] > 0:
+        found |= {"text_pad": quiet, "text_real": found["text"] - quiet}
+    for name, (nll, weight, hits, count) in found.items():
+        if weight > 0:
+            numbers |= {f"{name}_loss": float(nll / weight), f"{name}_accuracy": float(hits / count)}
+    return numbers
+
+
+def classes(table: StreamTable) -> dict[str, list[int]]:
+    """The predicted rows of each class: text, audio, each on its own; in a duplex grid also what kind and whose they are."""
+    out = table.audio_out
+    found = {"text": table.text_out, "audio": out}
+    if table.layout == "duplex":
+        name = {k: table.streams[k].name for k in out}
+        found |= {"semantic": [k for k in out if name[k] in ("cb1", "user1")], "own": [k for k in out if name[k].startswith("cb")]}
+        found |= {"acoustic": [k for k in out if k not in found["semantic"]], "user": [k for k in out if k not in found["own"]]}
+    return found | {table.streams[k].name: [k] for k in [*table.text_out, *out]}

@@ -523,14 +523,20 @@ class MultistreamLM(nn.Module):
             if not rows:
                 continue
             t, w = (x[:, rows].transpose(1, 2).flatten(0, 1) for x in (targets, weights))     # -> (N, Q)
-            kept = (w != 0).any(1).nonzero().squeeze(1)
-            inputs = self.depth_inputs(targets)[kept]
-            logits = sum(self.table.streams[k].classes for k in rows)
-            x = h.flatten(0, 1)[kept]
-            if rows is self.table.audio_out and self.config.depth and not self.config.checkpoint:     # only the head runs twice
-                x, head = self.depth(x, inputs).transpose(0, 1), lambda x, _: self.depth.head(x.transpose(0, 1), slice(0, x.shape[1]))
-            part = cross_entropy_sums(x, inputs, head, t[kept], w[kept], logits)
-            total = total.add(rows, part)
+            kept, logits = (w != 0).any(1), sum(self.table.streams[k].classes for k in rows)
+            parts = [kept]
+            if rows is self.table.text_out and self.table.layout == "duplex":                 # padding goes apart, to be told apart
+                quiet = (t[:, 0] == self.table.pad) | (t[:, 0] == self.table.epad)
+                parts = [kept & ~quiet, kept & quiet]
+            for where in parts:
+                at = where.nonzero().squeeze(1)
+                x, inputs = h.flatten(0, 1)[at], self.depth_inputs(targets)[at]
+                if rows is self.table.audio_out and self.config.depth and not self.config.checkpoint:     # only the head runs twice
+                    x, head = self.depth(x, inputs).transpose(0, 1), lambda x, _: self.depth.head(x.transpose(0, 1), slice(0, x.shape[1]))
+                part = cross_entropy_sums(x, inputs, head, t[at], w[at], logits)
+                total = total.add(rows, part)
+            if len(parts) > 1:
+                total.quiet = part.stacked()[:, 0]
         return total
 
     # ---- sampling, one column at a time ----

@@ -143,7 +143,7 @@ def evaluate() -> dict[str, float]:
     """Held-out numbers, weighted by targets over all ranks; rank 0 speaks the prompts."""
     raw.eval()
     trade_averages()
-    total = torch.zeros(4, len(table), dtype=torch.float64)
+    total = torch.zeros(4, len(table) + 1, dtype=torch.float64)
     with parallel.gathered(raw):
         for n, batch in enumerate(held_out):
             if config.eval_batches and n >= config.eval_batches:
@@ -218,7 +218,7 @@ while True:
     scale = loss_scale(counts[:-1], table, config.loss).float().to(device)
 
     # (c) forward and backward; gradients are averaged over ranks, so x world makes it a sum
-    total = torch.zeros(4, len(table), dtype=torch.float64, device=device)
+    total = torch.zeros(4, len(table) + 1, dtype=torch.float64, device=device)
     for n, batch in enumerate(step_batches):
         parallel.last_of_step(net, n == config.accum - 1)
         sums = forward(net, batch)

@@ -74,7 +74,7 @@ def test_uniform_logits_cost_ln_of_the_vocabulary() -> None:
 
 def test_loss_is_the_lambda_weighted_sum_of_group_means() -> None:
     table, config = clone_table(2), LossConfig(text=0.5, audio=2.0)
-    sums = torch.tensor([[6.0, 4.0, 8.0], [3.0, 2.0, 2.0], [1, 1, 0], [3, 2, 2]], dtype=torch.float64)
+    sums = torch.tensor([[6.0, 4.0, 8.0, 0], [3.0, 2.0, 2.0, 0], [1, 1, 0, 0], [3, 2, 2, 0]], dtype=torch.float64)
     assert report(sums, table, config)["loss"] == pytest.approx(0.5 * 6 / 3 + 2.0 * (4 + 8) / (2 + 2))
     assert report(sums, table, replace(config, groups="all"))["loss"] == pytest.approx((0.5 * 6 + 2.0 * 12) / 7)
 
@@ -87,7 +87,7 @@ def test_a_group_without_targets_costs_nothing_and_is_never_nan() -> None:
 
 
 def test_report_names_every_predicted_stream() -> None:
-    numbers = report(torch.ones(4, 8, dtype=torch.float64), aligned_table(3), LossConfig())
+    numbers = report(torch.ones(4, 9, dtype=torch.float64), aligned_table(3), LossConfig())
     assert {"advance_loss", "cb1_loss", "cb3_accuracy", "text_loss", "audio_loss", "loss"} <= numbers.keys()
     assert "word_loss" not in numbers
 

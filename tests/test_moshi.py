@@ -19,7 +19,7 @@ from audio.mimi import MimiCodec, MimiConfig
 from audio.wav import load_wav
 from checkpoint import export, load, save
 from duplex import EPAD, PAD, UserFeed, demo_dialogues, official_files, text_weights
-from loss import LossConfig, loss_scale
+from loss import LossConfig, loss_scale, report
 from model import MOSHI_7B, MultistreamLM
 from options import run_config
 from sample import SampleConfig, generate, reply
@@ -118,6 +118,32 @@ def test_the_loss_is_that_of_moshi_finetune():
     assert abs((loss - theirs).item()) < 1e-5
     ours = torch.autograd.grad(loss, model.text_head.weight, retain_graph=True)[0]
     assert torch.allclose(ours, torch.autograd.grad(theirs, model.text_head.weight)[0], atol=1e-5)
+
+
+def test_classes_are_told_apart():
+    """Text words and padding, semantic and acoustic codebooks, own and user, from the logits of a grid that trains both."""
+    torch.manual_seed(4)
+    config = CONFIGS["duplex"]                                           # text, three codebooks of its own, two of the user
+    streams = tuple(replace(s, classes=16) if s.name.startswith("user") else s for s in config.table.streams)
+    table = replace(config.table, streams=streams)
+    model = MultistreamLM(replace(config, table=table, depth=replace(config.depth, steps=5))).double()
+    tokens, weights = (torch.stack(side) for side in zip(*(lay_out(dialogue(config.table, 15, n), table) for n in (1, 2)), strict=True))
+    numbers = report(model(tokens, weights).stacked(), table, LossConfig())
+    text, audio = model(tokens)
+    target, weight = tokens[..., 1:], weights[..., 1:].double()
+    nll = [F.cross_entropy(x.flatten(0, 1), target[:, k].clamp(0, x.shape[-1] - 1).flatten(), reduction="none").view_as(target[:, k])
+           for k, x in zip([0, *table.audio_out], [text, *audio.unbind(1)], strict=True)]
+    hits = [x.argmax(-1) == target[:, k] for k, x in zip([0, *table.audio_out], [text, *audio.unbind(1)], strict=True)]
+    padding = (target[:, 0] == PAD) | (target[:, 0] == EPAD)
+    assert padding.any() and (weight[:, 0][~padding] > 0).any()
+    parts = {"text_pad": [(0, padding)], "text_real": [(0, ~padding)]}
+    rows_of = {"semantic": (1, 4), "acoustic": (2, 3, 5), "own": (1, 2, 3), "user": (4, 5)}
+    parts |= {name: [(k, True) for k in rows] for name, rows in rows_of.items()}
+    for name, rows in parts.items():
+        w = [weight[:, k] * where for k, where in rows]
+        total, count = sum(x.sum() for x in w), sum((x > 0).sum() for x in w)
+        assert abs(sum((x * nll[k]).sum() for x, (k, _) in zip(w, rows, strict=True)) / total - numbers[f"{name}_loss"]) < 1e-5, name
+        assert abs(sum((hits[k] & (x > 0)).sum() for x, (k, _) in zip(w, rows, strict=True)) / count - numbers[f"{name}_accuracy"]) < 1e-6
 
 
 # ---- listening ----

@@ -104,27 +104,3 @@ def loss_scale(weight: Tensor, table: StreamTable, config: LossConfig) -> Tensor
         total = weight[rows].sum() if config.groups == "modality" else weight.sum()
         scale[rows] = factor / total.clamp(min=torch.finfo(weight.dtype).tiny) * (total > 0)
     return scale
-
-
-def report(sums: Tensor, table: StreamTable, config: LossConfig) -> dict[str, float]:
-    """Name the numbers of (4, K + 1) sums: the loss, and loss and accuracy of every class and every predicted stream."""
-    sums, quiet = sums[:, :-1], sums[:, -1]
-    numbers = {"loss": float((sums[0] * loss_scale(sums[1], table, config)).sum())}
-    found = {name: sums[:, rows].sum(1) for name, rows in classes(table).items()}
-    if quiet[1] > 0:
-        found |= {"text_pad": quiet, "text_real": found["text"] - quiet}
-    for name, (nll, weight, hits, count) in found.items():
-        if weight > 0:
-            numbers |= {f"{name}_loss": float(nll / weight), f"{name}_accuracy": float(hits / count)}
-    return numbers
-
-
-def classes(table: StreamTable) -> dict[str, list[int]]:
-    """The predicted rows of each class: text, audio, each on its own; in a duplex grid also what kind and whose they are."""
-    out = table.audio_out
-    found = {"text": table.text_out, "audio": out}
-    if table.layout == "duplex":
-        name = {k: table.streams[k].name for k in out}
-        found |= {"semantic": [k for k in out if name[k] in ("cb1", "user1")], "own": [k for k in out if name[k].startswith("cb")]}
-        found |= {"acoustic": [k for k in out if k not in found["semantic"]], "user": [k for k in out if k not in found["own"]]}
-    return found | {table.streams[k].name: [k] for k in [*table.text_out, *out]}

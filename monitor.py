@@ -11,8 +11,9 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
+from loss import LossConfig, loss_scale
 from options import replace_file
 from parallel import part
 from streams import StreamTable
@@ -61,6 +62,30 @@ def tracker(name: str, out: Path) -> Write:
     except ImportError:
         wanted = "-e '.[log]'" if name == "tensorboard" else name
         raise ValueError(f"tracker {name} is not installed; run pip install {wanted} or drop it from --trackers") from None
+
+
+def report(sums: Tensor, table: StreamTable, config: LossConfig) -> dict[str, float]:
+    """Name the numbers of (4, K + 1) sums: the loss, and loss and accuracy of every class and every predicted stream."""
+    sums, quiet = sums[:, :-1], sums[:, -1]
+    numbers = {"loss": float((sums[0] * loss_scale(sums[1], table, config)).sum())}
+    found = {name: sums[:, rows].sum(1) for name, rows in classes(table).items()}
+    if quiet[1] > 0:
+        found |= {"text_pad": quiet, "text_real": found["text"] - quiet}
+    for name, (nll, weight, hits, count) in found.items():
+        if weight > 0:
+            numbers |= {f"{name}_loss": float(nll / weight), f"{name}_accuracy": float(hits / count)}
+    return numbers
+
+
+def classes(table: StreamTable) -> dict[str, list[int]]:
+    """The predicted rows of each class: text, audio, each on its own; in a duplex grid also what kind and whose they are."""
+    out = table.audio_out
+    found = {"text": table.text_out, "audio": out}
+    if table.layout == "duplex":
+        name = {k: table.streams[k].name for k in out}
+        found |= {"semantic": [k for k in out if name[k] in ("cb1", "user1")], "own": [k for k in out if name[k].startswith("cb")]}
+        found |= {"acoustic": [k for k in out if k not in found["semantic"]], "user": [k for k in out if k not in found["own"]]}
+    return found | {table.streams[k].name: [k] for k in [*table.text_out, *out]}
 
 
 def memory(model: nn.Module) -> str:

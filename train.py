@@ -28,7 +28,7 @@ from audio.wav import save_wav
 from checkpoint import DTYPES, Extras, RunState, fill_adapter, latest, load, load_run, point, prune, resolve, save, save_run
 from config import TrainConfig, first_beta, learning_rate
 from data import Batch, Loader, prepare
-from loss import Sums, loss_scale, report
+from loss import Sums, loss_scale
 from model import Block, MultistreamLM
 from options import difference, exit_on_error, from_json, load_config, read_json, write_json
 from parallel import all_sum, barrier
@@ -153,7 +153,7 @@ def evaluate() -> dict[str, float]:
             listen()
     trade_averages()
     raw.train()
-    return report(all_sum(total, device), table, config.loss)
+    return monitor.report(all_sum(total, device), table, config.loss)
 
 
 def listen() -> None:
@@ -247,7 +247,7 @@ while True:
 
     # (e) log
     if run.step % config.log_every == 0 or run.step == config.steps - 1:
-        numbers = report(all_sum(total, device), table, config.loss)
+        numbers = monitor.report(all_sum(total, device), table, config.loss)
         if run.step == 0 and config.init:
             say(*monitor.alarm(numbers, table, config.init))
         seconds, ticked = time.time() - ticked, time.time()

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from tables import CONFIGS, aligned_table, clone_table, grid
 
 import loss
-from loss import LossConfig, cross_entropy_sums, cross_entropy_sums_ref, loss_scale, report
+from loss import LossConfig, cross_entropy_sums, cross_entropy_sums_ref, loss_scale
 from model import MultistreamLM
+from monitor import report
 
 
 def case(N: int, D: int, Q: int, V: int, seed: int) -> tuple[torch.Tensor, ...]:

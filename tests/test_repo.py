@@ -21,13 +21,14 @@ FLOORS = {                                                      # imports run do
     "text": 1, "architectures": 1, "metrics": 1, "monitor": 1.3, "loss": 1,
     "duplex": 1.3, "chatml": 1.3, "turns": 1.3, "calls": 1.3, "guidance": 1.3,
     "dsaa": 1.5,
+    "dialogue": 1.5,
     "manifest": 1.6,
     "cache": 2, "model": 2,
     "data": 3, "official": 3,
     "config": 4, "checkpoint": 4,
     "sample": 5, "peers": 5,
     "train": 6, "bench": 6}
-BESIDE = {"evaluate": {"audio", "metrics", "options"}}          # files that stand on a floor of their own: what they may import
+BESIDE = {"evaluate": {"audio", "dialogue", "metrics", "options"}}      # files that stand on a floor of their own: what they may import
 CORE = ("config", "streams", "model", "lora", "data", "loss", "train", "sample")
 PRODUCT = sorted(path for folder in (".", "audio", "kernels", "configs", "assets") for path in (ROOT / folder).glob("*.py"))
 CONFIGS = sorted(ROOT.glob("configs/*.py"))

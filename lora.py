@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.lora_linear import linear, lora_linear
+
 
 @dataclass(frozen=True)
 class LoraConfig:
@@ -51,26 +53,21 @@ class Adapter(nn.Module):
         self.enabled = True
         self.base: Tensor | None = None           # the untouched weight while merged
 
-    def forward(self, x: Tensor, y: Tensor, weight: Tensor, pick: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """Adapt y = x W^T.   x (..., in), y (..., out); `pick` selects the weight sets of depth steps"""
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, pick: Callable[[Tensor], Tensor] = lambda p: p,
+                row_scale: Tensor | None = None) -> Tensor:
+        """x (..., in) -> (..., out); `pick` selects the weight sets of depth steps, `row_scale` belongs to a weight of 8 bits"""
         if not self.enabled or self.base is not None:
-            return y
-        pick = pick or (lambda p: p)
+            return linear(x, weight, bias, row_scale)
         a, b = pick(self.lora_A), pick(self.lora_B)
-        low = F.dropout(x, self.dropout, self.training)
-        cast = torch.is_autocast_enabled(x.device.type)
-        low = torch.matmul(low if cast else low.to(a.dtype), a.mT)
-        if self.lora_magnitude is None and y.dtype == low.dtype:     # y + s B low, in one product
-            if b.dim() == 3:
-                return y.baddbmm_(low, b.mT.to(low.dtype), alpha=self.scale)
-            return torch.addmm(y.flatten(0, -2), low.flatten(0, -2), b.mT, alpha=self.scale).view_as(y)
-        update = torch.matmul(low, b.mT) * self.scale
-        if self.lora_magnitude is None:
-            return y + update.to(y.dtype)
-        norm = (weight.detach().float() + self.scale * (b @ a).detach()).norm(dim=-1)
-        ratio = pick(self.lora_magnitude) / norm
-        ratio = ratio if ratio.dim() == 1 else ratio.unsqueeze(-2)         # (steps, out) -> (steps, 1, out)
-        return (ratio * (y + update)).to(y.dtype)
+        if self.lora_magnitude is None and not (self.dropout and self.training):
+            return lora_linear(x, weight, a, b, self.scale, bias, row_scale)
+        y, low = linear(x, weight, None, row_scale), F.dropout(x, self.dropout, self.training)
+        low = low if torch.is_autocast_enabled(x.device.type) else low.to(a.dtype)
+        y = y + (torch.matmul(torch.matmul(low, a.mT), b.mT) * self.scale).to(y.dtype)
+        if self.lora_magnitude is not None:
+            ratio = pick(self.lora_magnitude) / (weight.detach().float() + self.scale * (b @ a).detach()).norm(dim=-1)
+            y = ((ratio if ratio.dim() == 1 else ratio.unsqueeze(-2)) * y).to(y.dtype)           # (steps, out) -> (steps, 1, out)
+        return y if bias is None else y + bias
 
     def merged(self, weight: Tensor) -> Tensor:
         """The adapted weight in fp32.   (..., out, in)"""

@@ -28,18 +28,21 @@ from architectures import HIGGS_V2_3B, MOSHI_7B, MOSS_9B, QWEN2_5_1_5B, FusionCo
 from dsaa import Affine, Projector, TextTower
 from kernels.attention import Cache, attend, attention_mask
 from kernels.decode import ColumnStep, Turns, column_step
+from kernels.depth_attention import depth_attention
+from kernels.embed_sum import embed_row, embed_sum
+from kernels.lora_linear import linear
+from kernels.rms_norm import rms_norm
 from kernels.rope import rope, rope_tables
+from kernels.swiglu import ACTIVATIONS, swiglu
 from loss import Sums, cross_entropy_sums
 from projected import Condition, Projected
 from streams import StreamTable, is_audio
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu}
 
 
 class Linear(nn.Module):
     """y = x W^T + b. With `sets`, one W per depth step: x (n, N, in) holds the steps of `step`, first one first.
 
-    `adapter` is where lora.py hangs its low-rank update; it sees x and x W^T and returns the adapted product.
+    `adapter` is where lora.py hangs its low-rank update; it computes the whole product.
     """
 
     def __init__(self, inputs: int, outputs: int, bias: bool = False, sets: int = 0, schedule: tuple[int, ...] = ()) -> None:
@@ -55,10 +58,9 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor, step: slice | None = None) -> Tensor:
         weight = self.weight if step is None else self.pick(self.weight, step)
-        y = F.linear(x, weight) if weight.dim() == 2 else torch.bmm(x, weight.to(x.dtype).mT)
-        if self.adapter is not None:
-            y = self.adapter(x, y, weight, None if step is None else lambda p: self.pick(p, step))
-        return y if self.bias is None else y + self.bias
+        if self.adapter is None:
+            return linear(x, weight, self.bias)
+        return self.adapter(x, weight, self.bias, (lambda p: p) if step is None else lambda p: self.pick(p, step))
 
 
 class RMSNorm(nn.Module):
@@ -69,12 +71,10 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
         self.eps = eps
 
-    def forward(self, x: Tensor, other: "RMSNorm | None" = None, where: Tensor | None = None) -> Tensor:
-        """With `other`, rows of `where` (...,) use its weight: two norms share one pass over x."""
-        y = x.float()
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        weight = self.weight if other is None else torch.where(where[..., None], other.weight, self.weight)
-        return (y * weight).to(x.dtype)
+    def forward(self, x: Tensor, residual: Tensor | None = None, other: "RMSNorm | None" = None,
+                where: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """With `residual` -> the norm of x + residual, and that sum. With `other`, rows of `where` (...,) use its weight."""
+        return rms_norm(x, self.weight, self.eps, residual, other and other.weight, where)
 
 
 # ---- what a stack knows of the columns it reads ----
@@ -153,7 +153,10 @@ class Attention(nn.Module):
             q, k, v = self.qkv(x, step).split(self.widths, dim=-1)
         else:
             q, k, v = self.q(x, step), self.k(x, step), self.v(x, step)
-        # the depth transformer attends over its first axis, the codebook steps
+        if c.steps and context.cache is None:              # the depth transformer attends over its first axis, the steps
+            q, k, v = (t.unflatten(-1, (-1, c.head)) for t in (q, k, v))
+            q, k = (self.q_norm(q), self.k_norm(k)) if c.qk_norm else (q, k)
+            return self.o(depth_attention(q, k, v).flatten(-2), step)
         order = (1, 2, 0, 3) if c.steps else (0, 2, 1, 3)
         q, k, v = (t.unflatten(-1, (-1, c.head)).permute(order) for t in (q, k, v))   # -> (B, H, S, head)
         if c.qk_norm:
@@ -182,11 +185,10 @@ class FeedForward(nn.Module):
         self.down = Linear(c.ffn, c.dim, **options)
 
     def forward(self, x: Tensor, step: slice | None = None) -> Tensor:
-        act = ACTIVATIONS[self.c.activation]
         if not self.c.gated:
-            return self.down(act(self.up(x, step)), step)
-        gate, up = self.gate_up(x, step).chunk(2, -1) if self.c.packed else (self.gate(x, step), self.up(x, step))
-        return self.down(act(gate) * up, step)
+            return self.down(ACTIVATIONS[self.c.activation](self.up(x, step)), step)
+        parts = (self.gate_up(x, step), None) if self.c.packed else (self.gate(x, step), self.up(x, step))
+        return self.down(swiglu(*parts, self.c.activation), step)
 
 
 class Block(nn.Module):
@@ -206,14 +208,15 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, context: Context, layer: int) -> Tensor:
         if self.dual:
-            normed = self.attn_norm(x, self.audio_attn_norm, context.audio)
+            normed = self.attn_norm(x, None, self.audio_attn_norm, context.audio)
         else:
             normed = self.attn_norm(x)
-        h = x + self.drop(self.attn(normed, context, layer, context.hidden if self.skips_audio else context.mask))
+        y = self.drop(self.attn(normed, context, layer, context.hidden if self.skips_audio else context.mask))
         if self.dual:
-            h = self.dual_feed_forward(h, *context.rows)
+            h = self.dual_feed_forward(x + y, *context.rows)
         else:
-            h = h + self.drop(self.ffn(self.ffn_norm(h), context.step))
+            normed, h = self.ffn_norm(y, x)
+            h = h + self.drop(self.ffn(normed, context.step))
         return torch.where(context.audio[..., None], x, h) if self.skips_audio else h
 
     def dual_feed_forward(self, h: Tensor, text: Tensor, audio: Tensor) -> Tensor:
@@ -294,17 +297,13 @@ class Embedding(nn.Module):
 
     def row(self, n: int, ids: Tensor) -> Tensor:
         """Embed one row.   ids (...) -> (..., D)"""
-        vectors = F.embedding(ids.clamp(min=0) + self.offsets[n], self.weight)
-        return vectors * (ids >= 0).unsqueeze(-1).to(vectors.dtype)
+        return embed_row(ids, self.weight, self.offsets[n])
 
     def forward(self, ids: Tensor) -> Tensor:
         if ids.shape[2] == 1 and len(self.offsets) > 1 and self.weight.dtype == torch.float32 and not torch.is_grad_enabled():
             vectors = F.embedding((ids[..., 0] + self.starts(ids.device)).clamp_(min=0), self.weight)
             return torch.bmm((ids >= 0).mT.to(vectors.dtype), vectors)         # one column: (B, 1, n) (B, n, D)
-        total = self.row(0, ids[:, 0])
-        for n in range(1, len(self.offsets)):      # left to right, as the references add in low precision
-            total = total + self.row(n, ids[:, n])
-        return total
+        return embed_sum(ids, self.weight, self.offsets)
 
 
 class Depth(nn.Module):

@@ -22,10 +22,6 @@ def embed_sum_ref(ids: Tensor, weight: Tensor, offsets: Sequence[int]) -> Tensor
 
     Added from left to right in the type of the weight, as the published models do.
     """
-    if ids.shape[2] == 1 and len(offsets) > 1 and weight.dtype == torch.float32 and not torch.is_grad_enabled():
-        known = ids[..., 0] >= 0                                                           # one column: one operation
-        flat = torch.where(known, ids[..., 0] + torch.tensor(offsets, device=ids.device), 0)
-        return F.embedding_bag(flat, weight, mode="sum", per_sample_weights=known.float())[:, None]
     total = embed_row(ids[:, 0], weight, offsets[0])
     for k in range(1, len(offsets)):
         total = total + embed_row(ids[:, k], weight, offsets[k])
@@ -73,7 +69,7 @@ class EmbedSum(torch.autograd.Function):
         (B, K, S), D = ids.shape, weight.shape[1]
         shift = torch.tensor(offsets, device=ids.device)
         flat = ids.transpose(1, 2).reshape(-1, K)
-        flat = torch.where(flat >= 0, flat + shift, -1)                                   # (M, K)
+        flat = torch.where(flat >= 0, flat + shift, -1).contiguous()                      # (M, K)
         x = torch.empty(B, S, D, dtype=weight.dtype, device=weight.device)
         block = power(D, most=1024)
         if B * S:

@@ -16,18 +16,23 @@ from kernels import choice
 from kernels.int8 import int8_back, int8_linear
 
 
-def base(x: Tensor, weight: Tensor, row_scale: Tensor | None) -> Tensor:
-    """x W^T"""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, row_scale: Tensor | None = None) -> Tensor:
+    """x W^T + b of a Linear without an update, in any of the forms of this file."""
     if row_scale is not None:
-        return int8_linear(x, weight, row_scale)
-    return F.linear(x, weight) if weight.dim() == 2 else torch.bmm(x, weight.mT)
+        y = int8_linear(x, weight, row_scale)
+    elif weight.dim() == 2:
+        return F.linear(x, weight, bias)
+    else:
+        y = torch.bmm(x, weight.to(x.dtype).mT)
+    return y if bias is None else y + bias
 
 
 def lora_linear_ref(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, bias: Tensor | None = None,
                     row_scale: Tensor | None = None) -> Tensor:
-    """x (..., in) -> (..., out)"""
-    y = base(x, weight, row_scale) + scale * torch.matmul(torch.matmul(x, a.mT), b.mT)
-    return y if bias is None else y + (bias if weight.dim() == 2 else bias.unsqueeze(-2))
+    """x (..., in) -> (..., out); the update is computed in the type of A"""
+    y = linear(x, weight, None, row_scale)
+    y = y + (scale * torch.matmul(torch.matmul(x.to(a.dtype), a.mT), b.mT)).to(y.dtype)
+    return y if bias is None else y + bias
 
 
 def add_product(y: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:
@@ -48,16 +53,15 @@ class LoraLinear(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, bias: Tensor | None,
                 row_scale: Tensor | None) -> Tensor:
         low = torch.matmul(x, a.mT)
-        y = add_product(base(x, weight, row_scale), low, b.mT, scale)
         ctx.save_for_backward(x, weight, a, b, low, row_scale)
         ctx.scale = scale
-        return y if bias is None else y.add_(bias if weight.dim() == 2 else bias.unsqueeze(-2))
+        return add_product(linear(x, weight, bias, row_scale), low, b.mT, scale)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        (x, weight, a, b, low, row_scale), steps = ctx.saved_tensors, ctx.saved_tensors[1].dim() == 3
-        need_x, need_w, need_a, need_b, _, need_bias, _ = ctx.needs_input_grad
+        x, weight, a, b, low, row_scale = ctx.saved_tensors
+        steps, (need_x, need_w, need_a, need_b, _, need_bias, _) = weight.dim() == 3, ctx.needs_input_grad
         dlow = torch.matmul(dy, b).mul_(ctx.scale)
         da = outer(dlow, x, steps) if need_a else None
         db = outer(dy, low, steps).mul_(ctx.scale) if need_b else None
@@ -65,13 +69,16 @@ class LoraLinear(torch.autograd.Function):
         dx = None
         if need_x:
             dx = add_product(torch.matmul(dy, weight) if row_scale is None else int8_back(dy, weight, row_scale), dlow, a, 1.0)
-        dbias = dy.sum(-2 if steps else tuple(range(dy.dim() - 1))) if need_bias else None
-        return dx, dw, da, db, None, dbias, None
+        return dx, dw, da, db, None, dy.flatten(0, -2).sum(0) if need_bias else None, None
 
 
 def lora_linear(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, bias: Tensor | None = None,
                 row_scale: Tensor | None = None) -> Tensor:
-    """`lora_linear_ref`; all of one type"""
-    if choice.MODE == "ref":
+    """`lora_linear_ref`; under autocast in its type"""
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, a, b, bias = (None if t is None else t.to(dtype) for t in (x, a, b, bias))
+        weight = weight if row_scale is not None else weight.to(dtype)
+    if choice.MODE == "ref" or x.dtype != a.dtype or (row_scale is None and x.dtype != weight.dtype):
         return lora_linear_ref(x, weight, a, b, scale, bias, row_scale)
     return LoraLinear.apply(x, weight, a, b, scale, bias, row_scale)

@@ -17,7 +17,7 @@ from options import apply, flatten, load_config, run_config, split_arguments
 from sample import Job
 
 FLOORS = {                                                      # imports run downwards only
-    "options": 0, "streams": 0, "lora": 0, "audio": 0, "kernels": 0, "parallel": 0, "projected": 0,
+    "options": 0, "streams": 0, "lora": 0.5, "audio": 0, "kernels": 0, "parallel": 0, "projected": 0,
     "text": 1, "architectures": 1, "metrics": 1, "monitor": 1.3, "loss": 1,
     "duplex": 1.3, "chatml": 1.3, "turns": 1.3, "calls": 1.3, "guidance": 1.3,
     "dsaa": 1.5,

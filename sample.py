@@ -29,62 +29,16 @@ from chatml import chunks
 from checkpoint import DTYPES, load
 from data import DataConfig, load_tokenizer, prompt_example
 from dialogue import recorded, write_reply
+from drawing import Feed, SampleConfig, complete, next_column, prefill
 from duplex import UserFeed, moshi_rules, official_files
 from guidance import Guidance, chosen
-from kernels.sample import Noise, sample
-from model import Cache, MultistreamLM
+from kernels.sample import Noise
+from model import MultistreamLM
 from options import apply, edge, from_json, help_text, read_lines, replace_file, split_arguments
 from streams import FEEDS, delay, lay_out
-from turns import FREE, DecodeState, finish, forced, settle, start_state
-
-Rule = float | tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class SampleConfig:
-    """How tokens are drawn. A rule is one value, or one for each predicted stream (text first)."""
-
-    temperature: Rule = 0.3         # 0 = greedy
-    top_k: Rule = 0                 # keep the k likeliest, 0 = all
-    top_p: Rule = 1.0               # keep the likeliest that together have this probability
-    min_p: Rule = 0.0               # drop what is less likely than this share of the likeliest
-    ras_window: int = 0             # repetition-aware sampling: look back this many columns, 0 = off
-    ras_repeats: int = 2            # redraw from the full distribution when a code was drawn so often there
-    max_frames: int = 500           # columns generated at most
-    cfg: float = 1.0                # guidance: how much what the condition changes is exaggerated; 1 = off
-    cfg_no_text: bool = False       # the unguided side reads no text
-    cfg_hide: int = 0               # nor the first frames, this many
-    closing: str = "frame"          # how audio ends: "frame" as trained, or as "boson" or "hf" (transformers) end it
-    seed: int = 0                   # item i of a batch draws from seed + i, whatever the batch
-
-    def __post_init__(self) -> None:
-        for name in ("temperature", "top_k", "top_p", "min_p"):
-            rule = getattr(self, name)
-            assert all(v >= 0 for v in (rule if isinstance(rule, tuple) else (rule,))), f"{name} {rule} is negative"
-        assert self.closing in ("frame", "boson", "hf"), f"closing {self.closing!r} is none of frame, boson, hf"
-        assert self.max_frames > 0, f"max_frames {self.max_frames} is not positive"
-
-
-# ---- drawing one token a row ----
-
-def draw(logits: Tensor, config: SampleConfig, rows: slice, noise: Noise, history: Tensor | None = None) -> Tensor:
-    """Draw one id for each row.   logits (B, R, V) fp32, `rows` the places of R among the predicted streams -> (B, R)"""
-    if config.temperature == 0 and not config.ras_window:
-        return logits.argmax(-1)                                              # the rules keep the likeliest
-    rules = []
-    for rule in (config.temperature, config.top_k, config.top_p, config.min_p):
-        values = rule[rows] if isinstance(rule, tuple) else (rule,) * (rows.stop - rows.start)
-        if len(values) != rows.stop - rows.start:
-            raise ValueError(f"a sampling rule has {len(rule)} values, the model predicts more streams; give one value or one for each")
-        rules.append(torch.tensor(values, dtype=logits.dtype, device=logits.device)[:, None])
-    recent = history[..., -config.ras_window :] if history is not None and config.ras_window > 0 else None
-    return sample(logits, tuple(rules), noise, rows, recent, config.ras_repeats)
-
+from turns import finish, start_state
 
 # ---- the generator ----
-
-Feed = Callable[[Tensor], Tensor]
-
 
 @torch.inference_mode()
 def generate(model: MultistreamLM, prompt: Tensor, config: SampleConfig | None = None, feed: Feed | None = None,
@@ -112,89 +66,19 @@ def generate(model: MultistreamLM, prompt: Tensor, config: SampleConfig | None =
         h = prefill(model, prompt, padding, cache, guide)
         for n in range(config.max_frames):
             state.given = given[..., n].to(prompt) if given is not None and n < given.shape[-1] else None
-            mixed = state.given is not None or bool(state.speaking.any()) != bool(state.speaking.all())
-            cache.side = None if mixed else bool(state.speaking[0])
+            speaking = [turn.speaking for turn in state.turns]
+            cache.side = None if state.given is not None or any(speaking) != all(speaking) else speaking[0]
             column = next_column(model, h, state, config, Noise(config.seed, B, n, prompt.device), feed)
-            frame = state.undelay.push(column)
-            number = state.count - 1 - state.undelay.lag                      # of the newest frame that is complete
-            real = state.speaking & (number >= 0) & (number < state.closed)
-            frame[:, table.lead :].masked_fill_(~real[:, None], -1)
-            frame.masked_fill_(state.done[:, None], -1)
-            finish(state, column, table)
-            if not table.aligned or real.any():
+            frame = complete(state, column)
+            finish(state, column)
+            if frame is not None:
                 yield frame
-            if state.done.all():
+            if all(turn.done for turn in state.turns):
                 break
             at = position[:, None] + n
             h = model.hidden(guide.both(column[..., None], at), guide.twice(at), cache=cache)
     finally:                                                                  # also when the caller stops listening
         model.train(training)
-
-
-def prefill(model: MultistreamLM, prompt: Tensor, padding: Tensor, cache: Cache, guide: Guidance,
-            chunk: int = 256) -> tuple[Tensor, Tensor]:
-    """Read the prompt into the cache, `chunk` columns at a time; -> states of its last column, (B, 1, D) twice"""
-    positions = torch.arange(prompt.shape[2], device=prompt.device)[None] - padding[:, None]
-    positions = positions.clamp(min=-1)                                       # padding has position -1 and is never seen
-    prompt, positions = guide.both(prompt, positions), guide.twice(positions)
-    for at in range(0, prompt.shape[2], chunk):
-        h = model.hidden(prompt[..., at : at + chunk], positions[:, at : at + chunk], cache=cache)
-    return h[0][:, -1:], h[1][:, -1:]
-
-
-def next_column(model: MultistreamLM, h: tuple[Tensor, Tensor], state: DecodeState, config: SampleConfig, noise: Noise,
-                feed: Feed | None) -> Tensor:
-    """Sample the next column (B, K): the text row, what `feed` fills or is given, then the audio rows."""
-    table, B = model.table, len(state.count)
-    h_text, h_audio = (x[:, -1] for x in h)                                   # (B, 1, D) -> (B, D)
-    column = torch.full((B, len(table)), -1, device=h_text.device)
-    column[:, table.conditions] = state.undelay.recent[0][:, table.conditions]
-    texts = len(table.text_out)
-    if texts and (table.aligned or not bool(state.speaking.all())):
-        drawn = draw(state.guide.mix(model.text_head(h_text), text=True).float()[:, None], config, slice(0, 1), noise)[:, 0]
-        drawn = torch.where(state.owed >= 0, state.owed, drawn)
-        column[:, table.text_out[0]] = drawn if table.aligned else torch.where(state.speaking, -1, drawn)
-    if feed is not None:
-        column = feed(column)
-    if state.given is not None:
-        column = torch.where(state.given == FREE, column, state.given)
-    if table.audio_out and bool(state.speaking.any()):
-        sample_audio(model, h_audio, column, state, config, noise, feed.may_end().to(column.device) if hasattr(feed, "may_end") else None)
-    return column
-
-
-def sample_audio(model: MultistreamLM, h: Tensor, column: Tensor, state: DecodeState, config: SampleConfig,
-                 noise: Noise, may_end: Tensor | None) -> None:
-    """Fill the predicted audio rows of a column in place: all at once, or step by step through the depth transformer."""
-    table, rows, first = model.table, model.table.audio_out, len(model.table.text_out)
-    end, out = table.streams[rows[0]].end, column[:, rows[0] : rows[-1] + 1]   # `out` is a view
-    history = state.heard                                                     # (B, Q, n)
-    if config.closing == "hf":                                                # start and end ids do not count as repetition
-        history = history.masked_fill((history == state.edges[0, :, None]) | (history == state.edges[1, :, None]), -1)
-
-    def choose(logits: Tensor, at: slice) -> Tensor:
-        logits = state.guide.mix(logits).float()
-        if end >= 0 and may_end is not None:
-            logits[~may_end, :, end] = -torch.inf
-        places = slice(first + at.start, first + at.stop)
-        return draw(logits, config, places, noise, history[:, at])
-
-    held = forced(state, rows)
-    if model.config.depth is None:
-        drawn = choose(model.audio_logits(h, column[:, :0]).transpose(0, 1), slice(0, len(rows)))
-        out.copy_(torch.where(held == FREE, drawn, held))
-    else:
-        token, free = column[:, table.text[: model.depth.texts]], held == FREE
-        for k in range(len(rows)):
-            drawn = choose(model.depth.step(k, h, state.guide.twice(token), state.depth)[:, None], slice(k, k + 1))[:, 0]
-            out[:, k] = token = torch.where(free[:, k], drawn, held[:, k])
-    if any(table.streams[k].end >= 0 for k in rows):
-        settle(state, column, state.count, table, state.speaking)
-        held = forced(state, rows)                                            # a row below the one that ended ends with it
-        out.copy_(torch.where(held == FREE, out, held))
-    if config.ras_window:
-        newer = torch.cat([state.heard[..., 1:], column[:, rows, None]], -1)
-        state.heard = torch.where(state.speaking[:, None, None], newer, state.heard)
 
 
 # ---- text to speech ----

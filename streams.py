@@ -130,17 +130,30 @@ class Undelay:
 
     Rows in `at_once` are not held back. Until frames are complete `push` returns what stands there, start ids or the
     oldest column known; the caller's column count says when frames begin: `lag` columns after the start column.
-    `recent` keeps the newest columns, newest first.
     """
 
     def __init__(self, delays: Sequence[int], at_once: Sequence[int] = ()) -> None:
-        self.lag = max(delays)
-        self.behind = [0 if k in at_once else self.lag - d for k, d in enumerate(delays)]    # columns ago that row k held it
-        self.kept, self.recent = self.lag + 1, list[Tensor]()
+        self.lag, self.room = max(delays), 256
+        self.kept = self.lag + 1
+        places = [self.lag if k in at_once else d for k, d in enumerate(delays)]             # of row k among the newest `kept`
+        self.place, self.columns, self.next = torch.tensor(places)[None, None], None, 0      # columns (kept + room, B, K), oldest first
+
+    def remember(self, column: Tensor) -> None:
+        if self.columns is None:
+            self.columns = column.new_empty(self.kept + self.room, *column.shape)
+            self.columns[: self.lag], self.next = column, self.lag
+            self.place = self.place.to(column.device).expand(1, *column.shape)
+        if self.next == len(self.columns):
+            self.columns[: self.lag], self.next = self.columns[self.next - self.lag :].clone(), self.lag
+        self.columns[self.next] = column
+        self.next += 1
 
     def push(self, column: Tensor) -> Tensor:
-        self.recent = [column, *self.recent[: self.kept - 1]]
-        return torch.stack([self.recent[min(n, len(self.recent) - 1)][:, k] for k, n in enumerate(self.behind)], dim=1)
+        self.remember(column)
+        return self.columns[self.next - self.kept : self.next].gather(0, self.place)[0]
+
+    def newest(self) -> Tensor:
+        return self.columns[self.next - 1]
 
 
 # ---- layouts: example -> (tokens, weights) ----

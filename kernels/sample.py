@@ -7,6 +7,7 @@ Every row of logits has rules of its own. The uniform numbers are counted, not c
 
 import hashlib
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,16 +30,27 @@ class Noise:
         return torch.stack([torch.rand(count, V, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(self.device)
 
 
-def sample(logits: Tensor, rules: tuple[Tensor, Tensor, Tensor, Tensor], noise: Noise, rows: slice, history: Tensor | None = None,
+class Rules(NamedTuple):
+    """How each of R rows is drawn, (R, 1) each; `plain`: nothing but temperatures."""
+
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    plain: bool = False
+
+
+def sample(logits: Tensor, rules: Rules, noise: Noise, rows: slice, history: Tensor | None = None,
            repeats: int = 0) -> Tensor:
-    """Draw one id for each row.   logits (B, R, V) fp32, rules four (R, 1) -> (B, R)
+    """Draw one id for each row.   logits (B, R, V) fp32 -> (B, R)
 
     Repetition-aware (VALL-E 2): an id seen `repeats` times in its row's `history` (B, R, n) is drawn again, without rules.
     """
-    chosen = pick(shape_logits(logits, *rules), rules[0], noise(rows, logits.shape[-1]))
+    shaped = logits / rules.temperature.clamp(min=1e-5) if rules.plain else shape_logits(logits, *rules[:4])
+    chosen = pick(shaped, rules.temperature, noise(rows, logits.shape[-1]))
     if history is not None and history.shape[-1]:
         seen = (history == chosen[..., None]).sum(-1)
-        again = pick(logits, torch.ones_like(rules[0]), noise(rows, logits.shape[-1], again=True))
+        again = pick(logits, torch.ones_like(rules.temperature), noise(rows, logits.shape[-1], again=True))
         chosen = torch.where(seen >= repeats, again, chosen)
     return chosen
 
@@ -46,8 +58,6 @@ def sample(logits: Tensor, rules: tuple[Tensor, Tensor, Tensor, Tensor], noise: 
 def shape_logits(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
     """Apply the rules, in this order; what is dropped becomes -inf.   (B, R, V), rules (R, 1) -> (B, R, V)"""
     logits = logits / temperature.clamp(min=1e-5)
-    if not ((top_k > 0) | (top_p < 1) | (min_p > 0)).any():
-        return logits
     ordered, places = logits.sort(dim=-1, descending=True)
     rank = torch.arange(logits.shape[-1], device=logits.device)
     dropped = (top_k > 0) & (rank >= top_k)

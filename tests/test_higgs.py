@@ -17,11 +17,12 @@ import sample
 from audio import load_codec
 from audio.wav import load_wav, resample
 from checkpoint import load
+from drawing import draw
 from kernels.sample import Noise
 from lora import LoraConfig, adapters, inject
 from model import HIGGS_V2_3B, ModelConfig, MultistreamLM, StackConfig
 from options import run_config
-from sample import SampleConfig, draw, generate, speak_long
+from sample import SampleConfig, generate, speak_long
 from streams import Example, Undelay, lay_out
 from turns import start_state
 

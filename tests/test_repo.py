@@ -24,7 +24,7 @@ FLOORS = {                                                      # imports run do
     "dialogue": 1.5,
     "manifest": 1.6,
     "cache": 2, "model": 2,
-    "data": 3, "official": 3,
+    "data": 3, "official": 3, "drawing": 3,
     "config": 4, "checkpoint": 4,
     "sample": 5, "peers": 5,
     "train": 6, "bench": 6}

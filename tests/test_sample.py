@@ -4,9 +4,10 @@ import pytest
 import torch
 from tables import CONFIGS, END, START, aligned_table, clone_table, example, grid, sequential_example
 
+from drawing import draw
 from kernels.sample import shape_logits
 from model import ModelConfig, MultistreamLM, StackConfig
-from sample import SampleConfig, draw, generate, pad_left
+from sample import SampleConfig, generate, pad_left
 from streams import Example, StreamTable, WordFeed, lay_out, undelay
 
 GREEDY = SampleConfig(temperature=0.0, max_frames=40)

@@ -224,6 +224,12 @@ def fill(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
         target.copy_(place(tensors[name], target))
 
 
+def base_of(adapter: str) -> str:
+    """Where the weights under an adapter of ours are, "" where it does not say."""
+    folder = resolve(adapter) if not (Path(adapter) / "adapter_config.json").is_file() else None
+    return resolve_base(base, folder) if folder and (base := read_about(folder)["base"]) else ""
+
+
 def recognise(folder: Path) -> official.Layout | None:
     """The official layout of a folder, None when it is ours or nobody's."""
     about = read_json(folder / "config.json")
@@ -384,7 +390,8 @@ class RunState:
     step: int = 0
     best: float = float("inf")
     bad_evals: int = 0
-    skips: int = 0
+    skips: int = 0                      # in a row
+    skipped: int = 0                    # in all; the learning rate waits for them
     evaluated: int = -1                 # the step that was evaluated last
     loader: dict[str, Any] | None = None
     scaler: dict[str, Any] | None = None

@@ -32,6 +32,7 @@ class TrainConfig:
     resume: str = "auto"                   # "auto" continues what is in `out`, "never" refuses to, or a checkpoint folder
 
     steps: int = 1000                      # optimizer steps
+    epochs: int = 0                        # passes over the training data, the last one whole; 0 = by steps; both: what ends first
     batch_size: int = 1                    # packed rows of a micro-batch, on one rank
     accum: int = 1                         # micro-batches of a step, on one rank
     lr: float = 1e-3                       # peak learning rate
@@ -71,7 +72,9 @@ class TrainConfig:
         assert not self.shard or self.lora is None, "shard is for full fine-tuning; adapters are small, leave it off"
         assert self.device in ("auto", "cpu", "cuda"), f"device {self.device!r} is none of auto, cpu, cuda"
         assert min(self.steps, self.batch_size, self.accum, self.log_every) > 0, "steps, batch_size, accum and log_every are at least 1"
-        counts = ("warmup", "eval_every", "eval_batches", "patience", "save_every", "keep", "lr", "min_lr", "eps", "weight_decay", "clip")
+        assert not self.init_adapter or self.lora is not None, "init_adapter needs adapters to fill; add --lora.rank=8"
+        counts = ("epochs", "warmup", "eval_every", "eval_batches", "patience", "save_every", "keep", "lr", "min_lr", "eps", "clip",
+                  "weight_decay")
         assert all(getattr(self, name) >= 0 for name in counts), f"none of {', '.join(counts)} may be negative"
         assert all(0 <= beta < 1 for beta in self.betas) and 0 <= self.seed < 2**63, "betas are in [0, 1), seed is not negative"
         assert 0 <= self.ema < 1 and 0 <= self.decay <= 1, f"ema {self.ema} is outside [0, 1), or decay {self.decay} outside [0, 1]"

@@ -22,7 +22,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from typing import Any
 
 import torch
@@ -74,7 +74,7 @@ Packed = list[tuple[str, Grid]]     # one row: (id, grid) of its examples
 def collate(rows: Sequence[Packed], state: dict[str, Any]) -> Batch:
     """Lay packed rows into one padded batch."""
     B, K = len(rows), rows[0][0][1][0].shape[0]
-    S = -(-max(sum(tokens.shape[1] for _, (tokens, _) in row) for row in rows) // 8) * 8
+    S = -(-max(1, *(sum(tokens.shape[1] for _, (tokens, _) in row) for row in rows)) // 8) * 8
     batch = Batch(torch.full((B, K, S), -1), torch.zeros(B, K, S), torch.zeros(B, S, dtype=torch.long),
                   torch.full((B, S), -1), [[name for name, _ in row] for row in rows], state)
     for b, row in enumerate(rows):
@@ -101,15 +101,18 @@ class Loader:
     accumulation reads the same rows. What a window leaves half full is emitted, not carried, so the state is where the
     window began and how many of its rows are gone. A rank may get no held-out batch when there are fewer rows than ranks.
     Held-out clips are read as they are (first variant, no drawn reference).
+
+    With `passes` windows end where a pass over the data does, and training ends behind so many of them: from one source
+    every example is read exactly once a pass. The last step is filled up with empty rows; `steps` counts all.
     """
 
     def __init__(self, config: DataConfig, table: StreamTable, split: str = "train", batch_size: int = 1, rank: int = 0,
-                 world: int = 1, accum: int = 1) -> None:
+                 world: int = 1, accum: int = 1, passes: int = 0) -> None:
         assert 0 <= rank < world and batch_size > 0 and accum > 0 and split in ("train", "held-out")
         if config.stream_weights and len(config.stream_weights) != len(table):
             raise ValueError(f"data.stream_weights has {len(config.stream_weights)} values, the grid {len(table)} rows; give one each")
         self.config, self.table, self.split = config, table, split
-        self.batch_size, self.rank, self.world = batch_size, rank, world
+        self.batch_size, self.rank, self.world, self.accum, self.passes = batch_size, rank, world, accum, passes
         self.factors = torch.tensor(config.stream_weights or [1.0] * len(table))[:, None]
         self.index = open_cache(config, table)
         self.sources: list[list[int]] = [[] for _ in config.sources]            # entries of this split, by source
@@ -120,6 +123,7 @@ class Loader:
                 if entry.key and entry.speaker:
                     self.speakers.setdefault(entry.speaker, []).append(n)
         self.shares = [source_weight(s)[1] * bool(own) for s, own in zip(config.sources, self.sources, strict=True)]
+        self.epoch = sum(len(own) for own, share in zip(self.sources, self.shares, strict=True) if share)      # draws of a pass
         self.orders: dict[int, tuple[int, list[int]]] = {}
         self.left_out: set[str] = set()                                         # ids longer than `columns`
         self.state: dict[str, Any] = {"draw": 0, "counts": [0] * len(self.sources), "row": 0}
@@ -140,11 +144,23 @@ class Loader:
             yield batch
 
     def training(self) -> Iterator[Batch]:
-        rows = self.rows(self.state)
-        while True:
+        rows, state = self.rows(self.state), self.state
+        for n in count():
             taken = list(islice(rows, self.world * self.batch_size))
+            if not taken and n % self.accum == 0:
+                return
             mine = taken[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
-            yield collate([row for row, _ in mine], taken[-1][1])
+            state = taken[-1][1] if taken else state
+            yield collate([row for row, _ in mine] or [self.nothing()], state)
+
+    def steps(self) -> int:
+        """Optimizer steps of all passes. It lays every example out once a pass: the price of an exact count."""
+        rows = sum(1 for _ in self.rows({"draw": 0, "counts": [0] * len(self.sources), "row": 0}))
+        return -(-rows // (self.world * self.batch_size * self.accum))
+
+    def nothing(self) -> Packed:
+        """A row without examples."""
+        return [("", (torch.empty(len(self.table), 0, dtype=torch.long), torch.empty(len(self.table), 0)))]
 
     def held_out(self) -> Iterator[Batch]:
         entries = ((n, None, -1) for own in self.sources for n in own)
@@ -156,9 +172,9 @@ class Loader:
             yield collate(rows[i : i + self.batch_size], self.state)
 
     def rows(self, state: dict[str, Any]) -> Iterator[tuple[Packed, dict[str, Any]]]:
-        """The endless global sequence of rows behind `state`, each with the state behind it."""
+        """The global sequence of rows behind `state`, each with the state behind it; endless without `passes`."""
         barren = 0
-        while True:
+        while not self.passes or state["draw"] < self.passes * self.epoch:
             window, after = self.window(state)
             rows = self.packed(window)
             random.Random(f"{self.config.seed}/rows/{state['draw']}").shuffle(rows)     # packing sorts by length
@@ -172,6 +188,8 @@ class Loader:
     def window(self, state: dict[str, Any]) -> tuple[list[Drawn], dict[str, Any]]:
         """Draw the next examples, and the state behind them."""
         counts, end = list(state["counts"]), state["draw"] + self.config.window
+        if self.passes:
+            end = min(end, (state["draw"] // self.epoch + 1) * self.epoch)
         drawn: list[Drawn] = []
         for n in range(state["draw"], end):
             draw = random.Random(f"{self.config.seed}/{n}")

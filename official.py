@@ -627,12 +627,19 @@ def suffixes(chosen: set[str], everything: set[str]) -> list[str]:
 
 
 PEFT_PLAIN = {"peft_type": ("LORA",), "bias": ("none",), "fan_in_fan_out": (False,), "lora_bias": (False,),
-              "trainable_token_indices": (None,)}
+              "trainable_token_indices": (None,), "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva", None)}     # not PiSSA
+PEFT_READ = """task_type auto_mapping peft_version base_model_name_or_path revision inference_mode r target_modules exclude_modules
+lora_alpha lora_dropout use_rslora modules_to_save layers_to_transform layers_pattern rank_pattern alpha_pattern megatron_core use_dora
+qalora_group_size ensure_weight_tying""".split()                   # read, told by the tensors, or without effect on the outcome
 
 
 def import_peft(model: MultistreamLM, about: About, tensors: Tensors, source: str) -> tuple[LoraConfig, Tensors]:
     """Read a PEFT adapter, in either official naming of this model's family."""
     refuse(about, PEFT_PLAIN | {key: (None, {}) for key in about if key.endswith("_config")})
+    strange = [key for key, value in about.items() if value and key not in PEFT_READ and key not in PEFT_PLAIN]
+    if strange:
+        raise ValueError(f"adapter {source} has {strange[0]} = {about[strange[0]]!r}, which this code does not know; "
+                         + "merge it with the library that wrote it, or train it again without")
     bare = {peft_name(n): t for n, t in tensors.items()}
     fitting = [layout for layout in LAYOUTS.values() if layout.fits(model.config)]
     if not fitting:

@@ -209,7 +209,10 @@ def split_arguments(argv: list[str], flags: tuple[str, ...] = ()) -> tuple[list[
 
 
 def load_config(argv: list[str], usage: str = "", flags: tuple[str, ...] = ("help", "smoke")) -> Any:
-    """Run a config file and apply the overrides behind it: `configs/tiny.py --lr=1e-3 --smoke`."""
+    """Run a config file and apply the overrides behind it: `configs/tiny.py --lr=1e-3 --smoke`.
+
+    `--preset=NAME` takes another value that the file defines; `--smoke` is `--preset=smoke`.
+    """
     words, pairs = split_arguments(argv, flags)
     if not words:
         raise ValueError(f"no config file given; {usage or 'name one from configs/, for example configs/tiny.py'}")
@@ -219,7 +222,8 @@ def load_config(argv: list[str], usage: str = "", flags: tuple[str, ...] = ("hel
         raise FileNotFoundError(f"config file {path} does not exist" + (f"; nearest is {near[0]}" if near else ""))
     if words[1:]:
         raise ValueError(f"unexpected word {words[1]!r} after {path}; overrides look like --key=value")
-    config = run_config(path, "smoke" if pairs.pop("smoke", "false") != "false" else "config")
+    preset = pairs.pop("preset", "config")
+    config = run_config(path, "smoke" if pairs.pop("smoke", "false") != "false" else preset)
     if "help" in pairs:
         print(help_text(config, usage or f"options of {path}"))
         raise SystemExit(0)
@@ -235,7 +239,10 @@ def run_config(path: Path, name: str = "config") -> Any:
         reason = f"does not build: {type(error).__name__}: {error}"
         raise ValueError(f"config file {path}{line} {reason}; mend it, configs/tiny.py is an example") from error
     if not dataclasses.is_dataclass(found.get(name)):
-        raise ValueError(f"config file {path} defines no `{name}`; add `{name} = TrainConfig(...)`")
+        others = ", ".join(key for key, value in found.items() if dataclasses.is_dataclass(value) and not isinstance(value, type)
+                           and hasattr(value, "steps"))
+        raise ValueError(f"config file {path} defines no `{name}`" + (f" (it has {others})" if others else "")
+                         + f"; add `{name} = TrainConfig(...)`")
     try:
         return from_json(type(found[name]), to_json(found[name]), name)
     except ValueError as error:

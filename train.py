@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ import monitor
 import parallel
 from audio import load_codec
 from audio.wav import save_wav
-from checkpoint import DTYPES, Extras, RunState, fill_adapter, latest, load, load_run, point, prune, resolve, save, save_run
+from checkpoint import DTYPES, Extras, RunState, base_of, latest, load, load_run, point, prune, put_adapter, resolve, save, save_run
 from config import TrainConfig, first_beta, learning_rate
 from data import Batch, Loader, prepare
 from loss import Sums, loss_scale
@@ -65,22 +66,26 @@ def say(*lines: object) -> None:
 if rank == 0:
     prepare(config.data, table)
 barrier()
-loader = Loader(config.data, table, "train", config.batch_size, rank, world, config.accum)
+loader = Loader(config.data, table, "train", config.batch_size, rank, world, config.accum, config.epochs)
+if config.epochs:
+    steps = loader.steps()
+    say(f"{config.epochs} epochs are {steps} steps" + (f", of which --steps={config.steps} does the first" if config.steps < steps else ""))
+    config = replace(config, steps=min(config.steps, steps))
 held_out = Loader(config.data, table, "held-out", config.batch_size, rank, world)
 
 # ---- 4. model: weights -> adapters -> precision ----
-base = config.init
+base = config.init or (base_of(config.init_adapter) if config.init_adapter else "")
 if config.lora is not None and not base:         # adapters on random weights: keep those weights beside the run
     base = str(out / "base")
     if rank == 0 and not (out / "base" / "config.json").is_file():
         save(MultistreamLM(config.model), base)
     barrier()
 raw = load(base, config=config.model) if base else MultistreamLM(config.model)
-if config.lora is not None:
+if config.init_adapter:                          # it brings its own ranks and targets
+    put_adapter(raw, config.init_adapter)
+    say(*(f"adapter {config.init_adapter}: lora.{line}" for line in difference(config.lora, raw.lora)))
+elif config.lora is not None:
     lora.inject(raw, config.lora)
-    if config.init_adapter:
-        folder = resolve(config.init_adapter)
-        fill_adapter(raw, folder, read_json(folder / "config.json"))
 factors = lora.rate_factors(raw, config.rates)
 raw.train().to(device)
 for p in raw.parameters():                       # what is trained has fp32 masters, what is frozen has none
@@ -229,7 +234,7 @@ while True:
     # (d) clip and update, or skip a step whose gradient is not finite
     scaler.unscale_(optimizer)
     norm = float(parallel.whole(torch.nn.utils.clip_grad_norm_(trained.values(), config.clip or math.inf)))
-    rate = learning_rate(run.step, config)
+    rate = learning_rate(run.step - run.skipped, config)
     for group in optimizer.param_groups:
         group["lr"], group["betas"] = rate * group["factor"], (first_beta(run.step, config), config.betas[1])
     if math.isfinite(norm):
@@ -238,8 +243,10 @@ while True:
         for n, p in trained.items() if ema else ():
             ema[n].lerp_(p.detach(), 1 - config.ema)
     else:
-        run.skips += 1
-        say(f"step {run.step}: gradient is {norm}, step skipped; it read {[n for b in step_batches for row in b.names for n in row]}")
+        run.skips, run.skipped = run.skips + 1, run.skipped + 1
+        scaled = f", loss scale {scaler.get_scale():g} halves" if scaler.is_enabled() else ""      # fp16 finds its scale this way
+        read = [n for b in step_batches for row in b.names for n in row]
+        say(f"step {run.step}: gradient is {norm}, step skipped{scaled}; it read {read}")
         if run.skips >= config.max_skips:
             raise ValueError(f"{run.skips} steps in a row had a non-finite gradient; lower --lr, use fp32, or mend the rows above")
     scaler.update()

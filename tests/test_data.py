@@ -15,6 +15,7 @@ from corpus import ALIGNED, BYTES, DUPLEX, FakeCodec, composed, fake_data
 import data
 from cache import source_weight
 from data import Loader, build_example, clip_example, load_tokenizer, pack, prefetch, prepare, prompt_example
+from model import ModelConfig, MultistreamLM, StackConfig
 from streams import Stream, StreamTable, is_audio, lay_out
 
 
@@ -247,3 +248,42 @@ config = Config(DataConfig(sources={config.sources!r}, cache={config.cache!r}))
     for argv in (["show", str(tmp_path / "c.py"), "--index=99", "--data.held_out=0.5"], ["chekc"], ["check"]):
         with pytest.raises(ValueError):
             data.main(argv)
+
+
+# ---- epochs ----
+
+@pytest.mark.parametrize("world, batch_size, accum", [(1, 1, 1), (1, 2, 3), (2, 2, 2), (3, 1, 4)])
+def test_passes_read_every_example_exactly_so_often_and_steps_counts_them(config, world, batch_size, accum):
+    prepare(config, BYTES)
+    config = replace(config, window=7)                               # divides nothing
+    loaders = [Loader(config, BYTES, "train", batch_size, rank, world, accum, passes=3) for rank in range(world)]
+    batches = [list(loader) for loader in loaders]
+    assert {len(found) for found in batches} == {loaders[0].steps() * accum}            # every rank, and whole steps
+    names = [name for found in batches for batch in found for row in batch.names for name in row if name]
+    own = [e.id for e in loaders[0].index.entries if e.split == "train"]
+    assert sorted(names) == sorted(own * 3)
+    last = [batch for found in batches for batch in found[-accum:]]
+    assert all(batch.tokens.shape[0] <= batch_size and batch.tokens.shape[2] >= 8 for batch in last)
+    one = [list(Loader(config, BYTES, "train", 1, passes=3))]
+    assert sum(bool(row) for batch in one[0] for row in batch.names) == len(one[0])      # nothing is filled up where nothing is missing
+
+
+def test_a_pass_resumes_anywhere_and_ends_at_the_same_place(config):
+    prepare(config, BYTES)
+    batches = list(Loader(config, BYTES, batch_size=2, accum=2, passes=2))
+    for i in (1, 3, len(batches) - 3):                               # between two steps
+        loader = Loader(config, BYTES, batch_size=2, accum=2, passes=2)
+        loader.restore(json.loads(json.dumps(batches[i].state)))
+        rest = list(loader)
+        assert len(rest) == len(batches) - i - 1 and all(same(a, b) for a, b in zip(rest, batches[i + 1 :], strict=True))
+
+
+def test_an_empty_row_adds_nothing_to_the_loss(config):
+    prepare(config, BYTES)
+    loader = Loader(config, BYTES)
+    batch = data.collate([loader.nothing()], loader.state)
+    model = MultistreamLM(ModelConfig(BYTES, StackConfig(dim=16, layers=1, heads=2, ffn=16)))
+    sums = model(batch.tokens, batch.weights, batch.positions, batch.segments)
+    sums.nll.sum().backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert float(sums.nll.detach().sum()) == 0 and gradients and all(torch.isfinite(g).all() and not g.any() for g in gradients)

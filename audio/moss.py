@@ -11,6 +11,7 @@ arXiv:2309.03199), HiFT after HiFTNet (arXiv:2309.09493).  Module names are the 
     codec = MossCodec.load("MOSS-Speech-Codec/")        # model.safetensors, config.json, flow/{flow-chunk-5.pt, hift.pt, campplus.onnx}
     codec.make_voice(wav).save("MOSS-Speech-Codec/voice.safetensors")       # read by the next load; onnxruntime is needed here alone
 
+The published weights come without a licence: ask their makers before you pass them on.
 Sound is 24 kHz on both sides; encode() takes 16 kHz as well.  Noise is a fixed function of the position, so one set of
 codes gives one sound.  With flow-chunk-N.pt attention sees whole chunks of N codes and what came before: the stream then
 equals decode().  (The published stream computes its last piece with full attention, and fades where pieces meet.)

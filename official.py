@@ -438,6 +438,7 @@ def write_moshi(c: ModelConfig, dtype: str) -> About:
         "context": s.window or None, "positional_embedding": "rope" if s.rope_theta else "none", "max_period": s.rope_theta or 10000.0,
         "n_q": len(c.table.audio), "dep_q": len(c.table.audio_out), "card": streams[-1].vocab - 1, "text_card": streams[0].vocab - 1,
         "existing_text_padding_id": 3, "delays": [streams[0].delay, *(streams[k].delay for k in c.table.audio)], "lora": False,
+        "depformer_multi_linear": True,       # without a depth transformer too: false makes one input map that nothing reads
         "model_type": "stt" if d is None else "tts" if c.demux else "hibiki" if c.table.conditions else "moshi"}
     if streams[0].classes != streams[0].vocab - 1:
         about["text_card_out"] = streams[0].classes
@@ -453,7 +454,7 @@ def write_moshi(c: ModelConfig, dtype: str) -> About:
     if d is not None:
         about |= {
             "depformer_dim": d.dim, "depformer_dim_feedforward": moshi_outer(d.ffn, d.dim), "depformer_num_heads": d.heads,
-            "depformer_num_layers": d.layers, "depformer_layer_scale": None, "depformer_multi_linear": True, "depformer_gating": "silu",
+            "depformer_num_layers": d.layers, "depformer_layer_scale": None, "depformer_gating": "silu",
             "depformer_pos_emb": "none", "depformer_weights_per_step": True,
             "depformer_weights_per_step_schedule": list(d.schedule) or None}
         if d.low_rank:

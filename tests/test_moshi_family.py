@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
 from test_parity import Golden, check, same_tensors, with_adapter
 from torch import Tensor
 
@@ -13,12 +15,14 @@ from architectures import HIBIKI_1B, HIBIKI_2B, STT_1B, STT_2_6B
 from checkpoint import export, load
 from guidance import chosen
 from lora import LoraConfig
+from loss import LossConfig, loss_scale
 from model import MultistreamLM
 from sample import SampleConfig, generate, reply
 from streams import delay
 
 GREEDY = SampleConfig(temperature=0)
-CHOICES = {"hibiki": ("description=very_good", ""), "stt": ("", ""), "tts": ("control=ok,cfg=2.0", "cfg=1.0"), "moshi_guided": ("", "")}
+CHOICES = dict.fromkeys(("moshi", "moshi_steps", "moshi_lora", "moshi_guided", "stt"), ("", "")) | {
+    "hibiki": ("description=very_good", ""), "tts": ("control=ok,cfg=2.0", "cfg=1.0")}
 
 
 def load_case(name: str, folder: Path) -> tuple[Golden, MultistreamLM]:
@@ -132,6 +136,60 @@ def test_given_tokens_are_kept_and_what_is_free_is_drawn(tmp_path):
         lag = table.delays[row]
         kept = said[:, row, : said.shape[-1] - lag]
         assert torch.equal(audio[:, k].argmax(-1)[:, lag:][kept >= 0], kept[kept >= 0])
+
+
+# ---- an adapter that the package wrote ----
+
+@pytest.mark.parametrize("embeddings", [False, True])
+def test_an_adapter_of_moshi_finetune_equals_moshi(embeddings, tmp_path):
+    """Unmerged, merged and exported; with `ft_embed` the file holds whole embeddings too."""
+    case = Golden("moshi_lora")
+    base = Golden("moshi").write(tmp_path / "base")
+    if not embeddings:
+        case.weights = {n: t for n, t in case.weights.items() if "lora" in n}
+    model = load(base, adapter=case.write(tmp_path / "adapter", "lora.safetensors"))
+    assert (model.lora.rank, model.lora.alpha, bool(model.lora.train)) == (3, 4.5, embeddings)
+    compare(case, model, "embedded_" if embeddings else "", "moshi adapter")
+    merged = load(export(model, tmp_path / "merged", to="moshi"))
+    compare(case, merged, "fused_" if embeddings else "", "moshi adapter, merged")
+    back = export(model, tmp_path / "back", to="moshi-lora")
+    written = load_file(back / "lora.safetensors")
+    assert written.keys() == case.weights.keys() and all(torch.equal(t, case.weights[n]) for n, t in written.items())
+    if not embeddings:
+        assert torch.equal(reply(model, case["user"], GREEDY, exact_moshi=True)[:, [0, *model.table.audio_out]], case["frames"])
+
+
+@torch.inference_mode()
+def compare(case: Golden, model: MultistreamLM, prefix: str, name: str) -> None:
+    text, audio = model(columns(case, model))
+    check(name, text, case[f"{prefix}text_logits"])
+    for k, row in enumerate(model.table.audio_out):
+        mask = case["mask"][:, k]
+        check(name, audio[:, k].roll(-model.table.delays[row], 1)[mask], case[f"{prefix}logits"][:, k][mask])
+
+
+@pytest.mark.parametrize("name", ["moshi", "moshi_steps", "hibiki"])
+def test_the_loss_is_that_of_moshi_finetune_on_moshis_logits(name, tmp_path):
+    """Its weights: the semantic codebook a hundredfold, padding half, nothing where there is no token."""
+    case, model = load_case(name, tmp_path)
+    table, codes = model.table, case["codes"]
+    wanted = 0.0
+    for logits, target, mask, kind in ((case["text_logits"][:, None], codes[:, :1], case["text_mask"], "text"),
+                                       (case["logits"], codes[:, 1 : 1 + len(table.audio_out)], case["mask"], "audio")):
+        nll = F.cross_entropy(logits.double().movedim(-1, 1), target.clamp(min=0), reduction="none")
+        mask = mask[:, None] if kind == "text" else mask
+        weight = mask * (torch.where((target == 3) | (target == 0), 0.5, 1.0) if kind == "text" else
+                         torch.tensor([100.0] + [1.0] * (target.shape[1] - 1))[:, None])
+        wanted += (nll * weight).sum() / weight.sum()
+    grid = columns(case, model)
+    weights = torch.zeros(grid.shape)
+    weights[:, 0, 1:] = torch.where((grid[:, 0, 1:] == 3) | (grid[:, 0, 1:] == 0), 0.5, 1.0) * (grid[:, 0, 1:] >= 0)
+    for k, row in enumerate(table.audio_out):
+        late = 1 + table.delays[row]
+        weights[:, row, late:] = (100.0 if k == 0 else 1.0) * (grid[:, row, late:] >= 0)
+    with torch.inference_mode():
+        sums = model(grid, weights)
+    assert abs(float((sums.nll * loss_scale(sums.weight, table, LossConfig())).sum()) - float(wanted)) < 1e-5
 
 
 # ---- sizes ----

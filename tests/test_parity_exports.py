@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_moshi_family import columns
 from test_parity import GATE, Golden, higgs_grid, logits, with_adapter
 
 import lora
@@ -48,7 +49,7 @@ def test_transformers_loads_qwen(name, tmp_path):
     needs("transformers", "Qwen3ForCausalLM")
     kind, case = needs("transformers", "AutoModelForCausalLM"), Golden(name)
     folder = export(load(case.write(tmp_path / "base")), tmp_path / "out", to="hf")
-    assert error(official(kind, folder)(input_ids=case["ids"]).logits, case["logits"]) == 0
+    assert error(official(kind, folder)(input_ids=case["ids"]).logits, case["logits"]) <= GATE
 
 
 def higgs_inputs(case: Golden) -> dict[str, torch.Tensor]:
@@ -62,7 +63,7 @@ def test_transformers_loads_higgs(tmp_path):
     model = official(kind, export(load(case.write(tmp_path / "base")), tmp_path / "out", to="hf"), use_text_head=True)
     model.config.audio_token_id, model.config.audio_delay_token_id = 50, 52     # placeholders, which our grid does not have
     mask = case["mask"].bool()
-    assert error(model(**higgs_inputs(case)).logits.unflatten(-1, (5, 14))[mask], case["audio_logits"][mask]) == 0
+    assert error(model(**higgs_inputs(case)).logits.unflatten(-1, (5, 14))[mask], case["audio_logits"][mask]) <= GATE
 
 
 @pytest.mark.parametrize(("name", "config"), [
@@ -99,8 +100,8 @@ def test_boson_loads_higgs(name, tmp_path):
     model.audio_in_token_idx, model.audio_out_token_idx, ids, start = 49, 50, case["ids"], torch.tensor([0])
     out = model(input_ids=ids, attention_mask=torch.ones_like(ids), label_ids=ids, audio_in_ids=case["audio_in"], audio_in_ids_start=start,
                 audio_out_ids=case["audio_out"], audio_out_ids_start=start)
-    assert error(out.logits[:, -case["text_logits"].shape[1] :], case["text_logits"]) == 0
-    assert error(out.audio_logits.view(-1, 3, 18), case["audio_logits"]) == 0
+    assert error(out.logits[:, -case["text_logits"].shape[1] :], case["text_logits"]) <= GATE
+    assert error(out.audio_logits.view(-1, 3, 18), case["audio_logits"]) <= GATE
 
 
 def moshi(weights: Path, about: Path, **options: object) -> torch.nn.Module:
@@ -116,7 +117,7 @@ def test_moshi_loads_moshi(name, tmp_path):
     case = Golden(name)
     folder = export(load(case.write(tmp_path / "base")), tmp_path / "out", to="moshi")
     out = moshi(folder / "model.safetensors", folder / "config.json")(case["codes"])
-    assert error(out.logits.nan_to_num(0.0), case["logits"]) == 0 and error(out.text_logits[:, 0], case["text_logits"]) == 0
+    assert error(out.logits.nan_to_num(0.0), case["logits"]) <= GATE and error(out.text_logits[:, 0], case["text_logits"]) <= GATE
 
 
 @pytest.mark.parametrize("fuse", [False, True])
@@ -151,3 +152,42 @@ def test_moshi_says_what_our_adapted_model_replies(tmp_path):
     theirs = torch.cat([frame for frame in frames if frame is not None], -1)
     ours = reply(model, user, SampleConfig(temperature=0), exact_moshi=True)
     assert torch.equal(ours[:, [0, *model.table.audio_out]], theirs)
+
+
+def told(kind: type, model: torch.nn.Module, case: Golden) -> dict:
+    """The package's condition tensors of a case."""
+    return model.condition_provider.prepare_and_provide([kind(text=text) for text in GIVEN[case.name]])
+
+
+GIVEN = {"hibiki": [{"description": "very_good"}, {"description": None}],
+         "tts": [{"control": "ok", "cfg": "2.0"}, {"control": None, "cfg": "1.0"}]}
+
+
+@pytest.mark.parametrize("fuse", [None, False, True])
+@pytest.mark.parametrize("name", ["hibiki", "tts", "stt"])
+@torch.no_grad()
+def test_moshi_loads_its_relatives_and_their_adapters(name, fuse, tmp_path):
+    """Whole models (fuse None), and adapters for every Linear: those of the narrow tables, conditions and extra heads too."""
+    case, kind = Golden(name), needs("moshi.conditioners", "ConditionAttributes")
+    ours = load(case.write(tmp_path / "base"))
+    if fuse is None:
+        folder = export(ours, tmp_path / "out", to="moshi")
+        theirs = moshi(folder / "model.safetensors", folder / "config.json")
+    else:
+        ours = with_adapter(ours, LoraConfig(rank=3, alpha=6.0, targets=("*",)))
+        folder = export(ours, tmp_path / "out", to="moshi-lora")
+        files = (tmp_path / "base/model.safetensors", folder / "config.json")
+        theirs = moshi(*files, lora_weights=folder / "lora.safetensors", fuse_lora=fuse)
+    grid, table = columns(case, ours), ours.table
+    if name == "stt":
+        start = theirs._get_initial_token().expand(2, -1, -1)
+        h, text = theirs.forward_text(torch.cat([start, case["codes"][..., :-1]], -1))
+        extra = torch.stack([head(h).softmax(-1) for head in theirs.extra_heads], 1)
+        assert error(ours.extra_odds(ours.hidden(grid[..., :-1])[0]), extra) <= GATE
+        assert error(ours(grid)[0], text[:, 0]) <= GATE
+        return
+    out, (text, audio), mask = theirs(case["codes"], told(kind, theirs, case)), ours(grid), case["text_mask"]
+    assert error(text[mask], out.text_logits[:, 0][mask]) <= 2 * GATE
+    for k, row in enumerate(table.audio_out):
+        mask = case["mask"][:, k]
+        assert error(audio[:, k].roll(-table.delays[row], 1)[mask], out.logits[:, k][mask]) <= 2 * GATE

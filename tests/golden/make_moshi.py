@@ -1,11 +1,12 @@
 """Write the golden files of Moshi's relatives: what Hibiki, the recogniser and the speaking model add to it.
 
-    python tests/golden/make_moshi.py hibiki stt tts moshi_guided     (environment A of make.py, which tells the rest)
+    python tests/golden/make_moshi.py hibiki stt tts moshi_guided moshi_lora     (environment A of make.py, which tells the rest)
 
 hibiki  a condition chosen from a table and added to every column; greedy frames with it and with guidance by it
 stt     every audio row is read, the text is predicted, small heads beside it
 tts     two text rows in one (id = left + (right + 1) * rows), tables of low rank, a weight schedule, two conditions
 moshi_guided  plain Moshi with guidance by a past without text, and by one whose first frames are hidden; holes in the user's rows
+moshi_lora  an adapter file as moshi-finetune writes it (on the weights of moshi.safetensors), then with trained embeddings
 """
 
 import copy
@@ -17,7 +18,8 @@ from moshi.conditioners import ConditionAttributes
 from moshi.models import LMGen
 from moshi.models.lm import LMModel
 from moshi.models.loaders import get_condition_fuser, get_conditioner_provider
-from torch import Tensor
+from moshi.modules.lora import replace_all_linear_with_lora, replace_lora_with_linear
+from torch import Tensor, nn
 
 HIBIKI = MOSHI | {"n_q": 6, "delays": [0, 0, 2, 2, 0, 2, 2], "max_period": 100000.0, "context": 9, "num_heads": 2,
                   "conditioners": {"description": {"type": "lut", "lut": {
@@ -118,6 +120,34 @@ def moshi_guided() -> None:
     write("moshi_guided", model, MOSHI | {"model_type": "moshi"}, "torch moshi", user=user, plain=frames(model, user),
           no_text=frames(model, user, cfg_coef=3.0, cfg_is_no_text=True),
           masked=frames(model, user, cfg_coef=2.0, cfg_is_masked_until=[3, 5]))
+
+
+@torch.no_grad()
+def moshi_lora() -> None:
+    """Pairs for every Linear, random B; logits unfused and fused, and with the embeddings that ft_embed trains beside them."""
+    model = scramble(LMModel(device="cpu", dtype=torch.float32, **MOSHI), 21, gain=1.0)
+    replace_all_linear_with_lora(model, 3, 1.5, device="cpu")
+    g = torch.Generator().manual_seed(40)
+    for name, p in sorted(model.named_parameters()):
+        if "lora" in name:
+            p.copy_(0.2 * torch.randn(p.shape, generator=g))
+    given, found = draw(MOSHI["card"], 2, 6, 13, seed=7), {}
+    plain = model(given)
+    user = draw(MOSHI["card"], 2, 2, 12, seed=9)
+    spoken = frames(model, user)
+    for name, p in sorted(model.named_parameters()):
+        if "emb" in name:
+            p.add_(0.2 * torch.randn(p.shape, generator=g))
+    trained = {k: v.clone() for k, v in model.state_dict().items() if "lora" in k or "emb" in k}
+    embedded = model(given)
+    replace_lora_with_linear(model)
+    fused = model(given)
+    for name, out in (("", plain), ("embedded_", embedded), ("fused_", fused)):
+        found |= {name + key: value for key, value in logits(out).items() if "logits" in key or not name}
+    holder = nn.Module()
+    holder.state_dict = lambda: trained
+    about = MOSHI | {"model_type": "moshi", "lora": True, "lora_rank": 3, "lora_scaling": 1.5}
+    write("moshi_lora", holder, about, "torch moshi", codes=given, user=user, frames=spoken, **found)
 
 
 if __name__ == "__main__":

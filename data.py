@@ -3,6 +3,7 @@
     python data.py check FOLDER [--write DIR]          what a source holds, what is wrong with it, and how to mend it
     python data.py prepare configs/X.py [--data.x=y]   encode once what is not cached yet; training never runs a codec
     python data.py show configs/X.py [--index 0]       one example as the model sees it
+    python data.py annotate FOLDER [--shard i/n]       words and times of stereo dialogues, by Whisper; --help lists options
 
 A source is a manifest (manifest.py says what may stand in it) or anything that it converts; text.py turns words into
 ids, cache.py keeps ids and codes. `show` prints an example, here two clips joined by a compose rule (`*`: a target):
@@ -28,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import annotate
 import manifest
 from cache import DataConfig, build_example, clip_example, open_cache, prepare, prompt_example, source_weight
 from options import apply, edge, help_text, load_config, split_arguments
@@ -281,8 +283,10 @@ def main(argv: list[str] | None = None) -> None:
         prepare(config.data, config.model.table)
     elif command == "show":
         show_command(rest)
+    elif command == "annotate":
+        annotate.main(rest)
     else:
-        raise ValueError(f"unknown command {command!r}; give check, prepare or show (python data.py --help)")
+        raise ValueError(f"unknown command {command!r}; give check, prepare, show or annotate (python data.py --help)")
 
 
 if __name__ == "__main__":

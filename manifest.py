@@ -252,7 +252,8 @@ def moshi(m: Manifest, item: Row) -> Row:
     name = str(item.get("path") or "(no path)")
     side = inside(m, name).with_suffix(".json")
     if not side.is_file():
-        raise Unusable("no alignment file", f'keep {name} and {side.name} {{"alignments": [[word, [start, end], speaker]]}} together')
+        form = '{"alignments": [[word, [start, end], speaker]]}'
+        raise Unusable("no alignment file", f"put {side.name} {form} beside {name}, or run data.py annotate")
     text = "\n".join(line for _, line in text_lines(m, side))
     try:
         found = duplex.parse_alignments(json.loads(text))

@@ -1,0 +1,127 @@
+"""Write down what dialogues say, and when: Whisper's words beside each stereo file, as Moshi's training reads them.
+
+    python data.py annotate data/dialogues.jsonl --language=en          rows {"path": "a.wav"}, or a folder of sound files
+    python data.py annotate data/calls --model=large-v3 --shard 3/8     the part of machine 3 of 0..7
+
+    a.wav -> a.json    {"alignments": [["hello", [0.31, 0.52], "SPEAKER_MAIN"], ["yes", [0.9, 1.1], "SPEAKER_OTHER"]]}
+
+Each channel is heard on its own: the left one is SPEAKER_MAIN, the agent, the right one SPEAKER_OTHER, the user. A file that
+is there already is kept, and one is there whole or not at all, so the same command continues what was stopped. Needs
+faster-whisper: pip install -e ".[annotate]". Next: duplex.py, which makes text rows of the words.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from audio.wav import load_wav
+from duplex import MAIN, OTHER, as_json, tidy
+from manifest import SOUNDS, Manifest, Unusable, inside, json_rows
+from options import apply, check_types, help_text, replace_file, split_arguments
+
+RATE = 16_000                                   # what Whisper hears
+Heard = list[tuple[str, float, float]]          # words with start and end in seconds
+Hear = Callable[[Tensor], Heard]                # of one channel (W,) at RATE
+
+
+@dataclass(frozen=True)
+class AnnotateConfig:
+    """How to listen."""
+
+    model: str = "medium"           # Whisper for faster-whisper: a size, a folder, or a hub id
+    language: str = "en"            # what is spoken, such as ar or ja; "auto" guesses for each channel
+    shard: str = "0/1"              # i/n: every n-th file from the i-th on, for n machines
+    beam: int = 5                   # hypotheses kept
+    device: str = "auto"            # cpu, cuda, or auto
+    allow_outside: bool = False     # a list may name files outside its folder
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        first, _, count = self.shard.partition("/")
+        known = first.isdecimal() and count.isdecimal() and int(first) < int(count)
+        assert known, f"shard {self.shard!r} is not i/n with i from 0 to n - 1"
+        assert self.beam > 0, "beam is at least 1"
+
+
+def whisper(config: AnnotateConfig) -> Hear:
+    """A function that hears words; ValueError says what to install, or which model there is not."""
+    try:
+        from faster_whisper import WhisperModel
+    except ModuleNotFoundError as error:
+        raise ValueError(f'annotate needs {error.name}; run: pip install -e ".[annotate]"') from None
+    try:
+        model = WhisperModel(config.model, device=config.device, compute_type="auto")
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:80]
+        raise ValueError(f"Whisper model {config.model!r} cannot be loaded ({reason}); give a size or a folder") from None
+
+    def hear(channel: Tensor) -> Heard:
+        segments, _ = model.transcribe(channel.numpy(), language=None if config.language == "auto" else config.language, vad_filter=True,
+                                       beam_size=config.beam, word_timestamps=True, condition_on_previous_text=False)
+        return [(word.word.strip(), word.start, word.end) for segment in segments for word in segment.words or ()]
+
+    return hear
+
+
+def sound_files(source: Path, allow_outside: bool) -> tuple[list[Path], list[str]]:
+    """The sound files of a folder or a jsonl, each once, in order; and what is wrong with lines that name none."""
+    if source.is_dir():
+        return sorted(p for p in source.rglob("*") if p.suffix.lower() in SOUNDS), []
+    if not source.is_file():
+        raise FileNotFoundError(f'{source} does not exist; name a folder of stereo files, or a jsonl with a {{"path": ...}} a line')
+    m, found = Manifest(source, allow_outside=allow_outside), dict[Path, None]()
+    for where, row in json_rows(m):
+        try:
+            found[inside(m, str(row.get("path") or row.get("audio") or "(no path)"))] = None
+        except Unusable as error:
+            m.reject(where, *error.args)
+    return list(found), [f"{bad.where}: {bad.reason}; {bad.fix}" for bad in m.bad]
+
+
+def annotate_file(path: Path, hear: Hear) -> None:
+    """Write the words of a stereo file beside it."""
+    wav, _ = load_wav(path, RATE, 2)
+    end = wav.shape[1] / RATE
+    words = [(word, round(start, 3), round(min(stop, end), 3), who) for channel, who in zip(wav, (MAIN, OTHER), strict=True)
+             for word, start, stop in hear(channel)]
+    text = json.dumps({"alignments": as_json(tidy(words)[0])}, ensure_ascii=False)
+    replace_file(path.with_suffix(".json"), lambda temporary: Path(temporary).write_text(text + "\n", encoding="utf-8"))
+
+
+def annotate(source: str | Path, config: AnnotateConfig, hear: Hear | None = None) -> dict[str, Any]:
+    """Annotate what is not annotated yet; returns how many files were written, kept, and the faults of the others.
+
+    ValueError when nothing is left that can be used.
+    """
+    files, faults = sound_files(Path(source), config.allow_outside)
+    first, count = map(int, config.shard.split("/"))
+    mine = files[first::count]
+    left = [path for path in mine if not path.with_suffix(".json").is_file()]
+    hear = hear or (whisper(config) if left else None)
+    for path in tqdm(left, "annotate", unit="file", disable=not sys.stderr.isatty()):
+        try:
+            annotate_file(path, hear)
+        except (FileNotFoundError, ValueError) as error:
+            faults.append(str(error))
+    written = sum(path.with_suffix(".json").is_file() for path in left)
+    for fault in faults:
+        print(f"left out: {fault}", file=sys.stderr)
+    if not files or (left and not written and len(left) == len(mine)):
+        raise ValueError(f"{source} holds no stereo file that could be annotated; see the lines above, or name another folder")
+    print(f"annotated {written} files, {len(mine) - len(left)} were there already, {len(faults)} left out")
+    return {"written": written, "kept": len(mine) - len(left), "faults": faults}
+
+
+def main(argv: Sequence[str]) -> None:
+    words, pairs = split_arguments(list(argv), ("help", "allow_outside"))
+    pairs = {key: text or "true" for key, text in pairs.items()}
+    if pairs.pop("help", "") or len(words) != 1:
+        print(help_text(AnnotateConfig(), "python data.py annotate FOLDER|LIST.jsonl [--key=value ...]"))
+        raise SystemExit(0 if words or "--help" in argv else 2)
+    annotate(words[0], apply(AnnotateConfig(), pairs))

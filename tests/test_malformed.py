@@ -397,7 +397,8 @@ ADAPTERS = {
                           ("unexpected ['x']", "other targets")),
     "another rank": (lambda a: edit_tensors(a / "adapter.safetensors", lambda t: t.update({f"{Q}.lora_A": torch.ones(4, 16)})),
                      (f"{Q}.lora_A is (4, 16)", "rank or base model differ")),
-    "another base": (lambda a: edit_json(a / "config.json", model={"table": {}}), ("another stream table", "use its own base")),
+    "another base": (lambda a: edit_json(a / "config.json", model={"table": {"streams": [], "layout": ""}}),
+                     ("another stream table", "use its own base")),
     "no adapter in it": (lambda a: edit_json(a / "config.json", lora=None),
                          ("adapter holds no adapter", "give a checkpoint of a LoRA run")),
     "an unknown field": (lambda a: edit_json(a / "config.json", lora={"rnk": 1}), ("lora.rnk", "nearest is")),
@@ -521,7 +522,7 @@ def test_what_sample_cannot_do_is_said_in_one_line(name, tiny_run, tmp_path, mon
 
 def test_other_commands_refuse_what_they_do_not_know(tiny_run, tmp_path):
     config = tiny_run.parent / "tiny_run.py"
-    fails(call("data.py", "chek", "x"), "unknown command 'chek'", "give check, prepare or show")
+    fails(call("data.py", "chek", "x"), "unknown command 'chek'", "give check, prepare, show or annotate")
     fails(call("data.py", "check"), "check takes one path")
     fails(call("data.py", "check", tiny_run.parent / "clips", "--min_seconds=short"), "--min_seconds wants float, got 'short'", "--help")
     fails(call("data.py", "show", config, "--index=99"), "--index 99 does not exist", "examples 0..11")

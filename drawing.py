@@ -114,6 +114,8 @@ def sample_audio(model: MultistreamLM, h: Tensor, column: Tensor, state: DecodeS
         edges = torch.tensor(state.edges, device=h.device)[..., None]         # (Q, 3, 1)
         history = history.masked_fill((history == edges[:, 0]) | (history == edges[:, 1]), -1)
 
+    greedy = config.temperature == 0 and not config.ras_window and may_end is None
+
     def choose(logits: Tensor, at: slice) -> Tensor:
         logits = state.guide.mix(logits).float()
         if end >= 0 and may_end is not None:
@@ -126,9 +128,11 @@ def sample_audio(model: MultistreamLM, h: Tensor, column: Tensor, state: DecodeS
         drawn = choose(model.audio_logits(h, column[:, :0]).transpose(0, 1), slice(0, len(rows)))
         out.copy_(drawn if held is None else torch.where(held == FREE, drawn, held))
     else:
-        token = column[:, table.text[: model.depth.texts]]
+        token = column[:, table.text[0] : table.text[0] + model.depth.texts]
+        written = table.aligned and model.depth.texts == 1 and table.text[:1] == table.text_out       # the model wrote that row itself
         for k in range(len(rows)):
-            drawn = choose(model.depth.step(k, h, state.guide.twice(token), state.depth)[:, None], slice(k, k + 1))[:, 0]
+            logits = model.depth.step(k, h, state.guide.twice(token), state.depth, known=held is None and (k > 0 or written))
+            drawn = state.guide.mix(logits).argmax(-1) if greedy else choose(logits[:, None], slice(k, k + 1))[:, 0]
             out[:, k] = token = drawn if held is None else torch.where(held[:, k] == FREE, drawn, held[:, k])
     if state.ends and settle(state, out):
         held = forced(state, rows, h.device)                                  # a row below the one that ended ends with it

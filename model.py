@@ -95,11 +95,10 @@ class Context:
 
 
 def temporal_context(c: ModelConfig, audio: Tensor, positions: Tensor | None, segments: Tensor | None, cache: Cache | None) -> Context:
-    """Build the shared facts of a temporal pass.   audio (B, S) bool"""
-    B, S = audio.shape
+    """Build the shared facts of a temporal pass.   audio (B, S) bool, or None for a column that goes the fast way"""
+    B, S = (positions if audio is None else audio).shape
     stack, plain = c.temporal, positions is None and segments is None and cache is None
-    fast = S == 1 and cache is not None and cache.fast is not None and not torch.is_grad_enabled()
-    fast = fast and not (c.dual_ffn and cache.side is None)                       # a mixed column needs both networks
+    fast = cache is not None and cache.single(S)
     if positions is None:
         positions = torch.arange(S, device=audio.device).expand(B, S)
     context = Context(audio=audio, cache=cache, fast=fast)
@@ -109,7 +108,7 @@ def temporal_context(c: ModelConfig, audio: Tensor, positions: Tensor | None, se
     if cache is not None:
         cache.reserve(positions, audio)
         context.turn = cache.turns(positions[:, 0].clamp(min=0), cache.count) if fast and stack.rope_theta else None
-        key_audio = cache.audio[:, : cache.live]
+        key_audio = cache.audio[:, : cache.live] if c.fast_forward else None
         in_order = cache.plain and S in (1, cache.live) and cache.count <= (stack.window or cache.capacity)
         if not in_order or c.fast_forward:
             context.mask = attention_mask(positions, cache.positions[:, : cache.live], stack.window, None, None)
@@ -222,6 +221,8 @@ class Block(nn.Module):
     def dual_feed_forward(self, h: Tensor, text: Tensor, audio: Tensor) -> Tensor:
         """Send each row through its own network only; an empty side still runs, so that every rank has every gradient."""
         rows = h.flatten(0, 1)
+        if not torch.is_grad_enabled() and not (len(text) and len(audio)):
+            return h + (self.audio_ffn(self.audio_ffn_norm(h)) if len(audio) else self.ffn(self.ffn_norm(h)))
         of_text = self.drop(self.ffn(self.ffn_norm(rows[text])))
         of_audio = self.drop(self.audio_ffn(self.audio_ffn_norm(rows[audio])))
         return rows.index_add(0, text, of_text.to(h.dtype)).index_add(0, audio, of_audio.to(h.dtype)).view_as(h)
@@ -260,8 +261,8 @@ class Temporal(nn.Module):
         """The fast way of one column.   x (B, D) -> as `forward`"""
         cache, (trunk, *tails) = context.cache, context.cache.fast
         h = trunk(x, trunk.places(cache.slots.start, cache.live), context.turn, context.mask, bool(cache.side))
-        text, audio = (t(h, t.places(cache.slots.start, cache.live), context.turn, context.mask) for t in tails) if tails else (h, h)
-        return text[:, None], audio[:, None]
+        h = [t(h, t.places(cache.slots.start, cache.live), context.turn, context.mask)[:, None] for t in tails] or [h[:, None]]
+        return h[0], h[-1]
 
     def columns(self, cache: Cache) -> list[ColumnStep] | None:
         """What `column` runs: the shared layers, then the tails; None when columns must go block by block."""
@@ -300,7 +301,7 @@ class Embedding(nn.Module):
         return embed_row(ids, self.weight, self.offsets[n])
 
     def forward(self, ids: Tensor) -> Tensor:
-        if ids.shape[2] == 1 and len(self.offsets) > 1 and self.weight.dtype == torch.float32 and not torch.is_grad_enabled():
+        if ids.shape[2] == 1 and self.weight.dtype == torch.float32 and not torch.is_grad_enabled():
             vectors = F.embedding((ids[..., 0] + self.starts(ids.device)).clamp_(min=0), self.weight)
             return torch.bmm((ids >= 0).mT.to(vectors.dtype), vectors)         # one column: (B, 1, n) (B, n, D)
         return embed_sum(ids, self.weight, self.offsets)
@@ -347,16 +348,19 @@ class Depth(nn.Module):
         step, read = slice(0, self.c.steps), [tokens[:, : self.texts], *tokens[:, self.texts :].unbind(1)]
         return self.run(self.join(h, torch.stack([self.embed(k, token) for k, token in enumerate(read)]), step), Context(step=step))
 
-    def step(self, k: int, h: Tensor, token: Tensor, cache: Cache) -> Tensor:
-        """One step of sampling: logits of codebook k.   h (B, D), token as in `embed` -> (B, V)"""
+    def step(self, k: int, h: Tensor, token: Tensor, cache: Cache, known: bool = False) -> Tensor:
+        """One step of sampling: logits of codebook k.   h (B, D), token as in `embed`, `known`: none is -1 -> (B, V)"""
         step, cache.slots, cache.live = slice(k, k + 1), slice(k, k + 1), k + 1      # step 0 overwrites the column before
         if k == 0 and self.text_map is None:
             cache.inputs = self.inputs(h)
-        x = cache.inputs[k] + self.embed(k, token) if self.text_map is None else self.join(h, self.embed(k, token)[None], step)[0]
+        if known and cache.tables and not torch.is_grad_enabled():
+            x = torch.add(cache.inputs[k], F.embedding(token.flatten(), cache.tables[k]), out=cache.fast.x)
+        else:
+            x = cache.inputs[k] + self.embed(k, token) if self.text_map is None else self.join(h, self.embed(k, token)[None], step)[0]
         if cache.fast is None or torch.is_grad_enabled():
             return self.head(self.run(x[None], Context(step=step, cache=cache)), step)[0]
         x = cache.fast(x, cache.places[k], None, None, step=k)
-        return self.head(x[None], step)[0] if self.head.adapter else F.linear(x, self.head.weight[k])
+        return self.head(x[None], step)[0] if self.head.adapter else torch.mm(x, cache.heads[k])
 
     def inputs(self, h: Tensor) -> Tensor:
         """What the temporal state gives to every step, as one product.   h (B, D) -> (steps, B, d)"""
@@ -375,7 +379,12 @@ class Depth(nn.Module):
         weight = self.head.weight
         cache = Cache(self.c.layers, batch, self.c.kv, self.c.steps, self.c.head, weight)
         cache.fast = None if self.c.rope_theta else column_step(self.layers, self.c, ACTIVATIONS[self.c.activation], cache)
-        cache.places = cache.fast and [cache.fast.places(k, k + 1) for k in range(self.c.steps)]
+        if cache.fast is not None:
+            cache.places = [cache.fast.places(k, k + 1) for k in range(self.c.steps)]
+            cache.heads = [w.mT for w in self.head.weight.detach()]
+            if type(self.text) is Embedding and self.text_map is None and type(self.audio) in (Embedding, type(None)):
+                tables = [self.text.weight.detach()]             # of each step: one row of ids, none of them -1, is one operation
+                cache.tables = tables + ([] if self.audio is None else [self.audio.weight.detach()[at:] for at in self.audio.offsets])
         return cache
 
 
@@ -461,8 +470,9 @@ class MultistreamLM(nn.Module):
         """Run the temporal transformer.   tokens (B, K, S) -> states for the text and the audio heads, (B, S, D) each"""
         if self.tower is not None:
             return self.fused(tokens, positions, segments, cache)
-        context = temporal_context(self.config, is_audio(tokens, self.table), positions, segments, cache)
-        return self.temporal(self.embed_tokens(tokens), context)
+        fast = cache is not None and cache.single(tokens.shape[2])
+        context = temporal_context(self.config, None if fast else is_audio(tokens, self.table), positions, segments, cache)
+        return self.temporal(self.embed_tokens(tokens, cache.side if fast and not self.table.aligned else None), context)
 
     def fused(self, tokens: Tensor, positions: Tensor | None, segments: Tensor | None, cache: Cache | None) -> tuple[Tensor, Tensor]:
         """`hidden` of two towers: projected for the text head (B, S, Dt), joined for the depth steps (B, S, Dt + D)."""
@@ -475,15 +485,15 @@ class MultistreamLM(nn.Module):
         h = towers() if self.remembered is None or cache is not None else self.remembered(tokens, segments, towers)
         return self.text_projector(h), h
 
-    def embed_tokens(self, tokens: Tensor) -> Tensor:
-        """Sum the embeddings of a column.   (B, K, S) -> (B, S, D)"""
+    def embed_tokens(self, tokens: Tensor, side: bool | None = None) -> Tensor:
+        """Sum the embeddings of a column.   (B, K, S) -> (B, S, D); `side`: nothing but audio, or but text, stands there"""
         parts = []
-        if self.table.audio:
+        if self.table.audio and side is not False:
             audio = self.embed["audio"](tokens[:, self.table.lead :])
             if self.training and self.config.input_drop:
                 audio = audio * self.keep_inputs(tokens)[..., None]
             parts.append(audio)
-        if "text" in self.embed:
+        if "text" in self.embed and not (side and parts):
             parts.append(self.embed["text"](tokens[:, : len(self.table.text)]))
         parts += [self.embed[f"condition_{self.table.streams[i].name}"](tokens[:, i]) for i in self.table.conditions]
         return sum(parts[1:], parts[0])

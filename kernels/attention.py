@@ -36,8 +36,8 @@ class Cache:
     """Keys and values of one stack in a ring of `capacity` slots, allocated once; a slot knows its position."""
 
     def __init__(self, layers: int, batch: int, heads: int, capacity: int, head: int, like: Tensor) -> None:
-        self.store = like.new_zeros(layers, batch, 2 * heads, capacity, head)
-        self.keys, self.values = self.store.split(heads, dim=2)
+        self.store = like.new_zeros(layers, 2, batch, heads, capacity, head)
+        self.keys, self.values = self.store.unbind(1)
         self.positions = torch.full((batch, capacity), -1, device=like.device)      # -1 = empty, or padding
         self.audio = torch.zeros(batch, capacity, dtype=torch.bool, device=like.device)
         self.capacity, self.count, self.live = capacity, 0, 0
@@ -45,10 +45,15 @@ class Cache:
         self.fast: Any = None           # kernels/decode.py: how a single column goes through the stack, its angles, its places
         self.turns: Any = None
         self.places: Any = None
+        self.tables: Any = None
         self.side: bool | None = None   # what the caller knows of the next columns: all are audio, all are text, or not known
 
-    def reserve(self, positions: Tensor, audio: Tensor) -> None:
-        """Take slots for the next columns.   positions, audio (B, n)"""
+    def single(self, S: int) -> bool:
+        """Whether S columns go the fast way: one does, unless both of its dual networks may be needed."""
+        return S == 1 and self.fast is not None and not torch.is_grad_enabled() and not (self.side is None and self.fast[0].dual)
+
+    def reserve(self, positions: Tensor, audio: Tensor | None) -> None:
+        """Take slots for the next columns.   positions (B, n), audio (B, n) or None where nobody will ask"""
         n = positions.shape[1]
         assert n <= self.capacity, (n, self.capacity)
         at = self.count % self.capacity
@@ -56,7 +61,9 @@ class Cache:
         self.slots = torch.arange(at, at + n, device=positions.device) % self.capacity if wraps else slice(at, at + n)
         if n > 1:                       # a single column behind them is never padding
             self.plain = self.plain and bool((positions[:, 0] >= 0).all() and (positions.diff(dim=1) == 1).all())
-        self.positions[:, self.slots], self.audio[:, self.slots] = positions, audio
+        self.positions[:, self.slots] = positions
+        if audio is not None:
+            self.audio[:, self.slots] = audio
         self.count += n
         self.live = min(self.count, self.capacity)
 

@@ -18,7 +18,7 @@ from kernels.attention import Cache
 from kernels.rope import rope_tables, rotation, turned
 
 Pair = tuple[Tensor, Tensor | None]      # weight and bias of one product
-Places = list[tuple[Tensor, ...]]
+Places = tuple[Sequence[Tensor], Sequence[Tensor]]
 
 
 def joined(linears: Sequence[Any]) -> Pair:
@@ -73,17 +73,23 @@ def twice(weight: Tensor) -> Tensor:
     return torch.cat([weight.detach(), weight.detach()])
 
 
-def rms(pair: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """RMSNorm of the first half x of pair (..., 2 D), weight (2 D)   -> (..., D)
+class Pair:
+    """Memory for x (..., D) and -x beside it.
 
     x / rms(x) is the LayerNorm of (x, -x), whose mean is 0: on a CPU that is one operation where RMSNorm is eight.
     """
-    D = pair.shape[-1] // 2
-    x, minus = pair.split(D, -1)
-    if pair.is_cuda:
-        return torch.rms_norm(x, (D,), None if weight is None else weight[:D], eps)
-    torch.neg(x, out=minus)
-    return torch.layer_norm(pair, (2 * D,), weight, None, eps).narrow(-1, 0, D)
+
+    def __init__(self, like: Tensor, *shape: int) -> None:
+        self.D = shape[-1]
+        self.both = like.new_empty(*shape[:-1], 2 * self.D)
+        self.x, self.minus = self.both.split(self.D, -1)
+
+    def norm(self, weight: Tensor | None, eps: float) -> Tensor:
+        """RMSNorm of x, weight (2 D) is `twice` its own.   -> (..., D)"""
+        if self.x.is_cuda:
+            return torch.rms_norm(self.x, (self.D,), None if weight is None else weight[: self.D], eps)
+        torch.neg(self.x, out=self.minus)
+        return torch.layer_norm(self.both, (2 * self.D,), weight, None, eps).narrow(-1, 0, self.D)
 
 
 class ColumnStep:
@@ -95,11 +101,13 @@ class ColumnStep:
                  norm: nn.Module | None = None) -> None:
         self.c, self.act, self.norm = c, act, None if norm is None else twice(norm.weight)
         self.layers = [Layer(block, c.packed, c.gated) for block in blocks]
-        self.store = cache.store[first : first + len(self.layers)]
-        B, turning = cache.store.shape[1], c.heads + c.kv
-        self.pair = cache.store.new_empty(B, 2 * c.dim)
-        self.x = self.pair[:, : c.dim]
+        self.dual = any(block.dual for block in blocks)
+        self.store = cache.store[first : first + len(self.layers)].flatten(0, 1)        # (2 layers, B, H_kv, slots, head)
+        B, turning = cache.store.shape[2], c.heads + c.kv
+        self.pair = Pair(cache.store, B, c.dim)
+        self.x = self.pair.x                                                            # where a column may be put
         self.up = cache.store.new_empty(B, (1 + c.gated) * c.ffn)
+        self.halves = self.up.chunk(1 + c.gated, 1)
         self.qkv = cache.store.new_empty(B, (turning + c.kv) * c.head)
         heads = self.qkv.view(B, -1, c.head)
         self.raw, self.v = heads.split([turning, c.kv], 1)                              # before RoPE
@@ -108,51 +116,53 @@ class ColumnStep:
         self.qk = torch.empty_like(self.raw) if aside else self.raw
         self.q, self.k = self.qk.split([c.heads, c.kv], 1)
         self.q = self.q.view(B, c.kv, -1, c.head)                                       # the queries of a key head together
-        self.parts = [qk.unflatten(-1, (2, -1)).unbind(2) for qk in (self.raw, self.qk)]
+        self.pairs, self.turned = (qk.unflatten(-1, (2, -1)) for qk in (self.raw, self.qk))       # (B, H', 2, head / 2)
+        self.parts = [*self.pairs.unbind(2), *self.turned.unbind(2)]
+        self.heads = Pair(cache.store, *self.raw.shape)
+        self.complex = torch.view_as_complex(self.raw.unflatten(-1, (-1, 2))) if self.plain and c.rope_interleaved else None
 
     def places(self, slot: int, live: int) -> Places:
-        """Of each layer: where the keys and the values of the new column go, and those that it sees."""
-        new, seen, kv = self.store.select(3, slot), self.store.narrow(3, 0, live), self.c.kv
-        views = (new.narrow(2, 0, kv), new.narrow(2, kv, kv), seen.narrow(2, 0, kv), seen.narrow(2, kv, kv))
-        return list(zip(*(view.unbind() for view in views), strict=True))
+        """Where the keys and values of the new column go, and those that it sees: of each layer the keys, then the values."""
+        return self.store.select(3, slot).unbind(), self.store.narrow(3, 0, live).unbind()
 
     def __call__(self, x: Tensor, places: Places, turn: Tensor | None, mask: Tensor | None, audio: bool = False, step: int = 0) -> Tensor:
         """x (B, D) -> (B, D), which the next call may overwrite; mask (B, 1, 1, live) or None, `audio` is the side of all columns"""
-        c, B = self.c, x.shape[0]
-        self.x.copy_(x)
-        for layer, (new_k, new_v, keys, values) in zip(self.layers, places, strict=True):
+        c, B, (new, seen) = self.c, x.shape[0], places
+        if x is not self.x:
+            self.x.copy_(x)
+        turn = turn if turn is None or self.complex is not None else turn.unbind(2)
+        for n, layer in enumerate(self.layers):
             attn_norm, ffn_norm, up, down = layer.sides[audio]
-            y = rms(self.pair, attn_norm, c.norm_eps)
+            y = self.pair.norm(attn_norm, c.norm_eps)
             if layer.bias is None:
                 torch.mm(y, layer.qkv[step], out=self.qkv)
             else:
                 torch.addmm(layer.bias, y, layer.qkv[step], out=self.qkv)
             if layer.head_norm is not None:
-                torch.mul(rms(F.pad(self.raw, (0, c.head)), None, c.norm_eps), layer.head_norm, out=self.raw)
+                self.heads.x.copy_(self.raw)
+                torch.mul(self.heads.norm(None, c.norm_eps), layer.head_norm, out=self.raw)
             if turn is not None:
                 self.turn(turn)
-            new_k.copy_(self.k)
-            new_v.copy_(self.v)
-            y = F.scaled_dot_product_attention(self.q, keys, values, attn_mask=mask)
+            new[2 * n].copy_(self.k)
+            new[2 * n + 1].copy_(self.v)
+            y = F.scaled_dot_product_attention(self.q, seen[2 * n], seen[2 * n + 1], attn_mask=mask)
             self.x.addmm_(y.reshape(B, -1), layer.o[step])
-            torch.mm(rms(self.pair, ffn_norm, c.norm_eps), up[step], out=self.up)
-            if c.gated:
-                gate, y = self.up.chunk(2, 1)
-                self.x.addmm_(self.act(gate).mul_(y), down[step])
-            else:
-                self.x.addmm_(self.act(self.up), down[step])
-        return self.x if self.norm is None else rms(self.pair, self.norm, c.norm_eps)
+            torch.mm(self.pair.norm(ffn_norm, c.norm_eps), up[step], out=self.up)
+            y = self.act(self.halves[0])
+            self.x.addmm_(y.mul_(self.halves[1]) if c.gated else y, down[step])
+        return self.x if self.norm is None else self.pair.norm(self.norm, c.norm_eps)
 
-    def turn(self, table: Tensor) -> None:
-        """RoPE of the queries and keys. `table` is what `Turns` gives."""
-        if self.c.rope_interleaved and self.plain:                                       # (a + ib)(cos + i sin)
-            torch.view_as_complex(self.raw.unflatten(-1, (-1, 2))).mul_(table)
+    def turn(self, angles: Tensor | tuple[Tensor, Tensor]) -> None:
+        """RoPE of the queries and keys."""
+        if self.complex is not None:                                                     # (a + ib)(cos + i sin)
+            self.complex.mul_(angles)
         elif self.plain:
-            (a, b), (new_a, new_b), (cos, sin) = *self.parts, table.unbind(2)
-            torch.mul(a, cos, out=new_a).addcmul_(b, sin, value=-1)
-            torch.mul(b, cos, out=new_b).addcmul_(a, sin)
+            (a, b, new_a, new_b), (cos, sin) = self.parts, angles
+            torch.mul(self.pairs, cos.unsqueeze(2), out=self.turned)
+            new_a.addcmul_(b, sin, value=-1)
+            new_b.addcmul_(a, sin)
         else:
-            self.qk.copy_(turned(self.raw, rotation(table.unbind(2), self.c.rope_interleaved)))
+            self.qk.copy_(turned(self.raw, rotation(angles, self.c.rope_interleaved)))
 
 
 class Turns:

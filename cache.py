@@ -609,9 +609,9 @@ def chat_of(segments: list[Segment], name: str) -> Example:
     return Example(torch.zeros(0, dtype=torch.long), segments=segments, name=name)
 
 
-def prompt_example(text: str, config: DataConfig, tokenizer: Tokenizer, codec: Any = None, reference: tuple[str, str] | None = None,
+def prompt_example(text: str, config: DataConfig, tokenizer: Tokenizer, codec: Any = None, voices: Sequence[tuple[str, str]] = (),
                    table: StreamTable | None = None, before: Sequence[tuple[str, Tensor]] = ()) -> Example:
-    """Build what sampling starts from: a text and, for cloning, `reference` = (wav file of the voice, its transcript).
+    """Build what sampling starts from: a text and, for cloning, `voices`: (wav file, its transcript), or ("", "profile:...").
 
     `table` tells aligned rows and conversations from plain sequences; a conversation goes on behind `before`, pairs of
     text and codes that were spoken already.
@@ -625,12 +625,14 @@ def prompt_example(text: str, config: DataConfig, tokenizer: Tokenizer, codec: A
         return torch.tensor([i for part in (words.split() if aligned else [words]) for i in tokenizer.encode(part)])
 
     example = Example(ids(text), name="prompt")
-    if reference:
-        name, said = reference
-        example.reference = Example(ids(said), reference_codes(name, said, config, codec), name=name)
+    nothing = torch.zeros(0, 0, dtype=torch.long)
+    found = [(said, reference_codes(name, said, config, codec) if name else nothing) for name, said in voices]
     if chat is not None:
-        voices = [(reference[1], example.reference.codes)] if reference else []
-        return chat_of(chat.prompt(text, voices, before=before), "prompt")
+        return chat_of(chat.prompt(text, found, before=before), "prompt")
+    if voices and (len(voices) > 1 or not voices[0][0] or (table is not None and table.layout != "clone")):
+        raise ValueError("this model does not clone voices like that; only one of layout clone takes a --ref, one of layout chatml several")
+    for said, codes in found:
+        example.reference = Example(ids(said), codes, name=voices[0][0])
     return example
 
 

@@ -17,7 +17,7 @@ templates beside Qwen2.5 and Qwen3, which are; the processor of MOSS-Speech. Nex
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -87,6 +87,9 @@ SPEAKERS = """You are an AI assistant designed to convert text into speech.
 If the user's message includes a [SPEAKER*] tag, do not read out the tag and generate speech for the following text, \
 using the specified voice.
 If no speaker tag is present, select a suitable voice on your own."""
+# How the official generation example draws; RAS looks back 7 columns and redraws what was there twice.
+RULES = {"chatml": {"temperature": 1.0, "top_k": 50, "top_p": 0.95, "ras_window": 7, "ras_repeats": 2, "max_frames": 2048}}
+OFFICIAL = {"chatml": {"codec": "bosonai/higgs-audio-v2-tokenizer", "normaliser": "higgs-v1"}}      # what goes with official weights
 SEED_REQUEST = re.compile(r"\s*please generate speech for given text[^:]*:\s*", re.I)
 TAG = "<audio>"                     # ms-swift's placeholder
 ROLES = ("system", "user", "assistant")
@@ -296,6 +299,27 @@ def clone_messages(text: str, references: Sequence[str] = (), scene: str = "", i
         tag = f"[SPEAKER{n}] " if len(references) > 1 else ""
         messages += [{"role": "user", "content": tag + transcript}, audio_turn()]
     return [*messages, {"role": "user", "content": text}]
+
+
+def pair_voices(refs: Sequence[str], transcripts: Sequence[str], texts: Sequence[str]) -> list[tuple[str, str]]:
+    """(recording, transcript) of each voice, or ("", "profile:..."); ValueError when they do not fit each other or the texts."""
+    said = iter(transcripts)
+    voices = [("", ref) if ref.startswith("profile:") else (ref, next(said, "")) for ref in refs]
+    if any(not text.strip() for _, text in voices) or next(said, None) is not None:
+        found = f"{sum(bool(ref) for ref, _ in voices)} recordings, {len(transcripts)} transcripts"
+        raise ValueError(f"a reference needs both --ref=voice.wav and --ref_text=\"what it says\"; got {found}")
+    highest = max((int(n) for text in texts for n in re.findall(r"\[SPEAKER(\d+)\]", text)), default=0)
+    if voices and highest >= len(voices):
+        raise ValueError(f"the text names [SPEAKER{highest}], there are {len(voices)} voices; give a --ref and a --ref_text to each")
+    return voices
+
+
+def usual_rules(layout: str, given: Collection[str]) -> dict[str, float]:
+    """The rules of sampling that a family's official example uses, those that the user gave left out; says so."""
+    rules = {name: value for name, value in RULES.get(layout, {}).items() if name not in given}
+    if rules:
+        print("sampling as the official example does: " + ", ".join(f"{name} {value}" for name, value in rules.items()))
+    return rules
 
 
 def chunks(text: str, limit: int) -> list[str]:

@@ -28,13 +28,14 @@ from torch import Tensor, nn
 import dsaa
 import lora
 import official
+from audio import hub
 from duplex import expand_depth, official_files, trim_depth
 from lora import LoraConfig
 from model import QWEN2_5_1_5B, FusionConfig, ModelConfig, MultistreamLM
 from options import FULL, apply, edge, from_json, read_json, replace_file, split_arguments, to_json, unknown, write_json
 from parallel import barrier, place, whole
 from streams import StreamTable
-from text import load_tokenizer
+from text import load_tokenizer, tokenizer_file
 
 FORMAT, VERSION = "multistream", 1
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -101,8 +102,8 @@ def save(model: nn.Module, dir: str | Path, extras: Extras | None = None, write:
     if not write:
         return folder
     data = dict(extras.data or {})
-    if data and Path(data["tokenizer"]).is_file():         # a checkpoint carries its tokenizer
-        data["tokenizer"] = copy_file(Path(data["tokenizer"]), folder)
+    if data and (tokenizer := tokenizer_file(data["tokenizer"], local=True)).is_file():      # a checkpoint carries its tokenizer
+        data["tokenizer"] = copy_file(tokenizer, folder)
     write_json(folder / "config.json", {
         "format": FORMAT, "version": VERSION, "model": to_json(model.config), "lora": to_json(config) if config else None,
         "step": extras.step, "data": data, "base": extras.base if config is not None else "",
@@ -140,7 +141,8 @@ def load(path: str | Path, device: str = "cpu", dtype: str | torch.dtype | None 
         return put_adapter(model, adapter).to(device).eval()
     about = read_about(folder)
     data = dict(about["data"])
-    if data and ((folder / data["tokenizer"]).is_file() or (Path(data["tokenizer"]).suffix and not Path(data["tokenizer"]).exists())):
+    if data and ((folder / data["tokenizer"]).is_file() or 
+                 (Path(data["tokenizer"]).suffix and not Path(data["tokenizer"]).exists() and not hub.is_id(data["tokenizer"]))):
         data["tokenizer"] = str(folder / data["tokenizer"])
     extras = Extras(about["step"], data, about["base"], str(folder))
     if about["base"]:
@@ -369,16 +371,9 @@ def resolve_base(base: str, folder: Path) -> str:
 
 def from_hub(name: str) -> Path:
     """Fetch a hub id, or find it in the local hub cache; HF_HOME, HF_TOKEN and HF_HUB_OFFLINE are honoured."""
-    if name.count("/") != 1 or name.startswith((".", "/")) or Path(name).parent.is_dir():
+    if not hub.is_id(name):
         raise FileNotFoundError(f"{name} does not exist; give a run folder such as out/demo, a checkpoint folder, or a hub id")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = type(error).__name__
-        raise FileNotFoundError(f"{name} is neither a folder here nor can it be fetched ({reason}); "
-                                + f"when online run: huggingface-cli download {name}") from None
+    return hub.snapshot(name, ["*.json", "*.safetensors", "*.model"])
 
 
 # ---- run state: everything that exact resume needs ----

@@ -250,12 +250,12 @@ def prefetch(items: Iterator[Any], depth: int) -> Iterator[Any]:
 # ---- command line ----
 
 def check_command(argv: list[str]) -> None:
-    words, options = split_arguments(argv, ("allow-outside",))
-    unknown = options.keys() - {"write", "allow-outside", "min_seconds", "max_seconds"}
+    words, options = split_arguments(argv, ("allow_outside",))
+    unknown = options.keys() - {"write", "allow_outside", "min_seconds", "max_seconds"}
     if len(words) != 1 or unknown:
         raise ValueError(f"check takes one path, --write DIR, --allow-outside, --min_seconds, --max_seconds; got {argv}")
     limits = apply(DataConfig(), {key: text for key, text in options.items() if key.endswith("_seconds")})
-    manifest.check(words[0], options.get("write", ""), "allow-outside" in options, (limits.min_seconds, limits.max_seconds))
+    manifest.check(words[0], options.get("write", ""), "allow_outside" in options, (limits.min_seconds, limits.max_seconds))
 
 
 def show_command(argv: list[str]) -> None:

@@ -189,10 +189,14 @@ def help_text(config: Any, usage: str) -> str:
     return "\n".join([usage, "", *(f"  {name:<{width}} {value[:60]:<24} {text}".rstrip() for name, value, text in rows)])
 
 
-def split_arguments(argv: list[str], flags: tuple[str, ...] = ()) -> tuple[list[str], dict[str, str]]:
-    """Sort a command line into plain words and `--key value` / `--key=value` pairs; the last of a key wins."""
+def split_arguments(argv: list[str], flags: tuple[str, ...] = (), many: tuple[str, ...] = ()) -> tuple[list[str], dict[str, str]]:
+    """Sort a command line into plain words and `--key value` / `--key=value` pairs, `--ref-text` being `--ref_text`.
+
+    The last of a key wins; all of those in `many` count, and come as the text of a tuple.
+    """
     words: list[str] = []
     pairs: dict[str, str] = {}
+    lists: dict[str, list[str]] = {}
     rest = list(argv)
     while rest:
         word = rest.pop(0)
@@ -200,12 +204,15 @@ def split_arguments(argv: list[str], flags: tuple[str, ...] = ()) -> tuple[list[
             words.append(word)
             continue
         key, equals, value = word[2:].partition("=")
+        key = key.replace("-", "_")
         if not equals and key not in flags:
             if not rest:
-                raise ValueError(f"--{key} has no value; write --{key}=VALUE")
+                raise ValueError(f"{word} has no value; write {word}=VALUE")
             value = rest.pop(0)
+        if key in many:
+            lists.setdefault(key, []).append(value)
         pairs[key] = value
-    return words, pairs
+    return words, pairs | {key: repr(tuple(values)) for key, values in lists.items()}
 
 
 def load_config(argv: list[str], usage: str = "", flags: tuple[str, ...] = ("help", "smoke")) -> Any:

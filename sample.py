@@ -13,7 +13,7 @@ function that built the training grids. Next: checkpoint.py.
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from tqdm import tqdm
 import lora
 from audio import load_codec
 from audio.wav import WavWriter, save_wav
-from chatml import chunks
+from chatml import OFFICIAL, chunks, pair_voices, usual_rules
 from checkpoint import DTYPES, load
 from data import DataConfig, load_tokenizer, prompt_example
 from dialogue import recorded, write_reply
@@ -35,7 +35,7 @@ from guidance import Guidance, chosen
 from kernels.sample import Noise
 from model import MultistreamLM
 from options import apply, edge, from_json, help_text, read_lines, replace_file, split_arguments
-from streams import FEEDS, delay, lay_out
+from streams import FEEDS, Example, delay, lay_out
 from turns import finish, start_state
 
 # ---- the generator ----
@@ -94,14 +94,21 @@ class Speech:
 
 
 def speak(model: MultistreamLM, texts: Sequence[str], data: DataConfig, config: SampleConfig, codec: object | None = None,
-          reference: tuple[str, str] | None = None, on_audio: Callable[[Tensor], None] | None = None,
+          voices: Sequence[tuple[str, str]] = (), on_audio: Callable[[Tensor], None] | None = None,
           progress: bool = False, before: Sequence[tuple[str, Tensor]] = ()) -> list[Speech]:
-    """Speak texts as one batch. `reference` is (wav file, its transcript); `on_audio` gets the first one's (1, n) samples early.
+    """Speak texts as one batch. `voices` are (wav file, its transcript); `on_audio` gets the first one's (1, n) samples early.
 
     A conversation goes on behind `before`, pairs of text and codes (Q, T) that were spoken already.
     """
     codec, tokenizer, table = codec or load_codec(data.codec), load_tokenizer(data.tokenizer), model.table
-    examples = [prompt_example(text, data, tokenizer, codec, reference, table, before) for text in texts]
+    examples = [prompt_example(text, data, tokenizer, codec, voices, table, before) for text in texts]
+    return speak_examples(model, examples, config, codec, on_audio, progress)
+
+
+def speak_examples(model: MultistreamLM, examples: Sequence[Example], config: SampleConfig, codec: object,
+                   on_audio: Callable[[Tensor], None] | None = None, progress: bool = False) -> list[Speech]:
+    """Speak prompts, examples without codes, as one batch."""
+    table = model.table
     prompt = pad_left([lay_out(example, table)[0] for example in examples])
     feed = FEEDS[table.layout]([e.text for e in examples], table) if table.layout in FEEDS else None
     frames: list[Tensor] = []
@@ -116,18 +123,18 @@ def speak(model: MultistreamLM, texts: Sequence[str], data: DataConfig, config: 
     bar.close()
     if decoder is not None:
         on_audio(decoder.flush()[0])
-    stacked = torch.stack(frames, dim=-1) if frames else torch.empty(len(texts), len(table.audio_out), 0, dtype=torch.long)
+    stacked = torch.stack(frames, dim=-1) if frames else torch.empty(len(examples), len(table.audio_out), 0, dtype=torch.long)
     capped = len(frames) >= config.max_frames - (max(table.delays) if table.aligned else 0)
     return [_decoded(codes, codec, capped) for codes in stacked]
 
 
 def speak_long(model: MultistreamLM, text: str, data: DataConfig, config: SampleConfig, codec: object, limit: int,
-               reference: tuple[str, str] | None = None, on_audio: Callable[[Tensor], None] | None = None) -> Speech:
-    """Speak a text in pieces of `limit` words, or of speakers' turns; in a conversation each goes on from the last one's voice."""
+               voices: Sequence[tuple[str, str]] = (), on_audio: Callable[[Tensor], None] | None = None, keep: int = 1) -> Speech:
+    """Speak a text in pieces of `limit` words, or of speakers' turns; in a conversation each goes on from the last `keep` of them."""
     spoken: list[tuple[str, Speech]] = []
     for piece in chunks(text, limit):
-        last = [(said, speech.codes) for said, speech in spoken[-1:] if model.table.layout == "chatml"]
-        spoken.append((piece, *speak(model, [piece], data, config, codec, reference, on_audio, progress=True, before=last)))
+        last = [(said, speech.codes) for said, speech in spoken[len(spoken) - min(keep, len(spoken)) :] if model.table.layout == "chatml"]
+        spoken.append((piece, *speak(model, [piece], data, config, codec, voices, on_audio, progress=True, before=last)))
     speeches = [speech for _, speech in spoken]
     codes = torch.cat([speech.codes for speech in speeches], dim=1)
     wav = codec.decode(codes[None])[0] if codes.shape[1] else torch.zeros(1, 0)
@@ -188,11 +195,12 @@ class Job(SampleConfig):
     seconds: float = 20.0        # with prompt: go on for so long
     condition: str = ""          # what Hibiki and its like are told: description=very_good
     exact_moshi: bool = False    # with user: miss its first frame as moshi's generator does
-    ref: str = ""                # reference recording of the voice to clone
-    ref_text: str = ""           # what the reference says
+    ref: tuple[str, ...] = ()    # recording of the voice to clone, or "profile:" and words; several are [SPEAKER0], [SPEAKER1]
+    ref_text: tuple[str, ...] = ()  # what each recording says
     ref_in: str = "assistant"    # conversations: where it stands, in an "assistant" turn or in the "system" message
     scene: str = ""              # conversations: scene description
     chunk_words: int = 0         # speak a long text in pieces of so many words, or of speakers' turns; 0 = whole
+    chunk_buffer: int = 1        # pieces before that the next one goes on from, beside the references
     codec: str = ""              # codec, tokenizer and normaliser where the checkpoint names none, as official ones do
     tokenizer: str = ""          # by default the one in the checkpoint's folder
     normaliser: str = ""
@@ -204,7 +212,8 @@ class Job(SampleConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        assert self.ref_in in ("assistant", "system") and self.chunk_words >= 0, "ref_in is assistant or system, chunk_words not negative"
+        assert self.ref_in in ("assistant", "system"), "ref_in is assistant or system"
+        assert min(self.chunk_words, self.chunk_buffer) >= 0, "chunk_words and chunk_buffer are not negative"
         assert self.batch > 0, f"batch {self.batch} is not positive"
         assert self.dtype in DTYPES, f"dtype {self.dtype!r} is none of {', '.join(DTYPES)}"
         assert self.device in ("cpu", "cuda"), f"device {self.device!r} is neither cpu nor cuda"
@@ -221,14 +230,14 @@ def load_for_sampling(job: Job) -> tuple[MultistreamLM, DataConfig]:
     applied = f"adapter applied: {2 * len(found)} tensors, |BA|/|W| up to {max(found.values()):.2g}" if found else "no adapter"
     print(f"{job.adapter or model.extras.folder}: step {model.extras.step}, {applied}")
     folder = Path(model.extras.folder)
-    facts = dict(model.extras.data or official_files(folder))
+    facts = dict(model.extras.data or OFFICIAL.get(model.table.layout, {}) | official_files(folder))
     facts |= {key: getattr(job, key) for key in ("codec", "tokenizer", "normaliser") if getattr(job, key)}
     facts |= {"scene": job.scene, "reference_in": job.ref_in}
     return model, from_json(DataConfig, facts, f"{folder}/config.json data")
 
 
 def main() -> None:
-    words, pairs = split_arguments(sys.argv[1:], ("help", "stream"))
+    words, pairs = split_arguments(sys.argv[1:], ("help", "stream"), ("ref", "ref_text"))
     if "help" in pairs:
         print(help_text(Job(), "python sample.py --ckpt out/demo --text 'four nine two seven' --out x.wav"))
         return
@@ -242,11 +251,10 @@ def main() -> None:
     texts = read_lines(job.texts) if job.texts else [job.text]
     if not any(text.strip() for text in texts):
         raise ValueError("nothing to say; add --text=\"...\" or --texts=FILE with one text a line")
-    if bool(job.ref) != bool(job.ref_text):
-        raise ValueError("a reference needs both --ref=voice.wav and --ref_text=\"what it says\"")
+    voices = pair_voices(job.ref, job.ref_text, texts)
     if job.stream and job.texts:
         raise ValueError("--stream writes one growing wav; use it with --text, not with --texts")
-    say(job, texts)
+    say(job, texts, voices, pairs.keys())
 
 
 def converse(job: Job, ruled: bool = True) -> None:
@@ -267,18 +275,19 @@ def converse(job: Job, ruled: bool = True) -> None:
     print(write_reply(job.out, frames, None if job.prompt else wav, codec, tokenizer, table))
 
 
-def say(job: Job, texts: list[str]) -> None:
+def say(job: Job, texts: list[str], voices: Sequence[tuple[str, str]] = (), given: Collection[str] = ()) -> None:
     """Speak texts, a batch at a time, into job.out: one wav, or with --texts a folder of them and samples.jsonl."""
     model, data = load_for_sampling(job)
     if model.table.layout == "duplex":
         raise ValueError(f"{job.ckpt} talks with somebody; give it a recording with --user=in.wav instead of a text")
-    codec, reference, rows = load_codec(data.codec), (job.ref, job.ref_text) if job.ref else None, []
+    job, codec, rows = replace(job, **usual_rules(model.table.layout, given)), load_codec(data.codec), []
     for at in range(0, len(texts), job.batch):
         part = texts[at : at + job.batch]
         with WavWriter(job.out, codec.sample_rate) if job.stream else nullcontext() as writer:
             hear = writer and writer.append
-            spoken = ([speak_long(model, text, data, job, codec, job.chunk_words, reference, hear) for text in part] if job.chunk_words
-                      else speak(model, part, data, job, codec, reference, hear, progress=True))
+            long = job.chunk_words and [speak_long(model, text, data, job, codec, job.chunk_words, voices, hear, job.chunk_buffer)
+                                        for text in part]
+            spoken = long or speak(model, part, data, job, codec, voices, hear, progress=True)
         for n, (text, speech) in enumerate(zip(part, spoken, strict=True), at):
             path = Path(job.out) / f"{n:03d}.wav" if job.texts else Path(job.out)
             if not job.stream:

@@ -17,6 +17,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from audio import hub
 from options import replace_file
 
 MAX_TOKENIZER = 256 << 20   # bytes
@@ -107,14 +108,27 @@ class Tokenizer:
         return self.name
 
 
+def tokenizer_file(spec: str | Path, local: bool = False) -> Path:
+    """The file that a tokenizer is read from: itself, the one in a folder or under a hub id (`local`: if it is cached)."""
+    path = Path(spec)
+    if hub.is_id(spec):
+        try:
+            path = hub.snapshot(str(spec), ["tokenizer.json", "*.model"], local)
+        except FileNotFoundError:
+            if not local:
+                raise
+    pieces = sorted(path.glob("*.model")) if path.is_dir() and not (path / "tokenizer.json").is_file() else []
+    return pieces[0] if len(pieces) == 1 else path / "tokenizer.json" if path.is_dir() else path
+
+
 def load_tokenizer(spec: str | Path) -> Tokenizer:
-    """Load "bytes", a word list (.json), a SentencePiece .model or a tokenizer.json (or a folder with one)."""
+    """Load "bytes", a word list (.json), a SentencePiece .model or a tokenizer.json, a folder with one of them, or a hub id."""
     if str(spec) == "bytes":
         return Tokenizer("bytes", 256, lambda text: list(text.encode()),
                          lambda ids: bytes(i for i in ids if 0 <= i < 256).decode(errors="replace"))
-    path = Path(spec) / "tokenizer.json" if Path(spec).is_dir() else Path(spec)
+    path = tokenizer_file(spec)
     if not path.is_file():
-        raise FileNotFoundError(f"tokenizer {spec} does not exist; give \"bytes\", a word list .json, a .model or a tokenizer.json")
+        raise FileNotFoundError(f"tokenizer {spec} does not exist; give \"bytes\", a word list .json, .model, tokenizer.json or hub id")
     if path.stat().st_size > MAX_TOKENIZER:
         raise ValueError(f"tokenizer {path} has more than {MAX_TOKENIZER} bytes; check that it is one")
     content = path.read_bytes()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from audio import hub
 from audio.higgs import HiggsCodec, is_higgs
 from audio.mimi import MimiCodec, is_mimi
 from audio.moss import MossCodec, is_moss
@@ -28,20 +29,27 @@ def _is_tiny(path: Path) -> bool:
         return False
 
 
+OWN = ("model.pth", "tokenizer-*.safetensors", "mimi-*.safetensors")     # what official repositories call a codec's weights
 NAMES = {"tiny": (TinyCodec.load, TINY)}            # name -> (loader, the file it reads)
 KINDS = [                                           # what a file or folder holds -> loader
     (_is_tiny, TinyCodec.load), (is_higgs, HiggsCodec.load), (is_moss, MossCodec.load), (is_mimi, MimiCodec.load)]
 
 
 def load_codec(path_or_name, device: str = "cpu"):
-    """Load a codec by name ("tiny") or from a file or folder, recognised by its content; else ValueError."""
+    """Load a codec by name ("tiny"), from a file or folder, recognised by its content, or by hub id; else ValueError."""
     if str(path_or_name) in NAMES:
         loader, path = NAMES[str(path_or_name)]
         return loader(path, device=device)
-    path = Path(path_or_name)
+    path = from_hub(str(path_or_name)) if hub.is_id(path_or_name) else Path(path_or_name)
     for fits, loader in KINDS:
         if fits(path):
             return loader(path, device=device)
     state = "holds no codec known here" if path.exists() else "is neither a codec's name nor a file"
-    kinds = f"{', '.join(NAMES)}, a tiny codec's .safetensors file, a Higgs tokenizer's or MOSS codec's folder, or Mimi's file or folder"
+    kinds = f"{', '.join(NAMES)}, a tiny codec's file, a Higgs tokenizer's or MOSS codec's folder, Mimi's file or folder, or a hub id"
     raise ValueError(f"{path_or_name} {state}; name one of: {kinds}")
+
+
+def from_hub(name: str) -> Path:
+    """The folder of a codec's hub id: its own file, and only where there is none the model.safetensors that may hold much more."""
+    folder = hub.snapshot(name, ["*.json", *OWN])
+    return folder if any(path for mark in OWN for path in folder.glob(mark)) else hub.snapshot(name, ["*.json", "model.safetensors"])

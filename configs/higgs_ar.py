@@ -3,7 +3,7 @@
     torchrun --standalone --nproc_per_node=8 train.py configs/higgs_ar.py --data.sources=data/ar.jsonl
     python train.py configs/higgs_ar.py --smoke                 the same in small, on the bundled speech, about a minute
 
-Needs the released model, its tokenizer.json and its codec in models/ (huggingface-cli download ID --local-dir models/NAME).
+The released model, its tokenizer.json and its codec come from the hub or its local cache (hf download ID); a folder does as well.
 Sized for 8 x 80 GB or more. Expect: not yet measured on the released weights.
 """
 
@@ -16,7 +16,7 @@ from model import HIGGS_V2_3B, ModelConfig, StackConfig, codebooks
 from streams import Stream, StreamTable
 from text import load_tokenizer
 
-BASE, CODEC = "models/higgs-audio-v2-generation-3B-base", "models/higgs-audio-v2-tokenizer"
+BASE, CODEC = "bosonai/higgs-audio-v2-generation-3B-base", "bosonai/higgs-audio-v2-tokenizer"
 TINY = "assets/tiny_tokenizer.json"
 
 # The adapter sets of the seed recipes, with modules that exist.

@@ -14,8 +14,9 @@ from conftest import ROOT, call
 from safetensors import safe_open
 from tokenizers import Tokenizer as Fast
 
+from audio import load_codec
 from cache import DataConfig, build_example, prepare, prompt_example
-from chatml import SPECIALS, Chat, chunks, clone_messages, official, resolve, sample_row, steered, trained_from
+from chatml import SPECIALS, Chat, chunks, clone_messages, official, pair_voices, resolve, sample_row, steered, trained_from, usual_rules
 from data import Loader
 from manifest import read_clip, read_manifest
 from model import codebooks
@@ -311,7 +312,7 @@ def test_plain_rows_become_clone_examples_with_a_drawn_voice(folder: Path) -> No
     assert written(made).startswith(f"{SYSTEM}Generate audio following instruction.\n\n<|scene_desc_start|>\nA room.\n<|scene_desc_end|>")
     assert trained(made) == f"<|audio_out_bos|>({index.entries[0].frames[0]})<|audio_eos|><|eot_id|>"
     assert all(loader.reference(n, random.Random(s)) not in (n, -1) for n in range(4) for s in range(20))
-    prompt, _ = lay_out(prompt_example("text 0", data, WORDS, None, None, TINY), TINY)
+    prompt, _ = lay_out(prompt_example("text 0", data, WORDS, None, (), TINY), TINY)
     assert torch.equal(prompt, grid(build_example(index, 0, TINY).segments, TINY)[0][:, : prompt.shape[1]])
 
 
@@ -329,7 +330,7 @@ def test_limits_and_tokenizers_are_named(folder: Path, capsys: pytest.CaptureFix
     with pytest.raises(ValueError, match="has no special token"):
         prepare(config(folder, "manifest.jsonl", tokenizer="bytes"), TINY)
     with pytest.raises(ValueError, match="is empty under normaliser"):
-        prompt_example("  ", config(folder, "manifest.jsonl", normaliser="arabic-v1"), WORDS, None, None, TINY)
+        prompt_example("  ", config(folder, "manifest.jsonl", normaliser="arabic-v1"), WORDS, None, (), TINY)
 
 
 def test_inline_audio_is_read_like_a_file(folder: Path) -> None:
@@ -350,3 +351,43 @@ def test_what_check_keeps_can_be_read_again(folder: Path, tmp_path: Path) -> Non
 
 def test_clone_messages_of_a_plain_text() -> None:
     assert clone_messages("x") == [turn("system", "Generate audio following instruction."), turn("user", "x")]
+
+
+# ---- voices of a prompt ----
+
+def test_several_voices_become_the_official_prompt_of_several_speakers(tmp_path: Path) -> None:
+    for n in range(2):
+        sound(tmp_path / f"{n}.wav", 0.5, n)
+    data = config(tmp_path, "none", scene="A quiet room.")
+    voices = [(str(tmp_path / f"{n}.wav"), f"voice {n}") for n in range(2)]
+    made = prompt_example("[SPEAKER1] yes", data, WORDS, load_codec("tiny"), voices, TINY).segments
+    head = "<|start_header_id|>{}<|end_header_id|>\n\n"
+    spoken = head.format("assistant") + "<|audio_out_bos|>(13)<|audio_eos|><|eot_id|>"
+    assert written(made).endswith(
+        head.format("user") + "[SPEAKER0] voice 0<|eot_id|>" + spoken + head.format("user") + "[SPEAKER1] voice 1<|eot_id|>" + spoken
+        + head.format("user") + "[SPEAKER1] yes<|eot_id|>" + head.format("assistant") + "<|audio_out_bos|>")
+    described = prompt_example("hi", data, WORDS, load_codec("tiny"), [("", "profile:a calm man"), voices[0]], TINY).segments
+    assert "SPEAKER0: a calm man\nSPEAKER1: <|audio_bos|>(13)<|audio_eos|>\n" in written(described)
+    with pytest.raises(ValueError, match="does not clone voices like that"):
+        prompt_example("hi", data, WORDS, load_codec("tiny"), voices, replace(TINY, layout="clone"))
+
+
+@pytest.mark.parametrize(("refs", "said", "text", "message"), [
+    (["a.wav"], [], "hi", "needs both --ref=voice.wav and --ref_text"), ([], ["x"], "hi", "0 recordings, 1 transcripts"),
+    (["a.wav", "b.wav"], ["x"], "hi", "2 recordings, 1 transcripts"), (["a.wav"], [" "], "hi", "needs both"),
+    (["a.wav"], ["x"], "[SPEAKER0] a [SPEAKER1] b", r"names \[SPEAKER1\], there are 1 voices")])
+def test_voices_that_do_not_fit_are_named(refs: list, said: list, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pair_voices(refs, said, [text])
+
+
+def test_voices_in_words_need_no_transcript() -> None:
+    assert pair_voices(["profile:a man", "b.wav"], ["x"], ["[SPEAKER1] a"]) == [("", "profile:a man"), ("b.wav", "x")]
+
+
+def test_the_official_rules_hold_where_the_user_gives_none(capsys: pytest.CaptureFixture) -> None:
+    rules = {"temperature": 1.0, "top_k": 50, "top_p": 0.95, "ras_window": 7, "ras_repeats": 2, "max_frames": 2048}
+    assert usual_rules("chatml", ()) == rules and "temperature 1.0, top_k 50, top_p 0.95" in capsys.readouterr().out
+    assert usual_rules("chatml", rules.keys() - {"top_k"}) == {"top_k": 50}
+    capsys.readouterr()
+    assert usual_rules("words", ()) == {} and capsys.readouterr().out == ""

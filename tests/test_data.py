@@ -212,7 +212,7 @@ def test_the_prompt_is_the_training_grid_without_speech(tmp_path, config):
     index = prepare(config, BYTES)
     codec = FakeCodec()
     soundfile.write(tmp_path / "ref.wav", np.full(8000, 0.25), 8000)
-    prompt = prompt_example("three", config, load_tokenizer("bytes"), codec, (str(tmp_path / "ref.wav"), "one"))
+    prompt = prompt_example("three", config, load_tokenizer("bytes"), codec, [(str(tmp_path / "ref.wav"), "one")])
     assert prompt.codes is None and prompt.reference.codes.shape == (2, 25) and bytes(prompt.text.tolist()) == b"three"
     tokens, _ = lay_out(prompt_example("one", config, load_tokenizer("bytes")), BYTES)
     trained, _ = lay_out(build_example(index, 0, BYTES), BYTES)

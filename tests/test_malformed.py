@@ -483,7 +483,7 @@ SAMPLES = {     # name: (arguments, {RUN} is the run's folder, {HERE} a scratch 
     "no checkpoint": (("--text=one",), ("no checkpoint given", "add --ckpt")),
     "unknown folder": (("--ckpt=out/none/such", "--text=one"), ("out/none/such does not exist", "give a run folder")),
     "unknown folder in a known one": (("--ckpt={RUN}/none", "--text=one"), ("none does not exist", "give a run folder")),
-    "hub id offline": (("--ckpt=nobody/nothing", "--text=one"), ("nobody/nothing", "huggingface-cli download nobody/nothing")),
+    "hub id offline": (("--ckpt=nobody/nothing", "--text=one"), ("nobody/nothing", "hf download nobody/nothing")),
     "a folder without a checkpoint": (("--ckpt={RUN}/samples-none/..", "--text=one"), ("does not exist",)),
     "unknown word": (("--ckpt={RUN}", "--text=one tow"), ("word 'tow' is not in words.json", "nearest known word is 'two'")),
     "empty text": (("--ckpt={RUN}", "--text="), ("nothing to say", "add --text")),

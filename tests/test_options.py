@@ -107,6 +107,8 @@ def test_apply_leaves_the_config_it_was_given_alone():
 def test_the_command_line_splits_at_the_first_equals_sign():
     assert split_arguments(["--a=b=c", "--x", "y=z", "word"]) == (["word"], {"a": "b=c", "x": "y=z"})
     assert split_arguments(["--text", "--loud"]) == ([], {"text": "--loud"})
+    assert split_arguments(["--ref-text", "a-b", "--allow-outside"], ("allow_outside",)) == ([], {"ref_text": "a-b", "allow_outside": ""})
+    assert split_arguments(["--ref=a,b", "--ref", "c"], many=("ref",)) == ([], {"ref": "('a,b', 'c')"})
     assert split_arguments(["c.py", "--smoke", "--lr=1"], ("smoke",)) == (["c.py"], {"smoke": "", "lr": "1"})
 
 

@@ -215,7 +215,7 @@ def test_rows_of_messages_become_batches(tmp_path, capsys):
     assert made["plain"][0][0].tolist() == ids("No turns here.<|endoftext|>") and made["plain"][1][0].tolist()[0] == 0
     batch = next(iter(Loader(data, table, "train", 1)))
     assert batch.weights.sum() > 0 and {name for row in batch.names for name in row} <= {"talk", "said", "plain"}
-    prompt, _ = lay_out(prompt_example("Hi", data, WORDS, None, None, table), table)
+    prompt, _ = lay_out(prompt_example("Hi", data, WORDS, None, (), table), table)
     held, _ = made["held"]
     assert torch.equal(held[:, : prompt.shape[1]], prompt)
     with pytest.raises(ValueError, match="no usable row"):

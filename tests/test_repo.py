@@ -180,7 +180,7 @@ def check_options(script: str, argv: list[str]) -> None:
         argv = [word for word in argv[script == "data.py" :] if not word.startswith("--index")]
         load_config([word for word in argv if word != "--help"])
     elif script == "sample.py":
-        words, pairs = split_arguments(argv, ("help", "stream"))
+        words, pairs = split_arguments(argv, ("help", "stream"), ("ref", "ref_text"))
         assert not words, words
         apply(Job(), {key: text or "true" for key, text in pairs.items() if key != "help"})
     else:
@@ -214,7 +214,7 @@ def test_every_command_of_the_readme_exists(command):
 @needs_readme
 def test_options_that_the_readme_mentions_exist():
     names = {name for name, *_ in [*flatten(run_config(ROOT / "configs/tiny.py")), *flatten(Job()), *flatten(LoraConfig(), "lora.")]}
-    names |= {"smoke", "help", "index", "write", "allow-outside", "to"}
+    names |= {"smoke", "help", "index", "write", "allow-outside", "to", "ref-text"}
     mentioned = re.findall(r"`--([\w.-]+)", readme())
     assert not set(mentioned) - names, f"README.md mentions {sorted(set(mentioned) - names)}"
 

@@ -1,0 +1,33 @@
+"""Folders of the Hugging Face hub, fetched or found in its local cache.
+
+    is_id("bosonai/higgs-audio-v2-tokenizer")                           OWNER/NAME, and nothing of that name lies here
+    snapshot("bosonai/higgs-audio-v2-tokenizer", ["*.json", "*.pth"])   -> the folder with those files
+
+HF_HOME, HF_TOKEN, HF_HUB_OFFLINE and HF_ENDPOINT are honoured. huggingface_hub is imported when an id is asked for, not before.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+FILES = (".json", ".jsonl", ".model", ".pt", ".pth", ".bin", ".safetensors", ".wav")     # ends of file names, not of ids
+
+
+def is_id(name: str | Path) -> bool:
+    """Whether a name can be a hub id: OWNER/NAME that is no path of this machine."""
+    fits = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)) is not None
+    return fits and not str(name).endswith(FILES) and not Path(name).exists() and not Path(name).parent.is_dir()
+
+
+def snapshot(name: str, patterns: Sequence[str], local: bool = False) -> Path:
+    """The folder of a hub id with the files of some patterns; `local` looks into the cache only.
+
+    FileNotFoundError, one line with the command that fetches it, where it is neither cached nor can be fetched.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=list(patterns), local_files_only=local))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(f"{name} is neither a folder here nor can it be fetched ({type(error).__name__}); "
+                                + f"when online run: hf download {name}") from None

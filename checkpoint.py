@@ -36,6 +36,7 @@ from options import FULL, apply, edge, from_json, read_json, replace_file, split
 from parallel import barrier, place, whole
 from streams import StreamTable
 from text import load_tokenizer, tokenizer_file
+from vocabulary import swap_tokenizer
 
 FORMAT, VERSION = "multistream", 1
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -568,13 +569,39 @@ def load_copy(model: MultistreamLM) -> MultistreamLM:
 
 def rebuild(path: str, dir: str | Path, change: Any) -> Path:
     """Load a model, `change` its config and tensors, and write what comes of it."""
+    model = plain_model(path)
+    return save(changed(model, *change(model.config, weights(model))), dir, model.extras)
+
+
+def plain_model(path: str) -> MultistreamLM:
+    """A model without an adapter; ValueError says what to do with one that has it."""
     model = load(path)
     if getattr(model, "lora", None) is not None:
         raise ValueError(f"{path} has an adapter; merge it first (python checkpoint.py merge)")
-    config, tensors = change(model.config, weights(model))
-    other = MultistreamLM(config)
-    fill(other, tensors, path)
-    return save(other, dir, model.extras)
+    return model
+
+
+def changed(model: MultistreamLM, config: ModelConfig, tensors: dict[str, Tensor]) -> MultistreamLM:
+    """A model of another config in the type of `model`, filled with `tensors`."""
+    other = MultistreamLM(config).to(next(model.parameters()).dtype)
+    fill(other, tensors, "the model in memory")
+    return other
+
+
+def swap_command(path: str, pairs: dict[str, str]) -> str:
+    """`checkpoint.py swap-tokenizer`: the same model for other text ids, the new tokenizer beside it."""
+    if "tokenizer" not in pairs or "out" not in pairs:
+        raise ValueError("swap-tokenizer needs --tokenizer=FILE, the new one, and --out=DIR, the folder to write")
+    model, new = plain_model(path), load_tokenizer(pairs["tokenizer"])
+    data = official_files(Path(model.extras.folder)) | dict(model.extras.data or {})
+    if "from" not in pairs and "tokenizer" not in data:
+        raise ValueError(f"{path} does not say which tokenizer it was trained with; name it with --from=FILE")
+    config, tensors, kept = swap_tokenizer(model.config, weights(model), load_tokenizer(pairs.get("from", data.get("tokenizer"))), new)
+    known = "codec" in data or not config.table.audio                 # of official weights the codec may lie elsewhere
+    extras = replace(model.extras, data=data | {"tokenizer": pairs["tokenizer"]} if known else None)
+    folder = save(changed(model, config, tensors), pairs["out"], extras)
+    new.save(folder)
+    return f"wrote {folder}: {kept} of {new.size} pieces kept their rows"
 
 
 def setup_command(pairs: dict[str, str]) -> None:
@@ -595,19 +622,28 @@ USAGE = """python checkpoint.py import OFFICIAL --out=DIR                   read
 python checkpoint.py export CKPT --to=LAYOUT --out=DIR           multistream, hf, boson, moshi (adapters merged in fp32), peft, moshi-lora
 python checkpoint.py merge CKPT --out=DIR                        export --to=multistream
 python checkpoint.py expand-depth CKPT --out=DIR                 Moshi: predict the user's codebooks too; trim-depth undoes it
+python checkpoint.py swap-tokenizer CKPT --tokenizer=F --out=DIR   another language: shared pieces keep their rows; --from=F, the old one
 python checkpoint.py setup-dsaa --moshi=M --text-llm=L --out=DIR   new DSAA weights; --rate, --padding=own|space and fields of FusionConfig
 python checkpoint.py show CKPT                                   what a checkpoint holds"""
 
 
+def unknown_options(pairs: dict[str, str], known: tuple[str, ...]) -> None:
+    for name in pairs.keys() - set(known):
+        raise ValueError(unknown(f"--{name}", [f"--{k}" for k in known]))
+
+
 def main() -> None:
     words, pairs = split_arguments(sys.argv[1:], ("help",))
+    if words[:1] == ["swap-tokenizer"] and len(words) == 2 and "help" not in pairs:
+        unknown_options(pairs, ("tokenizer", "from", "out"))
+        print(swap_command(words[1], pairs))
+        return None
     if words == ["setup-dsaa"] and "help" not in pairs:
         return setup_command(pairs)
     if "help" in pairs or len(words) != 2:
         print(USAGE)
         raise SystemExit(0 if "help" in pairs else 2)
-    for name in pairs.keys() - {"out", "to"}:
-        raise ValueError(unknown(f"--{name}", ["--out", "--to"]))
+    unknown_options(pairs, ("out", "to"))
     command, path = words
     if command in ("import", "export", "merge"):
         if "out" not in pairs:
@@ -624,7 +660,7 @@ def main() -> None:
                           "data": model.extras.data, "adapters": len(found),
                           "largest |BA|/|W|": max(found.values(), default=0.0)}, indent=1))
     else:
-        raise ValueError(f"unknown command {command!r}; it is one of import, export, merge, expand-depth, trim-depth, show")
+        raise ValueError(f"unknown command {command!r}; it is one of import, export, merge, expand-depth, trim-depth, swap-tokenizer, show")
 
 
 if __name__ == "__main__":

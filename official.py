@@ -371,7 +371,8 @@ def read_moshi(about: About, tensors: Tensors) -> ModelConfig:
         Stream("text", "text", text + 1, about.get("text_card_out") or text, delays[0], text),
         *([Stream("ahead", "text", text + 1, delay=delays[0])] if demux else []), *moshi_conditions(about),
         *codebooks(steps, card + 1, card, card, delays=tuple(delays[1 : 1 + steps])),
-        *codebooks(count - steps, card + 1, 0, card, delays=tuple(delays[1 + steps :]), name="user")))
+        *codebooks(count - steps, card + 1, 0, card, delays=tuple(delays[1 + steps :]), name="user")),
+        pad=about.get("existing_text_padding_id", 3), epad=about.get("existing_text_end_padding_id", 0))
     return ModelConfig(table, moshi_stack(about), depth=moshi_depth(about) if steps else None, demux=demux,
                        extra_heads=about.get("extra_heads_num_heads", 0), extra_classes=about.get("extra_heads_dim", 6))
 
@@ -437,7 +438,8 @@ def write_moshi(c: ModelConfig, dtype: str) -> About:
         "norm": next((n for n, eps in NORMS.items() if eps == s.norm_eps), "rms_norm_f32"), "layer_scale": None,
         "context": s.window or None, "positional_embedding": "rope" if s.rope_theta else "none", "max_period": s.rope_theta or 10000.0,
         "n_q": len(c.table.audio), "dep_q": len(c.table.audio_out), "card": streams[-1].vocab - 1, "text_card": streams[0].vocab - 1,
-        "existing_text_padding_id": 3, "delays": [streams[0].delay, *(streams[k].delay for k in c.table.audio)], "lora": False,
+        "existing_text_padding_id": c.table.pad, "existing_text_end_padding_id": c.table.epad,
+        "delays": [streams[0].delay, *(streams[k].delay for k in c.table.audio)], "lora": False,
         "depformer_multi_linear": True,       # without a depth transformer too: false makes one input map that nothing reads
         "model_type": "stt" if d is None else "tts" if c.demux else "hibiki" if c.table.conditions else "moshi"}
     if streams[0].classes != streams[0].vocab - 1:

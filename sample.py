@@ -24,11 +24,12 @@ from tqdm import tqdm
 
 import lora
 from audio import load_codec
-from audio.wav import WavWriter, save_wav
+from audio.wav import WavWriter, load_wav, save_wav
+from cache import encode
 from chatml import OFFICIAL, chunks, pair_voices, usual_rules
 from checkpoint import DTYPES, load
 from data import DataConfig, load_tokenizer, prompt_example
-from dialogue import recorded, write_reply
+from dialogue import mean, measure_file, recorded, write_reply
 from drawing import Feed, SampleConfig, complete, next_column, prefill
 from duplex import UserFeed, moshi_rules, official_files
 from guidance import Guidance, chosen
@@ -178,6 +179,17 @@ def reply(model: MultistreamLM, user: Tensor | None, config: SampleConfig, exact
         feed, columns = UserFeed(user, table, exact_moshi, prompt.shape[-1]), user.shape[-1] - before.shape[-1] + lag * (not exact_moshi)
     bar = tqdm(generate(model, prompt, replace(config, max_frames=columns), feed, given), total=columns, unit="frame", disable=None)
     return torch.cat([before[..., : max(before.shape[-1] - lag, 0)], torch.stack([frame.cpu() for frame in bar], dim=-1)], -1)
+
+
+def answer(model: MultistreamLM, recordings: Sequence[str], data: DataConfig, codec: object, folder: Path) -> dict[str, float]:
+    """Answer recordings, of a stereo one its right side, into wavs of `folder`; returns how the conversations went (dialogue.py)."""
+    tokenizer, rows = load_tokenizer(data.tokenizer), []
+    for path in recordings:
+        user = load_wav(path, codec.sample_rate, None)[0][-1:]
+        frames = reply(model, encode(codec, user)[None], SampleConfig(**moshi_rules(len(model.table.audio_out))))[0]
+        write_reply(folder / f"{Path(path).stem}.wav", frames, user, codec, tokenizer, model.table)
+        rows.append(measure_file(folder / f"{Path(path).stem}.wav"))
+    return mean(rows)
 
 
 # ---- command line ----

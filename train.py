@@ -25,7 +25,7 @@ import lora
 import monitor
 import parallel
 from audio import load_codec
-from audio.wav import save_wav
+from audio.wav import load_wav, save_wav
 from checkpoint import DTYPES, Extras, RunState, base_of, latest, load, load_run, point, prune, put_adapter, resolve, save, save_run
 from config import TrainConfig, first_beta, learning_rate
 from data import Batch, Loader, prepare
@@ -33,7 +33,7 @@ from loss import Sums, loss_scale
 from model import Block, MultistreamLM
 from options import difference, exit_on_error, from_json, load_config, read_json, write_json
 from parallel import all_sum, barrier
-from sample import SampleConfig, speak
+from sample import SampleConfig, answer, speak
 
 exit_on_error()                                  # a ValueError or OSError from here on is one line and exit code 2
 
@@ -72,6 +72,8 @@ if config.epochs:
     say(f"{config.epochs} epochs are {steps} steps" + (f", of which --steps={config.steps} does the first" if config.steps < steps else ""))
     config = replace(config, steps=min(config.steps, steps))
 held_out = Loader(config.data, table, "held-out", config.batch_size, rank, world)
+for path in config.prompts if table.layout == "duplex" else ():      # recordings: better told now than at the first evaluation
+    load_wav(path)
 
 # ---- 4. model: weights -> adapters -> precision ----
 base = config.init or (base_of(config.init_adapter) if config.init_adapter else "")
@@ -145,9 +147,10 @@ def trade_averages() -> None:
 
 @torch.no_grad()
 def evaluate() -> dict[str, float]:
-    """Held-out numbers, weighted by targets over all ranks; rank 0 speaks the prompts."""
+    """Held-out numbers, weighted by targets over all ranks; rank 0 speaks the prompts, or answers them."""
     raw.eval()
     trade_averages()
+    told: dict[str, float] = {}
     total = torch.zeros(4, len(table) + 1, dtype=torch.float64)
     with parallel.gathered(raw):
         for n, batch in enumerate(held_out):
@@ -155,20 +158,24 @@ def evaluate() -> dict[str, float]:
                 break
             total += forward(raw, batch).stacked().cpu()
         if config.prompts and rank == 0:
-            listen()
+            told = listen()
     trade_averages()
     raw.train()
-    return monitor.report(all_sum(total, device), table, config.loss)
+    return monitor.report(all_sum(total, device), table, config.loss) | told
 
 
-def listen() -> None:
-    """Speak the prompts into out/samples."""
+def listen() -> dict[str, float]:
+    """Speak the prompts into out/samples; a model that converses answers them, and how that went is told."""
     codec = load_codec(config.data.codec)
+    if table.layout == "duplex":
+        with autocast:
+            return answer(raw, config.prompts, config.data, codec, out / "samples" / f"step_{run.step:06d}")
     with autocast:
         spoken = speak(raw, config.prompts, config.data, SampleConfig(max_frames=250), codec)
     for text, speech in zip(config.prompts, spoken, strict=True):
         name = "".join(c if c.isalnum() else "_" for c in text[:60])
         save_wav(out / "samples" / f"step_{run.step:06d}" / f"{name}.wav", speech.wav, codec.sample_rate)
+    return {}
 
 
 def checkpoint(best: bool = False) -> None:

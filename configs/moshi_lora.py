@@ -63,4 +63,5 @@ smoke = replace(
     lora=replace(config.lora, rank=8, alpha=16.0),
     data=replace(config.data, sources=(folder,), cache="out/cache", codec="tiny", tokenizer=folder.replace("dialogues.jsonl", "words.json"),
                  normaliser="english-v1", chunk_seconds=3.0, columns=128, held_out=0.2, window=8),
-    steps=12, batch_size=2, lr=2e-3, warmup=2, dtype="fp32", save_every=6, eval_every=6, eval_batches=2)
+    steps=12, batch_size=2, lr=2e-3, warmup=2, dtype="fp32", save_every=6, eval_every=6, eval_batches=2,
+    prompts=(folder.replace("dialogues.jsonl", "001.wav"),))

@@ -126,6 +126,11 @@ def test_a_prompt_that_cannot_be_used_is_one_line(channels, beside, words, talks
     assert rc == 2 and words in err and err.count("\n") == 1, err
 
 
+def test_recordings_to_answer_are_looked_at_before_training(tmp_path):
+    rc, _, err = call("train.py", "configs/moshi_full.py", "--smoke", f"--out={tmp_path}/x", "--prompts=nobody.wav", cwd=ROOT)
+    assert rc == 2 and "no sound file at nobody.wav" in err and err.count("\n") == 1, err
+
+
 # ---- what is written ----
 
 def test_words_come_back_out_of_a_text_row():

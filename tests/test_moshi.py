@@ -273,6 +273,10 @@ def test_smoke_from_training_to_the_package_and_back(name, tmp_path):
     losses = [json.loads(line).get("train/loss") for line in (out / "metrics.jsonl").read_text().splitlines()]
     losses = [x for x in losses if x is not None]
     assert len(losses) == 12 and losses[-1] < losses[0]
+    evals = [row for row in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if "val/loss" in row]
+    assert [row["step"] for row in evals] == [6, 12]
+    assert all({"val/overlap_ratio", "val/pad_ratio", "val/user_turns"} <= row.keys() for row in evals)
+    assert soundfile.info(out / "samples/step_000012/001.wav").channels == 2
 
     user = ROOT / "out/cache/dialogues/001.wav"
     rc, told, err = cli("sample.py", f"--ckpt={out}", f"--user={user}", f"--out={tmp_path}/reply.wav", "--temperature=0")

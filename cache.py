@@ -636,6 +636,17 @@ def prompt_example(text: str, config: DataConfig, tokenizer: Tokenizer, codec: A
     return example
 
 
+def spoken_prompt(index: Index, number: int, voice: int, config: DataConfig, table: StreamTable) -> Example:
+    """The prompt that asks for what an entry says, in the voice of another entry (-1 = none)."""
+    entry = index.entries[number]
+    if index.chat is not None:
+        voices = [(index.entries[voice].text, index.codes(voice, 0))] if voice >= 0 else []
+        return chat_of(index.chat.prompt(entry.text, voices, entry.scene), entry.id)
+    example = prompt_example(entry.text, config, load_tokenizer(config.tokenizer), table=table)
+    example.reference = clip_example(index, voice, 0, table.aligned) if voice >= 0 else None
+    return example
+
+
 def reference_codes(name: str, said: str, config: DataConfig, codec: Any) -> Tensor:
     """Codes (Q, T) of a reference recording; ValueError when it cannot serve as one."""
     try:

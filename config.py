@@ -57,7 +57,8 @@ class TrainConfig:
     eval_every: int = 0                    # steps between evaluations, 0 = only at the end
     eval_batches: int = 0                  # held-out batches a rank, 0 = all
     patience: int = 0                      # evaluations without a better loss before stopping, 0 = never
-    prompts: tuple[str, ...] = ()          # texts spoken into out/samples at every evaluation; Moshi: recordings that it answers
+    prompts: tuple[str, ...] = ()          # texts spoken and measured (quality.py) at every evaluation; Moshi: recordings that it answers
+    listen: int = 0                        # held-out recordings said again and measured as well
     save_every: int = 0                    # steps between checkpoints, 0 = only at the end
     keep: int = 2                          # checkpoints kept beside the best
     max_minutes: float = 0.0               # stop and save after this long, 0 = no limit
@@ -74,11 +75,13 @@ class TrainConfig:
         assert min(self.steps, self.batch_size, self.accum, self.log_every) > 0, "steps, batch_size, accum and log_every are at least 1"
         assert not self.init_adapter or self.lora is not None, "init_adapter needs adapters to fill; add --lora.rank=8"
         counts = ("epochs", "warmup", "eval_every", "eval_batches", "patience", "save_every", "keep", "lr", "min_lr", "eps", "clip",
-                  "weight_decay")
+                  "weight_decay", "listen")
         assert all(getattr(self, name) >= 0 for name in counts), f"none of {', '.join(counts)} may be negative"
         assert all(0 <= beta < 1 for beta in self.betas) and 0 <= self.seed < 2**63, "betas are in [0, 1), seed is not negative"
         assert 0 <= self.ema < 1 and 0 <= self.decay <= 1, f"ema {self.ema} is outside [0, 1), or decay {self.decay} outside [0, 1]"
         assert all(factor >= 0 for _, factor in self.rates), f"rates {self.rates} has a negative factor"
+        heard = self.model.table.layout in ("words", "clone", "chatml")
+        assert heard or not self.listen, f"listen says texts again, layout {self.model.table.layout!r} is no text to speech"
         unknown = set(self.trackers) - {"tensorboard", "wandb", "trackio"}
         assert not unknown, f"trackers {sorted(unknown)} are none of tensorboard, wandb, trackio"
 

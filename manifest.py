@@ -47,7 +47,7 @@ import torch
 from torch import Tensor
 
 import duplex
-from audio.wav import load_wav
+from audio.wav import levels, load_wav
 from chatml import checked, clips, sample_row, untagged
 from options import replace_file
 
@@ -539,8 +539,7 @@ def quality_faults(wav: Tensor, rate: int, pace: float) -> Iterator[Fault]:
     """Doubts about a readable clip; `pace` is characters per second."""
     seconds = wav.shape[-1] / rate
     peak = wav.abs().max()
-    n = min(max(1, rate // 40), wav.shape[-1])                                   # 25 ms
-    level = 10 * torch.log10(wav.unfold(-1, n, n).square().mean(-1).amax(0) + 1e-12)   # (C, W) -> (W / n,)
+    level = levels(wav, rate)
     if (wav.abs() >= 0.999).float().mean() > 0.01:
         yield "doubt", "clipping", "more than 1 % of samples at full scale: lower the gain and record again"
     if peak < 10 ** (-50 / 20) or (level < -50).float().mean() > 0.6:

@@ -1,22 +1,33 @@
 """What a run tells of itself: numbers to files and trackers, what it holds in memory, and a warning that it fits nothing.
 
-    out/demo/metrics.jsonl      {"step": 40, "train/loss": 3.1, ..., "grad_norm": 0.8, "lr": 0.001, "columns_per_second": 5400.0}
+    out/demo/metrics.jsonl      {"step": 40, "train/loss": 3.1, ..., "grad_norm": 0.8, "lr": 0.001, "step_seconds": 0.4,
+                                 "columns_per_second": 5400.0, "tokens_per_second": 43000.0, "audio_seconds_per_second": 190.0,
+                                 "memory_gib": 0.9}
 
-Held-out numbers stand beside them as "val/...". Next: evaluate.py, which draws them.
+Columns, tokens and seconds of speech are those of all ranks, padding left out; memory is the peak of this process so far,
+on the GPU where there is one. Held-out numbers stand beside them as "val/...". Next: evaluate.py, which draws them.
 """
 
 import json
 import math
 import os
+import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from loss import LossConfig, loss_scale
 from options import replace_file
 from parallel import part
 from streams import StreamTable
+
+try:
+    import resource
+except ImportError:         # Windows counts no peak
+    resource = None
 
 Write = Callable[[dict[str, float], int], object]
 
@@ -86,6 +97,49 @@ def classes(table: StreamTable) -> dict[str, list[int]]:
         found |= {"semantic": [k for k in out if name[k] in ("cb1", "user1")], "own": [k for k in out if name[k].startswith("cb")]}
         found |= {"acoustic": [k for k in out if k not in found["semantic"]], "user": [k for k in out if k not in found["own"]]}
     return found | {table.streams[k].name: [k] for k in [*table.text_out, *out]}
+
+
+class Meter:
+    """Counts what steps read, between two readings."""
+
+    def __init__(self, table: StreamTable, frame_rate: float, world: int = 1, step: int = 0) -> None:
+        first = [table.streams[k] for k in table.audio_out[:1]]
+        self.row, self.edges = table.audio_out[:1], [edge for s in first for edge in (s.start, s.end)]
+        self.frame_rate, self.world, self.step = frame_rate, world, step
+        self.began, self.counts = time.perf_counter(), torch.zeros(3, dtype=torch.long)
+
+    def add(self, tokens: Tensor) -> None:
+        """Count columns, tokens, and frames of the agent's speech in a grid (B, K, S)."""
+        codes = tokens[:, self.row]
+        frames = (codes >= 0) & (codes != self.edges[0]) & (codes != self.edges[1]) if self.row else codes.bool()
+        self.counts += torch.stack([(tokens >= 0).any(1).sum(), (tokens >= 0).sum(), frames.sum()])
+
+    def read(self, step: int) -> dict[str, float]:
+        """Speeds since the last reading, which was before step `self.step`; counting begins again."""
+        now, steps = time.perf_counter(), step + 1 - self.step
+        seconds, (columns, tokens, frames) = now - self.began, (self.counts * self.world).tolist()
+        self.began, self.step = now, step + 1
+        self.counts.zero_()
+        found = {"step_seconds": seconds / steps, "columns_per_second": columns / seconds, "tokens_per_second": tokens / seconds}
+        if self.frame_rate:
+            found["audio_seconds_per_second"] = frames / self.frame_rate / seconds
+        return found | {"memory_gib": peak_memory()}
+
+
+def peak_memory() -> float:
+    """The most that this process held so far, on the GPU where it uses one, in GiB."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated() / 2**30
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource else 0
+    return most / (2**30 if sys.platform == "darwin" else 2**20)            # macOS counts bytes, Linux KiB
+
+
+def pace(speeds: dict[str, float]) -> str:
+    """One line of the log."""
+    shown = f"{speeds['step_seconds']:.2f} s a step, " + ", ".join(f"{speeds[f'{x}_per_second']:.0f} {x}/s" for x in ("columns", "tokens"))
+    if "audio_seconds_per_second" in speeds:
+        shown += f", {speeds['audio_seconds_per_second']:.0f} s of speech a second"
+    return shown + f", {speeds['memory_gib']:.1f} GiB"
 
 
 def memory(model: nn.Module) -> str:

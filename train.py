@@ -24,8 +24,8 @@ from tqdm import tqdm
 import lora
 import monitor
 import parallel
-from audio import load_codec
-from audio.wav import load_wav, save_wav
+import quality
+from audio.wav import load_wav
 from checkpoint import DTYPES, Extras, RunState, base_of, latest, load, load_run, point, prune, put_adapter, resolve, save, save_run
 from config import TrainConfig, first_beta, learning_rate
 from data import Batch, Loader, prepare
@@ -33,7 +33,6 @@ from loss import Sums, loss_scale
 from model import Block, MultistreamLM
 from options import difference, exit_on_error, from_json, load_config, read_json, write_json
 from parallel import all_sum, barrier
-from sample import SampleConfig, answer, speak
 
 exit_on_error()                                  # a ValueError or OSError from here on is one line and exit code 2
 
@@ -150,32 +149,19 @@ def evaluate() -> dict[str, float]:
     """Held-out numbers, weighted by targets over all ranks; rank 0 speaks the prompts, or answers them."""
     raw.eval()
     trade_averages()
-    told: dict[str, float] = {}
-    total = torch.zeros(4, len(table) + 1, dtype=torch.float64)
+    total, heard = torch.zeros(4, len(table) + 1, dtype=torch.float64), {}
     with parallel.gathered(raw):
         for n, batch in enumerate(held_out):
             if config.eval_batches and n >= config.eval_batches:
                 break
             total += forward(raw, batch).stacked().cpu()
-        if config.prompts and rank == 0:
-            told = listen()
+        if (config.prompts or config.listen) and rank == 0:
+            with autocast:
+                heard = quality.listen(raw, config, held_out.index, out / "samples" / f"step_{run.step:06d}")
+            say(f"step {run.step}: {quality.told(heard)}")
     trade_averages()
     raw.train()
-    return monitor.report(all_sum(total, device), table, config.loss) | told
-
-
-def listen() -> dict[str, float]:
-    """Speak the prompts into out/samples; a model that converses answers them, and how that went is told."""
-    codec = load_codec(config.data.codec)
-    if table.layout == "duplex":
-        with autocast:
-            return answer(raw, config.prompts, config.data, codec, out / "samples" / f"step_{run.step:06d}")
-    with autocast:
-        spoken = speak(raw, config.prompts, config.data, SampleConfig(max_frames=250), codec)
-    for text, speech in zip(config.prompts, spoken, strict=True):
-        name = "".join(c if c.isalnum() else "_" for c in text[:60])
-        save_wav(out / "samples" / f"step_{run.step:06d}" / f"{name}.wav", speech.wav, codec.sample_rate)
-    return {}
+    return monitor.report(all_sum(total, device), table, config.loss) | heard
 
 
 def checkpoint(best: bool = False) -> None:
@@ -199,10 +185,11 @@ for name in ("SIGTERM", "SIGINT"):
 log = monitor.Log(out, config.trackers, run.step) if rank == 0 else monitor.Log()
 say(monitor.memory(raw))
 batches = iter(loader)
-began, ticked, columns = time.time(), time.time(), 0
+began, meter = time.time(), monitor.Meter(table, loader.index.info["frame_rate"], world, run.step)
 bar = tqdm(total=config.steps, initial=run.step, unit="step", disable=rank > 0 or not sys.stderr.isatty())
 while True:
-    # (a) evaluate and save before a step; the last pass does only this
+    # (a) evaluate and save before a step; the last pass does only this, and no step counts its time
+    paused = time.perf_counter()
     due = config.eval_every and run.step and run.step % config.eval_every == 0
     if (due or over()) and run.evaluated != run.step:
         numbers = evaluate()
@@ -216,6 +203,7 @@ while True:
         checkpoint()
     if over():
         break
+    meter.began += time.perf_counter() - paused
 
     # (b) the step's micro-batches and how many targets they hold on all ranks; a wish to stop rides along
     step_batches = [next(batches) for _ in range(config.accum)]
@@ -236,7 +224,7 @@ while True:
         sums = forward(net, batch)
         scaler.scale((scale * sums.nll).sum() * world).backward()
         total += sums.stacked()
-        columns += int((batch.segments >= 0).sum())
+        meter.add(batch.tokens)
 
     # (d) clip and update, or skip a step whose gradient is not finite
     scaler.unscale_(optimizer)
@@ -264,12 +252,11 @@ while True:
         numbers = monitor.report(all_sum(total, device), table, config.loss)
         if run.step == 0 and config.init:
             say(*monitor.alarm(numbers, table, config.init))
-        seconds, ticked = time.time() - ticked, time.time()
-        speed, columns = columns * world / seconds, 0
-        log(run.step, {f"train/{k}": v for k, v in numbers.items()} | {"grad_norm": norm, "lr": rate, "columns_per_second": speed})
-        bar.set_postfix_str(f"loss {numbers['loss']:.3f}, {speed:.0f} columns/s")
+        speeds = meter.read(run.step)
+        log(run.step, {f"train/{k}": v for k, v in numbers.items()} | {"grad_norm": norm, "lr": rate} | speeds)
+        bar.set_postfix_str(f"loss {numbers['loss']:.3f}, {monitor.pace(speeds)}")
         if bar.disable:
-            say(f"step {run.step}: loss {numbers['loss']:.4f}, gradient norm {norm:.2f}, lr {rate:.2e}, {speed:.0f} columns/s")
+            say(f"step {run.step}: loss {numbers['loss']:.4f}, gradient norm {norm:.2f}, lr {rate:.2e}, {monitor.pace(speeds)}")
     run.step += 1
     bar.update()
 

@@ -69,6 +69,14 @@ def _check_header(path: Path, file: soundfile.SoundFile, channels: int | None, m
         raise ValueError(f"{path} has {file.channels} channel(s), wanted is stereo; join the two speakers as left and right")
 
 
+def levels(wav: Tensor, rate: int) -> Tensor:
+    """Level of every 25 ms in dBFS, of the louder channel.   (C, W) -> (W / n,)"""
+    n = min(max(1, rate // 40), wav.shape[-1])
+    if n == 0:
+        return torch.zeros(0)
+    return 10 * torch.log10(wav.unfold(-1, n, n).square().mean(-1).amax(0) + 1e-12)
+
+
 def save_wav(path, wav: Tensor, rate: int) -> None:
     """Write (W,) or (C, W) samples as 16-bit PCM, whole or not at all, and make the folder."""
     path = Path(path)

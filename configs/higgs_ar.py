@@ -40,7 +40,7 @@ config = TrainConfig(
     lr=2e-4, schedule="cosine", warmup=100,                 # seeds: 500 warm-up steps, a tenth of many of their runs
     betas=(0.9, 0.95), weight_decay=0.01, clip=1.0,
     eval_every=100, eval_batches=32, save_every=1000, keep=3, log_every=10,
-    prompts=("مرحبا بكم، كيف يمكنني مساعدتكم؟",))
+    prompts=("مرحبا بكم، كيف يمكنني مساعدتكم؟",), listen=4)
 
 steer = steered(StreamTable((Stream("text", "text", 288, 288), *codebooks(8, 258, 258, 256, 257, range(8))), "chatml"),
                 load_tokenizer(Path(__file__).parents[1] / TINY))
@@ -50,4 +50,4 @@ smoke = replace(
     init="", out="out/smoke_higgs_ar", steps=12, batch_size=2, accum=1, warmup=2, eval_every=6, save_every=6, eval_batches=2, log_every=1,
     data=replace(config.data, sources=("assets/speech/arabic.jsonl", "assets/speech/chat.jsonl"), codec="tiny", tokenizer=TINY,
                  split="manifest", columns=768),
-    prompts=("مرحبا",))
+    prompts=("مرحبا",), listen=2)

@@ -27,7 +27,7 @@ FLOORS = {                                                      # imports run do
     "data": 3, "official": 3, "drawing": 3,
     "config": 4, "checkpoint": 4,
     "sample": 5, "peers": 5,
-    "report": 5.5,
+    "quality": 5.5, "report": 5.5,
     "train": 6, "bench": 6, "evaluate": 6, "sweep": 6}
 CORE = ("config", "streams", "model", "lora", "data", "loss", "train", "sample")
 PRODUCT = sorted(path for folder in (".", "audio", "kernels", "configs", "assets") for path in (ROOT / folder).glob("*.py"))

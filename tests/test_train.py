@@ -265,5 +265,6 @@ def test_nothing_but_safetensors_and_json_is_written(whole: Path) -> None:
 
 def test_metrics_name_every_predicted_stream(whole: Path) -> None:
     row = json.loads((whole / "metrics.jsonl").read_text().splitlines()[0])
-    wanted = {"step", "train/loss", "train/cb1_loss", "train/cb8_accuracy", "grad_norm", "lr", "columns_per_second"}
+    wanted = {"step", "train/loss", "train/cb1_loss", "train/cb8_accuracy", "grad_norm", "lr", "step_seconds", "columns_per_second",
+              "tokens_per_second", "audio_seconds_per_second", "memory_gib"}
     assert wanted <= row.keys()

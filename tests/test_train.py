@@ -255,7 +255,7 @@ def test_early_stopping(folder: Path) -> None:
 
 def test_checkpoints_hold_all_that_sampling_needs(whole: Path) -> None:
     about = read_json(whole / "ckpt/latest/config.json")
-    assert about["data"] == {"codec": "tiny", "tokenizer": "words.json", "normaliser": "none"}
+    assert about["data"] == {"codec": "tiny", "tokenizer": "words.json", "normaliser": "none", "system": ""}
     assert load(whole).extras.data["tokenizer"] == str((whole / "ckpt/latest").resolve() / "words.json")
 
 

@@ -66,6 +66,7 @@ class FusionConfig:
     hidden: int = 4096                # inner width of the projectors
     dropout: float = 0.1              # in the projectors, in training
     split_norm: bool = False          # each part of their input has a norm of its own
+    remember: int = 0                 # MiB for states of frozen towers from one epoch to the next; 0 = compute them anew
     feed_text: bool = False           # the temporal transformer hears the text too, through a map that starts at zero
 
     def __post_init__(self) -> None:

@@ -131,9 +131,11 @@ def load(path: str | Path, device: str = "cpu", dtype: str | torch.dtype | None 
 
     dtype "fp32", "bf16", "fp16" or a torch dtype, None keeps fp32. `adapter` is a folder whose adapter is put on top: a
     checkpoint of ours, or an adapter of PEFT or moshi. `config` replaces the stored one, for switches such as dropout that
-    hold no weights. Strict: every tensor of the file is consumed and every parameter filled. The result carries `extras`
-    and `lora`.
+    hold no weights; with an empty path it is the model, and its weights are random. Strict: every tensor of the file is
+    consumed and every parameter filled. The result carries `extras` and `lora`.
     """
+    if not path and config is not None:
+        return furnish(MultistreamLM(config)).to(device, DTYPES.get(dtype, dtype))
     folder = resolve(path)
     dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype
     layout = recognise(folder)

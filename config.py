@@ -13,9 +13,19 @@ from loss import LossConfig
 from model import ModelConfig
 from options import check_types
 
-__all__ = ["DataConfig", "LoraConfig", "LossConfig", "ModelConfig", "TrainConfig", "first_beta", "learning_rate"]
+__all__ = ["DataConfig", "LoraConfig", "LossConfig", "ModelConfig", "Stage", "TrainConfig", "first_beta", "learning_rate"]
 
 SCHEDULES = ("constant", "linear", "cosine", "wsd", "onecycle")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A first part of a run, with data and weights of its own. Behind the last one the run's own hold."""
+
+    steps: int                       # how long it lasts
+    sources: tuple[str, ...] = ()    # what it reads; () = data.sources
+    text: float = 1.0                # lambda of the text group; 0 leaves what only text trains as it is
+    audio: float = 1.0               # lambda of the audio group, likewise
 
 
 @dataclass(frozen=True)
@@ -33,6 +43,7 @@ class TrainConfig:
 
     steps: int = 1000                      # optimizer steps
     epochs: int = 0                        # passes over the training data, the last one whole; 0 = by steps; both: what ends first
+    stages: tuple[Stage, ...] = ()         # a curriculum: what the first steps read and train
     batch_size: int = 1                    # packed rows of a micro-batch, on one rank
     accum: int = 1                         # micro-batches of a step, on one rank
     lr: float = 1e-3                       # peak learning rate
@@ -79,6 +90,8 @@ class TrainConfig:
         assert all(getattr(self, name) >= 0 for name in counts), f"none of {', '.join(counts)} may be negative"
         assert all(0 <= beta < 1 for beta in self.betas) and 0 <= self.seed < 2**63, "betas are in [0, 1), seed is not negative"
         assert 0 <= self.ema < 1 and 0 <= self.decay <= 1, f"ema {self.ema} is outside [0, 1), or decay {self.decay} outside [0, 1]"
+        assert not (self.stages and self.epochs), "stages count steps; leave epochs at 0"
+        assert all(s.steps > 0 and min(s.text, s.audio) >= 0 < s.text + s.audio for s in self.stages), "a stage lasts and trains something"
         assert all(factor >= 0 for _, factor in self.rates), f"rates {self.rates} has a negative factor"
         heard = self.model.table.layout in ("words", "clone", "chatml")
         assert heard or not self.listen, f"listen says texts again, layout {self.model.table.layout!r} is no text to speech"

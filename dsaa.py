@@ -174,35 +174,49 @@ class TextTower:
 class Remembered:
     """States of frozen towers, computed once for each example and kept in memory as fp16, oldest out first.
 
-    A packed row is looked up segment by segment: what stands beside an example does not change its states.
+    Each example is computed alone and always read back, so that a resumed run sees the very same states.
     """
 
     def __init__(self, megabytes: int) -> None:
         self.room, self.kept = megabytes * 2**20, OrderedDict[bytes, Tensor]()
-        self.hits = 0
+        self.used = self.hits = 0
 
-    def __call__(self, tokens: Tensor, segments: Tensor | None, compute: Callable[[], Tensor]) -> Tensor:
-        """States (B, S, D) of tokens (B, K, S): remembered when all their examples are known, else from `compute`."""
-        spans = [(b, *span) for b in range(len(tokens)) for span in runs(tokens[b], None if segments is None else segments[b])]
-        keys = [hashlib.blake2b(tokens[b, :, i:j].cpu().contiguous().numpy().tobytes(), digest_size=16).digest() for b, i, j in spans]
-        if all(key in self.kept for key in keys):
+    def __call__(self, tokens: Tensor, segments: Tensor | None, compute: Callable[[Tensor], Tensor]) -> Tensor:
+        """States (B, S, D) of tokens (B, K, S); `compute` makes those of one example (1, K, n)."""
+        parts = []
+        for b in range(len(tokens)):
+            row = [self.example(tokens[b : b + 1, :, i:j], compute) for i, j in runs(tokens[b], None if segments is None else segments[b])]
+            length = sum(map(len, row))
+            parts.append(F.pad(torch.cat(row), (0, 0, 0, tokens.shape[2] - length)))
+        return torch.stack(parts)
+
+    def example(self, tokens: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
+        key = hashlib.blake2b(tokens.cpu().contiguous().numpy().tobytes(), digest_size=16).digest()
+        if key in self.kept:
             self.hits += 1
-            h = torch.zeros(tokens.shape[0], tokens.shape[2], self.kept[keys[0]].shape[1], device=tokens.device)
-            for key, (b, i, j) in zip(keys, spans, strict=True):
-                self.kept.move_to_end(key)
-                h[b, i:j] = self.kept[key].to(h)
-            return h
-        h = compute().detach()
-        for key, (b, i, j) in zip(keys, spans, strict=True):
-            self.kept[key] = h[b, i:j].to("cpu", torch.float16)
-        while sum(t.numel() * 2 for t in self.kept.values()) > self.room and len(self.kept) > 1:
-            self.kept.popitem(last=False)
-        return h
+            self.kept.move_to_end(key)
+            return self.kept[key].to(tokens.device).float()
+        h = compute(tokens)[0].detach().half()
+        self.kept[key], self.used = h.cpu(), self.used + 2 * h.numel()
+        while self.used > self.room:
+            _, oldest = self.kept.popitem(last=False)
+            self.used -= 2 * oldest.numel()
+        return h.float()
+
+
+def remember(model: nn.Module, megabytes: int) -> Remembered:
+    """Memory for the states of a model whose towers are frozen; ValueError names what is trained there."""
+    parts = ("temporal.", "embed.", "feed_text.")
+    trained = [n for n, p in model.named_parameters() if p.requires_grad and n.startswith(parts)]
+    if trained or model.config.dropout or model.config.input_drop:
+        found = f"{trained[0]} is trained" if trained else "the model drops inputs or states"
+        raise ValueError(f"model.fusion.remember keeps states of frozen towers, but {found}; freeze it with --rates, or set remember to 0")
+    return Remembered(megabytes)
 
 
 def runs(tokens: Tensor, segments: Tensor | None) -> list[tuple[int, int]]:
-    """Where each example of a row begins and ends.   tokens (K, S), segments (S,) or None"""
-    if segments is None:
+    """Where each example of a row begins and ends, padding left out.   tokens (K, S), segments (S,) or None"""
+    if segments is None or bool((segments < 0).all()):
         return [(0, tokens.shape[1])]
     edges = [0, *(segments.diff() != 0).nonzero().flatten().add(1).tolist(), len(segments)]
     return [(i, j) for i, j in zip(edges, edges[1:], strict=False) if int(segments[i]) >= 0]
@@ -233,7 +247,10 @@ def special_ids(tower: ModelConfig, tokenizer: Any, padding: str) -> tuple[int, 
     """
     table = tower.table
     V = table.streams[0].vocab
-    start = tokenizer.encode("<|im_start|>") if tokenizer else []
+    try:
+        start = tokenizer.encode("<|im_start|>") if tokenizer else []
+    except ValueError:                                 # a word list knows no such word
+        start = []
     first = start[0] if len(start) == 1 else table.stop[0] if table.stop else 0
     if padding == "space":
         if tokenizer is None:

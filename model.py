@@ -476,13 +476,14 @@ class MultistreamLM(nn.Module):
 
     def fused(self, tokens: Tensor, positions: Tensor | None, segments: Tensor | None, cache: Cache | None) -> tuple[Tensor, Tensor]:
         """`hidden` of two towers: projected for the text head (B, S, Dt), joined for the depth steps (B, S, Dt + D)."""
-        def towers() -> Tensor:
+        def towers(tokens: Tensor, positions: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
             context, x = temporal_context(self.config, is_audio(tokens, self.table), positions, segments, cache), self.embed_tokens(tokens)
             if self.feed_text is not None:
                 x = x + self.feed_text(self.tower.embed(tokens[:, 0]))
             spoken = self.tower(tokens[:, 0], positions, segments, cache and cache.tower)
             return torch.cat([spoken, self.temporal(x, context)[0]], -1)
-        h = towers() if self.remembered is None or cache is not None else self.remembered(tokens, segments, towers)
+        learning = self.training and self.remembered is not None and cache is None
+        h = self.remembered(tokens, segments, towers) if learning else towers(tokens, positions, segments)
         return self.text_projector(h), h
 
     def embed_tokens(self, tokens: Tensor, side: bool | None = None) -> Tensor:

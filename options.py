@@ -238,9 +238,11 @@ def load_config(argv: list[str], usage: str = "", flags: tuple[str, ...] = ("hel
 
 
 def run_config(path: Path, name: str = "config") -> Any:
-    """Execute a config file and return its `config` (or `smoke`), every field checked against its type."""
+    """Execute a config file and return its `config` (or `smoke`, which may be a function), every field checked against its type."""
     try:
         found = runpy.run_path(str(path))
+        if inspect.isfunction(found.get(name)):        # it makes small files first, and only when it is asked for
+            found[name] = found[name]()
     except Exception as error:                     # whatever it is, the file's author can mend it
         line = next((f" line {f.lineno}" for f in reversed(traceback.extract_tb(error.__traceback__)) if f.filename == str(path)), "")
         reason = f"does not build: {type(error).__name__}: {error}"

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import dsaa
 import lora
 import monitor
 import parallel
@@ -28,7 +29,8 @@ import quality
 from audio.wav import load_wav
 from checkpoint import DTYPES, Extras, RunState, base_of, latest, load, load_run, point, prune, put_adapter, resolve, save, save_run
 from config import TrainConfig, first_beta, learning_rate
-from data import Batch, Loader, prepare
+from curriculum import Curriculum, prepare_all
+from data import Batch, Loader
 from loss import Sums, loss_scale
 from model import Block, MultistreamLM
 from options import difference, exit_on_error, from_json, load_config, read_json, write_json
@@ -63,11 +65,11 @@ def say(*lines: object) -> None:
 
 # ---- 3. data ----
 if rank == 0:
-    prepare(config.data, table)
+    prepare_all(config, table)
 barrier()
-loader = Loader(config.data, table, "train", config.batch_size, rank, world, config.accum, config.epochs)
+reader = Curriculum(config, table, rank, world)
 if config.epochs:
-    steps = loader.steps()
+    steps = reader.loader.steps()
     say(f"{config.epochs} epochs are {steps} steps" + (f", of which --steps={config.steps} does the first" if config.steps < steps else ""))
     config = replace(config, steps=min(config.steps, steps))
 held_out = Loader(config.data, table, "held-out", config.batch_size, rank, world)
@@ -81,13 +83,15 @@ if config.lora is not None and not base:         # adapters on random weights: k
     if rank == 0 and not (out / "base" / "config.json").is_file():
         save(MultistreamLM(config.model), base)
     barrier()
-raw = load(base, config=config.model) if base else MultistreamLM(config.model)
+raw = load(base, config=config.model)
 if config.init_adapter:                          # it brings its own ranks and targets
     put_adapter(raw, config.init_adapter)
     say(*(f"adapter {config.init_adapter}: lora.{line}" for line in difference(config.lora, raw.lora)))
 elif config.lora is not None:
     lora.inject(raw, config.lora)
 factors = lora.rate_factors(raw, config.rates)
+if config.model.fusion and config.model.fusion.remember:
+    raw.remembered = dsaa.remember(raw, config.model.fusion.remember)
 raw.train().to(device)
 for p in raw.parameters():                       # what is trained has fp32 masters, what is frozen has none
     p.data = p.data.float() if p.requires_grad else p.data.to(dtype)
@@ -116,8 +120,7 @@ if previous.exists():
         raise ValueError(f"{out} already holds a run; continue it with --resume=auto or choose another --out")
     run, averaged = load_run(previous, raw, optimizer, rank)
     ema = {n: parallel.place(t, trained[n]) for n, t in averaged.items()} if config.ema and averaged else ema
-    if run.loader:
-        loader.restore(run.loader)
+    say(*reader.restore(run.step, run.loader))
     if run.scaler:
         scaler.load_state_dict(run.scaler)
     before = from_json(TrainConfig, read_json(previous / "state" / "run.json")["config"])
@@ -184,8 +187,7 @@ for name in ("SIGTERM", "SIGINT"):
     signal.signal(getattr(signal, name), lambda *_, name=name: stop.update(why=name))
 log = monitor.Log(out, config.trackers, run.step) if rank == 0 else monitor.Log()
 say(monitor.memory(raw))
-batches = iter(loader)
-began, meter = time.time(), monitor.Meter(table, loader.index.info["frame_rate"], world, run.step)
+began, meter = time.time(), monitor.Meter(table, reader.loader.index.info["frame_rate"], world, run.step)
 bar = tqdm(total=config.steps, initial=run.step, unit="step", disable=rank > 0 or not sys.stderr.isatty())
 while True:
     # (a) evaluate and save before a step; the last pass does only this, and no step counts its time
@@ -206,7 +208,8 @@ while True:
     meter.began += time.perf_counter() - paused
 
     # (b) the step's micro-batches and how many targets they hold on all ranks; a wish to stop rides along
-    step_batches = [next(batches) for _ in range(config.accum)]
+    say(*reader.enter(run.step))
+    step_batches = reader.take(config.accum)
     late = config.max_minutes and time.time() - began > 60 * config.max_minutes
     wish = torch.tensor([float(bool(stop["why"] or late))], dtype=torch.float64)
     counts = all_sum(torch.cat([sum(b.weights[..., 1:].sum((0, 2)).double() for b in step_batches), wish]), device)
@@ -214,8 +217,8 @@ while True:
         checkpoint()                             # run.loader still stands before these micro-batches
         say(f"stopped by {stop['why'] or '--max_minutes'} before step {run.step}; the same command continues")
         break
-    run.loader = step_batches[-1].state
-    scale = loss_scale(counts[:-1], table, config.loss).float().to(device)
+    run.loader = reader.position
+    scale = loss_scale(counts[:-1], table, reader.loss).float().to(device)
 
     # (c) forward and backward; gradients are averaged over ranks, so x world makes it a sum
     total = torch.zeros(4, len(table) + 1, dtype=torch.float64, device=device)
@@ -227,6 +230,7 @@ while True:
         meter.add(batch.tokens)
 
     # (d) clip and update, or skip a step whose gradient is not finite
+    reader.spare(trained)
     scaler.unscale_(optimizer)
     norm = float(parallel.whole(torch.nn.utils.clip_grad_norm_(trained.values(), config.clip or math.inf)))
     rate = learning_rate(run.step - run.skipped, config)

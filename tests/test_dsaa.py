@@ -17,7 +17,7 @@ from test_parity import Golden
 import lora
 from architectures import FusionConfig
 from checkpoint import export, load, save, setup_dsaa
-from dsaa import Affine, Projector, Remembered, principal_map
+from dsaa import Affine, Projector, Remembered, principal_map, remember
 from duplex import UserFeed, text_weights
 from loss import LossConfig, loss_scale
 from model import ModelConfig, MultistreamLM, StackConfig, codebooks
@@ -254,21 +254,22 @@ def test_the_tower_stays_in_eval_mode_and_moves_along():
 
 
 def test_remembered_states_are_those_computed():
-    model = dsaa()
-    tokens = torch.cat([grid(model, 1, 8, seed=2), grid(model, 1, 6, seed=3)], -1)
-    segments = torch.cat([torch.zeros(9), torch.ones(7)]).long()[None]
-    positions = torch.cat([torch.arange(9), torch.arange(7)])[None]
-    fresh = model(tokens, None, positions, segments)
+    model = dsaa().train()
+    a, b = grid(model, 1, 8, seed=2), grid(model, 1, 6, seed=3)
+    tokens, swapped = torch.cat([a, b, a[..., :1]], -1), torch.cat([b, a, a[..., :1]], -1)        # the last column is only predicted
+    one, other = (torch.cat([torch.zeros(n), torch.ones(17 - n)]).long()[None] for n in (9, 7))
+    positions = torch.cat([torch.arange(9), torch.arange(8)])[None]
+    fresh = model(tokens, None, positions, one)
     model.remembered = Remembered(1)
-    first, second = model(tokens, None, positions, segments), model(tokens, None, positions, segments)
-    assert model.remembered.hits == 1 and all(torch.equal(a, b) for a, b in zip(fresh, first, strict=True))
-    assert all((a - b).abs().max() < 2e-2 for a, b in zip(first, second, strict=True))                        # fp16 in between
-    swapped = torch.cat([tokens[..., 9:], tokens[..., :9]], -1)
-    model(swapped, None, torch.cat([positions[:, 9:], positions[:, :9]], 1), torch.cat([torch.zeros(7), torch.ones(9)]).long()[None])
-    assert model.remembered.hits == 1           # the inputs end a column earlier: what is cut off is another example
+    first = model(tokens, None, positions, one)
+    assert model.remembered.hits == 0 and all((x - y).abs().max() < 2e-2 for x, y in zip(fresh, first, strict=True))    # fp16 in between
+    second = model(swapped, None, None, other)
+    assert model.remembered.hits == 2                                                 # wherever its rows were packed
+    for x, y in zip(first, second, strict=True):
+        assert torch.equal(x[..., :8, :], y[..., 7:15, :]) and torch.equal(x[..., 9:15, :], y[..., :6, :])
+    assert all(torch.equal(x, y) for x, y in zip(model(tokens, None, positions, one), first, strict=True))
     small = Remembered(0)
-    small(tokens, segments, lambda: torch.zeros(1, 16, 4))
-    assert len(small.kept) == 1
+    assert small(tokens, one, lambda part: part[:, :1].mT.float()).equal(tokens[:, :1].mT.float()) and not small.kept and small.used == 0
 
 
 # ---- from Moshi and a text model ----
@@ -358,3 +359,42 @@ def test_only_text_phase_gives_the_audio_streams_no_weight():
     assert Affine(3, 2, sets=4)(torch.ones(4, 5, 3), slice(0, 4)).shape == (4, 5, 2)
     assert len(list(generate(dsaa(), dsaa().table.column("start"), SampleConfig(temperature=0, max_frames=4),
                              UserFeed(torch.zeros(1, 2, 3, dtype=torch.long), table)))) == 2
+
+
+# ---- the recipe ----
+
+def test_smoke_from_two_towers_to_the_reference_files_and_back(tmp_path):
+    """setup -> text alone -> both -> resume -> a stereo reply -> export -> import."""
+    out = tmp_path / "run"
+    base = ("configs/dsaa.py", "--smoke", f"--data.cache={tmp_path}/cache", "--schedule=constant")
+    for steps, said in ((4, "step 4: held-out"), (12, "stage 2 reads")):
+        code, told, err = call("train.py", *base, f"--out={out}", f"--steps={steps}")
+        assert code == 0 and said in told, told + err
+        if steps == 4:                                     # nothing but the way to the text head has moved
+            begun, now = (load_file(p / "model.safetensors") for p in (Path("out/cache/dsaa/new"), out / "ckpt/latest"))
+            moved = {n for n in begun if not torch.equal(begun[n], now[n])}
+            assert moved == {n for n in begun if n.startswith(("text_projector.", "text_head."))}
+    code, told, err = call("train.py", *base, f"--out={tmp_path}/whole")
+    assert code == 0, told + err
+    one, other, begun = (load_file(p / "model.safetensors") for p in (out / "ckpt/latest", tmp_path / "whole/ckpt/latest",
+                                                                      Path("out/cache/dsaa/new")))
+    assert all(torch.equal(one[n], other[n]) for n in one)
+    assert {n for n in one if torch.equal(one[n], begun[n])} == {n for n in one if n.startswith(("temporal.", "embed."))}
+    losses = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["train/loss"] for row in losses if "train/loss" in row]
+    assert len(losses) == 12 and losses[-1] < losses[0]
+    heard = "--user=out/cache/dialogues/001.wav"
+    code, told, err = call("sample.py", f"--ckpt={out}", heard, f"--out={tmp_path}/reply.wav", "--temperature=0")
+    assert code == 0 and (tmp_path / "reply.txt").is_file(), err
+    model, user = load(out), torch.randint(0, 256, (1, 8, 9), generator=torch.Generator().manual_seed(1))
+    frames = reply(model, user, SampleConfig(temperature=0))
+    export(model, tmp_path / "official", to="dsaa")
+    assert reply(load(tmp_path / "official"), user, SampleConfig(temperature=0)).equal(frames)
+
+
+def test_remembering_states_of_a_trained_tower_is_refused():
+    model = dsaa()
+    with pytest.raises(ValueError, match="embed.audio.weight is trained; freeze it"):
+        remember(model, 8)
+    model.requires_grad_(False)
+    assert remember(model, 8).room == 8 << 20

@@ -26,6 +26,7 @@ FLOORS = {                                                      # imports run do
     "cache": 2, "model": 2,
     "data": 3, "official": 3, "drawing": 3,
     "config": 4, "checkpoint": 4,
+    "curriculum": 4.5,
     "sample": 5, "peers": 5,
     "quality": 5.5, "report": 5.5,
     "train": 6, "bench": 6, "evaluate": 6, "sweep": 6}

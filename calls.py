@@ -1,4 +1,4 @@
-"""Phone calls as text: what a lookup answers, what the caller wants, and what a reply may not make up.
+"""Phone calls: what a lookup answers, what the caller wants, what a reply may not make up, and recordings as conversations.
 
     lookup_turn({"order": "48213", "status": "shipped"})     {"role": "system", "content": "lookup: order=48213; status=shipped"}
     intent("where is my parcel")                             "order_tracking", by key words; "unknown" when none is there
@@ -6,14 +6,27 @@
 
 A reply may name an order, an amount, a date or a person only when the call or a lookup named it before. `entities` says
 what counts: figures, spelled or not, codes such as E42, and words with a capital inside a sentence. The first word of a
-sentence has its capital anyway and is not looked at, nor is the word "one" alone. Used by evaluate.py and
+sentence has its capital anyway and is not looked at, nor is the word "one" alone. Used by report.py and
 assets/build_ivr.py. Next: evaluate.py.
+
+    python calls.py FOLDER_OR_WAV ... --out=DIR [--agent=right]     stereo recordings, one speaker a channel -> DIR/calls.jsonl
+
+cuts every call into its turns by loudness (audio/telephone.py), a wav each, and writes one conversation a call that
+train.py reads (speech in, speech out). Turns during which the other one speaks too are marked "crosstalk".
 """
 
+import json
 import re
+import sys
 from collections.abc import Mapping
+from itertools import dropwhile
+from pathlib import Path
+from typing import Any
 
+from audio.telephone import turns
+from audio.wav import load_wav, save_wav
 from metrics import ONES, spell
+from options import edge, replace_file, split_arguments
 from text import ARABIC
 
 SYSTEM = """You answer the phone for Harbour Supply. Reply in one or two short sentences. \
@@ -127,3 +140,58 @@ def ungrounded(reply: str, context: str) -> list[str]:
     """The entities of a reply that its context, everything said and looked up before, does not hold."""
     known = set(figures(context)) | set(re.findall(r"\w+", context.lower()))
     return [entity for entity in entities(reply) if entity not in known]
+
+
+# ---- recordings ----
+
+SIDES = ("left", "right")
+
+
+def cut(path: Path, folder: Path, agent: str = "left") -> dict[str, Any]:
+    """Cut a stereo call into turns, written into FOLDER/NAME; -> its conversation, which ends with what the agent says last.
+
+    ValueError names a channel that says nothing: half a call is a monologue, or both speakers are on the other channel.
+    """
+    wav, rate = load_wav(path, channels=2)
+    found = turns(wav, rate)
+    silent = [side for n, side in enumerate(SIDES) if all(turn.channel != n for turn in found)]
+    if silent:
+        role = "the agent" if silent[0] == agent else "the caller"
+        who = "both channels are" if len(silent) == 2 else f"the {silent[0]} channel, {role}, is"
+        raise ValueError(f"{path}: {who} silent; record each speaker on a channel of his own, or leave the call out")
+    messages: list[dict[str, Any]] = []
+    for n, turn in enumerate(found):
+        role = "assistant" if SIDES[turn.channel] == agent else "user"
+        name = f"{path.stem}/{n:03d}_{role}.wav"
+        save_wav(folder / name, wav[turn.channel : turn.channel + 1, round(turn.start * rate) : round(turn.end * rate)], rate)
+        part = {"type": "audio", "audio_url": name} | ({"crosstalk": True} if turn.crosstalk else {})
+        messages.append({"role": role, "content": [part]})
+    kept = list(dropwhile(lambda m: m["role"] != "assistant", reversed(messages)))[::-1]
+    return {"id": path.stem, "group": path.stem, "messages": kept}
+
+
+def main() -> None:
+    words, pairs = split_arguments(sys.argv[1:], ("help",))
+    if "help" in pairs or not words or "out" not in pairs:
+        print(__doc__)
+        raise SystemExit(0 if "help" in pairs else 2)
+    agent, out = pairs.get("agent", "left"), Path(pairs["out"])
+    if agent not in SIDES or pairs.keys() - {"agent", "out"}:
+        raise ValueError(f"--agent is left or right, and --out a folder; got {' '.join(f'--{k}={v}' for k, v in pairs.items())}")
+    paths = [path for word in map(Path, words) for path in (sorted(word.rglob("*.wav")) if word.is_dir() else [word])]
+    rows, bad = [], 0
+    for path in paths:
+        try:
+            rows.append(cut(path, out, agent))
+        except (ValueError, FileNotFoundError) as error:
+            bad += 1
+            print(f"left out: {error}", file=sys.stderr)
+    if not rows:
+        raise ValueError(f"no usable call among {len(paths)} recordings; the lines above say why")
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    replace_file(out / "calls.jsonl", lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+    print(f"{out}/calls.jsonl: {len(rows)} calls, {sum(len(row['messages']) for row in rows)} turns, {bad} left out")
+
+
+if __name__ == "__main__":
+    edge(main)

@@ -230,9 +230,16 @@ def fill(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
 
 
 def base_of(adapter: str) -> str:
-    """Where the weights under an adapter of ours are, "" where it does not say."""
-    folder = resolve(adapter) if not (Path(adapter) / "adapter_config.json").is_file() else None
-    return resolve_base(base, folder) if folder and (base := read_about(folder)["base"]) else ""
+    """Where the weights under an adapter are; ValueError where it does not say."""
+    folder = Path(adapter)
+    if (folder / "adapter_config.json").is_file():
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path") or ""
+    else:
+        folder = resolve(adapter)
+        base = read_about(folder)["base"] if recognise(folder) is None else ""
+    if not base:
+        raise ValueError(f"adapter {adapter} does not say which model it belongs to; name it with --init=MODEL")
+    return resolve_base(base, folder)
 
 
 def recognise(folder: Path) -> official.Layout | None:
@@ -549,7 +556,8 @@ def export_adapter(model: MultistreamLM, folder: Path, to: str) -> Path:
         raise ValueError(f"--to={to} writes an adapter, this model has none; give a checkpoint of a LoRA run")
     extras = getattr(model, "extras", None) or Extras()
     if to == "peft":
-        about, tensors = official.export_peft(model, extras.base or extras.folder)
+        base = resolve_base(extras.base, Path(extras.folder)) if extras.base and extras.folder else extras.base or extras.folder
+        about, tensors = official.export_peft(model, base)
         write_tensors(folder / "adapter_model.safetensors", tensors)
         write_json(folder / "adapter_config.json", about)
     else:

@@ -30,7 +30,7 @@ from cache import Entry, Index
 from calls import CATEGORIES, UNKNOWN, intent, ungrounded
 from calls import entities as named
 from chatml import TEMPLATES, clips
-from checkpoint import DTYPES, load
+from checkpoint import DTYPES, base_of, load
 from config import TrainConfig
 from data import DataConfig, build_example, load_tokenizer, open_cache, prepare, source_weight
 from metrics import ROUGE, LinearProbe, Resample, bleu_of, bleu_parts, cer, confusion, macro_f1, ratio, rouge_rows, wer
@@ -52,7 +52,7 @@ class Evaluation:
 
     sources: tuple[str, ...] = ()  # manifests to read instead of the run's own; rows whose split is "train" are left out
     out: str = ""                  # folder to write, "" = RUN/report
-    base: str = ""                 # checkpoint to compare with, "" = what lies under the adapter, or what the run started from
+    base: str = ""                 # checkpoint to compare with, "" = what is under the adapter, or was before the run; "none" = nothing
     generic: str = GENERIC         # general texts for the forgetting probe, "" = none
     out_of_scope: str = OUT_OF_SCOPE   # what callers say that has no category, a line each
     replies: int = 0               # conversations that are replied to, 0 = all
@@ -173,9 +173,9 @@ def compared(model: MultistreamLM, job: Evaluation, started: str) -> Models:
     if not name and getattr(model, "lora", None) is not None:
         if not model.lora.train:
             return models | {"base": lambda: without_adapters(model)}
-        name = model.extras.base
+        name = base_of(model.extras.folder)
     name = name or started
-    if name:
+    if name and name != "none":
         base = load(name, job.device, job.dtype)
         if base.table != model.table:
             raise ValueError(f"{name} has another stream table than the run; compare with a checkpoint of the same family")

@@ -5,9 +5,13 @@ import runpy
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, call
+from test_telephone import call as stereo
 
-from calls import CATEGORIES, SYSTEM, entities, figures, intent, lookup_turn, ungrounded
+from audio.wav import load_wav, save_wav
+from calls import CATEGORIES, SYSTEM, cut, entities, figures, intent, lookup_turn, ungrounded
+from manifest import read_manifest
 
 IVR = ROOT / "assets/ivr"
 
@@ -133,3 +137,39 @@ def test_a_family_that_breaks_the_rules_is_refused(line: str, message: str, tmp_
     with pytest.raises(ValueError) as error:
         read(tmp_path / "f.txt")
     assert message in str(error.value)
+
+
+# ---- recordings ----
+
+def test_a_stereo_call_becomes_a_conversation_of_its_turns(tmp_path: Path) -> None:
+    wav = stereo((0, 0.5, 2), (1, 2.5, 4), (0, 3.8, 6), (1, 6.3, 6.8), (0, 7, 9), (1, 9.2, 9.8), rate=16_000)
+    save_wav(tmp_path / "in/7.wav", wav.clamp(-1, 1), 16_000)
+    rc, out, err = call("calls.py", tmp_path / "in", f"--out={tmp_path}/out")
+    assert rc == 0 and "1 calls, 5 turns, 0 left out" in out, err
+    row = json.loads((tmp_path / "out/calls.jsonl").read_text())
+    assert [m["role"] for m in row["messages"]] == ["assistant", "user", "assistant", "user", "assistant"]     # the caller's last words go
+    parts = [m["content"][0] for m in row["messages"]]
+    assert [part.get("crosstalk", False) for part in parts] == [False, True, True, False, False]
+    for part, (channel, start, end) in zip(parts, [(0, 0.5, 2), (1, 2.5, 4), (0, 3.8, 6), (1, 6.3, 6.8), (0, 7, 9)], strict=True):
+        said, rate = load_wav(tmp_path / "out" / part["audio_url"])
+        assert rate == 16_000 and abs(said.shape[1] / rate - (end - start)) <= 0.14
+        loudest = wav[channel, int(start * rate) : int(end * rate)].clamp(-1, 1).abs().max()
+        assert float(said.abs().max()) == pytest.approx(float(loudest), rel=0.01)
+    found = read_manifest(tmp_path / "out/calls.jsonl")
+    assert len(found.rows) == 1 and not found.bad and found.kind == "conversations"
+    assert cut(tmp_path / "in/7.wav", tmp_path / "other", "right")["messages"][-1]["role"] == "assistant"
+
+
+def test_a_call_with_a_silent_channel_is_named_and_left_out(tmp_path: Path) -> None:
+    good = stereo((0, 0.5, 2), (1, 2.5, 4), rate=8000)
+    for name, wav in (("good", good), ("mono", good[:1]), ("half", good * torch.tensor([[1.0], [0.0]])), ("mute", 0 * good)):
+        save_wav(tmp_path / f"{name}.wav", wav.clamp(-1, 1), 8000)
+    rc, out, err = call("calls.py", tmp_path, f"--out={tmp_path}/out", "--agent=right")
+    lines = err.splitlines()
+    assert rc == 0 and "1 calls, 2 turns, 3 left out" in out and len(lines) == 3
+    assert "half.wav: the right channel, the agent, is silent; record each speaker on a channel of his own" in lines[0]
+    assert "mono.wav" in lines[1] and "mute.wav: both channels are silent" in lines[2]
+    rc, out, err = call("calls.py", tmp_path / "half.wav", f"--out={tmp_path}/out")
+    assert rc == 2 and "the right channel, the caller, is silent" in err and "no usable call among 1 recordings" in err
+    rc, _, err = call("calls.py", tmp_path, f"--out={tmp_path}/out", "--agent=up")
+    assert rc == 2 and "--agent is left or right" in err

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -128,6 +129,20 @@ def peft(small: Path) -> Path:
     rc, out, err = call("checkpoint.py", "export", small / "first", "--to=peft", f"--out={small}/peft")
     assert rc == 0, err
     return small / "peft"
+
+
+def test_an_adapter_names_its_base_or_the_command_asks_for_it(small: Path, peft: Path, tmp_path: Path) -> None:
+    said = train(small, *small_run(small), "--steps=1", "--lr=0", "--warmup=0", f"--init_adapter={peft}", f"--out={tmp_path}/again")
+    assert "resuming" not in said
+    tokens = torch.randint(0, 500, (1, 1, 9))
+    with torch.inference_mode():
+        assert torch.equal(load(tmp_path / "again")(tokens)[0], load(small / "first")(tokens)[0])
+    shutil.copytree(peft, tmp_path / "nameless")
+    about = json.loads((peft / "adapter_config.json").read_text())
+    (tmp_path / "nameless/adapter_config.json").write_text(json.dumps(about | {"base_model_name_or_path": None}))
+    rc, _, err = call("train.py", *SMOKE, f"--data.cache={small}/cache", *small_run(small), f"--init_adapter={tmp_path}/nameless",
+                      f"--out={tmp_path}/x")
+    assert rc == 2 and "does not say which model it belongs to; name it with --init=MODEL" in err
 
 
 @pytest.mark.parametrize("field, value", [("use_qalora", True), ("eva_config", {"rho": 2}), ("lora_bias", True), ("mystery", 3)])

@@ -88,6 +88,8 @@ class ModelConfig:
     demux: bool = False                                  # text rows share one table, each behind a Linear (Moshi's TTS)
     extra_heads: int = 0                                 # small heads beside the text head (Moshi's STT: is the user pausing?)
     extra_classes: int = 6                               # classes of each
+    voice: int = 0                                       # width F of the voice features that every layer attends to (Moshi's TTS), 0 = none
+    voice_places: float = 0.0                            # scale of the sine places added to them
     fusion: FusionConfig | None = None                   # a text model beside the temporal transformer (DSAA)
     dropout: float = 0.0                                 # on both residual branches, in training
     input_drop: float = 0.0                              # up to this share of audio columns is hidden as input, in training
@@ -158,6 +160,16 @@ def recogniser(words: int, temporal: StackConfig, extra_heads: int = 0) -> Model
 
 STT_1B = recogniser(8000, kyutai(2048, 16, 16, 750, 1e5), extra_heads=4)        # en, fr; 0.5 s late
 STT_2_6B = recogniser(4000, kyutai(2048, 48, 32, 375, 1e5))                     # en; 2.5 s late
+
+# Kyutai's text to speech: the words to say and those two ahead are given, 32 codebooks drawn, up to five voices heard.
+TTS_1_6B = ModelConfig(
+    StreamTable((Stream("text", "text", 8001, 8000, start=8000), Stream("ahead", "text", 8001),
+                 Stream("control", "condition", 2, start=1, rank=2048, values=("ok",)),
+                 Stream("cfg", "condition", 8, start=7, rank=16, values=("1.0", "1.5", "2.0", "2.5", "3.0", "3.5", "4.0")),
+                 *codebooks(32, 2049, 2048, 2048, delays=(0, *[2] * 31))), "duplex", aligned=True),
+    kyutai(2048, 16, 16, 500, 1e4), demux=True, voice=512,
+    depth=StackConfig(dim=1024, layers=4, heads=16, ffn=2048, norm_eps=1e-8, rope_theta=0.0, packed=True, steps=32, low_rank=128,
+                      schedule=(*range(8), *[8] * 8, *[9] * 8, *[10] * 8)))
 
 # MOSS-Speech: Qwen3-8B whose last four layers exist twice, once for text and once for speech codes at 12.5 Hz.
 MOSS_9B = ModelConfig(

@@ -35,7 +35,7 @@ from kernels.rms_norm import rms_norm
 from kernels.rope import rope, rope_tables
 from kernels.swiglu import ACTIVATIONS, swiglu
 from loss import Sums, cross_entropy_sums
-from projected import Condition, Projected
+from projected import Condition, Listen, Projected, Voice
 from streams import StreamTable, is_audio
 
 
@@ -92,6 +92,7 @@ class Context:
     rows: tuple[Tensor, Tensor] | None = None    # flat numbers of the text rows and of the audio rows
     cache: Cache | None = None
     step: slice | None = None                    # depth transformer: which codebook steps x holds
+    voice: Tensor | None = None                  # (B, n, D) what every block listens to
 
 
 def temporal_context(c: ModelConfig, audio: Tensor, positions: Tensor | None, segments: Tensor | None, cache: Cache | None) -> Context:
@@ -196,9 +197,10 @@ class Block(nn.Module):
     `skips_audio` (Higgs fast-forward): audio columns leave the block as they came and no text column sees them.
     """
 
-    def __init__(self, c: StackConfig, dropout: float = 0.0, dual: bool = False, skips_audio: bool = False) -> None:
+    def __init__(self, c: StackConfig, dropout: float = 0.0, dual: bool = False, skips_audio: bool = False, listens: bool = False) -> None:
         super().__init__()
         self.attn_norm, self.attn = RMSNorm(c.dim, c.norm_eps), Attention(c)
+        self.listen = Listen(c.dim, c.heads) if listens else None
         self.ffn_norm, self.ffn = RMSNorm(c.dim, c.norm_eps), FeedForward(c)
         self.dropout, self.dual, self.skips_audio = dropout, dual, skips_audio
         if dual:
@@ -211,6 +213,9 @@ class Block(nn.Module):
         else:
             normed = self.attn_norm(x)
         y = self.drop(self.attn(normed, context, layer, context.hidden if self.skips_audio else context.mask))
+        if self.listen is not None:
+            x = x + y
+            y = self.listen(x, context.voice)
         if self.dual:
             h = self.dual_feed_forward(x + y, *context.rows)
         else:
@@ -238,7 +243,7 @@ class Temporal(nn.Module):
         super().__init__()
         self.c, s = c, c.temporal
         duals = [n in c.dual_ffn for n in range(s.layers)]
-        self.layers = nn.ModuleList(Block(s, c.dropout, d, c.fast_forward and not d) for d in duals)
+        self.layers = nn.ModuleList(Block(s, c.dropout, d, c.fast_forward and not d, c.voice > 0) for d in duals)
         if c.tail:
             self.text_tail, self.audio_tail = (nn.ModuleList(Block(s, c.dropout) for _ in range(c.tail)) for _ in range(2))
             self.text_norm, self.audio_norm = RMSNorm(s.dim, s.norm_eps), RMSNorm(s.dim, s.norm_eps)
@@ -412,6 +417,7 @@ class MultistreamLM(nn.Module):
             self.feed_text = Affine(spoken, D, bias=False) if fusion.feed_text else None
         if self.table.text_out:
             self.text_head = Linear(spoken, streams[self.table.text_out[0]].classes)
+        self.voice = Voice(config.voice, D, Linear, config.voice_places) if config.voice else None
         if config.extra_heads:
             self.extra_head = Linear(D, config.extra_classes, sets=config.extra_heads).requires_grad_(False)      # no loss reaches it
         if config.tied:
@@ -444,10 +450,11 @@ class MultistreamLM(nn.Module):
     # ---- teacher forcing ----
 
     def forward(self, tokens: Tensor, weights: Tensor | None = None, positions: Tensor | None = None,
-                segments: Tensor | None = None) -> Sums | tuple[Tensor | None, Tensor | None]:
+                segments: Tensor | None = None, voice: Tensor | None = None) -> Sums | tuple[Tensor | None, Tensor | None]:
         """Predict columns 1..S-1 from columns 0..S-2.
 
-        tokens (B, K, S) int64, weights (B, K, S) or None, positions and segments (B, S) of packed rows or None.
+        tokens (B, K, S) int64, weights (B, K, S) or None, positions and segments (B, S) of packed rows or None; `voice`
+        (B, n, D) is what self.voice made of features.
         Without weights -> logits: text (B, S-1, V_text) or None, audio (B, Q, S-1, V_audio) or None.
         With weights -> Sums: weighted nll, weight, hits and count of every stream, each (K,).
         """
@@ -455,7 +462,7 @@ class MultistreamLM(nn.Module):
         assert len(self.table) == K, f"{K} rows for a table of {len(self.table)}"
         inputs, targets = tokens[..., :-1], tokens[..., 1:]
         cut = [None if t is None else t[:, :-1] for t in (positions, segments)]
-        h_text, h_audio = self.hidden(inputs, *cut)
+        h_text, h_audio = self.hidden(inputs, *cut, voice=voice)
         if weights is not None:
             return self.sums(h_text, h_audio, targets, weights[..., 1:])
         text = self.text_head(h_text) if self.table.text_out else None
@@ -466,12 +473,13 @@ class MultistreamLM(nn.Module):
         return text, audio
 
     def hidden(self, tokens: Tensor, positions: Tensor | None = None, segments: Tensor | None = None,
-               cache: Cache | None = None) -> tuple[Tensor, Tensor]:
+               cache: Cache | None = None, voice: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Run the temporal transformer.   tokens (B, K, S) -> states for the text and the audio heads, (B, S, D) each"""
         if self.tower is not None:
             return self.fused(tokens, positions, segments, cache)
         fast = cache is not None and cache.single(tokens.shape[2])
         context = temporal_context(self.config, None if fast else is_audio(tokens, self.table), positions, segments, cache)
+        context.voice = cache.voice if voice is None and cache is not None else voice
         return self.temporal(self.embed_tokens(tokens, cache.side if fast and not self.table.aligned else None), context)
 
     def fused(self, tokens: Tensor, positions: Tensor | None, segments: Tensor | None, cache: Cache | None) -> tuple[Tensor, Tensor]:

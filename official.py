@@ -60,7 +60,7 @@ MOSS = (("embed.text.weight", "model.embed_tokens.weight"), ("embed.audio.weight
         *stack("temporal.layers", "model.shared_block.layers"), *stack("temporal.text_tail", "model.text_block.layers"),
         *stack("temporal.audio_tail", "model.audio_block.layers"), ("temporal.{x}_norm.weight", "model.{x}_norm.weight"),
         ("{x}_head.weight", "{x}_lm_head.weight"))
-CONDITION = "condition_provider.conditioners"
+CONDITION, VOICES = "condition_provider.conditioners", "speaker_wavs"
 MOSHI = (("embed.text.weight", "text_emb.weight"), ("embed.audio.weight", "emb.{k}.weight"),
          *stack("temporal.layers", "transformer.layers", (
              ("attn_norm.weight", "norm1.alpha"), ("ffn_norm.weight", "norm2.alpha"),
@@ -73,7 +73,10 @@ MOSHI = (("embed.text.weight", "text_emb.weight"), ("embed.audio.weight", "emb.{
          ("temporal.norm.weight", "out_norm.alpha"), ("text_head.weight", "text_linear.weight"),
          ("depth.text.weight", "depformer_text_emb.weight"), ("depth.audio.weight", "depformer_emb.{k}.weight"),
          ("depth.input.weight", "depformer_in.{k}.weight"), ("depth.head.weight", "linears.{k}.weight"),
-         ("extra_head.weight", "extra_heads.{k}.weight"),
+         ("extra_head.weight", "extra_heads.{k}.weight"), ("voice.out.weight", f"{CONDITION}.{VOICES}.output_proj.weight"),
+         ("voice.none", f"{CONDITION}.{VOICES}.learnt_padding"),
+         *stack("temporal.layers", "transformer.layers", (("listen.norm.{p}", "norm_cross.{p}"),
+             ("listen.qkv.weight", "cross_attention.in_projs.0.weight"), ("listen.o.weight", "cross_attention.out_projs.0.weight"))),
          ("depth.audio.out.weight", "depformer_emb.{k}.low_rank.weight"), ("depth.text.out.weight", "depformer_text_emb.low_rank.weight"),
          ("embed.condition_{c}.weight", f"{CONDITION}.{{c}}.embed.weight"),
          ("embed.condition_{c}.none", f"{CONDITION}.{{c}}.learnt_padding"),
@@ -355,7 +358,7 @@ def write_moss(c: ModelConfig, dtype: str) -> About:
 NORMS = {"rms_norm_f32": 1e-8, "rms_norm": 1e-5}       # the first computes in fp32 whatever the model's type, as ours does
 MOSHI_PLAIN = {
     "layer_scale": (None,), "kv_repeat": (1,), "causal": (True,), "norm_emb": (False,), "bias_proj": (False,),
-    "cross_attention": (False, []), "quantize": (False,), "depformer_norm": (None,), "depformer_layer_scale": (None,)}
+    "quantize": (False,), "depformer_norm": (None,), "depformer_layer_scale": (None,)}
 
 
 def read_moshi(about: About, tensors: Tensors) -> ModelConfig:
@@ -374,15 +377,32 @@ def read_moshi(about: About, tensors: Tensors) -> ModelConfig:
         *codebooks(count - steps, card + 1, 0, card, delays=tuple(delays[1 + steps :]), name="user")),
         pad=about.get("existing_text_padding_id", 3), epad=about.get("existing_text_end_padding_id", 0))
     return ModelConfig(table, moshi_stack(about), depth=moshi_depth(about) if steps else None, demux=demux,
-                       extra_heads=about.get("extra_heads_num_heads", 0), extra_classes=about.get("extra_heads_dim", 6))
+                       extra_heads=about.get("extra_heads_num_heads", 0), extra_classes=about.get("extra_heads_dim", 6),
+                       **moshi_voice(about))
+
+
+def moshi_voice(about: About) -> dict[str, Any]:
+    """Cross-attention to the features of voices: the `tensor` conditioner that the fuser calls cross."""
+    fuser, found = about.get("fuser") or {}, about.get("conditioners") or {}
+    cross = fuser.get("cross") or []
+    refuse(fuser, {"cross": ([], [VOICES], None)})
+    if bool(about.get("cross_attention")) != bool(cross):
+        raise ValueError(f"config.json has cross_attention = {about.get('cross_attention')!r} and cross = {cross!r}; restore it")
+    if not cross:
+        return {}
+    refuse(found[VOICES], {"type": ("tensor",)})
+    refuse(found[VOICES]["tensor"], {"force_linear": (True,), "learn_padding": (True,), "output_bias": (False,)})
+    places = float(fuser.get("cross_attention_pos_emb_scale", 1.0)) if fuser.get("cross_attention_pos_emb") else 0.0
+    return {"voice": found[VOICES]["tensor"]["dim"], "voice_places": places}
 
 
 def moshi_conditions(about: About) -> list[Stream]:
     """A row for each conditioner: lookup tables whose sum is added to every column."""
     found, fuser = about.get("conditioners") or {}, about.get("fuser") or {}
-    refuse(fuser, {"prepend": ([],), "cross": ([],)})
-    if sorted(fuser.get("sum", [])) != sorted(found):
-        raise ValueError(f"config.json has conditioners {sorted(found)}, of which {sorted(fuser.get('sum', []))} are added; wanted all")
+    refuse(fuser, {"prepend": ([], None)})
+    used = sorted([*fuser.get("sum", []), *(fuser.get("cross") or [])])
+    if used != sorted(found):
+        raise ValueError(f"config.json has conditioners {sorted(found)}, of which {used} are fused; wanted all")
     rows = []
     for name in fuser.get("sum", []):
         refuse(found[name], {"type": ("lut",)})
@@ -441,7 +461,7 @@ def write_moshi(c: ModelConfig, dtype: str) -> About:
         "existing_text_padding_id": c.table.pad, "existing_text_end_padding_id": c.table.epad,
         "delays": [streams[0].delay, *(streams[k].delay for k in c.table.audio)], "lora": False,
         "depformer_multi_linear": True,       # without a depth transformer too: false makes one input map that nothing reads
-        "model_type": "stt" if d is None else "tts" if c.demux else "hibiki" if c.table.conditions else "moshi"}
+        "model_type": "stt" if d is None else "tts" if c.demux or c.voice else "hibiki" if c.table.conditions else "moshi"}
     if streams[0].classes != streams[0].vocab - 1:
         about["text_card_out"] = streams[0].classes
     if c.demux:
@@ -451,8 +471,12 @@ def write_moshi(c: ModelConfig, dtype: str) -> About:
     if rows := [streams[k] for k in c.table.conditions]:
         about["conditioners"] = {x.name: {"type": "lut", "lut": {
             "n_bins": x.vocab - 1, "dim": x.rank, "tokenizer": "noop", "possible_values": list(x.values) or None}} for x in rows}
-        about["fuser"] = {"sum": [x.name for x in rows], "prepend": [], "cross": [], "cross_attention_pos_emb": False,
-                          "cross_attention_pos_emb_scale": 1}
+    if c.voice:
+        about["cross_attention"] = True
+        about["conditioners"] = {VOICES: {"type": "tensor", "tensor": {"dim": c.voice}}} | about.get("conditioners", {})
+    if "conditioners" in about:
+        about["fuser"] = {"sum": [x.name for x in rows], "prepend": [], "cross": [VOICES] if c.voice else [],
+                          "cross_attention_pos_emb": c.voice_places > 0, "cross_attention_pos_emb_scale": c.voice_places or 1}
     if d is not None:
         about |= {
             "depformer_dim": d.dim, "depformer_dim_feedforward": moshi_outer(d.ffn, d.dim), "depformer_num_heads": d.heads,
@@ -725,6 +749,8 @@ def export_moshi_lora(model: MultistreamLM, dtype: str) -> tuple[About, Tensors]
     layout, found = choose(model.config, "moshi"), {path: a for path, _, a in lora.adapters(model)}
     if any(a.lora_magnitude is not None for a in found.values()):
         raise ValueError("moshi has no DoRA; merge the adapter and export --to=moshi")
+    if model.config.voice:
+        raise ValueError("moshi has no adapters for models that listen to voices; merge the adapter and export --to=moshi")
     rank, scales = max(a.rank for a in found.values()), {a.scale for a in found.values()}
     scale = scales.pop() if len(scales) == 1 else 1.0            # several factors: each goes into its B
     names, result = theirs_of(model, layout), {}

@@ -3,6 +3,7 @@
     narrow tables    y_n = P_n E_n[id]            TTS, Hibiki: the depth transformer's tables, `low_rank` wide
     one table        y_n = P_n E[id]              TTS: two text rows, the word that is said and one that lies ahead (`demux`)
     condition        y = P E[id], or a learnt u   Hibiki, TTS: one choice for the whole sequence, added to every column
+    voice            every layer attends to P f   TTS: features f (n, F) of the speakers, in the order in which they speak
 
 -1 adds exactly zero, as in `Embedding` of model.py, whose `Linear` these are given. A condition is a row of the grid
 that holds its id in every column; its last id says that nothing was chosen: guidance without the condition reads that.
@@ -57,6 +58,39 @@ class Condition(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         chosen = self.out(F.embedding(ids.clamp(min=0), self.weight))
         return torch.where((ids == len(self.weight) - 1)[..., None], self.none, chosen) * (ids >= 0).unsqueeze(-1)
+
+
+class Voice(nn.Module):
+    """Features of voices, widened, with their places if `scale`.   (B, n, F), known (B, n) bool -> (B, n, D); what is unknown is learnt"""
+
+    def __init__(self, width: int, dim: int, linear: Linear, scale: float = 0.0) -> None:
+        super().__init__()
+        self.out, self.none, self.scale = linear(width, dim), nn.Parameter(torch.empty(1, dim)), scale
+
+    def forward(self, features: Tensor, known: Tensor) -> Tensor:
+        x = torch.where(known[..., None], self.out(features.to(self.none.dtype)), self.none)
+        half = x.shape[2] // 2
+        waves = 10000.0 ** -(torch.arange(half, device=x.device) / (half - 1))
+        angles = torch.arange(x.shape[1], device=x.device)[:, None] * waves
+        return x + self.scale * torch.cat([angles.cos(), angles.sin()], -1).to(x) if self.scale else x
+
+
+class Listen(nn.Module):
+    """What a block hears of the voices: attention over all of them.   x (B, S, D), voice (B, n, D) -> (B, S, D)
+
+    Its Linears take no adapter, as in the package.
+    """
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.norm = heads, nn.LayerNorm(dim)
+        self.qkv, self.o = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x: Tensor, voice: Tensor) -> Tensor:
+        wq, wkv = self.qkv.weight.tensor_split([x.shape[-1]])
+        q, k, v = F.linear(self.norm(x), wq), *F.linear(voice, wkv).chunk(2, -1)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))         # -> (B, H, S or n, head)
+        return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2))
 
 
 def condition_id(stream: Any, value: str) -> int:

@@ -43,13 +43,14 @@ from turns import finish, start_state
 
 @torch.inference_mode()
 def generate(model: MultistreamLM, prompt: Tensor, config: SampleConfig | None = None, feed: Feed | None = None,
-             given: Tensor | None = None) -> Iterator[Tensor]:
+             given: Tensor | None = None, voice: Tensor | None = None) -> Iterator[Tensor]:
     """Continue a prompt grid (B, K, S) or (K, S); yield frames (B, K) int64 as they become complete.
 
     Rows that have nothing in a frame hold -1; an item that has ended holds -1 everywhere. Prompts of different lengths
     are padded on the left with columns of -1. `feed(column) -> column` fills the rows that the model only reads (word
     rows, the user's codes); its `may_end()`, if it has one, tells which items may close their audio. `given` (B, K, n)
-    are the ids of the next n columns, FREE where the model draws: forced text or codes, or -1 for nothing.
+    are the ids of the next n columns, FREE where the model draws: forced text or codes, or -1 for nothing. `voice` (B, n, F)
+    are features of the speakers, where the model listens to them.
     """
     config, table, training = config or SampleConfig(), model.table, model.training
     model.eval()
@@ -63,6 +64,7 @@ def generate(model: MultistreamLM, prompt: Tensor, config: SampleConfig | None =
     sides = 2 * B if guide.on else B                                          # rows that the model reads
     state, cache = start_state(prompt, table, config.ras_window, config.closing), model.cache(sides, S + config.max_frames)
     state.guide, state.depth = guide, model.depth.cache(sides) if model.config.depth else None
+    cache.voice = guide.heard(model, voice, B)
     try:
         h = prefill(model, prompt, padding, cache, guide)
         for n in range(config.max_frames):

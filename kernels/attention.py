@@ -46,6 +46,7 @@ class Cache:
         self.turns: Any = None
         self.places: Any = None
         self.tables: Any = None
+        self.voice: Tensor | None = None   # what the blocks listen to
         self.side: bool | None = None   # what the caller knows of the next columns: all are audio, all are text, or not known
 
     def single(self, S: int) -> bool:

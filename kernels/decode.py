@@ -189,5 +189,5 @@ def column_step(blocks: Sequence[nn.Module], c: Any, act: Callable[[Tensor], Ten
     adapted = any(m.adapter is not None and m.adapter.enabled and m.adapter.base is None for m in linears)
     types = {p.dtype for block in blocks for p in block.parameters()}
     sets = any(m.weight.dim() == 3 for m in linears)
-    odd = any(block.skips_audio for block in blocks) or (sets and not c.packed) or (c.packed and c.qkv_bias)
+    odd = any(block.skips_audio or block.listen is not None for block in blocks) or (sets and not c.packed) or (c.packed and c.qkv_bias)
     return None if adapted or odd or types != {cache.store.dtype} else ColumnStep(blocks, c, act, cache, first, norm)

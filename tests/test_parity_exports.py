@@ -191,3 +191,16 @@ def test_moshi_loads_its_relatives_and_their_adapters(name, fuse, tmp_path):
     for k, row in enumerate(table.audio_out):
         mask = case["mask"][:, k]
         assert error(audio[:, k].roll(-table.delays[row], 1)[mask], out.logits[:, k][mask]) <= 2 * GATE
+
+
+@torch.no_grad()
+def test_moshi_loads_a_model_that_listens_to_voices(tmp_path):
+    case, conditioners = Golden("voices"), pytest.importorskip("moshi.conditioners")
+    ours = load(case.write(tmp_path / "base"))
+    folder = export(ours, tmp_path / "out", to="moshi")
+    theirs = moshi(folder / "model.safetensors", folder / "config.json")
+    known = torch.ones(1, 5, dtype=torch.bool)
+    given = theirs.condition_provider.prepare_and_provide([conditioners.ConditionAttributes(
+        text={"control": "ok"}, tensor={"speaker_wavs": conditioners.TensorCondition(f[None], known)}) for f in case["features"]])
+    out = theirs(case["codes"], given)
+    assert error(out.logits.nan_to_num(0.0), case["logits"]) <= GATE and error(out.text_logits[:, 0], case["text_logits"]) <= GATE

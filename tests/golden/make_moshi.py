@@ -1,10 +1,11 @@
 """Write the golden files of Moshi's relatives: what Hibiki, the recogniser and the speaking model add to it.
 
-    python tests/golden/make_moshi.py hibiki stt tts moshi_guided moshi_lora     (environment A of make.py, which tells the rest)
+    python tests/golden/make_moshi.py hibiki stt tts voices moshi_guided moshi_lora     (environment A of make.py, which tells the rest)
 
 hibiki  a condition chosen from a table and added to every column; greedy frames with it and with guidance by it
 stt     every audio row is read, the text is predicted, small heads beside it
 tts     two text rows in one (id = left + (right + 1) * rows), tables of low rank, a weight schedule, two conditions
+voices  the speaking model's other half: cross-attention to features of speakers, guided by leaving them and the conditions out
 moshi_guided  plain Moshi with guidance by a past without text, and by one whose first frames are hidden; holes in the user's rows
 moshi_lora  an adapter file as moshi-finetune writes it (on the weights of moshi.safetensors), then with trained embeddings
 """
@@ -14,7 +15,7 @@ import sys
 
 import torch
 from make import MOSHI, draw, scramble, write
-from moshi.conditioners import ConditionAttributes
+from moshi.conditioners import ConditionAttributes, TensorCondition
 from moshi.models import LMGen
 from moshi.models.lm import LMModel
 from moshi.models.loaders import get_condition_fuser, get_conditioner_provider
@@ -32,6 +33,13 @@ TTS = MOSHI | {"n_q": 4, "dep_q": 4, "delays": [0, 0, 2, 2, 2], "depformer_low_r
                "conditioners": {"control": {"type": "lut", "lut": {"n_bins": 1, "dim": 24, "tokenizer": "noop", "possible_values": ["ok"]}},
                                 "cfg": {"type": "lut", "lut": {"n_bins": 3, "dim": 6, "tokenizer": "noop"}}},
                "fuser": {"sum": ["control", "cfg"], "prepend": [], "cross": []}}
+
+
+VOICES = MOSHI | {"n_q": 3, "delays": [0, 0, 2, 2], "depformer_num_layers": 1, "cross_attention": True, "conditioners": {
+    "speaker_wavs": {"type": "tensor", "tensor": {"dim": 7}},
+    "control": {"type": "lut", "lut": {"n_bins": 1, "dim": 4, "tokenizer": "noop", "possible_values": ["ok"]}}},
+    "fuser": {"sum": ["control"], "prepend": [], "cross": ["speaker_wavs"], "cross_attention_pos_emb": True,
+              "cross_attention_pos_emb_scale": 0.7}}
 
 
 def build(config: dict, seed: int) -> LMModel:
@@ -110,6 +118,22 @@ def tts() -> None:
     user = torch.empty(2, 0, 12, dtype=torch.long)
     found = frames(model, user, condition_tensors=conditions(model, said, other), on_text_hook=look)
     write("tts", model, TTS | {"model_type": "tts"}, "torch moshi", codes=given, ahead=ahead, frames=found, **logits(out))
+
+
+@torch.no_grad()
+def voices() -> None:
+    model, given = build(VOICES, 41), codes(VOICES)
+    features = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(42))
+
+    def told(*known: bool) -> dict:
+        return model.condition_provider.prepare_and_provide([
+            ConditionAttributes(text={"control": "ok" if yes else None}, tensor={"speaker_wavs": TensorCondition(
+                features[n % 2 : n % 2 + 1], torch.full((1, 5), yes))}) for n, yes in enumerate(known)])
+
+    user, out = torch.empty(2, 0, 12, dtype=torch.long), model(given, told(True, True))
+    write("voices", model, VOICES | {"model_type": "tts"}, "torch moshi", codes=given, features=features, **logits(out),
+          frames=frames(model, user, condition_tensors=told(True, True)),
+          guided=frames(model, user, condition_tensors=told(True, True, False, False), cfg_coef=2.0))
 
 
 @torch.no_grad()

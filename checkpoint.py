@@ -523,6 +523,15 @@ def prune(out: Path, keep: int) -> None:
         shutil.rmtree(path)
 
 
+def settle(out: Path, folder: Path, best: bool, keep: int, consolidated: str, dtype: torch.dtype) -> None:
+    """After a checkpoint was written: name it the best if it is, delete old ones, and write it in moshi's layout if asked to."""
+    if best:
+        point(out / "ckpt" / "best", folder.name)
+    prune(out, keep)
+    if consolidated:
+        consolidate(out, folder, consolidated, keep, dtype)
+
+
 # ---- import, export, merge ----
 
 def export(model_or_dir: MultistreamLM | str | Path, dir: str | Path, to: str = "multistream") -> Path:
@@ -565,6 +574,26 @@ def export_adapter(model: MultistreamLM, folder: Path, to: str) -> Path:
         write_tensors(folder / "lora.safetensors", tensors)
         write_json(folder / "config.json", about)
     return folder
+
+
+def consolidate(out: Path, folder: Path, to: str, keep: int, dtype: torch.dtype) -> Path:
+    """Write a checkpoint of ours once more as moshi-finetune lays it out, for scripts that look there; keep the newest.
+
+    out/checkpoints/checkpoint_000500/consolidated/config.json and lora.safetensors (to="moshi-lora") or
+    consolidated.safetensors (to="moshi", adapters merged), in `dtype`.
+    """
+    target = out / "checkpoints" / folder.name.replace("step", "checkpoint")
+    temporary = target.with_name(f".writing_{target.name}")
+    for litter in target.parent.glob(".writing_*"):
+        shutil.rmtree(litter)
+    written = export(load(folder, dtype=dtype), temporary / "consolidated", to)
+    if to == "moshi":
+        os.rename(written / "model.safetensors", written / "consolidated.safetensors")
+    shutil.rmtree(target, ignore_errors=True)
+    os.rename(temporary, target)
+    for old in sorted(target.parent.glob("checkpoint_*"))[: -keep or None]:
+        shutil.rmtree(old)
+    return target / "consolidated"
 
 
 def load_copy(model: MultistreamLM) -> MultistreamLM:

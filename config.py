@@ -72,6 +72,7 @@ class TrainConfig:
     listen: int = 0                        # held-out recordings said again and measured as well
     save_every: int = 0                    # steps between checkpoints, 0 = only at the end
     keep: int = 2                          # checkpoints kept beside the best
+    consolidated: str = ""                 # each also as checkpoints/checkpoint_N/consolidated: moshi (merged) or moshi-lora
     max_minutes: float = 0.0               # stop and save after this long, 0 = no limit
     max_skips: int = 10                    # consecutive steps with a non-finite gradient before giving up
     log_every: int = 10                    # steps between lines of metrics.jsonl
@@ -95,6 +96,8 @@ class TrainConfig:
         assert all(factor >= 0 for _, factor in self.rates), f"rates {self.rates} has a negative factor"
         heard = self.model.table.layout in ("words", "clone", "chatml")
         assert heard or not self.listen, f"listen says texts again, layout {self.model.table.layout!r} is no text to speech"
+        known = ("", "moshi", "moshi-lora") if self.lora else ("", "moshi")
+        assert self.consolidated in known, f"consolidated {self.consolidated!r} is none of {known}"
         unknown = set(self.trackers) - {"tensorboard", "wandb", "trackio"}
         assert not unknown, f"trackers {sorted(unknown)} are none of tensorboard, wandb, trackio"
 

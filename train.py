@@ -27,7 +27,7 @@ import monitor
 import parallel
 import quality
 from audio.wav import load_wav
-from checkpoint import DTYPES, Extras, RunState, base_of, latest, load, load_run, point, prune, put_adapter, resolve, save, save_run
+from checkpoint import DTYPES, Extras, RunState, base_of, latest, load, load_run, put_adapter, resolve, save, save_run, settle
 from config import TrainConfig, first_beta, learning_rate
 from curriculum import Curriculum, prepare_all
 from data import Batch, Loader
@@ -171,9 +171,7 @@ def checkpoint(best: bool = False) -> None:
     run.scaler, extras.step = scaler.state_dict(), run.step
     folder = save_run(out, raw, optimizer, run, config, extras, ema, rank)
     if rank == 0:
-        if best:
-            point(out / "ckpt" / "best", folder.name)
-        prune(out, config.keep)
+        settle(out, folder, best, config.keep, config.consolidated, dtype)
 
 
 # ---- 8. when to stop ----

@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from conftest import ROOT, call, cli
 from safetensors.torch import load_file
 from tables import CONFIGS, random_ids
+from test_parity import with_adapter
 
 import cache
 from audio.mimi import MimiCodec, MimiConfig
 from audio.wav import load_wav
-from checkpoint import export, load, save
+from checkpoint import Extras, RunState, consolidate, export, load, save, save_run
 from duplex import EPAD, PAD, UserFeed, demo_dialogues, official_files, text_weights
 from loss import LossConfig, loss_scale
 from model import MOSHI_7B, MultistreamLM
@@ -246,6 +247,31 @@ def test_a_depth_transformer_of_both_speakers_starts_as_a_copy_and_trims_back(tm
     assert frames.shape == (1, 17, 4) and (frames[..., 1:] >= 0).all()                               # the first one is the prompt's
     rc, _, err = call("checkpoint.py", "expand-depth", tmp_path / "two", f"--out={tmp_path}/x")
     assert rc == 2 and "16 of 16 audio rows are predicted" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("to", ["moshi-lora", "moshi"])
+def test_checkpoints_stand_where_scripts_of_moshi_finetune_look(to, tmp_path):
+    """checkpoints/checkpoint_000500/consolidated holds its two files; they load as the checkpoint does, and old ones go."""
+    config = run_config(ROOT / "configs/moshi_lora.py", "smoke")
+    model = with_adapter(MultistreamLM(config.model), config.lora)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    base = {n: t for n, t in model.state_dict().items() if "lora_" not in n}
+    plain = MultistreamLM(config.model)
+    plain.load_state_dict(base)
+    save(plain, tmp_path / "base")
+    official = export(plain, tmp_path / "official", to="moshi")
+    for step in (500, 1000, 1500):
+        folder = save_run(tmp_path, model, optimizer, RunState(step=step), {}, Extras(step, base="base"), None, 0)
+        (tmp_path / "checkpoints/.writing_checkpoint_000001").mkdir(parents=True)          # what a kill left behind
+        written = consolidate(tmp_path, folder, to, 2, torch.float32)
+    assert [p.name for p in sorted((tmp_path / "checkpoints").iterdir())] == ["checkpoint_001000", "checkpoint_001500"]
+    file = "lora.safetensors" if to == "moshi-lora" else "consolidated.safetensors"
+    about = json.loads((written / "config.json").read_text())
+    assert {p.name for p in written.iterdir()} == {"config.json", file} and about["lora"] is (to == "moshi-lora")
+    assert written == tmp_path / "checkpoints/checkpoint_001500/consolidated"
+    heard, greedy = random_ids(256, (1, 8, 9), 1), SampleConfig(temperature=0)
+    again = load(official, adapter=written) if to == "moshi-lora" else load(written)
+    assert reply(again, heard, greedy).equal(reply(load(tmp_path), heard, greedy))
 
 
 def test_the_files_beside_official_weights_are_found(tmp_path):

@@ -14,7 +14,7 @@ from test_moshi_family import columns
 from test_parity import GATE, Golden, higgs_grid, logits, with_adapter
 
 import lora
-from checkpoint import export, load
+from checkpoint import consolidate, export, load, save
 from lora import LoraConfig
 from sample import SampleConfig, reply
 from streams import delay
@@ -135,6 +135,25 @@ def test_moshi_loads_our_adapter(fuse, tmp_path):
     for k, row in enumerate(table.audio_out):
         mask = case["mask"][:, k]
         assert error(audio[:, k].roll(-table.delays[row], 1)[mask], theirs.logits[:, k][mask]) <= GATE
+
+
+@pytest.mark.parametrize("to", ["moshi", "moshi-lora"])
+@torch.no_grad()
+def test_moshi_loads_our_consolidated_folder(to, tmp_path):
+    """The folder of a training run that stands where moshi-finetune's would: a whole model, or its adapter."""
+    case = Golden("moshi")
+    base = case.write(tmp_path / "base")
+    model = with_adapter(load(base), LoraConfig(rank=3, alpha=6.0, targets=("temporal.*", "text_head", "depth.*")))
+    run = save(model, tmp_path / "step_000500")
+    folder = consolidate(tmp_path, run, to, 3, torch.float32)
+    assert folder == tmp_path / "checkpoints/checkpoint_000500/consolidated"
+    if to == "moshi":
+        theirs = moshi(folder / "consolidated.safetensors", folder / "config.json")
+    else:
+        theirs = moshi(base / "model.safetensors", folder / "config.json", lora_weights=folder / "lora.safetensors", fuse_lora=False)
+    text, _ = model(delay(case["codes"], model.table.delays, model.table.column("start")))
+    out, mask = theirs(case["codes"]), case["text_mask"]
+    assert error(text[mask], out.text_logits[:, 0][mask]) <= GATE and error(out.text_logits[:, 0][mask], case["text_logits"][mask]) > 0.1
 
 
 @torch.no_grad()

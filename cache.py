@@ -110,6 +110,7 @@ class Entry:
     frames: list[int] = field(default_factory=list)     # of each variant
     parts: list[int] = field(default_factory=list)      # entries that are joined
     reference: int = -1                                 # entry of its own reference clip
+    rejected: int = -1                                  # entry of the reply that is liked less than this one
     messages: list[dict[str, Any]] = field(default_factory=list)    # a conversation as it was written
     clips: list[int] = field(default_factory=list)      # entries of its recordings, in reading order
     start: int | None = None                            # its first message that is trained, None = the default
@@ -444,6 +445,10 @@ class Indexer:
     def locate(self, entry: Entry, row: Row, numbers: dict[str, int]) -> None:
         """Fill in where the codes of an entry are; LookupError for audio that was rejected, ValueError for a new reason."""
         entry.reference = numbers.get(f"{row['id']}#reference", -1)
+        if "rejected" in row:
+            if f"{row['id']}#rejected" not in numbers:
+                raise ValueError("its rejected reply was left out")
+            entry.rejected = numbers[f"{row['id']}#rejected"]
         if self.index.chat is not None:
             self.converse(entry, row, numbers)
             if not self.table.audio or (entry.messages and not row["file"]):
@@ -497,9 +502,12 @@ class Indexer:
         rate, c, words, found = self.index.info["frame_rate"], self.config, duplex.row_words(row), []
         duplex.check_length(words, entry.frames[0] / rate)
         chunks = math.ceil(entry.frames[0] / max(1, round(c.chunk_seconds * rate)))
+        one_of_two = "rejected" in row or entry.id.endswith("#rejected")
+        if one_of_two and chunks > 1:
+            raise ValueError(f"a side of a pair lasts over data.chunk_seconds={c.chunk_seconds:g}")
         for swapped, who in enumerate((duplex.MAIN, duplex.OTHER)[: 1 + c.both_speakers]):
             own = [(word, *rest) for said, *rest in words if rest[-1] == who and (word := normalise(said, c.normaliser).strip())]
-            if swapped and not own:                     # nobody wrote down what the user says
+            if swapped and (one_of_two or not own):     # nobody wrote down what the user says
                 continue
             tokens, rows = duplex.tokenise(own, self.tokenizer, c.contextual, c.spaces), []
             for version, frames in enumerate(entry.frames):

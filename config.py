@@ -11,9 +11,10 @@ from data import DataConfig
 from lora import LoraConfig
 from loss import LossConfig
 from model import ModelConfig
+from objective import DpoConfig
 from options import check_types
 
-__all__ = ["DataConfig", "LoraConfig", "LossConfig", "ModelConfig", "Stage", "TrainConfig", "first_beta", "learning_rate"]
+__all__ = ["DataConfig", "DpoConfig", "LoraConfig", "LossConfig", "ModelConfig", "Stage", "TrainConfig", "first_beta", "learning_rate"]
 
 SCHEDULES = ("constant", "linear", "cosine", "wsd", "onecycle")
 
@@ -36,6 +37,7 @@ class TrainConfig:
     data: DataConfig                       # where the tokens come from
     loss: LossConfig = field(default_factory=LossConfig)   # how streams add up
     lora: LoraConfig | None = None         # adapters; None trains everything
+    dpo: DpoConfig | None = None           # learn from pairs of replies what is preferred, not what is likely (objective.py)
     init: str = ""                         # weights to start from: folder, file or hub id; empty = random
     init_adapter: str = ""                 # adapter to start from (second stage)
     out: str = "out/run"                   # run folder
@@ -86,6 +88,11 @@ class TrainConfig:
         assert self.device in ("auto", "cpu", "cuda"), f"device {self.device!r} is none of auto, cpu, cuda"
         assert min(self.steps, self.batch_size, self.accum, self.log_every) > 0, "steps, batch_size, accum and log_every are at least 1"
         assert not self.init_adapter or self.lora is not None, "init_adapter needs adapters to fill; add --lora.rank=8"
+        if self.dpo is not None:
+            assert self.lora is not None, "dpo takes the model without its adapters as reference; add --lora.rank=8"
+            assert not self.lora.train and not self.init_adapter, (
+                "dpo's reference is what the adapters leave: lora.train would change it too, and it lacks init_adapter; "
+                + "fold that in first (python checkpoint.py merge RUN --out=DIR, then --init=DIR)")
         counts = ("epochs", "warmup", "eval_every", "eval_batches", "patience", "save_every", "keep", "lr", "min_lr", "eps", "clip",
                   "weight_decay", "listen")
         assert all(getattr(self, name) >= 0 for name in counts), f"none of {', '.join(counts)} may be negative"

@@ -47,7 +47,7 @@ class Curriculum:
         if part == self.part:
             return []
         c, self.part = self.config, part
-        self.loader = Loader(data, self.table, "train", c.batch_size, self.rank, self.world, c.accum, c.epochs)
+        self.loader = Loader(data, self.table, "train", c.batch_size, self.rank, self.world, c.accum, c.epochs, c.dpo is not None)
         self.batches: Iterator[Batch] | None = None
         counts = f"text counts {self.loss.text:g}, audio {self.loss.audio:g}"
         return [f"step {step}: stage {part + 1} reads {', '.join(data.sources)}; {counts}"] if c.stages else []

@@ -106,15 +106,18 @@ class Loader:
 
     With `passes` windows end where a pass over the data does, and training ends behind so many of them: from one source
     every example is read exactly once a pass. The last step is filled up with empty rows; `steps` counts all.
+
+    With `pairs` an example is a chosen reply and, behind it in the same row, the rejected one, drawn alike; without it
+    rows that have both are read as their chosen side.
     """
 
     def __init__(self, config: DataConfig, table: StreamTable, split: str = "train", batch_size: int = 1, rank: int = 0,
-                 world: int = 1, accum: int = 1, passes: int = 0) -> None:
+                 world: int = 1, accum: int = 1, passes: int = 0, pairs: bool = False) -> None:
         assert 0 <= rank < world and batch_size > 0 and accum > 0 and split in ("train", "held-out")
         if config.stream_weights and len(config.stream_weights) != len(table):
             raise ValueError(f"data.stream_weights has {len(config.stream_weights)} values, the grid {len(table)} rows; give one each")
         self.config, self.table, self.split = config, table, split
-        self.batch_size, self.rank, self.world, self.accum, self.passes = batch_size, rank, world, accum, passes
+        self.batch_size, self.rank, self.world, self.accum, self.passes, self.pairs = batch_size, rank, world, accum, passes, pairs
         self.factors = torch.tensor(config.stream_weights or [1.0] * len(table))[:, None]
         self.index = open_cache(config, table)
         self.sources: list[list[int]] = [[] for _ in config.sources]            # entries of this split, by source
@@ -124,6 +127,9 @@ class Loader:
                 self.sources[entry.source].append(n)
                 if entry.key and entry.speaker:
                     self.speakers.setdefault(entry.speaker, []).append(n)
+        lone = [self.index.entries[n].id for own in self.sources for n in own if pairs and self.index.entries[n].rejected < 0]
+        if lone:
+            raise ValueError(f'{len(lone)} examples have no rejected reply ({lone[0]}); give all "chosen" and "rejected", or no dpo')
         self.shares = [source_weight(s)[1] * bool(own) for s, own in zip(config.sources, self.sources, strict=True)]
         self.epoch = sum(len(own) for own, share in zip(self.sources, self.shares, strict=True) if share)      # draws of a pass
         self.orders: dict[int, tuple[int, list[int]]] = {}
@@ -223,16 +229,25 @@ class Loader:
 
     def packed(self, drawn: list[Drawn]) -> list[Packed]:
         """Lay out examples and pack them; one longer than a row is named and counted in `left_out`."""
-        grids: Packed = []
-        for number, draw, reference in drawn:
-            name = self.index.entries[number].id
-            tokens, weights = lay_out(build_example(self.index, number, self.table, draw, reference), self.table)
-            grids.append((name, (tokens, weights * self.factors)))
-            if tokens.shape[1] > self.config.columns and name not in self.left_out:
+        units = [self.unit(*one) for one in drawn]
+        lengths = [sum(tokens.shape[1] for _, (tokens, _) in unit) for unit in units]
+        for length, (name, _) in zip(lengths, (unit[0] for unit in units), strict=True):
+            if length > self.config.columns and name not in self.left_out:
                 self.left_out.add(name)
                 if len(self.left_out) <= 3:             # the rest is only counted
-                    print(f"left out: {name} has {tokens.shape[1]} columns; raise data.columns={self.config.columns}", file=sys.stderr)
-        return [[grids[i] for i in row] for row in pack([tokens.shape[1] for _, (tokens, _) in grids], self.config.columns)]
+                    print(f"left out: {name} has {length} columns; raise data.columns={self.config.columns}", file=sys.stderr)
+        return [[grid for i in row for grid in units[i]] for row in pack(lengths, self.config.columns)]
+
+    def unit(self, number: int, draw: random.Random | None, reference: int) -> Packed:
+        """The grid of an example; of a pair both, which differ in the reply alone."""
+        entry, state = self.index.entries[number], draw and draw.getstate()
+        grids: Packed = []
+        for side in (number, entry.rejected) if self.pairs else (number,):
+            if draw:
+                draw.setstate(state)
+            tokens, weights = lay_out(build_example(self.index, side, self.table, draw, reference), self.table)
+            grids.append((entry.id, (tokens, weights * self.factors)))
+        return grids
 
 
 def prefetch(items: Iterator[Any], depth: int) -> Iterator[Any]:

@@ -11,6 +11,7 @@ and an `adapter` slot; one per depth step when the weight has a leading axis. Kn
 import fnmatch
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -155,6 +156,21 @@ def outline(names: dict[str, object]) -> str:
     """Paths with layer numbers folded to N, each once."""
     folded = dict.fromkeys(".".join("N" if part.isdigit() else part for part in name.split(".")) for name in names)
     return ", ".join(folded)
+
+
+@contextmanager
+def switched_off(model: nn.Module) -> Iterator[nn.Module]:
+    """Within, the model answers without its adapters, bit for bit as the base does, and drops nothing out."""
+    training, on = model.training, [adapter for _, _, adapter in adapters(model) if adapter.enabled]
+    model.eval()
+    for adapter in on:
+        adapter.enabled = False
+    try:
+        yield model
+    finally:
+        model.train(training)
+        for adapter in on:
+            adapter.enabled = True
 
 
 # ---- merging ----

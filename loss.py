@@ -48,11 +48,13 @@ class Sums:
     hits: Tensor
     count: Tensor
     quiet: Tensor | None = None     # (4,) what of them is padding in the text row, where that is told apart
+    places: Tensor | None = None    # (N,) weighted nll of each position, over its streams; carries the gradient too
 
-    def add(self, rows: Sequence[int], part: "Sums") -> "Sums":
-        """Add the sums of a few streams at their places."""
-        at = torch.tensor(list(rows), device=self.nll.device)
-        return Sums(*(getattr(self, f).index_add(0, at, getattr(part, f)) for f in FIELDS), self.quiet)
+    def add(self, rows: Sequence[int], part: "Sums", at: Tensor) -> "Sums":
+        """Add the sums of a few streams at their rows, those of positions at theirs."""
+        row = torch.tensor(list(rows), device=self.nll.device)
+        places = self.places.index_add(0, at, part.places)
+        return Sums(*(getattr(self, f).index_add(0, row, getattr(part, f)) for f in FIELDS), self.quiet, places)
 
     def stacked(self) -> Tensor:
         """All four as one detached float64 tensor (4, K + 1), `quiet` last, ready to be reduced over ranks."""
@@ -63,8 +65,8 @@ class Sums:
 Head = Callable[[Tensor, Tensor], Tensor]      # h (N, D), inputs (N, ...) -> logits (Q, N, V)
 
 
-def chunk_sums(h: Tensor, inputs: Tensor, targets: Tensor, weights: Tensor, head: Head) -> Tensor:
-    """Sums of one chunk of rows.   h (N, D), targets and weights (N, Q) -> (4, Q): nll, weight, hits, count"""
+def chunk_sums(h: Tensor, inputs: Tensor, targets: Tensor, weights: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+    """Sums of one chunk of rows.   h (N, D), targets and weights (N, Q) -> (4, Q): nll, weight, hits, count; (N,): nll"""
     logits = head(h, inputs).float()                                              # (Q, N, V)
     t, w = targets.T, weights.T.float()
     wanted = (w != 0) & (t >= 0)
@@ -72,12 +74,14 @@ def chunk_sums(h: Tensor, inputs: Tensor, targets: Tensor, weights: Tensor, head
     nll, likeliest, _ = row_nll(logits, safe) if logits.shape[1] else (logits.sum(-1), t, None)
     w = torch.where(wanted, w, 0.0)
     hits = ((likeliest == t) & wanted).float()
-    return torch.stack([(w * nll).sum(1), w.sum(1), hits.sum(1), wanted.float().sum(1)])
+    nll = w * nll                                                                 # (Q, N)
+    return torch.stack([nll.sum(1), w.sum(1), hits.sum(1), wanted.float().sum(1)]), nll.sum(0)
 
 
 def cross_entropy_sums_ref(h: Tensor, inputs: Tensor, head: Head, targets: Tensor, weights: Tensor) -> Sums:
     """The definition: all logits at once."""
-    return Sums(*chunk_sums(h, inputs, targets, weights, head))
+    sums, places = chunk_sums(h, inputs, targets, weights, head)
+    return Sums(*sums, places=places)
 
 
 def cross_entropy_sums(h: Tensor, inputs: Tensor, head: Head, targets: Tensor, weights: Tensor, logits: int) -> Sums:
@@ -88,11 +92,10 @@ def cross_entropy_sums(h: Tensor, inputs: Tensor, head: Head, targets: Tensor, w
     rows = max(MIN_ROWS, CHUNK_BYTES // (4 * logits))
     if h.shape[0] <= rows:
         return cross_entropy_sums_ref(h, inputs, head, targets, weights)
-    total: Tensor | float = 0.0
-    for part in zip(*(x.split(rows) for x in (h, inputs, targets, weights)), strict=True):
-        total = total + (checkpoint(chunk_sums, *part, head, use_reentrant=False) if torch.is_grad_enabled()
-                         else chunk_sums(*part, head))
-    return Sums(*total)
+    parts = zip(*(x.split(rows) for x in (h, inputs, targets, weights)), strict=True)
+    sums, places = zip(*(checkpoint(chunk_sums, *part, head, use_reentrant=False) if torch.is_grad_enabled()
+                         else chunk_sums(*part, head) for part in parts), strict=True)
+    return Sums(*sum(sums), places=torch.cat(places))
 
 
 # ---- what the sums add up to ----

@@ -22,6 +22,11 @@ json list or jsonl of {"messages": [...]}, optional "speaker", "split", "group" 
 {"type": "audio", "audio_url" or base64 "raw_audio", "text": what it says}; ms-swift: <audio> in the text, the files in "audios"),
 train-higgs-audio's metadata.json ({"samples": [{"audio_file", "transcript_file", "ref_audio_file", "ref_transcript", ...}]}), MOSS-TTSD
 ({"file_path", "full_transcript"}, or "reference_audio" and "reference_text" beside "audio" and "text").
+A preference row has two sides (objective.py), replies to the same messages or whole recordings; TRL's "prompt" is "messages" too:
+
+    {"id": "7", "messages": [...], "chosen": "Your order is on its way.", "rejected": [{"type": "audio", "audio_url": "curt.wav"}]}
+    {"id": "8", "chosen": {"path": "good.wav"}, "rejected": {"path": "bad.wav"}}
+
 A bad row is named with its reason and its fix and left out. Used by cache.py; needs only audio/, chatml.py and duplex.py.
 """
 
@@ -113,8 +118,10 @@ def read_manifest(path: str | Path, allow_outside: bool = False, nested: bool = 
     read, convert = LAYOUTS[kind]
     for where, row in read(m):
         try:
-            row = convert(m, row)
-            if {"parts", "compose", "manifest"} & row.keys():
+            row = pair(m, row, convert) if "rejected" in row else convert(m, row)
+            if "rejected" in row:
+                accept_pair(m, where, row)
+            elif {"parts", "compose", "manifest"} & row.keys():
                 virtual.append((where, row))
             else:
                 accept(m, where, row)
@@ -141,8 +148,9 @@ def detect(path: Path) -> tuple[str, Path]:
         raise FileNotFoundError(f"data source {path} does not exist; check the path")
     if path.suffix in (".csv", ".tsv", ".txt"):
         return "metadata", path
-    keys = next((row.keys() for _, row in json_rows(Manifest(path))), {}.keys())
-    for kind, marks in (("manifest", ("audio", "parts", "compose", "manifest")), ("conversations", ("messages",)),
+    first = next((row for _, row in json_rows(Manifest(path))), {})
+    keys = (first | first["chosen"] if isinstance(first.get("chosen"), dict) else first).keys()
+    for kind, marks in (("manifest", ("audio", "parts", "compose", "manifest")), ("conversations", ("messages", "prompt")),
                         ("train-higgs-audio", ("samples", "audio_file")), ("MOSS-TTSD", ("full_transcript",)),
                         ("Moshi stereo", ("path",)), ("metadata", ("file_name",)), ("manifest", ("text",))):
         if keys & set(marks):
@@ -325,6 +333,46 @@ LAYOUTS = {"manifest": (json_rows, own_row), "metadata": (metadata, as_it_is), "
            "conversations": (json_rows, chatml), "Moshi stereo": (json_rows, moshi),
            "train-higgs-audio": (samples, clone_sample), "MOSS-TTSD": (json_rows, ttsd),
            "wav + json": (stereo_pairs, moshi)}                                           # how rows are read, and made ours
+
+
+# ---- pairs of replies ----
+
+def pair(m: Manifest, row: Row, convert: Callable[[Manifest, Row], Row]) -> Row:
+    """A preference row as the row of its better side, that of the other one under "rejected"."""
+    shared = {k: v for k, v in row.items() if k not in ("chosen", "rejected", "prompt")}
+    if "prompt" in row:
+        shared["messages"] = [{"role": "user", "content": row["prompt"]}] if isinstance(row["prompt"], str) else row["prompt"]
+    before = shared.get("messages") if "chosen" in row else None
+    if before is not None:
+        if not isinstance(before, list):
+            raise Unusable("malformed pair", '"messages" is the list of what was said before both replies')
+        asked = [[*before, *answer(row[name])] for name in ("chosen", "rejected")]
+        better, worse = (convert(m, shared | {"messages": messages}) for messages in asked)
+    elif isinstance(row["rejected"], dict) and isinstance(row.get("chosen", {}), dict) and "parts" not in row:
+        better = convert(m, shared | row.get("chosen", {}))
+        worse = convert(m, (shared if "chosen" in row else {}) | row["rejected"])
+    else:
+        raise Unusable("malformed pair", 'give "messages" and a "chosen" and "rejected" reply, or two objects that each name their audio')
+    for side in (better, worse) if "clips" in better and "clips" in worse else ():
+        side.setdefault("start_index", len(side["messages"]) - 1)       # all before the reply is the same on both sides
+    return better | {"rejected": worse}
+
+
+def answer(reply: Any) -> list[Row]:
+    """The turn of a reply: its content, or TRL's list of one message."""
+    if isinstance(reply, list) and reply and all(isinstance(part, dict) and "role" in part for part in reply):
+        return reply
+    return [{"role": "assistant", "content": reply}]
+
+
+def accept_pair(m: Manifest, where: str, row: Row) -> None:
+    """Add a preference row. Its rejected side lends what it holds, as a reference does; it is no row of its own."""
+    row["id"] = str(row.get("id") or where)
+    row["rejected"]["id"] = f"{row['id']}#rejected"
+    accept(m, where, row["rejected"])
+    if m.rows and m.rows[-1] is row["rejected"]:
+        m.rows.pop()
+        accept(m, where, row)
 
 
 # ---- what a row must have ----
@@ -606,7 +654,8 @@ def check(path: str, write: str = "", allow_outside: bool = False, limits: tuple
             else:
                 m.reject(row["id"], reason, fix)
                 dropped.add(row["id"])
-    used = {r["id"]: [r["id"], *r.get("parts", []), *(r["id"] + suffix for suffix in ("#reference", *r.get("others", ())))] for r in m.rows}
+    used = {r["id"]: [r["id"], *r.get("parts", []), *(r["id"] + suffix for suffix in ("#reference", "#rejected", *r.get("others", ())))]
+            for r in m.rows}
     kept = [r for r in m.rows if not dropped.intersection(used[r["id"]])]
     report(m, len(kept))
     if write:
@@ -639,8 +688,9 @@ def moved(row: Row, folder: Path) -> Row:
     new = {k: v for k, v in row.items() if k not in OURS}
     if row["file"] and row["file"] != INLINE:
         new["audio"] = os.path.relpath(row["file"], folder)
-    if row.get("reference"):
-        new["reference"] = moved(row["reference"], folder)
+    for side in ("reference", "rejected"):
+        if row.get(side):
+            new[side] = moved(row[side], folder)
     if row.get("others"):
         new["others"] = {suffix: moved(part, folder) for suffix, part in row["others"].items()}
     return new

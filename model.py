@@ -456,7 +456,7 @@ class MultistreamLM(nn.Module):
         tokens (B, K, S) int64, weights (B, K, S) or None, positions and segments (B, S) of packed rows or None; `voice`
         (B, n, D) is what self.voice made of features.
         Without weights -> logits: text (B, S-1, V_text) or None, audio (B, Q, S-1, V_audio) or None.
-        With weights -> Sums: weighted nll, weight, hits and count of every stream, each (K,).
+        With weights -> Sums: weighted nll, weight, hits and count of every stream, each (K,), and nll of every place, B * (S-1).
         """
         B, K, S = tokens.shape
         assert len(self.table) == K, f"{K} rows for a table of {len(self.table)}"
@@ -535,7 +535,7 @@ class MultistreamLM(nn.Module):
 
     def sums(self, h_text: Tensor, h_audio: Tensor, targets: Tensor, weights: Tensor) -> Sums:
         """Loss sums per stream; rows without a target never reach a head.   targets, weights (B, K, S)"""
-        total = Sums(*torch.zeros(4, len(self.table), device=weights.device))
+        total = Sums(*torch.zeros(4, len(self.table), device=weights.device), places=weights.new_zeros(targets[:, 0].numel()))
         for rows, h, head in ((self.table.text_out, h_text, lambda h, _: self.text_head(h)[None]),
                               (self.table.audio_out, h_audio, self.audio_logits)):
             if not rows:
@@ -552,7 +552,7 @@ class MultistreamLM(nn.Module):
                 if rows is self.table.audio_out and self.config.depth and not self.config.checkpoint:     # only the head runs twice
                     x, head = self.depth(x, inputs).transpose(0, 1), lambda x, _: self.depth.head(x.transpose(0, 1), slice(0, x.shape[1]))
                 part = cross_entropy_sums(x, inputs, head, t[at], w[at], logits)
-                total = total.add(rows, part)
+                total = total.add(rows, part, at)
             if len(parts) > 1:
                 total.quiet = part.stacked()[:, 0]
         return total

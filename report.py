@@ -172,7 +172,7 @@ def compared(model: MultistreamLM, job: Evaluation, started: str) -> Models:
     name = job.base
     if not name and getattr(model, "lora", None) is not None:
         if not model.lora.train:
-            return models | {"base": lambda: without_adapters(model)}
+            return models | {"base": lambda: lora.switched_off(model)}
         name = base_of(model.extras.folder)
     name = name or started
     if name and name != "none":
@@ -186,19 +186,6 @@ def compared(model: MultistreamLM, job: Evaluation, started: str) -> Models:
 @contextmanager
 def same(model: MultistreamLM) -> Iterator[MultistreamLM]:
     yield model
-
-
-@contextmanager
-def without_adapters(model: MultistreamLM) -> Iterator[MultistreamLM]:
-    """The model with its adapters switched off: bit for bit what lies under them."""
-    found = [adapter for _, _, adapter in lora.adapters(model)]
-    for adapter in found:
-        adapter.enabled = False
-    try:
-        yield model
-    finally:
-        for adapter in found:
-            adapter.enabled = True
 
 
 # ---- losses ----

@@ -31,8 +31,8 @@ from checkpoint import DTYPES, Extras, RunState, base_of, latest, load, load_run
 from config import TrainConfig, first_beta, learning_rate
 from curriculum import Curriculum, prepare_all
 from data import Batch, Loader
-from loss import Sums, loss_scale
 from model import Block, MultistreamLM
+from objective import Likelihood, Preference
 from options import difference, exit_on_error, from_json, load_config, read_json, write_json
 from parallel import all_sum, barrier
 
@@ -72,7 +72,7 @@ if config.epochs:
     steps = reader.loader.steps()
     say(f"{config.epochs} epochs are {steps} steps" + (f", of which --steps={config.steps} does the first" if config.steps < steps else ""))
     config = replace(config, steps=min(config.steps, steps))
-held_out = Loader(config.data, table, "held-out", config.batch_size, rank, world)
+held_out = Loader(config.data, table, "held-out", config.batch_size, rank, world, pairs=config.dpo is not None)
 for path in config.prompts if table.layout == "duplex" else ():      # recordings: better told now than at the first evaluation
     load_wav(path)
 
@@ -130,12 +130,14 @@ if rank == 0:
 data_facts = {k: getattr(config.data, k) for k in ("codec", "tokenizer", "normaliser", "system")}
 extras = Extras(0, data_facts, "base" if base == str(out / "base") else base if config.lora is not None else "")
 net = parallel.wrap(raw, device)
+goal = Preference(raw, config.dpo) if config.dpo else Likelihood(table, config.loss)
 
 
-def forward(module: torch.nn.Module, batch: Batch) -> Sums:
+def forward(module: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a batch adds to the loss, before it is divided, and to the numbers that are reported."""
     tensors = (batch.tokens, batch.weights, batch.positions, batch.segments)
     with autocast:
-        return module(*(t.to(device, non_blocking=True) for t in tensors))
+        return goal.sums(module, [t.to(device, non_blocking=True) for t in tensors])
 
 
 # ---- 7. evaluate, listen, save ----
@@ -152,19 +154,19 @@ def evaluate() -> dict[str, float]:
     """Held-out numbers, weighted by targets over all ranks; rank 0 speaks the prompts, or answers them."""
     raw.eval()
     trade_averages()
-    total, heard = torch.zeros(4, len(table) + 1, dtype=torch.float64), {}
+    total, heard = goal.zero(), {}
     with parallel.gathered(raw):
         for n, batch in enumerate(held_out):
             if config.eval_batches and n >= config.eval_batches:
                 break
-            total += forward(raw, batch).stacked().cpu()
+            total += forward(raw, batch)[1].cpu()
         if (config.prompts or config.listen) and rank == 0:
             with autocast:
                 heard = quality.listen(raw, config, held_out.index, out / "samples" / f"step_{run.step:06d}")
             say(f"step {run.step}: {quality.told(heard)}")
     trade_averages()
     raw.train()
-    return monitor.report(all_sum(total, device), table, config.loss) | heard
+    return goal.report(all_sum(total, device)) | heard
 
 
 def checkpoint(best: bool = False) -> None:
@@ -194,7 +196,7 @@ while True:
     if (due or over()) and run.evaluated != run.step:
         numbers = evaluate()
         log(run.step, {f"val/{k}": v for k, v in numbers.items()})
-        shown = [f"{k} {numbers[k]:.3f}" for k in ("loss", "text_loss", "audio_loss") if k in numbers]
+        shown = [f"{k} {numbers[k]:.3f}" for k in ("loss", "text_loss", "audio_loss", "reward_margin", "reward_accuracy") if k in numbers]
         say(f"step {run.step}: held-out " + ", ".join(shown))
         better, run.evaluated = numbers["loss"] < run.best, run.step
         run.best, run.bad_evals = min(run.best, numbers["loss"]), 0 if better else run.bad_evals + 1
@@ -210,21 +212,21 @@ while True:
     step_batches = reader.take(config.accum)
     late = config.max_minutes and time.time() - began > 60 * config.max_minutes
     wish = torch.tensor([float(bool(stop["why"] or late))], dtype=torch.float64)
-    counts = all_sum(torch.cat([sum(b.weights[..., 1:].sum((0, 2)).double() for b in step_batches), wish]), device)
+    counts = all_sum(torch.cat([sum(goal.count(b.weights, b.segments) for b in step_batches), wish]), device)
     if counts[-1] > 0:
         checkpoint()                             # run.loader still stands before these micro-batches
         say(f"stopped by {stop['why'] or '--max_minutes'} before step {run.step}; the same command continues")
         break
     run.loader = reader.position
-    scale = loss_scale(counts[:-1], table, reader.loss).float().to(device)
+    scale = goal.scale(counts[:-1], reader.loss).float().to(device)
 
     # (c) forward and backward; gradients are averaged over ranks, so x world makes it a sum
-    total = torch.zeros(4, len(table) + 1, dtype=torch.float64, device=device)
+    total = goal.zero().to(device)
     for n, batch in enumerate(step_batches):
         parallel.last_of_step(net, n == config.accum - 1)
-        sums = forward(net, batch)
-        scaler.scale((scale * sums.nll).sum() * world).backward()
-        total += sums.stacked()
+        sums, found = forward(net, batch)
+        scaler.scale((scale * sums).sum() * world).backward()
+        total += found
         meter.add(batch.tokens)
 
     # (d) clip and update, or skip a step whose gradient is not finite
@@ -251,7 +253,7 @@ while True:
 
     # (e) log
     if run.step % config.log_every == 0 or run.step == config.steps - 1:
-        numbers = monitor.report(all_sum(total, device), table, config.loss)
+        numbers = goal.report(all_sum(total, device))
         if run.step == 0 and config.init:
             say(*monitor.alarm(numbers, table, config.init))
         speeds = meter.read(run.step)

@@ -21,7 +21,7 @@ FLOORS = {                                                      # imports run do
     "text": 1, "architectures": 1, "metrics": 1, "page": 1, "monitor": 1.3, "loss": 1,
     "duplex": 1.3, "chatml": 1.3, "turns": 1.3, "calls": 1.3, "guidance": 1.3,
     "dsaa": 1.5,
-    "dialogue": 1.5,
+    "dialogue": 1.5, "objective": 1.5,
     "vocabulary": 1.3, "manifest": 1.6, "annotate": 1.7,
     "cache": 2, "model": 2,
     "data": 3, "official": 3, "drawing": 3,

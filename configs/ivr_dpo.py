@@ -1,0 +1,43 @@
+"""Preference tuning (DPO) of a phone model: professional replies before curt ones and before figures that nobody looked up.
+
+    python checkpoint.py merge out/ivr_qwen --out=models/ivr_qwen      the model to begin with, its adapter folded in
+    python train.py configs/ivr_dpo.py                                 one GPU; minutes
+    python train.py configs/ivr_dpo.py --data.sources=pairs.jsonl      {"messages": [...], "chosen": ..., "rejected": ...} a line
+    python train.py configs/higgs_ar.py --dpo.beta=0.1 --data.sources=spoken_pairs.jsonl      any family that has adapters
+
+    python train.py configs/ivr_qwen.py --preset=base      a tiny Qwen, trained here
+    python train.py configs/ivr_dpo.py --smoke --init=out/smoke_ivr_base               and its preferences
+
+The reference is the same model with its adapters switched off, so the model to begin with is one plain checkpoint; objective.py
+has the equation. metrics.jsonl has loss, reward margin and accuracy, of training and held-out pairs. Recordings are sides as
+texts are; manifest.py shows both. Moshi: leave first-codebook weights at 1 (--data.stream_weights), a margin sums over all streams.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+from chatml import steered
+from config import DataConfig, DpoConfig, LoraConfig, TrainConfig
+from model import QWEN2_5_1_5B, ModelConfig, StackConfig
+from streams import Stream, StreamTable
+from text import load_tokenizer
+
+BASE = "models/ivr_qwen"
+TINY = "assets/tiny_qwen_tokenizer.json"
+ATTENTION = ("attn.q", "attn.k", "attn.v", "attn.o")
+
+config = TrainConfig(
+    model=replace(QWEN2_5_1_5B, checkpoint=True), init=BASE,
+    lora=LoraConfig(rank=8, alpha=16.0, targets=ATTENTION), dpo=DpoConfig(beta=0.1),      # no dropout: both models answer alike at first
+    data=DataConfig(sources=("assets/ivr/preferences.jsonl",), tokenizer=BASE, split="manifest", columns=1024),
+    out="out/ivr_dpo", epochs=1, steps=500, batch_size=1, accum=2,
+    lr=5e-5, schedule="linear", warmup=5, warmup_offset=1, betas=(0.9, 0.999), weight_decay=0.0, clip=1.0,
+    dtype="auto", seed=42, eval_every=10, patience=3, save_every=10, keep=2, log_every=1)
+
+table = steered(StreamTable((Stream("text", "text", 544, 544),), "qwen2", stop=(0, 0)), load_tokenizer(Path(__file__).parents[1] / TINY))
+tiny = ModelConfig(
+    table, StackConfig(dim=96, layers=2, heads=6, kv_heads=2, ffn=192, norm_eps=1e-6, rope_theta=1e6, qkv_bias=True), tied=True)
+smoke = replace(
+    config, model=tiny, init="", out="out/smoke_ivr_dpo", epochs=0, steps=20, batch_size=2, accum=1, lr=3e-3, warmup=2,
+    lora=replace(config.lora, targets=(*ATTENTION, "ffn.*")), data=replace(config.data, tokenizer=TINY, columns=768),
+    eval_every=10, eval_batches=4, patience=0, save_every=10, dtype="fp32")

@@ -618,11 +618,11 @@ def chat_of(segments: list[Segment], name: str) -> Example:
 
 
 def prompt_example(text: str, config: DataConfig, tokenizer: Tokenizer, codec: Any = None, voices: Sequence[tuple[str, str]] = (),
-                   table: StreamTable | None = None, before: Sequence[tuple[str, Tensor]] = ()) -> Example:
+                   table: StreamTable | None = None, before: Sequence[tuple[str, Tensor]] = (), reply: str = "") -> Example:
     """Build what sampling starts from: a text and, for cloning, `voices`: (wav file, its transcript), or ("", "profile:...").
 
     `table` tells aligned rows and conversations from plain sequences; a conversation goes on behind `before`, pairs of
-    text and codes that were spoken already.
+    text and codes that were spoken already. `reply` asks for "text" or "speech" where a model has both.
     """
     aligned, chat = table is not None and table.aligned, new_chat(config, tokenizer, table)
 
@@ -636,7 +636,7 @@ def prompt_example(text: str, config: DataConfig, tokenizer: Tokenizer, codec: A
     nothing = torch.zeros(0, 0, dtype=torch.long)
     found = [(said, reference_codes(name, said, config, codec) if name else nothing) for name, said in voices]
     if chat is not None:
-        return chat_of(chat.prompt(text, found, before=before), "prompt")
+        return chat_of(chat.prompt(text, found, before=before, reply=reply), "prompt")
     if voices and (len(voices) > 1 or not voices[0][0] or (table is not None and table.layout != "clone")):
         raise ValueError("this model does not clone voices like that; only one of layout clone takes a --ref, one of layout chatml several")
     for said, codes in found:
@@ -653,6 +653,15 @@ def spoken_prompt(index: Index, number: int, voice: int, config: DataConfig, tab
     example = prompt_example(entry.text, config, load_tokenizer(config.tokenizer), table=table)
     example.reference = clip_example(index, voice, 0, table.aligned) if voice >= 0 else None
     return example
+
+
+def reply_example(messages: list[dict[str, Any]], codes: Sequence[Tensor], config: DataConfig, tokenizer: Tokenizer, table: StreamTable,
+                  reply: str = "") -> Example:
+    """Build what a reply to messages starts from; `codes` (Q, T) of their recordings, `reply` "text" or "speech" ("" = if it can)."""
+    chat = new_chat(config, tokenizer, table)
+    if chat is None:
+        raise ValueError(f"a model of layout {table.layout!r} knows no conversation; give it --text")
+    return chat_of(chat.segments(messages, codes, reply=reply or ("speech" if chat.template.speak else "text")), "prompt")
 
 
 def reference_codes(name: str, said: str, config: DataConfig, codec: Any) -> Tensor:

@@ -25,15 +25,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import chatml
 import dsaa
 import lora
 import official
 from audio import hub
 from duplex import expand_depth, official_files, trim_depth
 from lora import LoraConfig
-from model import QWEN2_5_1_5B, FusionConfig, ModelConfig, MultistreamLM
+from model import MOSS_9B, QWEN2_5_1_5B, FusionConfig, ModelConfig, MultistreamLM
 from options import FULL, apply, edge, from_json, read_json, replace_file, split_arguments, to_json, unknown, write_json
 from parallel import barrier, place, whole
+from replies import split_tails
 from streams import StreamTable
 from text import load_tokenizer, tokenizer_file
 from vocabulary import swap_tokenizer
@@ -656,6 +658,34 @@ def setup_command(pairs: dict[str, str]) -> None:
     print(f"wrote {setup_dsaa(pairs['moshi'], pairs['text_llm'], pairs['out'], pairs.get('padding', 'own'), **choices)}")
 
 
+def split_from_qwen(model_or_ckpt: MultistreamLM | str | Path, tail: int = 4, codes: int = 16384, words: int = 0,
+                    tokenizer: str | Path = "", seed: int = 0) -> MultistreamLM:
+    """Make a speech model of the shape of MOSS-Speech out of any Qwen text model; its text logits stay what they were.
+
+    The last `tail` layers are doubled, `codes` is the size of the codec's table, `words` keeps so many text ids (0 = all).
+    The id that opens speech is read off `tokenizer`, by default the one that lies with the checkpoint, else as Qwen has it.
+    """
+    model = model_or_ckpt if isinstance(model_or_ckpt, nn.Module) else load(model_or_ckpt)
+    if getattr(model, "lora", None) is not None:
+        raise ValueError("the model has an adapter; merge it first (python checkpoint.py merge)")
+    extras = getattr(model, "extras", None) or Extras()
+    beside = [(extras.data or {}).get("tokenizer", ""), Path(extras.folder) / "tokenizer.json"] if extras.folder else []
+    tokenizer = tokenizer or next((path for path in beside if Path(path).is_file()), "")
+    start = chatml.resolve(load_tokenizer(tokenizer), (chatml.SOSP,), "Qwen")[chatml.SOSP] if tokenizer else MOSS_9B.table.audio_start
+    config, tensors = split_tails(model.config, weights(model), tail, codes, start, words, seed)
+    made = MultistreamLM(config)
+    fill(made, tensors, "the split model")
+    made.extras = Extras(data={"tokenizer": str(tokenizer)} if tokenizer else None)
+    return made.eval()
+
+
+def whole_number(pairs: dict[str, str], name: str, default: int) -> int:
+    if not pairs.get(name, "0").isdecimal():
+        raise ValueError(f"--{name}={pairs[name]} is no whole number; give one")
+    return int(pairs.get(name, default))
+
+
+COMMANDS = ("import", "export", "merge", "expand-depth", "trim-depth", "swap-tokenizer", "split-from-qwen", "show")
 USAGE = """python checkpoint.py import OFFICIAL --out=DIR                   read an official folder, file or hub id and write ours; knows
                                                                  Qwen2, Qwen3, Higgs Audio v2 (both layouts), Moshi, MOSS-Speech
 python checkpoint.py export CKPT --to=LAYOUT --out=DIR           multistream, hf, boson, moshi (adapters merged in fp32), peft, moshi-lora
@@ -663,6 +693,8 @@ python checkpoint.py merge CKPT --out=DIR                        export --to=mul
 python checkpoint.py expand-depth CKPT --out=DIR                 Moshi: predict the user's codebooks too; trim-depth undoes it
 python checkpoint.py swap-tokenizer CKPT --tokenizer=F --out=DIR   another language: shared pieces keep their rows; --from=F, the old one
 python checkpoint.py setup-dsaa --moshi=M --text-llm=L --out=DIR   new DSAA weights; --rate, --padding=own|space and fields of FusionConfig
+python checkpoint.py split-from-qwen CKPT --out=DIR              a speech model of MOSS-Speech's shape; --tail=4 layers each, --codes=16384,
+                                                                 --words=N keeps the first text ids, --tokenizer=FILE
 python checkpoint.py show CKPT                                   what a checkpoint holds"""
 
 
@@ -682,24 +714,25 @@ def main() -> None:
     if "help" in pairs or len(words) != 2:
         print(USAGE)
         raise SystemExit(0 if "help" in pairs else 2)
-    unknown_options(pairs, ("out", "to"))
     command, path = words
+    unknown_options(pairs, ("out", "tail", "codes", "words", "tokenizer") if command == "split-from-qwen" else ("out", "to"))
+    if command not in COMMANDS:
+        raise ValueError(f"unknown command {command!r}; it is one of {', '.join(COMMANDS)}")
+    if command != "show" and "out" not in pairs:
+        raise ValueError(f"{command} needs --out=DIR, the folder to write")
     if command in ("import", "export", "merge"):
-        if "out" not in pairs:
-            raise ValueError(f"{command} needs --out=DIR, the folder to write")
         print(f"wrote {export(path, pairs['out'], pairs.get('to', FORMAT))}")
     elif command in ("expand-depth", "trim-depth"):
-        if "out" not in pairs:
-            raise ValueError(f"{command} needs --out=DIR, the folder to write")
         print(f"wrote {rebuild(path, pairs['out'], expand_depth if command == 'expand-depth' else trim_depth)}")
-    elif command == "show":
+    elif command == "split-from-qwen":
+        tail, codes, kept = (whole_number(pairs, *named) for named in (("tail", 4), ("codes", 16384), ("words", 0)))
+        print(f"wrote {save(split_from_qwen(path, tail, codes, kept, pairs.get('tokenizer', '')), pairs['out'])}")
+    else:
         model = load(path)
         found = lora.norms(model)
         print(json.dumps({"folder": model.extras.folder, "step": model.extras.step, "parameters": model.count_parameters(),
                           "data": model.extras.data, "adapters": len(found),
                           "largest |BA|/|W|": max(found.values(), default=0.0)}, indent=1))
-    else:
-        raise ValueError(f"unknown command {command!r}; it is one of import, export, merge, expand-depth, trim-depth, swap-tokenizer, show")
 
 
 if __name__ == "__main__":

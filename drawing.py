@@ -34,6 +34,7 @@ class SampleConfig:
     ras_window: int = 0             # repetition-aware sampling: look back this many columns, 0 = off
     ras_repeats: int = 2            # redraw from the full distribution when a code was drawn so often there
     max_frames: int = 500           # columns generated at most
+    min_frames: int = 0             # columns in which nothing may end yet
     cfg: float = 1.0                # guidance: how much what the condition changes is exaggerated; 1 = off
     cfg_no_text: bool = False       # the unguided side reads no text
     cfg_hide: int = 0               # nor the first frames, this many
@@ -73,6 +74,9 @@ def rules_of(config: SampleConfig, start: int, stop: int, dtype: torch.dtype, de
 def prefill(model: MultistreamLM, prompt: Tensor, padding: Tensor, cache: Cache, guide: Guidance,
             chunk: int = 256) -> tuple[Tensor, Tensor]:
     """Read the prompt into the cache, `chunk` columns at a time; -> states of its last column, (B, 1, D) twice"""
+    if bool((prompt >= model.table.column("vocab").to(prompt.device)).any()):
+        raise ValueError(f"the prompt holds ids above the vocabulary: up to {prompt.amax((0, 2)).tolist()} in rows of "
+                         + f"{[s.vocab for s in model.table.streams]} ids; use the tokenizer and the codec that belong to the model")
     positions = torch.arange(prompt.shape[2], device=prompt.device)[None] - padding[:, None]
     positions = positions.clamp(min=-1)                                       # padding has position -1 and is never seen
     prompt, positions = guide.both(prompt, positions), guide.twice(positions)
@@ -90,7 +94,10 @@ def next_column(model: MultistreamLM, h: tuple[Tensor, Tensor], state: DecodeSta
     if table.conditions:
         column[:, table.conditions] = state.undelay.newest()[:, table.conditions]
     if table.text_out and (table.aligned or not all(speaking)):
-        drawn = draw(state.guide.mix(model.text_head(h_text), text=True).float()[:, None], config, slice(0, 1), noise)[:, 0]
+        logits = state.guide.mix(model.text_head(h_text), text=True).float()[:, None]
+        if noise.column < config.min_frames:
+            logits[..., list(table.stop)] = -torch.inf
+        drawn = draw(logits, config, slice(0, 1), noise)[:, 0]
         if max(owed) >= 0 or any(speaking) and not table.aligned:
             fixed = torch.tensor([-1 if s and not table.aligned else FREE if o < 0 else o for s, o in zip(speaking, owed, strict=True)])
             drawn = torch.where(fixed.to(drawn.device) == FREE, drawn, fixed.to(drawn.device))
@@ -118,6 +125,8 @@ def sample_audio(model: MultistreamLM, h: Tensor, column: Tensor, state: DecodeS
 
     def choose(logits: Tensor, at: slice) -> Tensor:
         logits = state.guide.mix(logits).float()
+        if end >= 0:                                                          # ids behind it pad the table of MOSS-Speech
+            logits[..., end + (noise.column >= config.min_frames) :] = -torch.inf
         if end >= 0 and may_end is not None:
             logits[~may_end, :, end] = -torch.inf
         places = slice(first + at.start, first + at.stop)

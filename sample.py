@@ -25,7 +25,7 @@ from tqdm import tqdm
 import lora
 from audio import load_codec
 from audio.wav import WavWriter, load_wav, save_wav
-from cache import encode
+from cache import encode, reply_example
 from chatml import OFFICIAL, chunks, pair_voices, usual_rules
 from checkpoint import DTYPES, load
 from data import DataConfig, load_tokenizer, prompt_example
@@ -36,6 +36,7 @@ from guidance import Guidance, chosen
 from kernels.sample import Noise
 from model import MultistreamLM
 from options import apply, edge, from_json, help_text, read_lines, replace_file, split_arguments
+from replies import tell
 from streams import FEEDS, Example, delay, lay_out
 from turns import finish, start_state
 
@@ -115,7 +116,7 @@ def speak_examples(model: MultistreamLM, examples: Sequence[Example], config: Sa
     prompt = pad_left([lay_out(example, table)[0] for example in examples])
     feed = FEEDS[table.layout]([e.text for e in examples], table) if table.layout in FEEDS else None
     frames: list[Tensor] = []
-    decoder = codec.stream() if on_audio else None
+    decoder, heard = codec.stream() if on_audio else None, False
     bar = tqdm(total=config.max_frames, unit="frame", disable=not (progress and sys.stderr.isatty()))
     for frame in generate(model, prompt, config, feed):
         codes = frame[:, table.audio_out].cpu()                           # the codec may live elsewhere
@@ -123,8 +124,9 @@ def speak_examples(model: MultistreamLM, examples: Sequence[Example], config: Sa
         bar.update()
         if decoder is not None and bool((codes[0] >= 0).all()):
             on_audio(decoder.decode(sounding(codes[:1, :, None], codec))[0])
+            heard = True
     bar.close()
-    if decoder is not None:
+    if heard:
         on_audio(decoder.flush()[0])
     stacked = torch.stack(frames, dim=-1) if frames else torch.empty(len(examples), len(table.audio_out), 0, dtype=torch.long)
     capped = len(frames) >= config.max_frames - (max(table.delays) if table.aligned else 0)
@@ -208,6 +210,8 @@ class Job(SampleConfig):
     prompt: str = ""             # or a stereo dialogue to go on with, left the model; then it speaks with user, or for both
     seconds: float = 20.0        # with prompt: go on for so long
     condition: str = ""          # what Hibiki and its like are told: description=very_good
+    reply: str = ""              # conversations: "text", printed as it comes, or "speech"; "" = speech where there is any
+    system: str = ""             # conversations: system message, "" = as in training
     exact_moshi: bool = False    # with user: miss its first frame as moshi's generator does
     ref: tuple[str, ...] = ()    # recording of the voice to clone, or "profile:" and words; several are [SPEAKER0], [SPEAKER1]
     ref_text: tuple[str, ...] = ()  # what each recording says
@@ -228,6 +232,7 @@ class Job(SampleConfig):
         super().__post_init__()
         assert self.ref_in in ("assistant", "system"), "ref_in is assistant or system"
         assert min(self.chunk_words, self.chunk_buffer) >= 0, "chunk_words and chunk_buffer are not negative"
+        assert self.reply in ("", "text", "speech"), f"reply {self.reply!r} is neither text nor speech"
         assert self.batch > 0, f"batch {self.batch} is not positive"
         assert self.dtype in DTYPES, f"dtype {self.dtype!r} is none of {', '.join(DTYPES)}"
         assert self.device in ("cpu", "cuda"), f"device {self.device!r} is neither cpu nor cuda"
@@ -246,7 +251,7 @@ def load_for_sampling(job: Job) -> tuple[MultistreamLM, DataConfig]:
     folder = Path(model.extras.folder)
     facts = dict(model.extras.data or OFFICIAL.get(model.table.layout, {}) | official_files(folder))
     facts |= {key: getattr(job, key) for key in ("codec", "tokenizer", "normaliser") if getattr(job, key)}
-    facts |= {"scene": job.scene, "reference_in": job.ref_in}
+    facts |= {"scene": job.scene, "reference_in": job.ref_in} | ({"system": job.system} if job.system else {})
     return model, from_json(DataConfig, facts, f"{folder}/config.json data")
 
 
@@ -278,6 +283,12 @@ def converse(job: Job, ruled: bool = True) -> None:
     """
     model, data = load_for_sampling(job)
     table = model.table
+    if table.layout == "moss" and job.user:
+        codec, tokenizer = load_codec(data.codec), load_tokenizer(data.tokenizer)
+        codes = encode(codec, load_wav(job.user, codec.sample_rate)[0])
+        asked = {"role": "user", "content": [{"type": "audio", "audio_url": job.user}]}
+        prompt = lay_out(reply_example([asked], [codes], data, tokenizer, table, job.reply), table)[0]
+        return tell(generate(model, prompt, job), table, tokenizer, "" if job.reply == "text" else job.out, codec)
     if table.layout != "duplex":
         given = "--user" if job.user else "--prompt"
         raise ValueError(f"{given} needs a model that listens, {job.ckpt} has layout {table.layout!r}; give it --text")
@@ -294,7 +305,14 @@ def say(job: Job, texts: list[str], voices: Sequence[tuple[str, str]] = (), give
     model, data = load_for_sampling(job)
     if model.table.layout == "duplex":
         raise ValueError(f"{job.ckpt} talks with somebody; give it a recording with --user=in.wav instead of a text")
-    job, codec, rows = replace(job, **usual_rules(model.table.layout, given)), load_codec(data.codec), []
+    job = replace(job, **usual_rules(model.table.layout, given))
+    if not model.table.audio_out or job.reply == "text":
+        tokenizer = load_tokenizer(data.tokenizer)
+        for text in texts:
+            prompt = lay_out(prompt_example(text, data, tokenizer, table=model.table, reply="text"), model.table)[0]
+            tell(generate(model, prompt, job), model.table, tokenizer)
+        return
+    codec, rows = load_codec(data.codec), []
     for at in range(0, len(texts), job.batch):
         part = texts[at : at + job.batch]
         with WavWriter(job.out, codec.sample_rate) if job.stream else nullcontext() as writer:

@@ -171,6 +171,28 @@ def word_list(name: str, content: bytes, words: list[str]) -> Tokenizer:
     return Tokenizer(name, len(words) + 1, encode, lambda found: " ".join(words[i - 1] for i in found if 0 < i <= len(words)), content)
 
 
+class TextStream:
+    """Spell ids as they come: `push` gives what is new as soon as its bytes are whole characters, `flush` the rest."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.decode, self.ids = tokenizer.decode, list[int]()
+        self.begin = self.told = 0          # ids before `told` are spelled; those from `begin` on are spelled again with the next
+
+    def push(self, token: int) -> str:
+        self.ids.append(token)
+        return self.rest(whole=True)
+
+    def flush(self) -> str:
+        return self.rest(whole=False)
+
+    def rest(self, whole: bool) -> str:
+        before, now = self.decode(self.ids[self.begin : self.told]), self.decode(self.ids[self.begin :])
+        if len(now) <= len(before) or (whole and now.endswith("\ufffd")):       # bytes of a character are still to come
+            return ""
+        self.begin, self.told = self.told, len(self.ids)
+        return now[len(before) :]
+
+
 # ---- when words are said ----
 
 def spread(words: Sequence[str], start: float, end: float) -> list[tuple[str, float]]:

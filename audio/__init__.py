@@ -30,7 +30,7 @@ def _is_tiny(path: Path) -> bool:
 
 
 OWN = ("model.pth", "tokenizer-*.safetensors", "mimi-*.safetensors")     # what official repositories call a codec's weights
-NAMES = {"tiny": (TinyCodec.load, TINY)}            # name -> (loader, the file it reads)
+NAMES = {"tiny": (TinyCodec.load, TINY), "tiny:1": (TinyCodec.load_coarse, TINY)}       # name -> (loader, the file it reads)
 KINDS = [                                           # what a file or folder holds -> loader
     (_is_tiny, TinyCodec.load), (is_higgs, HiggsCodec.load), (is_moss, MossCodec.load), (is_mimi, MimiCodec.load)]
 

@@ -67,13 +67,15 @@ class TinyCodec(nn.Module):
         """(B, 640 T + 864) with 432 samples of context on each side -> codes (B, 8, T)."""
         x = log_mel(wav.to(torch.float32 if wav.device.type == "mps" else torch.float64))   # (B, 4 T, 80)
         x = x.reshape(len(x), -1, STACK * MELS) - self.mean.to(x.dtype)                     # -> (B, T, 320)
-        return self.rvq.encode((x @ self.basis.T.to(x.dtype)).transpose(1, 2))
+        return self.rvq.encode((x @ self.basis.T.to(x.dtype)).transpose(1, 2), self.num_codebooks)
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
         """Codes (B, 8, T) in 0..255 -> (B, 1, 640 T) in [-1, 1].  ValueError for -1 or other ids outside."""
         if codes.dim() == 3 and codes.shape[1] != self.num_codebooks:
-            raise ValueError(f"the tiny codec decodes 8 codebooks, got {codes.shape[1]} of shape {tuple(codes.shape)}; pass (B, 8, T)")
+            Q = self.num_codebooks
+            found = f"got {codes.shape[1]} of shape {tuple(codes.shape)}"
+            raise ValueError(f"the {self.name} codec decodes {Q} codebooks, {found}; pass (B, {Q}, T)")
         if codes.shape[-1] == 0:
             return torch.zeros(len(codes), 1, 0, device=codes.device)
         mel = self.mel(codes)
@@ -110,6 +112,13 @@ class TinyCodec(nn.Module):
         except SafetensorError as error:
             raise ValueError(f"{path} is not a whole safetensors file ({error}); fetch it again") from error
         return codec.to(device).eval()
+
+    @classmethod
+    def load_coarse(cls, path, device: str = "cpu") -> "TinyCodec":
+        """The same with its first codebook alone, for models of one stream: speech that can be told, and no more."""
+        codec = cls.load(path, device=device)
+        codec.num_codebooks, codec.name = 1, "tiny:1"
+        return codec
 
     @classmethod
     def _from_open(cls, path: Path, file, decoder: str | None) -> "TinyCodec":

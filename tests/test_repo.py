@@ -23,6 +23,7 @@ FLOORS = {                                                      # imports run do
     "dsaa": 1.5,
     "dialogue": 1.5, "objective": 1.5,
     "vocabulary": 1.3, "manifest": 1.6, "annotate": 1.7,
+    "replies": 1.5,
     "cache": 2, "model": 2,
     "data": 3, "official": 3, "drawing": 3,
     "config": 4, "checkpoint": 4,

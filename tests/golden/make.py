@@ -1,6 +1,6 @@
 """Write the golden files: tiny random models in their official implementation, its inputs and what it answers.
 
-    python tests/golden/make.py qwen2 qwen2_tied qwen3 qwen_peft higgs moshi moshi_steps moss     (environment A)
+    python tests/golden/make.py qwen2 qwen2_tied qwen3 qwen_peft higgs moshi moshi_steps moss moss_talk     (environment A)
     python tests/golden/make.py boson_list boson_forward                                          (environment B)
 
 A: torch 2.13.0, transformers 5.23.0, peft 0.21.2, and moshi 0.2.13 with --no-deps plus einops sentencepiece sphn.
@@ -245,36 +245,102 @@ def moshi_steps() -> None:
 
 # ---- MOSS-Speech ----
 
-def moss() -> None:
+MOSS = {"hidden_size": 20, "intermediate_size": 28, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 6,
+        "max_position_embeddings": 128, "rope_theta": 1e6, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
+
+
+def moss_pair(shared: int, tail: int, text_vocab: int, audio_vocab: int, seed: int) -> tuple[nn.Module, nn.Module]:
     """No package of it exists; two Qwen3 that share their first layers are what its modeling file computes."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
-    shared, tail, text_vocab, audio_vocab, pad, begin, end = 2, 1, 48, 30, 47, 44, 20
-    base = {"hidden_size": 20, "intermediate_size": 28, "num_hidden_layers": shared + tail, "num_attention_heads": 3,
-            "num_key_value_heads": 1, "head_dim": 6, "max_position_embeddings": 128, "rope_theta": 1e6, "rms_norm_eps": 1e-6,
-            "tie_word_embeddings": False}
-    text, audio = (scramble(Qwen3ForCausalLM(Qwen3Config(vocab_size=v, attn_implementation="eager", **base)), 31 + v)
-                   for v in (text_vocab, audio_vocab))
+    text, audio = (scramble(Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=v, num_hidden_layers=shared + tail, attn_implementation="eager", **MOSS)), seed + v) for v in (text_vocab, audio_vocab))
     audio.model.layers[:shared].load_state_dict(text.model.layers[:shared].state_dict())
+    return text, audio
+
+
+def moss_logits(text: nn.Module, audio: nn.Module, rows: Tensor, pad: int) -> tuple[Tensor, Tensor]:
+    """Both heads behind every column of rows (2, S)."""
+    is_audio = rows[0] == pad
+    words = text.model.embed_tokens(rows[0].masked_fill(is_audio, 0))
+    x = torch.where(is_audio[:, None], audio.model.embed_tokens(rows[1]), words)[None]
+    return text(inputs_embeds=x).logits, audio(inputs_embeds=x).logits
+
+
+def write_moss(name: str, text: nn.Module, audio: nn.Module, shared: int, ids: dict[str, int | list[int]], **tensors: Tensor) -> None:
     weights = {"model.embed_tokens.weight": text.model.embed_tokens.weight, "model.audio_embed.weight": audio.model.embed_tokens.weight}
     for side, model in (("text", text), ("audio", audio)):
         weights |= {f"model.{side}_norm.weight": model.model.norm.weight, f"{side}_lm_head.weight": model.lm_head.weight}
-        for name, p in model.model.layers.named_parameters():
-            n, _, rest = name.partition(".")
+        for key, p in model.model.layers.named_parameters():
+            n, _, rest = key.partition(".")
             own = int(n) - shared
             weights[f"model.shared_block.layers.{n}.{rest}" if own < 0 else f"model.{side}_block.layers.{own}.{rest}"] = p
-    rows = torch.stack([draw(40, 17, seed=1), draw(audio_vocab, 17, seed=2)])            # text row, audio row
-    rows[0, 6:12], rows[0, 5] = pad, begin
-    is_audio = rows[0] == pad
-    with torch.no_grad():
-        words = text.model.embed_tokens(rows[0].masked_fill(is_audio, 0))
-        x = torch.where(is_audio[:, None], audio.model.embed_tokens(rows[1]), words)[None]
-        text_logits, audio_logits = (m(inputs_embeds=x).logits for m in (text, audio))
-    about = {"architectures": ["MossSpeechForCausalLM"], "model_type": "moss_speech", **base, "hidden_act": "silu", "attention_bias": False,
-             "vocab_size": text_vocab, "audio_vocab_size": audio_vocab, "num_shared_layers": shared, "num_modality_layers": tail,
-             "channels": 2, "modality_pad_token_id": pad, "sosp_token_id": begin, "eosp_token_id": end, "eos_token_id": [45]}
+    layers = text.config.num_hidden_layers
+    about = {"architectures": ["MossSpeechForCausalLM"], "model_type": "moss_speech", **MOSS, "num_hidden_layers": layers,
+             "hidden_act": "silu", "attention_bias": False, "vocab_size": text.config.vocab_size,
+             "audio_vocab_size": audio.config.vocab_size,
+             "num_shared_layers": shared, "num_modality_layers": layers - shared, "channels": 2, **ids}
     holder = nn.Module()
     holder.state_dict = lambda: {k: v.detach() for k, v in weights.items()}
-    write("moss", holder, about, "torch transformers", rows=rows, text_logits=text_logits, audio_logits=audio_logits)
+    write(name, holder, about, "torch transformers", **tensors)
+
+
+@torch.no_grad()
+def moss() -> None:
+    pad, begin = 47, 44
+    text, audio = moss_pair(2, 1, 48, 30, 31)
+    rows = torch.stack([draw(40, 17, seed=1), draw(30, 17, seed=2)])                     # text row, audio row
+    rows[0, 6:12], rows[0, 5] = pad, begin
+    text_logits, audio_logits = moss_logits(text, audio, rows, pad)
+    ids = {"modality_pad_token_id": pad, "sosp_token_id": begin, "eosp_token_id": 20, "eos_token_id": [45]}
+    write_moss("moss", text, audio, 2, ids, rows=rows, text_logits=text_logits, audio_logits=audio_logits)
+
+
+PAD, BEGIN, END, FILLER, STOP = 111, 100, 64, 5, 101
+
+
+def moss_prompt(seed: int, speech: bool) -> Tensor:
+    """Text, a recording, the head of a reply, and the mark that opens speech where it is wanted."""
+    words, codes = draw(100, 4 + seed % 7, seed=seed), draw(64, 3 + seed % 5, seed=seed + 1000)
+    head = torch.tensor([7, 8, *[BEGIN] * speech])
+    text = torch.cat([words, torch.tensor([BEGIN]), torch.full((len(codes) + 1,), PAD), head])
+    heard = torch.cat([codes, torch.tensor([END])])
+    return torch.stack([text, torch.cat([torch.full((len(words) + 1,), FILLER), heard, torch.full_like(head, FILLER)])])
+
+
+def moss_reply(text: nn.Module, audio: nn.Module, rows: Tensor, early: int, most: int = 40) -> Tensor:
+    """Its state machine row by row, every step computed from the first row on: nothing ends in the first `early` steps."""
+    speaking = False
+    for n in range(most):
+        speaking = bool(rows[0, -1] == BEGIN) if not speaking else bool(rows[1, -1] != END)
+        said, spoken = (logits[0, -1] for logits in moss_logits(text, audio, rows, PAD))
+        spoken[END + 1 :] = -torch.inf
+        if n < early:
+            spoken[END] = said[STOP] = -torch.inf
+        new = torch.stack([torch.tensor(PAD) if speaking else said.argmax(), spoken.argmax()])
+        rows = torch.cat([rows, new[:, None]], 1)
+        if new[0] == STOP:
+            break
+    return rows
+
+
+@torch.no_grad()
+def moss_talk() -> None:
+    """Replies that go through both modes and end; heads are scaled so that some do."""
+    text, audio = moss_pair(2, 2, 120, 80, 7)
+    text.lm_head.weight[[BEGIN, STOP]] *= torch.tensor([2.5, 1.8])[:, None]
+    audio.lm_head.weight[END] *= 1.8
+    cases, wanted, seed = {}, ["text", "text", "text", "speech", "speech", "speech", "early", "early"], 0
+    while len(cases) < 2 * len(wanted):
+        seed += 1
+        n = len(cases) // 2
+        prompt = moss_prompt(seed, wanted[n] != "text")
+        made = moss_reply(text, audio, prompt, 9 * (wanted[n] == "early"))[:, prompt.shape[1] :]
+        spoken = int((made[0] == PAD).sum())
+        if made[0, -1] == STOP and 2 < spoken < made.shape[1] - 1:
+            cases |= {f"{n}-{wanted[n]}/prompt": prompt, f"{n}-{wanted[n]}/made": made}
+    print({name: made.shape[1] for name, made in cases.items() if name.endswith("made")}, "of", seed, "prompts")
+    write_moss("moss_talk", text, audio, 2, {"modality_pad_token_id": PAD, "sosp_token_id": BEGIN, "eosp_token_id": END,
+                                             "eos_token_id": [STOP]}, **cases)
 
 
 if __name__ == "__main__":

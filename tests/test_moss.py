@@ -1,0 +1,171 @@
+"""MOSS-Speech: generation through both modes, split models, replies in pieces, the recipe from calls to export."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import call
+from test_parity import Golden
+from test_qwen import IDS, TABLES, TOKENIZER, WORDS, ids
+
+import checkpoint
+from architectures import ModelConfig, StackConfig
+from chatml import SOSP
+from checkpoint import load, split_from_qwen
+from model import MultistreamLM
+from replies import pieces
+from sample import SampleConfig, generate, pad_left
+from text import TextStream, load_tokenizer
+
+Q3 = StackConfig(dim=20, layers=4, heads=3, kv_heads=1, head_dim=6, ffn=28, norm_eps=1e-6, rope_theta=1e6, qk_norm=True)
+Q2 = replace(Q3, qk_norm=False, qkv_bias=True)
+
+
+def drawn(model: MultistreamLM, seed: int = 0) -> MultistreamLM:
+    """Every parameter drawn again, norms and biases too."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn(p.shape, generator=g)
+            p.copy_(1 + 0.3 * noise if "norm" in name else noise * (0.3 if p.dim() == 1 else 0.25))
+    return model.eval()
+
+
+def text_model(stack: StackConfig = Q3, tied: bool = False) -> MultistreamLM:
+    return drawn(MultistreamLM(ModelConfig(TABLES["qwen3" if stack.qk_norm else "qwen2"], stack, tied=tied)))
+
+
+# ---- against two Qwen3 that share their first layers ----
+
+TALK = sorted({name.split("/")[0] for name in Golden("moss_talk").tensors})
+
+
+def columns(rows: torch.Tensor, pad: int) -> torch.Tensor:
+    """The official rows (2, S), each with a value in both, as our grid."""
+    audio = rows[0] == pad
+    return torch.stack([rows[0].masked_fill(audio, -1), rows[1].masked_fill(~audio, -1)])
+
+
+def replies(model: MultistreamLM, prompts: list[torch.Tensor], **rules: object) -> torch.Tensor:
+    config = SampleConfig(**{"temperature": 0, "max_frames": 40, **rules})
+    return torch.stack(list(generate(model, pad_left(prompts), config)), -1)
+
+
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory):
+    golden = Golden("moss_talk")
+    return load(golden.write(tmp_path_factory.mktemp("moss"))), golden
+
+
+@pytest.mark.parametrize("name", TALK)
+def test_greedy_replies_equal_the_reference_through_both_modes(talker, name):
+    """Text, speech, text again, the end: with caches ours, recomputed from the first row theirs."""
+    model, golden = talker
+    pad = golden.config["modality_pad_token_id"]
+    made = columns(golden[f"{name}/made"], pad)
+    wanted = made.clone()
+    wanted[1][made[1] == golden.config["eosp_token_id"]] = -1            # the end of speech is no code
+    ours = replies(model, [columns(golden[f"{name}/prompt"], pad)], min_frames=9 * name.endswith("early"))[0]
+    assert torch.equal(ours, wanted) and (wanted[1] >= 0).sum() > 2 and (wanted[0] >= 0).any()
+
+
+def test_left_padded_replies_equal_single_ones(talker):
+    """One batch in which some speak while others write, and end at different times."""
+    model, golden = talker
+    prompts = [columns(golden[f"{name}/prompt"], golden.config["modality_pad_token_id"]) for name in TALK]
+    together = replies(model, prompts)
+    assert len({p.shape[1] for p in prompts}) > 3
+    for n, prompt in enumerate(prompts):
+        alone = replies(model, [prompt])[0]
+        assert torch.equal(together[n][:, : alone.shape[1]], alone) and together[n][:, alone.shape[1] :].eq(-1).all()
+
+
+@torch.no_grad()
+def test_logits_of_a_left_padded_batch_and_of_single_columns_equal_the_whole(tmp_path):
+    golden = Golden("moss")
+    model, whole = load(golden.write(tmp_path)), columns(golden["rows"], golden.config["modality_pad_token_id"])
+    grids = [whole, whole[:, 3:14], whole[:, 6:12], whole[:, :5]]
+    batch = pad_left(grids)
+    positions = torch.arange(batch.shape[2]) - torch.tensor([[batch.shape[2] - g.shape[1]] for g in grids])
+    padded = model.hidden(batch, positions.clamp(min=-1))
+    for n, g in enumerate(grids):
+        text, audio = (x[0] for x in model.hidden(g[None]))
+        cache = model.cache(1, g.shape[1])              # what a step gives, the next one may overwrite
+        steps = [[x.clone() for x in model.hidden(g[None, :, s : s + 1], torch.tensor([[s]]), cache=cache)] for s in range(g.shape[1])]
+        for whole, side, head in ((text, 0, model.text_head), (audio, 1, model.audio_head)):
+            for other in (padded[side][n, -g.shape[1] :], torch.cat([step[side][0] for step in steps])):
+                assert (head(whole) - head(other)).abs().max() <= 1e-5 * max(1.0, float(head(whole).abs().max()))
+
+
+# ---- split ----
+
+@pytest.mark.parametrize("stack", [Q3, Q2], ids=["qwen3", "qwen2"])
+@pytest.mark.parametrize(("tail", "tied"), [(1, False), (3, True)])
+def test_a_split_model_has_the_text_logits_of_its_source(stack, tail, tied):
+    source = text_model(stack, tied)
+    kept = {name: p.clone() for name, p in source.named_parameters()}
+    split = split_from_qwen(source, tail=tail, codes=64, tokenizer=TOKENIZER)
+    assert split.config.tail == tail and split.config.temporal.layers == 4 - tail and not split.config.tied
+    assert split.table.audio_start == IDS[SOSP] and split.table.streams[1].end == 64 and split.table.streams[1].vocab == 128
+    words = torch.randint(0, 500, (2, 1, 9), generator=torch.Generator().manual_seed(1))
+    none = torch.full_like(words, -1)
+    with torch.inference_mode():
+        assert torch.equal(split(torch.cat([words, none], 1))[0], source(words)[0])
+    drawn(split, 5)
+    assert all(torch.equal(p, kept[name]) for name, p in source.named_parameters())          # nothing is shared with the source
+    small = split_from_qwen(source, tail=tail, codes=64, words=520, tokenizer=TOKENIZER)
+    with torch.inference_mode():
+        assert (small(torch.cat([words, none], 1))[0] - source(words)[0][..., :520]).abs().max() <= 1e-5
+
+
+def test_split_on_the_command_line_and_what_does_not_fit(tmp_path):
+    checkpoint.save(text_model(), tmp_path / "q", checkpoint.Extras(data={"tokenizer": str(TOKENIZER), "codec": "tiny"}))
+    rc, out, err = call("checkpoint.py", "split-from-qwen", tmp_path / "q", "--out", tmp_path / "z", "--tail=2", "--codes=256")
+    assert rc == 0 and out == f"wrote {tmp_path / 'z'}\n", err
+    made = load(tmp_path / "z")
+    assert made.config.tail == 2 and made.extras.data == {"tokenizer": str(tmp_path / "z" / TOKENIZER.name)}
+    for args, told in ((("--tail=4",), "--tail=4 does not fit 4 layers; give 1 to 3"), (("--tail=0",), "--tail=0 does not fit"),
+                       (("--words=515", "--tail=1"), "id 515 that opens speech must lie below 515 kept text ids, of 544 in the model"),
+                       (("--words=600", "--tail=1"), "must lie below 600 kept text ids, of 544"),
+                       (("--codes=0", "--tail=1"), "and --codes above 0"),
+                       (("--tail=x",), "--tail=x is no whole number"), (("--tails=2",), "nearest is --tail")):
+        rc, _, err = call("checkpoint.py", "split-from-qwen", tmp_path / "q", "--out", tmp_path / "y", *args)
+        assert rc == 2 and told in err and err.count("\n") == 1 and not (tmp_path / "y").exists(), err
+    with pytest.raises(ValueError, match="only a text model can be split"):
+        split_from_qwen(made)
+    with pytest.raises(ValueError, match="id 151646 that opens speech must lie below 544"):
+        split_from_qwen(text_model(), tail=1)
+    bare = checkpoint.export(text_model(), tmp_path / "hf", to="hf")                          # an official folder, its tokenizer beside it
+    (bare / "tokenizer.json").write_bytes(TOKENIZER.read_bytes())
+    assert split_from_qwen(bare, tail=1, codes=64).table.audio_start == IDS[SOSP]
+
+
+# ---- ids, pieces ----
+
+def test_text_comes_as_soon_as_its_bytes_are_whole():
+    text = "It's 4 €: مرحبا 👩‍👩‍👧 你好"
+    stream, said = TextStream(WORDS), []
+    for token in ids(text):
+        said.append(stream.push(token))
+    assert "".join(said) == text and "" in said and not any("\ufffd" in piece for piece in said)
+    half = TextStream(WORDS)
+    assert half.push(ids("€")[0]) == "" and half.flush() == "\ufffd"
+    letters = TextStream(load_tokenizer("bytes"))
+    assert [letters.push(b) for b in "é!".encode()] == ["", "é", "!"]
+
+
+def test_pieces_of_a_reply():
+    """Five frames of codes at a time, the rest when speech ends; marks are not said; a reply that was cut says so."""
+    table, end = TABLES["moss"], IDS["<|im_end|>"]
+    word = ids("a")[0]
+    columns = [(word, -1), (IDS[SOSP], -1), *[(-1, c) for c in range(7)], (-1, -1), (word, -1), (end, -1)]
+    frames = [torch.tensor([column, (3, 4)]) for column in columns]
+    made = [(kind, piece.tolist() if kind == "codes" else piece) for kind, piece in pieces(frames, table, WORDS)]
+    assert made == [("text", "a"), ("codes", [[0, 1, 2, 3, 4]]), ("codes", [[5, 6]]), ("text", "a")]
+    assert [kind for kind, _ in pieces(frames[:5], table, WORDS)] == ["text", "codes", "cut"]
+
+
+def test_ids_above_the_vocabulary_are_named():
+    model = drawn(MultistreamLM(ModelConfig(TABLES["moss"], Q3, tail=1)))
+    with pytest.raises(ValueError, match=r"ids above the vocabulary: up to \[544, -1\] in rows of \[544, 80\] ids; use the tokenizer"):
+        next(generate(model, torch.tensor([[1, 544], [-1, -1]])))

@@ -39,18 +39,16 @@ wer: $(VENV)/test         ## word error rate of the demo's recordings, by an off
 
 bench: $(VENV)/core       ## us against what others use, side by side (peers that are not installed read "not measured"; minutes)
 	$(RUN) bench.py loss
-	$(RUN) bench.py train --model=higgs --peer
-	$(RUN) bench.py train --model=moshi --peer
-	$(RUN) bench.py train --model=qwen --peer
-	$(RUN) bench.py decode --model=higgs --peer
+	$(RUN) bench.py higgs
+	$(RUN) bench.py moshi
+	$(RUN) bench.py qwen
 	$(RUN) bench.py decode --model=higgs --peer --width=128
-	$(RUN) bench.py decode --model=moshi --peer
 	$(RUN) bench.py decode --model=moshi --peer --width=128
-	$(RUN) bench.py decode --model=qwen --peer
 	$(RUN) bench.py decode --model=qwen --peer --width=128
-	$(RUN) bench.py train
-	$(RUN) bench.py decode
+	$(RUN) bench.py tiny
 	$(RUN) bench.py loader
+	$(RUN) bench.py kernels --pairs=3
+	$(RUN) bench.py scaling --model=higgs --width=128 --pairs=5
 
 lines:                    ## how long everything is
 	@wc -l *.py audio/*.py configs/*.py tests/*.py

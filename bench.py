@@ -1,9 +1,13 @@
 """Side-by-side measurements: us and what people use now, in one process, on equal weights and equal tokens.
 
+    python bench.py higgs                           both of these with the peer; also moshi, qwen, moss, tiny
     python bench.py train --model=higgs --peer      a LoRA training step against transformers + PEFT (moshi: against moshi)
     python bench.py decode --model=moshi --peer     greedy frames against LMGen (higgs, qwen: against transformers generate)
     python bench.py loss                            chunked cross-entropy against full logits: time and peak memory
+    python bench.py memory --model=higgs --peer     peak extra memory of the loss and of a training step
+    python bench.py kernels                         every op of kernels/ against torch.compile of its reference (CUDA)
     python bench.py loader                          columns a second and packing of data.Loader on the bundled speech
+    python bench.py scaling                         a training step on 1, 2 and 4 gloo processes of one thread each
 
 Before anything is timed both sides compute: the losses of three updates, or all greedy tokens, must be equal. Then they
 alternate, and the median of the pairwise ratios counts: a busy machine slows both halves of a pair. A peer that is not
@@ -13,6 +17,7 @@ installed reads "not measured". `make bench` runs everything; BENCHMARKS.md hold
 import importlib.metadata
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -20,15 +25,18 @@ import time
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import lora
+import parallel
 import peers
 from checkpoint import export
 from data import Loader, prepare
+from kernels import PAIRS, shapes
 from lora import LoraConfig
 from loss import LossConfig, loss_scale
 from model import MultistreamLM
@@ -37,7 +45,8 @@ from peers import Side
 from sample import SampleConfig, generate
 from streams import delay
 
-LORA = {"higgs": ("attn.*", "audio_ffn.*"), "qwen": ("attn.*", "ffn.*"), "moshi": ("*",), "tiny": ("attn.*", "ffn.*")}
+LORA = {"higgs": ("attn.*", "audio_ffn.*"), "moshi": ("*",), **dict.fromkeys(("qwen", "tiny", "moss"), ("attn.*", "ffn.*"))}
+BYTES, FLOPS = 4.3e12, 790e12      # an H200: bytes a second of a copy, bf16 operations a second of a product, both measured
 TARGETS = {"train higgs": 0.8, "train moshi": 0.7, "decode higgs": 0.5, "decode moshi": 0.5, "decode qwen": 0.5}     # ours / peer
 TOLERANCE = 1e-4           # of losses, relative; tokens must be the same
 
@@ -46,7 +55,7 @@ TOLERANCE = 1e-4           # of losses, relative; tokens must be the same
 class Job:
     """What is measured, and how long."""
 
-    model: str = "tiny"        # tiny, higgs, moshi or qwen
+    model: str = "tiny"        # tiny, higgs, moshi, moss or qwen
     preset: str = "tiny"       # tiny: small shapes, fp32; full: the published shape with random weights, bf16
     peer: bool = False         # also run the peer, alternately
     width: int = 256           # of the tiny preset, a multiple of 32; at 128 more is overhead and less is memory traffic
@@ -58,6 +67,16 @@ class Job:
         assert self.model in LORA, f"model {self.model!r} is none of {', '.join(LORA)}"
         assert self.preset in ("tiny", "full"), f"preset {self.preset!r} is neither tiny nor full"
         assert self.pairs > 0 and self.threads > 0 and self.width % 32 == 0 < self.width, "pairs and threads are at least 1, width is 32 n"
+
+
+class Pair(NamedTuple):
+    """What is compared: two sides, or ours alone, and what of them is equal or why there is no peer."""
+
+    ours: Side
+    peer: Side | None
+    units: int                 # columns, frames or tokens that a side works off
+    told: str
+    model: MultistreamLM
 
 
 # ---- measuring ----
@@ -109,7 +128,7 @@ def write(job: Job, folder: Path) -> tuple[MultistreamLM, str]:
 
 # ---- one training step ----
 
-def train_case(job: Job, folder: Path) -> tuple[Side, Side | None, int, str]:
+def train_case(job: Job, folder: Path) -> Pair:
     model, why = write(job, folder)
     lora.inject(model, LoraConfig(rank=16, alpha=32.0, targets=LORA[job.model])).train()
     for name, p in model.named_parameters():
@@ -124,12 +143,12 @@ def train_case(job: Job, folder: Path) -> tuple[Side, Side | None, int, str]:
         training = peers.moshi_training if job.model == "moshi" else peers.transformers_training
         peer = peers.training_side(*training(folder, model, tokens, weights))
     ours = peers.training_side(model, lambda: (scale * model(tokens, weights).nll).sum())
-    return ours, peer, tokens.shape[0] * tokens.shape[2], why or "losses of three updates"
+    return Pair(ours, peer, tokens.shape[0] * tokens.shape[2], why or "losses of three updates", model)
 
 
 # ---- decoding ----
 
-def decode_case(job: Job, folder: Path, columns: int = 64) -> tuple[Side, Side | None, int, str]:
+def decode_case(job: Job, folder: Path, columns: int = 64) -> Pair:
     """Greedy: a prompt of 32 columns (aligned: the start column) and 64 more."""
     model, why = write(job, folder)
     table, given, peer = model.table, peers.frames(model, 1, 96).to(peers.like(model).device), None
@@ -156,18 +175,38 @@ def decode_case(job: Job, folder: Path, columns: int = 64) -> tuple[Side, Side |
         peer = peers.moshi_decoding(folder, model, given[:, read], columns)
     elif not why:
         peer = peers.transformers_decoding(folder, model, prompt, columns)
-    return ours, peer, columns, why or "greedy tokens"
+    return Pair(ours, peer, columns, why or "greedy tokens", model)
+
+
+def near_hardware(what: str, pair: Pair, seconds: float) -> dict[str, Any]:
+    """On CUDA: operations against what an H200 multiplies, bytes against what it reads, and the memory that was needed."""
+    if not torch.cuda.is_available():
+        return {}
+    row: dict[str, Any] = {"device": torch.cuda.get_device_name(), "peak_GiB": round(torch.cuda.max_memory_allocated() / 2**30, 2)}
+    if what == "train":
+        with FlopCounterMode(display=False) as counter:
+            pair.ours()
+        return row | {"TFLOP/s": counter.get_total_flops() / seconds / 1e12, "of_790_TFLOP/s": counter.get_total_flops() / seconds / FLOPS}
+    skipped = ("embed.", "depth.text.", "depth.audio.") + ((".ffn.",) if pair.model.config.dual_ffn else ())     # not read whole
+    read = sum(p.numel() * p.element_size() for n, p in pair.model.named_parameters() if not any(s in n for s in skipped))
+    return row | {"GB/s": read * pair.units / seconds / 1e9, "of_byte_floor": read * pair.units / BYTES / seconds}
 
 
 def bench_pair(job: Job, what: str) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
-        ours, peer, units, told = (train_case if what == "train" else decode_case)(job, Path(folder))
+        pair = (train_case if what == "train" else decode_case)(job, Path(folder))
+        ours, peer, units, told, _ = pair
         if peer is not None:
             one, other = (torch.stack([side().cpu() for _ in range(3 if what == "train" else 1)]) for side in (ours, peer))
             both = min(one.shape[-1], other.shape[-1])       # a generator may hold back its last frame
             told = check(one[..., :both], other[..., :both], told)
         row = {"what": f"{what} {job.model}", **compare(*alternate(ours, peer, job.pairs), units), "checked": told}
-        return [row | {"target": TARGETS.get(row["what"])}]
+        return [row | {"target": TARGETS.get(row["what"])} | near_hardware(what, pair, row["ours"]["ms"]["median"] / 1e3)]
+
+
+def bench_model(job: Job) -> list[dict[str, Any]]:
+    """A family's training step and its generation, each beside its peer."""
+    return [row for what in ("train", "decode") for row in bench_pair(replace(job, peer=True), what)]
 
 
 # ---- the loss ----
@@ -177,37 +216,113 @@ def resident(field: str) -> float:
     return int(Path("/proc/self/status").read_text().partition(f"{field}:")[2].split()[0]) / 1024
 
 
-def peak(which: str, vocab: int, streams: int) -> None:
-    """Print the MiB that a second forward and backward add at most: what libraries keep for themselves is there by then.
+def extra_memory(side: Side) -> float:
+    """The MiB that a second run adds at most: what libraries keep for themselves is there by then.
 
     Not ru_maxrss: that cannot be reset, and begins at the size of the process that started this one.
     """
-    torch.set_num_threads(1)
-    side = peers.loss_side(vocab, streams, which == "naive")
     side()
     Path("/proc/self/clear_refs").write_text("5")            # VmHWM = VmRSS
     before = resident("VmRSS")
     side()
-    print(resident("VmHWM") - before)
+    return resident("VmHWM") - before
 
 
-def run_peak(which: str, vocab: int, streams: int) -> float:
+def peak(which: str, model: str, vocab: int, streams: int) -> None:
+    """Print the extra memory of one side: of the loss, or of a training step of `model` at width `vocab`."""
+    torch.set_num_threads(1)
+    if not model:
+        return print(extra_memory(peers.loss_side(vocab, streams, which == "peer")))
+    with tempfile.TemporaryDirectory() as folder:
+        ours, theirs, *_ = train_case(Job(model=model, width=vocab, peer=which == "peer"), Path(folder))
+        print(extra_memory(ours if which == "ours" else theirs))
+
+
+def run_peak(which: str, vocab: int, streams: int = 1, model: str = "") -> float:
     """`peak` in a process of its own, which gives freed memory back at once."""
-    command = [sys.executable, __file__, "peak", which, str(vocab), str(streams)]
+    command = [sys.executable, __file__, "peak", which, model, str(vocab), str(streams)]
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 18), "MALLOC_TRIM_THRESHOLD_": "0"}
     return float(subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout)
 
 
+def memory_row(what: str, told: str, limit: float | None, sizes: dict[str, float]) -> dict[str, Any]:
+    row = {"what": what, **{name: {"MiB": spread([size])} for name, size in sizes.items()}, "checked": told, "target": limit}
+    return row | {"ratio": spread([sizes["ours"] / sizes["peer"]]) if "peer" in sizes else None}
+
+
+def bench_memory(job: Job) -> list[dict[str, Any]]:
+    """Of the loss against full logits, then of a training step of --model against its peer."""
+    rows = [memory_row(f"loss memory {n}x{vocab}", "", limit, {which: run_peak(which, vocab, n) for which in ("ours", "peer")})
+            for vocab, n, limit in ((32000, 1, 0.15), (1026, 8, 0.2))]
+    why = peers.missing(job.model) or ("" if job.peer else "not measured: add --peer")
+    sizes = {which: run_peak(which, job.width, model=job.model) for which in (("ours",) if why else ("ours", "peer"))}
+    return [*rows, memory_row(f"train memory {job.model}", why, None, sizes)]
+
+
 def bench_loss(job: Job) -> list[dict[str, Any]]:
-    rows = []
-    for vocab, streams, limit in ((32000, 1, 0.15), (1026, 8, 0.2)):
-        ours, naive = (run_peak(which, vocab, streams) for which in ("ours", "naive"))
-        rows.append({"what": f"loss memory {streams}x{vocab}", "ours": {"MiB": spread([ours])}, "peer": {"MiB": spread([naive])},
-                     "ratio": spread([ours / naive]), "checked": "", "target": limit})
+    rows = bench_memory(job)[:2]
+    for vocab, streams in ((32000, 1), (1026, 8)):
         sides = [peers.loss_side(vocab, streams, which) for which in (False, True)]
         told = check(*(side() for side in sides), "loss and gradient")
         times = compare(*alternate(*sides, job.pairs), 4096)
         rows.append({"what": f"loss time {streams}x{vocab}", **times, "checked": told, "target": 1.0})
+    return rows
+
+
+# ---- kernels ----
+
+def bench_kernels(job: Job) -> list[dict[str, Any]]:
+    """Each op, forward and backward, against torch.compile of its reference, with the share of the byte floor it reaches."""
+    cuda = torch.cuda.is_available()
+    width, count, dtype = (4096, 16384, torch.bfloat16) if cuda else (job.width, 64, torch.float32)
+    given, rows = shapes.cases(torch.device("cuda" if cuda else "cpu"), dtype, count, width), []
+    for name, (op, ref) in PAIRS.items():
+        ours, peer = shapes.op_side(op, given[name]), shapes.op_side(torch.compile(ref), given[name]) if cuda else None
+        times = compare(*alternate(ours, peer, job.pairs), 1)
+        moved, seconds = shapes.moved(given[name], ours()), times["ours"]["ms"]["median"] / 1e3
+        floor = {"GB/s": moved / seconds / 1e9, "of_byte_floor": moved / BYTES / seconds} if cuda else {}
+        told = "" if cuda else "the reference; its Triton kernel: not measured, no CUDA device"
+        rows.append({"what": f"kernel {name}", **times, "checked": told, "target": 1.0 if cuda else None, **floor})
+    return rows
+
+
+# ---- several processes ----
+
+def rank_side(job: Job) -> None:
+    """One of several processes: its share of a LoRA step, gradients averaged by DDP. The first one prints seconds and bytes."""
+    torch.set_num_threads(1)
+    parallel.start("cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        model = train_case(replace(job, peer=False), Path(folder)).model
+        tokens, weights = peers.training_batch(model, 2)
+        for p in model.parameters():
+            p.grad = None
+        net = parallel.wrap(model, torch.device("cpu"))
+        side = peers.training_side(model, lambda: net(tokens, weights).nll.sum())
+        times = alternate(side, None, job.pairs)[0]
+    if parallel.ranks()[0] == 0:
+        print(json.dumps([times, sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)]))
+    parallel.end()
+
+
+def bench_scaling(job: Job, worlds: tuple[int, ...] = (1, 2, 4)) -> list[dict[str, Any]]:
+    """The same work for every process on 1, 2 and 4 of them: what gloo and the shared cores cost. Traffic is that of a ring."""
+    rows, alone = [], None
+    for world in worlds:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        env = os.environ | {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        command = [sys.executable, __file__, "rank", f"--model={job.model}", f"--width={job.width}", f"--pairs={job.pairs}"]
+        running = [subprocess.Popen(command, env=env | {"RANK": str(n)}, stdout=subprocess.PIPE, text=True) for n in range(world)]
+        said = [process.communicate()[0] for process in running]
+        if any(process.returncode for process in running):
+            raise ValueError(f"a process of {world} failed; its message stands above")
+        times, size = json.loads(said[0])
+        alone = alone or times
+        row = {"what": f"{world} process{'es' * (world > 1)} {job.model}", **compare(times, alone, world), "target": None}
+        sent = 2 * (world - 1) / world * size / 2**20
+        rows.append(row | {"against": "alone", "sent_MiB": sent, "checked": f"each sends {sent:.1f} MiB a step; {os.cpu_count()} cores"})
     return rows
 
 
@@ -233,25 +348,34 @@ def show(row: dict[str, Any]) -> str:
     sides = [row[side] for side in ("ours", "peer") if side in row]
     cells = [f"{side[unit]['median']:9.1f} {unit}" for side in sides for unit in ("MiB", "ms") if unit in side]
     rate = f"{row['ours']['per_second']:>9,.0f}/s " if "per_second" in row["ours"] else " " * 12
+    near = "".join(f", {name} {row[name]:.2f}" for name in ("of_790_TFLOP/s", "of_byte_floor", "peak_GiB") if name in row)
     if row["ratio"] is None:
-        return f"{row['what']:<20} {rate} ours {cells[0]}  {row['checked']}"
+        return f"{row['what']:<20} {rate} ours {cells[0]}  {row['checked']}{near}"
     goal = f", target {row['target']}" if row["target"] else ""
     ratio = "{median:.2f} ({p10:.2f} .. {p90:.2f})".format(**row["ratio"])
-    return f"{row['what']:<20} {rate} ours {cells[0]}  peer {cells[1]}  ratio {ratio}{goal}"
+    return f"{row['what']:<20} {rate} ours {cells[0]}  {row.get('against', 'peer')} {cells[1]}  ratio {ratio}{goal}{near}"
+
+
+WHAT = {"loss": bench_loss, "memory": bench_memory, "kernels": bench_kernels, "loader": bench_loader, "scaling": bench_scaling}
 
 
 def main() -> None:
     words, pairs = split_arguments(sys.argv[1:], ("help", "peer", "json"))
+    known = ("train", "decode", *WHAT, *LORA)
     if "help" in pairs:
-        return print(help_text(Job(), "python bench.py train|decode|loss|loader [--model=higgs --peer]"))
+        return print(help_text(Job(), f"python bench.py {'|'.join(known)} [--model=higgs --peer]"))
     if words[:1] == ["peak"]:
-        return peak(words[1], int(words[2]), int(words[3]))
+        return peak(words[1], words[2], int(words[3]), int(words[4]))
+    if words and words[0] in LORA:
+        pairs["model"] = words[0]
     job = apply(Job(), {key: value or "true" for key, value in pairs.items()})
-    if len(words) != 1 or words[0] not in ("train", "decode", "loss", "loader"):
-        raise ValueError(f"unexpected {' '.join(words) or 'nothing'}; say what to measure: train, decode, loss or loader")
+    if words == ["rank"]:
+        return rank_side(job)
+    if len(words) != 1 or words[0] not in known:
+        raise ValueError(f"unexpected {' '.join(words) or 'nothing'}; say what to measure: {', '.join(known)}")
     torch.set_num_threads(job.threads)
     versions = {name: importlib.metadata.version(name) for name in ("torch", *peers.NEEDS.get(job.model, ())) if not peers.absent(name)}
-    rows = {"loss": bench_loss, "loader": bench_loader}.get(words[0], lambda job: bench_pair(job, words[0]))(job)
+    rows = bench_model(job) if words[0] in LORA else WHAT[words[0]](job) if words[0] in WHAT else bench_pair(job, words[0])
     setting = {"preset": job.preset, "width": job.width, "threads": job.threads, "pairs": job.pairs, "versions": versions}
     for row in rows:
         print(json.dumps(row | setting))

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loss import cross_entropy_sums
-from model import HIGGS_V2_3B, MOSHI_7B, QWEN2_5_1_5B, ModelConfig, MultistreamLM
+from model import HIGGS_V2_3B, MOSHI_7B, MOSS_9B, QWEN2_5_1_5B, ModelConfig, MultistreamLM
 from options import read_json, run_config
 from streams import delay, is_audio, undelay
 
@@ -55,15 +55,15 @@ def architecture(name: str, D: int) -> ModelConfig:
     """The family small, 4 layers of width D and 4,096 words, or with D = 0 as published. Nothing ends a text early."""
     if name == "tiny":
         return replace(run_config(TINY).model, dropout=0.0, input_drop=0.0)
-    full, moshi = {"higgs": HIGGS_V2_3B, "moshi": MOSHI_7B, "qwen": QWEN2_5_1_5B}[name], name == "moshi"
+    full, moshi = {"higgs": HIGGS_V2_3B, "moshi": MOSHI_7B, "moss": MOSS_9B, "qwen": QWEN2_5_1_5B}[name], name == "moshi"
     table = replace(full.table, stop=())
     if not D:
         return replace(full, table=table)
     text = replace(table.streams[0], vocab=4096 + moshi, classes=4096, start=4096 if moshi else -1)
-    steering = {"audio_start": 4000, "audio_end": 4001} if name == "higgs" else {}
+    steering = {"higgs": {"audio_start": 4000, "audio_end": 4001}, "moss": {"audio_start": 4000}}.get(name, {})
     stack = replace(full.temporal, dim=D, layers=4, heads=4, kv_heads=0 if moshi else 2, head_dim=0, ffn=11 * D // 4, rope_scaling=(),
                     window=256 if moshi else 0)
-    return replace(full, table=replace(table, streams=(text, *table.streams[1:]), **steering), temporal=stack,
+    return replace(full, table=replace(table, streams=(text, *table.streams[1:]), **steering), temporal=stack, tail=min(full.tail, 1),
                    depth=full.depth and replace(full.depth, dim=D // 2, layers=2, heads=4, ffn=11 * D // 8),
                    dual_ffn=tuple(range(4)) if full.dual_ffn else ())
 

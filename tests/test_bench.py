@@ -10,6 +10,7 @@ from conftest import call
 import bench
 import peers
 from checkpoint import load, save
+from kernels import PAIRS, shapes
 from lora import LoraConfig, inject
 from sample import SampleConfig, generate
 
@@ -45,7 +46,38 @@ def test_a_peer_that_is_not_installed_is_named(monkeypatch):
     assert row["ours"]["per_second"] > 0 and row["threads"] == 1 and "peer" not in row
 
 
-@pytest.mark.parametrize("words", [["train", "--model=moshi"], ["train", "--model=higgs"], ["decode", "--model=higgs"]])
+def test_every_op_has_inputs():
+    given = shapes.cases(torch.device("cpu"), torch.float32, 8, 64)
+    assert given.keys() == PAIRS.keys()
+    for name, (op, ref) in PAIRS.items():
+        ours, truth = (shapes.op_side(f, given[name])() for f in (op, ref))
+        assert len(ours) and torch.allclose(ours, truth, atol=1e-4), name
+        assert shapes.moved(given[name], ours) > 4 * len(ours)
+
+
+def test_a_familys_name_measures_both(monkeypatch):
+    monkeypatch.setattr(peers, "absent", lambda package: True)
+    rows = bench.bench_model(bench.Job(model="moshi", width=32, pairs=1))
+    assert [row["what"] for row in rows] == ["train moshi", "decode moshi"] and [row["target"] for row in rows] == [0.7, 0.5]
+    assert all(row["ratio"] is None and "pip install moshi" in row["checked"] for row in rows)
+
+
+def test_memory_of_a_step_stands_beside_that_of_the_loss(monkeypatch):
+    monkeypatch.setattr(bench, "run_peak", lambda which, vocab, streams=1, model="": 3.0 if which == "ours" else 12.0)
+    rows = bench.bench_memory(bench.Job(model="moss"))
+    assert [row["ratio"] and row["ratio"]["median"] for row in rows] == [0.25, 0.25, None] and "no peer" in rows[2]["checked"]
+
+
+@pytest.mark.slow
+def test_processes_average_and_are_measured():
+    row, = bench.bench_scaling(bench.Job(model="higgs", width=32, pairs=1), (2,))
+    model = peers.build("higgs", 32)
+    inject(model, LoraConfig(rank=16, targets=bench.LORA["higgs"]))
+    adapters = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert row["what"] == "2 processes higgs" and row["sent_MiB"] * 2**20 == adapters and row["ours"]["per_second"] > 0
+
+
+@pytest.mark.parametrize("words", [["train", "--model=moshi"], ["train", "--model=higgs"], ["decode", "--model=moss"]])
 def test_our_side_runs_alone(words):
     rc, out, _ = call("bench.py", *words, "--width=32", "--pairs=1", "--json")
     assert rc == 0 and json.loads(out)["checked"].startswith("not measured")
@@ -59,7 +91,7 @@ def test_a_command_that_does_not_exist_says_what_does():
 
 @pytest.mark.parametrize(("vocab", "streams", "limit"), [(32000, 1, 0.15), (1026, 8, 0.2)])
 def test_the_loss_needs_a_fraction_of_the_memory_of_full_logits(vocab, streams, limit):
-    ours, naive = (bench.run_peak(which, vocab, streams) for which in ("ours", "naive"))
+    ours, naive = (bench.run_peak(which, vocab, streams) for which in ("ours", "peer"))
     assert naive > 300 and ours <= limit * naive, (ours, naive)
 
 
@@ -79,12 +111,16 @@ def test_fused_weights_are_the_models_own(tmp_path):
     assert model.cache(1, 8).fast is None      # adapters go block by block
 
 
-def test_nothing_piles_up_over_500_frames():
-    model = peers.build("higgs", 32).eval()
+@pytest.mark.parametrize("name", ["higgs", "moshi"])
+def test_nothing_piles_up_over_500_frames(name):
+    model = peers.build(name, 32).eval()
     prompt = torch.full((1, len(model.table), 1), -1)
     prompt[:, 0] = model.table.audio_start
-    counts = []
-    for n, _ in enumerate(generate(model, prompt, SampleConfig(max_frames=510))):
-        if n in (20, 480):
-            counts.append(sum(isinstance(x, torch.Tensor) for x in gc.get_objects()))
+    prompt = model.table.column("start")[None] if model.table.aligned else prompt
+    counts, sizes = [], []
+    for n, _ in enumerate(generate(model, prompt, SampleConfig(max_frames=560))):
+        if n in (40, 540):
+            counts.append(sum(type(x) is torch.Tensor for x in gc.get_objects()))
+            sizes.append(bench.resident("VmRSS"))
     assert len(counts) == 2 and counts[1] <= counts[0] + 4, counts
+    assert sizes[1] - sizes[0] < 2, f"{sizes[1] - sizes[0]:.1f} MiB more after 500 frames"

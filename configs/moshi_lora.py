@@ -7,33 +7,11 @@
     python -m moshi.server --lora-weight lora/lora.safetensors --config-path lora/config.json
 
 Needs: not yet measured.  Expect: not yet measured.  The agent is the left channel, the user the right one.
-
-    moshi-finetune                              here
-    data.train_data "path:weight,..."           data.sources ("path:weight", ...)
-    data.eval_data                              data.held_out, data.split (by file, never by chunk)
-    data.shuffle                                always; data.seed
-    run_dir, overwrite_run_dir                  out, resume ("never" refuses to overwrite)
-    moshi_paths.hf_repo_id, moshi_path,         init (its config.json beside the weights)
-      config_path
-    moshi_paths.mimi_path, tokenizer_path       data.codec, data.tokenizer
-    first_codebook_weight_multiplier            data.stream_weights: text, semantic codebook, acoustic ones, the user's
-    text_padding_weight                         data.text_padding_weight
-    optim.lr, weight_decay, pct_start           lr, weight_decay, warmup = pct_start * steps (schedule "onecycle"; betas are fixed,
-                                                cycle_momentum=True swings beta1 as theirs does)
-    seed, num_microbatches, batch_size          seed, accum, batch_size (packed rows)
-    duration_sec                                data.chunk_seconds; data.columns holds one chunk and its first column
-    max_norm, max_steps                         clip, steps
-    log_freq, ckpt_freq, num_ckpt_keep          log_every, save_every, keep
-    eval_freq, do_eval                          eval_every (0 = only at the end), eval_batches
-    do_ckpt, save_adapters                      always; a merged model is `checkpoint.py export --to=moshi`
-    gradient_checkpointing, param_dtype         model.checkpoint, dtype (what is trained has fp32 masters)
-    full_finetuning                             configs/moshi_full.py
-    lora.enable, rank, scaling                  lora, lora.rank, lora.alpha = scaling * rank
-    lora.ft_embed                               lora.train ("embed.*", "depth.text", "depth.audio")
-    wandb.*                                     trackers ("wandb",)
+The README maps the fields of moshi-finetune to these.
 """
 
 from dataclasses import replace
+from pathlib import Path
 
 from config import DataConfig, LoraConfig, TrainConfig
 from duplex import demo_dialogues
@@ -54,14 +32,17 @@ config = TrainConfig(
 DELAYS = (0, *[1] * 7)
 table = StreamTable((Stream("text", "text", 1025, 1024, start=1024), *codebooks(8, 257, 256, 256, delays=DELAYS),
                      *codebooks(8, 257, 0, 256, delays=DELAYS, name="user")), "duplex", aligned=True)
-folder = demo_dialogues("out/cache/dialogues")              # made of the bundled clips when it is not there
 
-smoke = replace(
-    config, init="", out="out/smoke_moshi_lora",
-    model=ModelConfig(table, StackConfig(dim=64, layers=2, heads=4, ffn=176, norm_eps=1e-8, rope_interleaved=True, window=200, packed=True),
-                      depth=StackConfig(dim=32, layers=2, heads=4, ffn=88, norm_eps=1e-8, rope_theta=0.0, packed=True, steps=8)),
-    lora=replace(config.lora, rank=8, alpha=16.0),
-    data=replace(config.data, sources=(folder,), cache="out/cache", codec="tiny", tokenizer=folder.replace("dialogues.jsonl", "words.json"),
-                 normaliser="english-v1", chunk_seconds=3.0, columns=128, held_out=0.2, window=8),
-    steps=12, batch_size=2, lr=2e-3, warmup=2, dtype="fp32", save_every=6, eval_every=6, eval_batches=2,
-    prompts=(folder.replace("dialogues.jsonl", "001.wav"),))
+
+def smoke() -> TrainConfig:
+    folder = Path(demo_dialogues("out/cache/dialogues")).parent     # made of the bundled clips when it is not there
+    return replace(
+        config, init="", out="out/smoke_moshi_lora",
+        model=ModelConfig(
+            table, StackConfig(dim=64, layers=2, heads=4, ffn=176, norm_eps=1e-8, rope_interleaved=True, window=200, packed=True),
+            depth=StackConfig(dim=32, layers=2, heads=4, ffn=88, norm_eps=1e-8, rope_theta=0.0, packed=True, steps=8)),
+        lora=replace(config.lora, rank=8, alpha=16.0),
+        data=replace(config.data, sources=(f"{folder}/dialogues.jsonl",), cache="out/cache", codec="tiny", tokenizer=f"{folder}/words.json",
+                     normaliser="english-v1", chunk_seconds=3.0, columns=128, held_out=0.2, window=8),
+        steps=12, batch_size=2, lr=2e-3, warmup=2, dtype="fp32", save_every=6, eval_every=6, eval_batches=2,
+        prompts=(f"{folder}/001.wav",))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import struct
 from dataclasses import replace
@@ -23,7 +24,7 @@ from duplex import EPAD, PAD, UserFeed, demo_dialogues, official_files, text_wei
 from loss import LossConfig, loss_scale
 from model import MOSHI_7B, MultistreamLM
 from monitor import report
-from options import run_config
+from options import flatten, run_config
 from sample import SampleConfig, generate, reply
 from streams import Example, StreamTable, delay, lay_out, undelay
 
@@ -325,3 +326,23 @@ def test_smoke_from_training_to_the_package_and_back(name, tmp_path):
         assert all(torch.equal(t, theirs[n]) for n, t in model.state_dict().items() if n in theirs)
         assert reply(again, heard, greedy).equal(frames)
     shutil.rmtree(out)
+
+
+# ---- the README's table ----
+
+THEIRS = """data.train_data eval_data data.shuffle run_dir overwrite_run_dir moshi_paths.hf_repo_id mimi_path moshi_path
+tokenizer_path config_path first_codebook_weight_multiplier text_padding_weight optim.lr weight_decay optim.pct_start
+seed num_microbatches duration_sec batch_size max_norm max_steps log_freq ckpt_freq save_adapters do_ckpt num_ckpt_keep
+eval_freq do_eval gradient_checkpointing full_finetuning param_dtype lora.enable rank scaling lora.ft_embed
+wandb.project offline key run_name""".split()
+
+
+def test_the_readme_maps_every_field_of_moshi_finetune_to_one_of_ours():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = [row.split("|")[1:-1] for row in re.findall(r"^\|.*\|$", text.partition("moshi-finetune\n")[2].partition("\n## ")[0], re.M)][2:]
+    theirs = [word.strip(" ,.") for row in rows for word in re.split(r"[ ,]+", row[0] + "," + row[2])]
+    found = {word.removeprefix("moshi_paths.") for word in theirs}
+    assert not [word for word in THEIRS if word.removeprefix("moshi_paths.") not in found]
+    ours = {name for row in rows for name in re.findall(r"`([\w.]+)`", row[1] + row[3])}
+    known = {name for name, *_ in flatten(run_config(ROOT / "configs/moshi_lora.py"))}
+    assert len(ours) > 25 and not ours - known

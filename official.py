@@ -6,6 +6,7 @@
     boson   higgs_audio (first release)            split frozen | trainable tensors, heads written twice
     moss    moss_speech
     moshi   n_q and dep_q (flat keyword list)      attention fused in one tensor, or one tensor a step
+    moshi_hf  moshi (transformers)                 q and k turned the other way; the codec in it is left to audio/
     dsaa    the same, and text_llm                 the text model's weights stay where text_llm says
 
 A rule is (our name, their name). {n} {x} {p} stand for the same text on both sides; {k} on their side counts tensors
@@ -81,6 +82,17 @@ MOSHI = (("embed.text.weight", "text_emb.weight"), ("embed.audio.weight", "emb.{
          ("embed.condition_{c}.weight", f"{CONDITION}.{{c}}.embed.weight"),
          ("embed.condition_{c}.none", f"{CONDITION}.{{c}}.learnt_padding"),
          ("embed.condition_{c}.out.weight", f"{CONDITION}.{{c}}.output_proj.weight"))
+MOSHI_HF = (("embed.text.weight", "decoder.model.embed_tokens.weight"), ("embed.audio.weight", "embed_tokens.{k}.weight"),
+            *(rule for ours, theirs in (("temporal.layers", "decoder.model.layers"), ("depth.layers", "depth_decoder.layers"))
+              for rule in stack(ours, theirs, (
+                  ("attn_norm.weight", "input_layernorm.weight"), ("ffn_norm.weight", "post_attention_layernorm.weight"),
+                  ("attn.qkv.weight", "self_attn.qkv_proj.linear.weight"), ("attn.o.weight", "self_attn.o_proj.linear.weight"),
+                  ("ffn.gate_up.weight", "mlp.fc1.weight"), ("ffn.down.weight", "mlp.fc2.weight")))),
+            ("temporal.norm.weight", "decoder.model.norm.weight"), ("text_head.weight", "decoder.lm_head.weight"),
+            ("depth.text.weight", "depth_decoder.text_embed_tokens.weight"),
+            ("depth.audio.weight", "depth_decoder.embed_tokens.{k}.weight"),
+            ("depth.input.weight", "depth_decoder.input_projections.weight"), ("depth.head.weight", "depth_decoder.lm_heads.weight"))
+ALL_STEPS = "depth_decoder."                       # transformers keeps all depth steps in one tensor, as we do
 DEMUX = (("embed.text.out.weight", "text_emb.out{K}.weight"), ("depth.text.out.weight", "depformer_text_emb.out{K}.weight"))
 UNREAD = "depformer_text_emb.low_rank.weight"      # moshi makes it beside out1 and out2 and never uses it
 PROJECTED = (("norm", "norm"), ("up", "fc1"), ("down", "fc2"), ("skip", "skip"))
@@ -100,7 +112,9 @@ def pieces(name: str, shape: torch.Size, config: ModelConfig, rules: Rules) -> l
             pattern = pattern.replace(mark, group)
         if match := re.fullmatch(pattern, name):
             named = theirs.format(**match.groupdict(), k="{k}", K="{K}")
-            count = shape[0] if len(shape) == 3 else shape[0] // config.table.streams[config.table.audio[0]].vocab if "{k}" in named else 1
+            codes = config.table.streams[config.table.audio[0]].vocab if config.table.audio else 1
+            whole = len(shape) == 3 and named.startswith(ALL_STEPS)
+            count = 1 if whole else shape[0] if len(shape) == 3 else shape[0] // codes if "{k}" in named else 1
             return [named.format(k=k, K=k + 1) for k in range(count)]
     raise ValueError(f"{name} has no counterpart in this layout; the model is of another family")
 
@@ -109,12 +123,12 @@ def cut(tensor: Tensor, names: list[str]) -> list[Tensor]:
     """Cut one of our parameters into their tensors."""
     if names[0].endswith((".alpha", ".learnt_padding")):
         return [tensor.view(1, 1, -1) if tensor.dim() else tensor]
-    return list(tensor) if tensor.dim() == 3 else list(tensor.chunk(len(names)))
+    return list(tensor) if tensor.dim() == 3 and not names[0].startswith(ALL_STEPS) else list(tensor.chunk(len(names)))
 
 
 def glue(parts: list[Tensor], shape: torch.Size) -> Tensor:
     """Undo `cut`."""
-    return torch.stack(parts) if len(shape) == 3 else torch.cat(parts).view(shape) if shape else parts[0]
+    return torch.stack(parts) if parts[0].dim() < len(shape) else torch.cat(parts).view(shape) if shape else parts[0]
 
 
 # ---- tensors ----
@@ -211,6 +225,35 @@ def split_dsaa(tensors: Tensors, config: ModelConfig) -> Tensors:
     """Undo `tidy_dsaa`; the reference keeps attention one tensor a step."""
     return {n: t[0] if len(t.shape) == 2 and n.startswith("depformer_projectors.") and (n.endswith("bias") or ".norm." in n) else t
             for n, t in tensors.items()}
+
+
+def tidy_moshi_hf(tensors: Tensors, config: ModelConfig) -> Tensors:
+    """Join q, k and v, whose pairs of RoPE lie in halves here and side by side there; the codec is loaded on its own."""
+    left, result = {n: t for n, t in tensors.items() if not n.startswith("audio_encoder.")}, {}
+    for name in [n for n in left if ".q_proj." in n]:
+        q, k, v = (left.get(name.replace("q_proj", f"{x}_proj")) for x in "qkv")
+        if k is None or v is None:
+            continue                                       # q is left over, and named
+        if not name.startswith(ALL_STEPS):
+            q, k = (t.unflatten(0, (-1, 2, config.temporal.head // 2)).transpose(1, 2).flatten(0, 2) for t in (q, k))
+        result[name.replace("q_proj", "qkv_proj")] = torch.cat([q, k, v], -2)
+        for x in "qkv":
+            del left[name.replace("q_proj", f"{x}_proj")]
+    return left | result
+
+
+def split_moshi_hf(tensors: Tensors, config: ModelConfig) -> Tensors:
+    """Undo `tidy_moshi_hf`."""
+    result: Tensors = {}
+    for name, tensor in tensors.items():
+        if ".qkv_proj." not in name:
+            result[name] = tensor
+            continue
+        q, k, v = tensor.chunk(3, -2)
+        if not name.startswith(ALL_STEPS):
+            q, k = (t.unflatten(0, (-1, config.temporal.head // 2, 2)).transpose(1, 2).flatten(0, 2) for t in (q, k))
+        result |= {name.replace("qkv_proj", f"{x}_proj"): t for x, t in zip("qkv", (q, k, v), strict=True)}
+    return result
 
 
 def weight_sets(c: StackConfig) -> int:
@@ -513,6 +556,41 @@ def write_dsaa(c: ModelConfig, dtype: str) -> About:
         "existing_text_end_padding_id": c.table.epad, "moshi_name": "dsaa.safetensors", "text_llm": llm}
 
 
+def read_moshi_hf(about: About, tensors: Tensors) -> ModelConfig:
+    """transformers has Moshi as published: equal codebooks of both speakers, the acoustic ones a frame late."""
+    refuse(about, PLAIN | {"num_key_value_heads": (about["num_attention_heads"], None)})
+    deep, words, Q = about["depth_decoder_config"], about["vocab_size"], about["num_codebooks"]
+    refuse(deep, {"num_key_value_heads": (deep["num_attention_heads"], None), "num_codebooks": (Q,), "hidden_act": ("silu",)})
+    codes = about.get("audio_vocab_size") or about["audio_encoder_config"]["codebook_size"]
+    delays = (0, *[1] * (Q - 1))
+    table = replace(MOSHI_7B.table, streams=(
+        Stream("text", "text", words + 1, words, start=words), *codebooks(Q, codes + 1, codes, codes, delays=delays),
+        *codebooks(Q, codes + 1, 0, codes, delays=delays, name="user")))
+    temporal = llama({**about, "intermediate_size": about["ffn_dim"] // 2}, about["num_hidden_layers"], 1e-8)
+    heads, dim, head = deep["num_attention_heads"], deep["hidden_size"], deep.get("head_dim") or 0
+    return ModelConfig(
+        table, replace(temporal, rope_interleaved=True, packed=True, window=about["sliding_window"]),
+        depth=StackConfig(dim=dim, layers=deep["num_hidden_layers"], heads=heads, head_dim=head if head * heads != dim else 0,
+                          ffn=deep["ffn_dim"] // 2, norm_eps=deep.get("rms_norm_eps", 1e-8), rope_theta=0.0, packed=True, steps=Q))
+
+
+def write_moshi_hf(c: ModelConfig, dtype: str) -> About:
+    """Without the codec: give from_pretrained the whole audio_encoder_config and its weights, or use the decoders alone."""
+    s, d, Q, card = c.temporal, c.depth, len(c.table.audio_out), c.table.streams[-1].vocab - 1
+    if d is None:
+        raise ValueError("transformers has no Moshi without a depth transformer; export --to=moshi")
+    shared = {"hidden_act": "silu", "audio_vocab_size": card, "vocab_size": c.table.streams[0].classes, "num_codebooks": Q,
+              "tie_word_embeddings": False}
+    deep = {"model_type": "moshi_depth", "hidden_size": d.dim, "input_size": s.dim, "num_hidden_layers": d.layers, "head_dim": d.head,
+            "num_attention_heads": d.heads, "num_key_value_heads": d.kv, "ffn_dim": 2 * d.ffn, "rms_norm_eps": d.norm_eps,
+            "sliding_window": Q, "max_position_embeddings": Q + 1, **shared}
+    return {"architectures": ["MoshiForConditionalGeneration"], "model_type": "moshi", "hidden_size": s.dim, "head_dim": s.head,
+            "num_hidden_layers": s.layers, "num_attention_heads": s.heads, "num_key_value_heads": s.kv, "ffn_dim": 2 * s.ffn,
+            "rms_norm_eps": s.norm_eps, "rope_parameters": {"rope_type": "default", "rope_theta": s.rope_theta},
+            "sliding_window": s.window, "max_position_embeddings": s.window, "torch_dtype": dtype, **shared,
+            "depth_decoder_config": deep, "audio_encoder_config": {"model_type": "mimi"}}
+
+
 # ---- layouts ----
 
 @dataclass(frozen=True)
@@ -540,8 +618,11 @@ LAYOUTS = {layout.name: layout for layout in (
     Layout("moss", "hf", MOSS, read_moss, write_moss, lambda c: c.tail > 0, tidy_qwen),
     Layout("moshi", "moshi", MOSHI, read_moshi, write_moshi, lambda c: c.table.aligned and c.temporal.packed and not c.fusion, tidy_moshi,
            fuse_moshi),
+    Layout("moshi_hf", "hf", MOSHI_HF, read_moshi_hf, write_moshi_hf,
+           lambda c: c.table.aligned and c.temporal.packed and not c.fusion, tidy_moshi_hf, split_moshi_hf),
     Layout("dsaa", "dsaa", DSAA, read_dsaa, write_dsaa, lambda c: c.fusion is not None, tidy_dsaa, split_dsaa))}
-MODEL_TYPES = {"qwen2": "qwen", "qwen3": "qwen", "higgs_audio_v2": "higgs", "higgs_audio": "boson", "moss_speech": "moss"}
+MODEL_TYPES = {"qwen2": "qwen", "qwen3": "qwen", "higgs_audio_v2": "higgs", "higgs_audio": "boson", "moss_speech": "moss",
+               "moshi": "moshi_hf"}
 
 
 def recognise(about: About) -> Layout | None:
@@ -616,8 +697,8 @@ def module(name: str) -> str:
 def peft_layout(config: ModelConfig) -> Layout:
     """The layout whose names a PEFT adapter uses: that of transformers, or of the first Higgs release where only it has the model."""
     head = {"text_lm_head.weight": torch.empty(0)} if config.table.text_out else {}
-    for layout in LAYOUTS.values():
-        if layout.fits(config) and layout.to != "moshi" and not lost(config, layout.read(layout.write(config, "float32"), head)):
+    for layout in (x for x in LAYOUTS.values() if not x.name.startswith("moshi")):
+        if layout.fits(config) and not lost(config, layout.read(layout.write(config, "float32"), head)):
             return layout
     raise ValueError("--to=peft needs official names, and no layout of Qwen, Higgs or MOSS-Speech has this model; export --to=multistream")
 
@@ -715,7 +796,8 @@ def take(model: MultistreamLM, layout: Layout, tensors: Tensors, source: str) ->
     if broken:
         raise ValueError(f"adapter {source} lacks some steps of {broken[:3]}; it needs all of them")
     shapes = {n: p.shape for n, p in model.named_parameters()}
-    return {n: (parts[0].view(shapes[n]) if n in shapes else parts[0]) if len(parts) == 1 else
+    sets = {path for path, linear in lora.linears(model).items() if linear.weight.dim() == 3}
+    return {n: (parts[0].view(shapes[n]) if n in shapes else parts[0]) if len(parts) == 1 and module(module(n)) not in sets else
             glue(parts, shapes.get(n, torch.Size((len(parts), 0, 0)))) for n, parts in groups.items()}
 
 

@@ -89,6 +89,25 @@ def test_voices_are_heard_as_moshi_hears_them(tmp_path):
         export(with_adapter(model, LoraConfig(rank=2, targets=("text_head",))), tmp_path / "x", to="moshi-lora")
 
 
+@torch.inference_mode()
+def test_the_names_of_transformers(tmp_path):
+    """Read, computed, written back bit for bit, and turned into the package's own names."""
+    case, model = load_case("moshi_hf", tmp_path / "base")
+    text, audio = model(case["columns"])
+    check("moshi, transformers", text, case["text_logits"])
+    check("moshi, transformers", audio.permute(0, 2, 1, 3), case["logits"])
+    written = load_file(export(model, tmp_path / "hf", to="hf") / "model.safetensors")
+    assert written.keys() == case.weights.keys() and all(torch.equal(t, case.weights[n]) for n, t in written.items())
+    for to in ("hf", "moshi"):
+        again = load(export(model, tmp_path / to, to=to))
+        assert same_tensors(again, model) and not official.lost(again.config, model.config)
+    case.weights |= {"audio_encoder.x": torch.zeros(2), "surplus": torch.zeros(2)}
+    with pytest.raises(ValueError, match=r"0 tensors missing \[\], 1 unexpected \['surplus'\]"):
+        load(case.write(tmp_path / "more"))
+    with pytest.raises(ValueError, match="no counterpart in this layout"):
+        export(load_case("hibiki", tmp_path / "hibiki")[1], tmp_path / "x", to="hf")
+
+
 # ---- greedy frames ----
 
 def test_hibiki_frames_equal_lmgen_with_and_without_guidance(tmp_path):

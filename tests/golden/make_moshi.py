@@ -1,16 +1,20 @@
 """Write the golden files of Moshi's relatives: what Hibiki, the recogniser and the speaking model add to it.
 
-    python tests/golden/make_moshi.py hibiki stt tts voices moshi_guided moshi_lora     (environment A of make.py, which tells the rest)
+    python tests/golden/make_moshi.py hibiki stt tts voices moshi_guided moshi_lora moshi_hf
+
+Environment A of make.py, which tells the rest.
 
 hibiki  a condition chosen from a table and added to every column; greedy frames with it and with guidance by it
 stt     every audio row is read, the text is predicted, small heads beside it
 tts     two text rows in one (id = left + (right + 1) * rows), tables of low rank, a weight schedule, two conditions
 voices  the speaking model's other half: cross-attention to features of speakers, guided by leaving them and the conditions out
 moshi_guided  plain Moshi with guidance by a past without text, and by one whose first frames are hidden; holes in the user's rows
+moshi_hf  the names of transformers
 moshi_lora  an adapter file as moshi-finetune writes it (on the weights of moshi.safetensors), then with trained embeddings
 """
 
 import copy
+import json
 import sys
 
 import torch
@@ -172,6 +176,34 @@ def moshi_lora() -> None:
     holder.state_dict = lambda: trained
     about = MOSHI | {"model_type": "moshi", "lora": True, "lora_rank": 3, "lora_scaling": 1.5}
     write("moshi_lora", holder, about, "torch moshi", codes=given, user=user, frames=spoken, **found)
+
+
+@torch.no_grad()
+def moshi_hf() -> None:
+    """Both decoders of transformers' class, over columns that are delayed already; its codec is left out.
+
+    That class never applies its sliding_window, and is causal over the depth steps with sdpa only.
+    """
+    from transformers import MoshiConfig, MoshiForConditionalGeneration
+    mimi = {"model_type": "mimi", "hidden_size": 16, "num_filters": 2, "codebook_size": 16, "codebook_dim": 4, "num_quantizers": 3,
+            "vector_quantization_hidden_dimension": 4, "upsample_groups": 16, "num_hidden_layers": 1, "intermediate_size": 8,
+            "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 6}
+    config = MoshiConfig(
+        vocab_size=30, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, head_dim=8, ffn_dim=34, audio_vocab_size=13,
+        num_codebooks=3, sliding_window=64, max_position_embeddings=64, audio_encoder_config=mimi, depth_decoder_config={
+            "hidden_size": 18, "num_hidden_layers": 1, "num_attention_heads": 3, "head_dim": 6, "ffn_dim": 26, "sliding_window": 3,
+            "max_position_embeddings": 4}, attn_implementation="sdpa")
+    model = scramble(MoshiForConditionalGeneration(config), 43, gain=1.0)
+    columns = torch.cat([draw(30, 2, 1, 12, seed=1), draw(13, 2, 6, 12, seed=2)], 1)
+    columns[..., 0] = torch.tensor([30, *[13] * 6])
+    read, said = columns[..., :-1], columns[:, :3, 1:]                               # what is read; the text and codes of the next column
+    out = model(input_ids=read[:, 0], moshi_audio_codes=read[:, 1:4], user_audio_codes=read[:, 4:])
+    h = out.last_hidden_state.flatten(0, 1)[:, None]
+    codes = model.depth_decoder(last_hidden_state=h, input_ids=said.transpose(1, 2).flatten(0, 1)).logits
+    holder = nn.Module()
+    holder.state_dict = lambda: {k: v for k, v in model.state_dict().items() if not k.startswith("audio_encoder.")}
+    about = json.loads(config.to_json_string(use_diff=False)) | {"architectures": ["MoshiForConditionalGeneration"]}
+    write("moshi_hf", holder, about, "torch transformers", columns=columns, text_logits=out.logits, logits=codes.unflatten(0, (2, 11)))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ import lora
 from audio import load_codec
 from audio.wav import WavWriter, load_wav, save_wav
 from cache import encode, reply_example
+from chat import ChatConfig, talk
 from chatml import OFFICIAL, chunks, pair_voices, usual_rules
 from checkpoint import DTYPES, load
 from data import DataConfig, load_tokenizer, prompt_example
@@ -210,6 +211,7 @@ class Job(SampleConfig):
     prompt: str = ""             # or a stereo dialogue to go on with, left the model; then it speaks with user, or for both
     seconds: float = 20.0        # with prompt: go on for so long
     condition: str = ""          # what Hibiki and its like are told: description=very_good
+    chat: ChatConfig | None = None  # --chat: converse at the terminal (chat.py), a line at a time
     reply: str = ""              # conversations: "text", printed as it comes, or "speech"; "" = speech where there is any
     system: str = ""             # conversations: system message, "" = as in training
     exact_moshi: bool = False    # with user: miss its first frame as moshi's generator does
@@ -256,7 +258,7 @@ def load_for_sampling(job: Job) -> tuple[MultistreamLM, DataConfig]:
 
 
 def main() -> None:
-    words, pairs = split_arguments(sys.argv[1:], ("help", "stream"), ("ref", "ref_text"))
+    words, pairs = split_arguments(sys.argv[1:], ("help", "stream", "chat"), ("ref", "ref_text"))
     if "help" in pairs:
         print(help_text(Job(), "python sample.py --ckpt out/demo --text 'four nine two seven' --out x.wav"))
         return
@@ -264,7 +266,9 @@ def main() -> None:
         raise ValueError(f"unexpected word {words[0]!r}; options look like --text=\"...\"")
     if pairs.get("stream") == "":
         pairs["stream"] = "true"
-    job = apply(Job(), pairs)
+    job = apply(Job(chat=ChatConfig() if pairs.pop("chat", "false") != "false" else None), pairs)
+    if job.chat is not None:
+        return hold(job, pairs.keys())
     if job.user or job.prompt:
         return converse(job, bool({"temperature", "top_k"} & pairs.keys()))
     texts = read_lines(job.texts) if job.texts else [job.text]
@@ -274,6 +278,13 @@ def main() -> None:
     if job.stream and job.texts:
         raise ValueError("--stream writes one growing wav; use it with --text, not with --texts")
     say(job, texts, voices, pairs.keys())
+
+
+def hold(job: Job, given: Collection[str]) -> None:
+    """Hold a conversation at the terminal."""
+    model, data = load_for_sampling(job)
+    job = replace(job, **usual_rules(model.table.layout, given))
+    talk(model.table, data, job.chat, lambda prompt: generate(model, prompt, job), job.reply, job.out)
 
 
 def converse(job: Job, ruled: bool = True) -> None:

@@ -29,7 +29,7 @@ FLOORS = {                                                      # imports run do
     "data": 3, "official": 3, "drawing": 3,
     "config": 4, "checkpoint": 4,
     "curriculum": 4.5,
-    "sample": 5, "peers": 5,
+    "chat": 4.5, "sample": 5, "peers": 5,
     "quality": 5.5, "report": 5.5, "probes": 5.5, "latent": 5.5,
     "train": 6, "bench": 6, "evaluate": 6, "sweep": 6}
 CORE = ("config", "streams", "model", "lora", "data", "loss", "train", "sample")
@@ -180,9 +180,9 @@ def check_options(script: str, argv: list[str]) -> None:
         argv = [word for word in argv[script == "data.py" :] if not word.startswith("--index")]
         load_config([word for word in argv if word != "--help"])
     elif script == "sample.py":
-        words, pairs = split_arguments(argv, ("help", "stream"), ("ref", "ref_text"))
+        words, pairs = split_arguments(argv, ("help", "stream", "chat"), ("ref", "ref_text"))
         assert not words, words
-        apply(Job(), {key: text or "true" for key, text in pairs.items() if key != "help"})
+        apply(Job(), {key: text or "true" for key, text in pairs.items() if key not in ("help", "chat")})
     else:
         rc, out, err = call(script, "--help")
         assert rc == 0, err

@@ -20,6 +20,10 @@ from torch import Tensor, nn
 
 from kernels.lora_linear import linear, lora_linear
 
+# What the Higgs recipes choose among, by name; the text head stays as it is.
+SETS = {"attention_only": ("attn.*",), "audio_focused": ("audio_ffn.*", "audio_head"),
+        "comprehensive": ("attn.*", "ffn.*", "audio_ffn.*", "audio_head")}
+
 
 @dataclass(frozen=True)
 class LoraConfig:
@@ -27,7 +31,7 @@ class LoraConfig:
 
     rank: int = 16                        # R
     alpha: float = 32.0                   # numerator of the scale
-    targets: tuple[str, ...] = ("attn.*", "ffn.*", "audio_ffn.*")   # globs against dotted paths, a leading *. is implied
+    targets: tuple[str, ...] = ("attn.*", "ffn.*", "audio_ffn.*")   # globs against dotted paths, a leading *. is implied; or a name of SETS
     dropout: float = 0.0                  # on the adapter's input, in training
     rslora: bool = False                  # scale by alpha / sqrt(rank)
     dora: bool = False                    # train direction and magnitude apart
@@ -103,16 +107,17 @@ def adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module, Adapter]]:
 def inject(model: nn.Module, config: LoraConfig) -> nn.Module:
     """Freeze the model, hang adapters on the targets and leave `train` trainable; returns the model.
 
-    ValueError when a pattern matches nothing; it lists what exists.
+    A Linear that is trained in full gets no adapter. ValueError when a pattern matches nothing; it lists what exists.
     """
     found = linears(model)
-    for pattern in [*config.targets, *(p for p, _ in (*config.ranks, *config.alphas))]:
+    targets = [pattern for name in config.targets for pattern in SETS.get(name, (name,))]
+    for pattern in [*targets, *(p for p, _ in (*config.ranks, *config.alphas))]:
         if not any(matches(path, pattern) for path in found):
             raise ValueError(f"adapter pattern {pattern!r} matches no Linear; there are {outline(found)}")
     trained = trained_parameters(model, config)
     model.requires_grad_(False)
     for path, module in found.items():
-        if any(matches(path, pattern) for pattern in config.targets):
+        if f"{path}.weight" not in trained and any(matches(path, pattern) for pattern in targets):
             rank = next((r for p, r in config.ranks if matches(path, p)), config.rank)
             alpha = next((a for p, a in config.alphas if matches(path, p)), config.alpha)
             module.adapter = Adapter(module.weight, rank, alpha, config).train(module.training)

@@ -19,14 +19,10 @@ from text import load_tokenizer
 BASE, CODEC = "bosonai/higgs-audio-v2-generation-3B-base", "bosonai/higgs-audio-v2-tokenizer"
 TINY = "assets/tiny_tokenizer.json"
 
-# The adapter sets of the seed recipes, with modules that exist.
-ATTENTION = ("attn.*",)                                     # attention_only
-AUDIO = ("audio_ffn.*", "audio_head")                       # audio_focused: audio columns alone
-ALL = (*ATTENTION, "ffn.*", *AUDIO)                         # comprehensive; the text head stays as it is
-
 config = TrainConfig(
     model=replace(HIGGS_V2_3B, checkpoint=True), init=BASE,
-    lora=LoraConfig(rank=16, alpha=32.0, dropout=0.05, targets=ALL),
+    # or attention_only, or audio_focused (lora.SETS); --lora.train=audio_head trains that head in full instead of its adapter
+    lora=LoraConfig(rank=16, alpha=32.0, dropout=0.05, targets=("comprehensive",)),
     # seeds: audio 1 or 2 beside text 1, both unshifted; one weight a modality, shifted, is what the base was trained with.
     # transformers sums its eight codebooks instead of averaging them: that would be audio=8.
     loss=LossConfig(text=1.0, audio=1.0),

@@ -113,6 +113,21 @@ def test_merged_export_is_plain_and_equal(tmp_path: Path) -> None:
     assert torch.equal(out(model), before) and len(lora.norms(model)) > 0          # the caller's model is untouched
 
 
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_what_is_merged_is_compared_with_the_adapted_model(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, lines = make(name, adapted=True), []
+    export(model, tmp_path / "plain", tell=lines.append)
+    error, largest = checkpoint.merge_error(model, load(tmp_path / "plain"))
+    assert len(lines) == 1 and f"logits differ by at most {error:.2g}, the largest is {largest:.2g} (on 3 fixed grids, float32)" in lines[0]
+    assert error < 1e-5 < 0.1 < checkpoint.merge_error(model, make(name))[0]            # without its adapter it is another model
+    export(make(name), tmp_path / "bare", tell=lines.append)
+    assert len(lines) == 1                                                              # nothing was merged
+    monkeypatch.setattr(lora, "merge", lambda model: model)
+    with pytest.raises(ValueError, match="the merged model is another one"):
+        export(model, tmp_path / "wrong")
+    assert not (tmp_path / "wrong").exists()
+
+
 def test_export_of_an_unknown_layout_says_what_there_is(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="onnx.*multistream"):
         export(make(), tmp_path, to="onnx")

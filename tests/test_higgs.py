@@ -147,15 +147,21 @@ def test_the_released_model_has_its_parameters_and_layout() -> None:
 
 
 def test_the_adapter_sets_of_the_recipes_have_their_sizes() -> None:
-    names = {"attention": ("attn.*",), "audio": ("audio_ffn.*", "audio_head"), "all": ("attn.*", "ffn.*", "audio_ffn.*", "audio_head")}
     found = {}
-    for name, targets in names.items():
+    for name, trained in (("attention_only", ()), ("audio_focused", ()), ("comprehensive", ()), ("audio_focused", ("audio_head",))):
         with torch.device("meta"):
             model = MultistreamLM(HIGGS_V2_3B)
-            inject(model, LoraConfig(rank=16, targets=targets))
-        found[name] = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert found == {"attention": 9_175_040, "audio": 15_138_816 + 180_480, "all": 39_452_672 + 180_480}
-    assert run_config(CONFIGS["higgs_ar"]).lora.targets == names["all"]
+            inject(model, LoraConfig(rank=16, targets=(name,), train=trained))
+        found[name, *trained] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert found == {("attention_only",): 9_175_040, ("audio_focused",): 15_138_816 + 180_480, ("comprehensive",): 39_452_672 + 180_480,
+                     ("audio_focused", "audio_head"): 15_138_816 + 8208 * 3072}
+    assert run_config(CONFIGS["higgs_ar"]).lora.targets == ("comprehensive",)
+
+
+def test_a_set_of_adapters_that_the_model_cannot_have_is_named() -> None:
+    plain = MultistreamLM(ModelConfig(TINY, StackConfig(dim=24, layers=1, heads=2, ffn=20)))
+    with pytest.raises(ValueError, match=r"audio_ffn\.\*' matches no Linear; there are .*temporal\.layers\.N\.ffn\.gate"):
+        inject(plain, LoraConfig(targets=("audio_focused",)))
 
 
 def test_a_batch_without_speech_reaches_every_adapter() -> None:

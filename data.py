@@ -20,6 +20,7 @@ the draw), so its whole state is a few counters, and any number of ranks reads o
 
 import random
 import sys
+import zlib
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -54,6 +55,7 @@ class Batch:
     segments: Tensor            # (B, S) int64, number of the example in its row, -1 = padding
     names: list[list[str]]      # ids of the examples of each row
     state: dict[str, Any]       # `Loader.restore(state)` continues behind this batch
+    speakers: Tensor            # (B, S) int64, a number for each voice, -1 = unknown; the contrastive term alone reads it
 
 
 def pack(lengths: Sequence[int], columns: int) -> list[list[int]]:
@@ -72,22 +74,22 @@ def pack(lengths: Sequence[int], columns: int) -> list[list[int]]:
     return rows
 
 
-Packed = list[tuple[str, Grid]]     # one row: (id, grid) of its examples
+Packed = list[tuple[str, Grid, int]]     # one row: (id, grid, number of the speaker) of its examples
 
 
 def collate(rows: Sequence[Packed], state: dict[str, Any]) -> Batch:
     """Lay packed rows into one padded batch."""
     B, K = len(rows), rows[0][0][1][0].shape[0]
-    S = -(-max(1, *(sum(tokens.shape[1] for _, (tokens, _) in row) for row in rows)) // 8) * 8
+    S = -(-max(1, *(sum(tokens.shape[1] for _, (tokens, _), _ in row) for row in rows)) // 8) * 8
     batch = Batch(torch.full((B, K, S), -1), torch.zeros(B, K, S), torch.zeros(B, S, dtype=torch.long),
-                  torch.full((B, S), -1), [[name for name, _ in row] for row in rows], state)
+                  torch.full((B, S), -1), [[name for name, *_ in row] for row in rows], state, torch.full((B, S), -1))
     for b, row in enumerate(rows):
         at = 0
-        for n, (_, (tokens, weights)) in enumerate(row):
+        for n, (_, (tokens, weights), speaker) in enumerate(row):
             span = slice(at, at + tokens.shape[1])
             batch.tokens[b, :, span], batch.weights[b, :, span] = tokens, weights
             batch.positions[b, span] = torch.arange(tokens.shape[1])
-            batch.segments[b, span] = n
+            batch.segments[b, span], batch.speakers[b, span] = n, speaker
             at = span.stop
     return batch
 
@@ -170,7 +172,7 @@ class Loader:
 
     def nothing(self) -> Packed:
         """A row without examples."""
-        return [("", (torch.empty(len(self.table), 0, dtype=torch.long), torch.empty(len(self.table), 0)))]
+        return [("", (torch.empty(len(self.table), 0, dtype=torch.long), torch.empty(len(self.table), 0)), -1)]
 
     def held_out(self) -> Iterator[Batch]:
         entries = ((n, None, -1) for own in self.sources for n in own)
@@ -232,8 +234,8 @@ class Loader:
     def packed(self, drawn: list[Drawn]) -> list[Packed]:
         """Lay out examples and pack them; one longer than a row is named and counted in `left_out`."""
         units = [self.unit(*one) for one in drawn]
-        lengths = [sum(tokens.shape[1] for _, (tokens, _) in unit) for unit in units]
-        for length, (name, _) in zip(lengths, (unit[0] for unit in units), strict=True):
+        lengths = [sum(tokens.shape[1] for _, (tokens, _), _ in unit) for unit in units]
+        for length, (name, *_) in zip(lengths, (unit[0] for unit in units), strict=True):
             if length > self.config.columns and name not in self.left_out:
                 self.left_out.add(name)
                 if len(self.left_out) <= 3:             # the rest is only counted
@@ -248,7 +250,7 @@ class Loader:
             if draw:
                 draw.setstate(state)
             tokens, weights = lay_out(build_example(self.index, side, self.table, draw, reference), self.table)
-            grids.append((entry.id, (tokens, weights * self.factors)))
+            grids.append((entry.id, (tokens, weights * self.factors), zlib.crc32(entry.speaker.encode()) if entry.speaker else -1))
         return grids
 
 

@@ -31,9 +31,14 @@ class LossConfig:
     groups: str = "modality"     # "modality": text and audio each have a normaliser; "all": one for everything
     text: float = 1.0            # lambda of the text group
     audio: float = 1.0           # lambda of the audio group
+    audio_reduction: str = "mean"    # over the codebooks: "mean", one normaliser for all; "sum", one each (transformers' Higgs)
+    contrastive: float = 0.0     # lambda of the contrastive term between a sample's speech and its reference (contrast.py)
 
     def __post_init__(self) -> None:
         assert self.groups in ("modality", "all"), f"groups {self.groups!r} is neither 'modality' nor 'all'"
+        assert self.audio_reduction in ("mean", "sum"), f"audio_reduction {self.audio_reduction!r} is neither 'mean' nor 'sum'"
+        assert self.groups == "modality" or self.audio_reduction == "mean", "audio_reduction 'sum' needs groups 'modality'"
+        assert self.contrastive >= 0, f"contrastive {self.contrastive} is negative"
 
 
 FIELDS = ("nll", "weight", "hits", "count")
@@ -49,6 +54,7 @@ class Sums:
     count: Tensor
     quiet: Tensor | None = None     # (4,) what of them is padding in the text row, where that is told apart
     places: Tensor | None = None    # (N,) weighted nll of each position, over its streams; carries the gradient too
+    contrast: Tensor | None = None  # the contrastive term, summed over its samples
 
     def add(self, rows: Sequence[int], part: "Sums", at: Tensor) -> "Sums":
         """Add the sums of a few streams at their rows, those of positions at theirs."""
@@ -105,5 +111,7 @@ def loss_scale(weight: Tensor, table: StreamTable, config: LossConfig) -> Tensor
     scale = torch.zeros_like(weight)
     for factor, rows in ((config.text, table.text_out), (config.audio, table.audio_out)):
         total = weight[rows].sum() if config.groups == "modality" else weight.sum()
+        if config.audio_reduction == "sum" and rows is table.audio_out:
+            total = weight[rows]
         scale[rows] = factor / total.clamp(min=torch.finfo(weight.dtype).tiny) * (total > 0)
     return scale

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from architectures import HIGGS_V2_3B, MOSHI_7B, MOSS_9B, QWEN2_5_1_5B, FusionConfig, ModelConfig, StackConfig, codebooks  # noqa: F401
+from contrast import info_nce, pairs
 from dsaa import Affine, Projector, TextTower
 from kernels.attention import Cache, attend, attention_mask
 from kernels.decode import ColumnStep, Turns, column_step
@@ -450,13 +451,15 @@ class MultistreamLM(nn.Module):
     # ---- teacher forcing ----
 
     def forward(self, tokens: Tensor, weights: Tensor | None = None, positions: Tensor | None = None,
-                segments: Tensor | None = None, voice: Tensor | None = None) -> Sums | tuple[Tensor | None, Tensor | None]:
+                segments: Tensor | None = None, voice: Tensor | None = None,
+                speakers: Tensor | None = None) -> Sums | tuple[Tensor | None, Tensor | None]:
         """Predict columns 1..S-1 from columns 0..S-2.
 
         tokens (B, K, S) int64, weights (B, K, S) or None, positions and segments (B, S) of packed rows or None; `voice`
         (B, n, D) is what self.voice made of features.
         Without weights -> logits: text (B, S-1, V_text) or None, audio (B, Q, S-1, V_audio) or None.
-        With weights -> Sums: weighted nll, weight, hits and count of every stream, each (K,), and nll of every place, B * (S-1).
+        With weights -> Sums: weighted nll, weight, hits and count of every stream, each (K,), and nll of every place, B * (S-1);
+        with speakers (B, S) of packed rows also the contrastive term.
         """
         B, K, S = tokens.shape
         assert len(self.table) == K, f"{K} rows for a table of {len(self.table)}"
@@ -464,7 +467,10 @@ class MultistreamLM(nn.Module):
         cut = [None if t is None else t[:, :-1] for t in (positions, segments)]
         h_text, h_audio = self.hidden(inputs, *cut, voice=voice)
         if weights is not None:
-            return self.sums(h_text, h_audio, targets, weights[..., 1:])
+            sums = self.sums(h_text, h_audio, targets, weights[..., 1:])
+            if speakers is not None:
+                sums.contrast = info_nce(h_audio, pairs(inputs, weights[..., :-1], cut[1], speakers[:, :-1], self.table))
+            return sums
         text = self.text_head(h_text) if self.table.text_out else None
         audio = None
         if self.table.audio_out:

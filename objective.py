@@ -22,11 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lora
+from contrast import pairs
 from loss import LossConfig, Sums, loss_scale
 from monitor import report
 from streams import StreamTable
 
-Net = Callable[..., Sums]       # a model, or DDP around it: tokens, weights, positions, segments
+Net = Callable[..., Sums]       # a model, or DDP around it: tokens, weights, positions, segments; train.py gives the speakers behind them
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,13 @@ class Likelihood:
     def zero(self) -> Tensor:
         return torch.zeros(4, len(self.table) + 1, dtype=torch.float64)
 
-    def count(self, weights: Tensor, segments: Tensor) -> Tensor:
+    def count(self, weights: Tensor, segments: Tensor, *_: Tensor) -> Tensor:
         """What the loss of a batch is divided by: the target weights of each stream.   (B, K, S) -> (K,) float64"""
         return weights[..., 1:].sum((0, 2)).double()
 
     def sums(self, net: Net, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """What a batch adds to the loss before it is divided, and to the numbers.   -> (K,), as `zero`"""
-        found = net(*tensors)
+        found = net(*tensors[:4])
         return found.nll, found.stacked()
 
     def scale(self, counts: Tensor, config: LossConfig) -> Tensor:
@@ -65,6 +66,36 @@ class Likelihood:
 
     def report(self, total: Tensor) -> dict[str, float]:
         return report(total, self.table, self.config)
+
+
+class Contrast(Likelihood):
+    """Weighted cross-entropy, and behind its streams the contrastive term of contrast.py."""
+
+    told = False
+
+    def zero(self) -> Tensor:
+        return torch.zeros(5, len(self.table) + 1, dtype=torch.float64)          # a fifth row: the term, and how many samples it is of
+
+    def count(self, weights: Tensor, segments: Tensor, *rest: Tensor) -> Tensor:
+        """-> (K + 1,): the samples that the model will find in what it reads, all columns but the last."""
+        tokens, speakers = rest
+        found = pairs(tokens[..., :-1], weights[..., :-1], segments[:, :-1], speakers[:, :-1], self.table)
+        return torch.cat([super().count(weights, segments), found.count[None]])
+
+    def sums(self, net: Net, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        found = net(*tensors[:4], speakers=tensors[4])
+        numbers = F.pad(found.stacked(), (0, 0, 0, 1))
+        numbers[4, :2] = torch.stack([found.contrast.detach(), self.count(tensors[1], tensors[3], tensors[0], tensors[4])[-1]])
+        return torch.cat([found.nll, found.contrast[None]]), numbers
+
+    def scale(self, counts: Tensor, config: LossConfig) -> Tensor:
+        if not counts[-1] and not self.told:
+            self.told = True
+            print("contrastive term 0: no sample meets another voice in its micro-batch; name speakers, raise data.reference or columns")
+        return torch.cat([super().scale(counts[:-1], config), config.contrastive / counts[-1:].clamp(min=1)])
+
+    def report(self, total: Tensor) -> dict[str, float]:
+        return super().report(total[:4]) | {"contrastive_loss": float(total[4, 0] / total[4, 1].clamp(min=1))}
 
 
 class Preference:
@@ -76,15 +107,15 @@ class Preference:
     def zero(self) -> Tensor:
         return torch.zeros(5, dtype=torch.float64)
 
-    def count(self, weights: Tensor, segments: Tensor) -> Tensor:
+    def count(self, weights: Tensor, segments: Tensor, *_: Tensor) -> Tensor:
         """Pairs of a batch.   segments (B, S) -> (1,) float64"""
         return ((segments.amax(1) + 1) // 2).sum(0, keepdim=True).double()
 
     def sums(self, net: Net, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Loss summed over pairs (1,), and summed: loss, pairs, pairs in the right order, rewards of y+, of y- (5,)."""
         with torch.no_grad(), lora.switched_off(self.model):
-            reference = self.model(*tensors).places
-        rewards = self.rewards(net(*tensors).places, reference, tensors[3])
+            reference = self.model(*tensors[:4]).places
+        rewards = self.rewards(net(*tensors[:4]).places, reference, tensors[3])
         real = self.real(tensors[3])
         loss = torch.where(real, preference_loss(rewards[..., 0] - rewards[..., 1], self.config), 0.0).sum()
         better = ((rewards[..., 0] > rewards[..., 1]) & real).sum()

@@ -32,7 +32,7 @@ from config import TrainConfig, first_beta, learning_rate
 from curriculum import Curriculum, prepare_all
 from data import Batch, Loader
 from model import Block, MultistreamLM
-from objective import Likelihood, Preference
+from objective import Contrast, Likelihood, Preference
 from options import difference, exit_on_error, from_json, load_config, read_json, write_json
 from parallel import all_sum, barrier
 
@@ -130,12 +130,12 @@ if rank == 0:
 data_facts = {k: getattr(config.data, k) for k in ("codec", "tokenizer", "normaliser", "system")}
 extras = Extras(0, data_facts, "base" if base == str(out / "base") else base if config.lora is not None else "")
 net = parallel.wrap(raw, device)
-goal = Preference(raw, config.dpo) if config.dpo else Likelihood(table, config.loss)
+goal = Preference(raw, config.dpo) if config.dpo else (Contrast if config.loss.contrastive else Likelihood)(table, config.loss)
 
 
 def forward(module: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """What a batch adds to the loss, before it is divided, and to the numbers that are reported."""
-    tensors = (batch.tokens, batch.weights, batch.positions, batch.segments)
+    tensors = (batch.tokens, batch.weights, batch.positions, batch.segments, batch.speakers)
     with autocast:
         return goal.sums(module, [t.to(device, non_blocking=True) for t in tensors])
 
@@ -212,7 +212,7 @@ while True:
     step_batches = reader.take(config.accum)
     late = config.max_minutes and time.time() - began > 60 * config.max_minutes
     wish = torch.tensor([float(bool(stop["why"] or late))], dtype=torch.float64)
-    counts = all_sum(torch.cat([sum(goal.count(b.weights, b.segments) for b in step_batches), wish]), device)
+    counts = all_sum(torch.cat([sum(goal.count(b.weights, b.segments, b.tokens, b.speakers) for b in step_batches), wish]), device)
     if counts[-1] > 0:
         checkpoint()                             # run.loader still stands before these micro-batches
         say(f"stopped by {stop['why'] or '--max_minutes'} before step {run.step}; the same command continues")

@@ -24,7 +24,8 @@ config = TrainConfig(
     # or attention_only, or audio_focused (lora.SETS); --lora.train=audio_head trains that head in full instead of its adapter
     lora=LoraConfig(rank=16, alpha=32.0, dropout=0.05, targets=("comprehensive",)),
     # seeds: audio 1 or 2 beside text 1, both unshifted; one weight a modality, shifted, is what the base was trained with.
-    # transformers sums its eight codebooks instead of averaging them: that would be audio=8.
+    # transformers sums its eight codebooks instead of averaging them: that would be audio_reduction="sum".
+    # The seed's contrastive 0.1 had no gradient; --loss.contrastive=0.1 is InfoNCE between speech and reference, off here.
     loss=LossConfig(text=1.0, audio=1.0),
     data=DataConfig(sources=("data/ar.jsonl",), codec=CODEC, tokenizer=BASE, normaliser="arabic-v1+higgs-v1",
                     scene="Audio is recorded from a quiet room.",

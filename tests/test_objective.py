@@ -60,13 +60,13 @@ def adapted(name: str) -> tuple[MultistreamLM, MultistreamLM]:
     return plain, model
 
 
-def pairs_of(name: str, count: int) -> list[list[tuple[str, tuple[torch.Tensor, torch.Tensor]]]]:
+def pairs_of(name: str, count: int) -> list[list[tuple[str, tuple[torch.Tensor, torch.Tensor], int]]]:
     """`count` pairs of grids; weights of their own for every target."""
     units = []
     for n in range(count):
         sides = [grid(CONFIGS[name], 10 * n + side, columns=11 + side + n) for side in range(2)]
         draw = torch.Generator().manual_seed(n)
-        units.append([(str(n), (tokens[0], w[0] * (0.5 + torch.rand(w[0].shape, generator=draw)))) for tokens, w in sides])
+        units.append([(str(n), (tokens[0], w[0] * (0.5 + torch.rand(w[0].shape, generator=draw))), -1) for tokens, w in sides])
     return units
 
 
@@ -91,7 +91,7 @@ def test_value_and_gradient_equal_a_naive_implementation(name: str) -> None:
     plain, model = adapted(name)
     config, units, exact = DpoConfig(beta=0.3, label_smoothing=0.05), pairs_of(name, 3), copy.deepcopy(model).double()
     plain, naive, rewards = plain.double(), torch.zeros(()), []
-    for (_, better), (_, worse) in units:
+    for (_, better, _), (_, worse, _) in units:
         with torch.no_grad():
             base = [log_probability(plain, *side) for side in (better, worse)]
         sides = [config.beta * (log_probability(exact, *side) - b) for side, b in zip((better, worse), base, strict=True)]

@@ -69,7 +69,8 @@ def test_transformers_loads_higgs(tmp_path):
 @pytest.mark.parametrize(("name", "config"), [
     ("qwen2", LoraConfig(rank=2, targets=("attn.q", "temporal.layers.1.ffn.*"), rslora=True, ranks=(("layers.1.attn.q", 3),))),
     ("qwen3", LoraConfig(rank=2, targets=("attn.*",), dora=True, alphas=(("layers.0.attn.v", 5.0),), train=("temporal.norm",))),
-    ("higgs", LoraConfig(rank=2, targets=("attn.*", "audio_ffn.*", "audio_head")))])
+    ("higgs", LoraConfig(rank=2, targets=("attn.*", "audio_ffn.*", "audio_head"))),
+    ("higgs", LoraConfig(rank=2, targets=("comprehensive",), train=("audio_head",)))])
 @torch.no_grad()
 def test_peft_loads_adapters(name, config, tmp_path):
     higgs = name == "higgs"

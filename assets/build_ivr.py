@@ -164,12 +164,14 @@ def rows_of(family: Family, split: str, job: Job) -> Iterator[dict]:
 
 
 def splits(families: list[Family]) -> dict[str, str]:
-    """Of each category one English family is held out and one is for tests, by hash: never by place in the file."""
+    """Of each category one English family is held out and one is for tests, then two more of several exchanges for each side;
+    by hash, never by place in the file."""
     found = {family.name: "train" for family in families}
     for category in CATEGORIES:
         names = sorted((f.name for f in families if f.category == category and f.language == "en"), key=fraction)
         found |= {names[0]: "held-out", names[1]: "test"}
-    return found
+    long = sorted((f.name for f in families if found[f.name] == "train" and sum(role == "agent" for role, _ in f.turns) > 1), key=fraction)
+    return found | dict.fromkeys(long[:2], "held-out") | dict.fromkeys(long[2:4], "test")
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:

@@ -80,7 +80,7 @@ def test_the_dialogues_are_rebuilt_byte_for_byte(tmp_path: Path) -> None:
     for name in ("dialogues.jsonl", "test.jsonl"):
         assert (tmp_path / name).read_bytes() == (IVR / name).read_bytes(), f"run python assets/build_ivr.py: {name} is stale"
     rc, out, err = call("assets/build_ivr.py", f"--out={tmp_path}", "--seed=1", "--copies=2")
-    assert rc == 0 and len((tmp_path / "test.jsonl").read_text().splitlines()) == 18
+    assert rc == 0 and len((tmp_path / "test.jsonl").read_text().splitlines()) == 22
     assert (tmp_path / "test.jsonl").read_bytes() != (IVR / "test.jsonl").read_bytes()
 
 
@@ -104,7 +104,9 @@ def test_no_family_and_no_reply_is_on_two_sides() -> None:
     assert all(len(found) == 1 for found in sides.values()), [key for key, found in sides.items() if len(found) > 1]
     by = {split: {row["group"] for row in DIALOGUES if row["split"] == split} for split in ("train", "held-out", "test")}
     assert {split: len({g.split("/")[0] for g in groups}) for split, groups in by.items()} == {"train": 9, "held-out": 9, "test": 9}
-    assert len(by["held-out"]) == len(by["test"]) == 9
+    assert len(by["held-out"]) == len(by["test"]) == 11 and len(by["train"]) == 58
+    long = {row["split"] for row in DIALOGUES if sum(m["role"] == "assistant" for m in row["messages"]) > 1}
+    assert long == {"train", "held-out", "test"}
 
 
 def test_replies_of_different_sides_are_no_near_copies() -> None:

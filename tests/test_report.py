@@ -16,10 +16,11 @@ import sweep
 from audio.wav import save_wav
 from checkpoint import load
 from data import Loader
+from lora import switched_off
 from metrics import bleu, rouge
 from options import apply, load_config, read_json
 from page import Page, show
-from report import Case, Evaluation, made_up, perplexity, slices_of, without_adapters
+from report import Case, Evaluation, made_up, perplexity, slices_of
 
 OPTIONS = ("--data.columns=160", "--batch_size=2", "--eval_every=0", "--save_every=0", "--steps=25", "--lr=1e-2", "--lora.dropout=0")
 ASKED = {"billing": ["What is the bill?", "How much is it?"], "shipping": ["When is it here?", "How fast is it?"]}
@@ -86,7 +87,7 @@ def test_adapters_come_back_on_even_after_an_error(run: Path) -> None:
     model, tokens = load(run), torch.randint(0, 500, (1, 1, 7))
     with torch.inference_mode():
         on, base = model(tokens)[0], load(run / "base")(tokens)[0]
-        with pytest.raises(RuntimeError), without_adapters(model) as bare:
+        with pytest.raises(RuntimeError), switched_off(model) as bare:
             assert torch.equal(bare(tokens)[0], base) and not torch.equal(on, base)
             raise RuntimeError
         assert torch.equal(model(tokens)[0], on)

@@ -284,16 +284,20 @@ def expand_depth(config: Any, weights: dict[str, Tensor]) -> tuple[Any, dict[str
     ModelConfig and tensors in, both out. The agent's last codebook, which a step reads now, gets the embedding of its
     first; the agent's logits stay as they are.
     """
+    both, first = predict_user(config), config.table.streams[config.table.audio[0]]
+    double = {name: torch.cat([t, t]) for name, t in weights.items() if depth_sets(name, t, config.depth.steps)}
+    codes = weights["depth.audio.weight"]
+    return both, weights | double | {"depth.audio.weight": torch.cat([codes, codes[: first.vocab], codes])}
+
+
+def predict_user(config: Any) -> Any:
+    """The ModelConfig of `expand_depth`: every audio row is predicted, each by a depth step of its own."""
     table, depth, Q = config.table, config.depth, len(config.table.audio_out)
     if depth is None or depth.schedule or depth.low_rank or len(table.audio) != 2 * Q:
         raise ValueError(f"{Q} of {len(table.audio)} audio rows are predicted; expand-depth wants a depth transformer and half of them")
-    first = table.streams[table.audio[0]]
-    streams = [replace(s, classes=first.classes) if k in table.audio else s for k, s in enumerate(table.streams)]
-    double = {name: torch.cat([t, t]) for name, t in weights.items() if depth_sets(name, t, depth.steps)}
-    codes = weights["depth.audio.weight"]
-    codes = torch.cat([codes, codes[: first.vocab], codes])
-    config = replace(config, table=replace(table, streams=tuple(streams)), depth=replace(depth, steps=2 * Q))
-    return config, weights | double | {"depth.audio.weight": codes}
+    classes = table.streams[table.audio[0]].classes
+    streams = [replace(s, classes=classes) if k in table.audio else s for k, s in enumerate(table.streams)]
+    return replace(config, table=replace(table, streams=tuple(streams)), depth=replace(depth, steps=2 * Q))
 
 
 def trim_depth(config: Any, weights: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:

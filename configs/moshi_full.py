@@ -5,6 +5,12 @@
     python checkpoint.py export out/moshi_full --to=moshi --out=merged
     python -m moshi.server --moshi-weight merged/model.safetensors --config-path merged/config.json
 
+The user's codebooks too, and both speakers as the agent, as J-Moshi is trained:
+
+    python checkpoint.py expand-depth kyutai/moshiko-pytorch-bf16 --out=models/moshiko-both
+    torchrun --standalone --nproc_per_node=8 train.py configs/moshi_full.py --preset=both
+    python checkpoint.py trim-depth out/moshi_both --out=models/trained       what moshi.server can play
+
 Needs: not yet measured; weights, gradients and AdamW in fp32 are 123 GB before activations, shared out over the ranks
 (FSDP2).  Expect: not yet measured.
 """
@@ -13,11 +19,25 @@ from dataclasses import replace
 from pathlib import Path
 
 from config import TrainConfig
+from duplex import predict_user
 from options import run_config
 
 beside = Path(__file__).with_name("moshi_lora.py")
 config = replace(run_config(beside), lora=None, shard=True, out="out/moshi_full")
+WEIGHTS = (1.0, *2 * (100.0, *[1.0] * 7))                   # text, the semantic and the acoustic codebooks of both
+
+
+def of_both(one: TrainConfig, init: str, out: str) -> TrainConfig:
+    return replace(one, model=predict_user(one.model), init=init, out=out, prompts=(),
+                   data=replace(one.data, both_speakers=True, stream_weights=WEIGHTS))
+
+
+both = of_both(config, "models/moshiko-both", "out/moshi_both")
 
 
 def smoke() -> TrainConfig:
     return replace(run_config(beside, "smoke"), lora=None, shard=True, out="out/smoke_moshi_full")
+
+
+def smoke_both() -> TrainConfig:
+    return of_both(smoke(), "", "out/smoke_moshi_both")

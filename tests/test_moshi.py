@@ -20,6 +20,7 @@ import cache
 from audio.mimi import MimiCodec, MimiConfig
 from audio.wav import load_wav
 from checkpoint import Extras, RunState, consolidate, export, load, save, save_run
+from data import Loader
 from duplex import EPAD, PAD, UserFeed, demo_dialogues, official_files, text_weights
 from loss import LossConfig, loss_scale
 from model import MOSHI_7B, MultistreamLM
@@ -248,6 +249,24 @@ def test_a_depth_transformer_of_both_speakers_starts_as_a_copy_and_trims_back(tm
     assert frames.shape == (1, 17, 4) and (frames[..., 1:] >= 0).all()                               # the first one is the prompt's
     rc, _, err = call("checkpoint.py", "expand-depth", tmp_path / "two", f"--out={tmp_path}/x")
     assert rc == 2 and "16 of 16 audio rows are predicted" in err and err.count("\n") == 1
+
+
+def test_the_user_is_trained_on_request_and_both_are_the_agent(tmp_path):
+    """--preset=both reads what expand-depth writes; each dialogue comes twice, and the user's codebooks are targets as the agent's."""
+    config = run_config(ROOT / "configs/moshi_full.py", "smoke_both")
+    tiny = MultistreamLM(run_config(ROOT / "configs/moshi_full.py", "smoke").model)
+    rc, _, err = call("checkpoint.py", "expand-depth", save(tiny, tmp_path / "one"), f"--out={tmp_path}/both")
+    model = load(tmp_path / "both", config=config.model)
+    assert rc == 0 and model.config.table == config.model.table, err
+    data = replace(config.data, cache=str(tmp_path / "cache"), prefetch=0)
+    index = cache.prepare(data, model.table)
+    assert sum(entry.swapped for entry in index.entries) == len(index.entries) / 2
+    batch = next(iter(Loader(data, model.table, batch_size=2)))
+    own, user = batch.weights[:, 1:9], batch.weights[:, 9:]
+    assert own.any() and user.equal(own) and set(batch.weights[:, (1, 9)].unique().tolist()) == {0.0, 100.0}
+    numbers = report(model(batch.tokens, batch.weights, batch.positions, batch.segments).stacked(), model.table, LossConfig())
+    assert abs(numbers["own_loss"] + numbers["user_loss"] - 2 * numbers["audio_loss"]) < 1e-3
+    assert {"user_accuracy", "semantic_loss", "acoustic_loss", "text_pad_loss", "user8_loss"} <= numbers.keys()
 
 
 @pytest.mark.parametrize("to", ["moshi-lora", "moshi"])

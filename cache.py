@@ -418,11 +418,12 @@ class Indexer:
     table: StreamTable
     tokenizer: Tokenizer
     joined: set[str]
+    drawn: set[str] = field(default_factory=set)        # ids of the manifest's rows; its other clips serve them
     texts: dict[str, np.ndarray] = field(default_factory=dict)
 
     def add(self, m: Manifest, source: int) -> None:
         """Append the usable rows of a manifest and reject the others."""
-        drawn, numbers = {row["id"] for row in m.rows}, {}
+        self.drawn, numbers = {row["id"] for row in m.rows}, {}
         for row in m.clips.values():                    # parts and references stand before the rows that use them
             entry = Entry(row["id"], row["text"], source, "", str(row.get("speaker") or ""), str(row.get("group") or ""))
             try:
@@ -436,7 +437,7 @@ class Indexer:
                 continue
             numbers[row["id"]] = len(self.index.entries)
             for entry, text in entries:                 # all chunks of a dialogue fall on the same side
-                if row["id"] in drawn:
+                if row["id"] in self.drawn:
                     entry.split = "train" if row["mark"] in self.joined else split_of(row, row["mark"] or row["text"], self.config)
                 if text is not None:
                     self.texts[str(len(self.index.entries))] = text
@@ -473,7 +474,7 @@ class Indexer:
         entry.scene = str(row.get("scene") or "")
         chat = self.index.chat
         if "clips" not in row and chat.template is not HIGGS:
-            if self.table.audio:
+            if self.table.audio and row["id"] in self.drawn:
                 raise ValueError(f'{chat.template.family} learns from conversations; write the row as {{"messages": [...]}}')
             chat.plain(row["text"])
             return

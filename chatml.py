@@ -88,8 +88,10 @@ If the user's message includes a [SPEAKER*] tag, do not read out the tag and gen
 using the specified voice.
 If no speaker tag is present, select a suitable voice on your own."""
 # How the official generation example draws; RAS looks back 7 columns and redraws what was there twice.
-RULES = {"chatml": {"temperature": 1.0, "top_k": 50, "top_p": 0.95, "ras_window": 7, "ras_repeats": 2, "max_frames": 2048}}
-OFFICIAL = {"chatml": {"codec": "bosonai/higgs-audio-v2-tokenizer", "normaliser": "higgs-v1"}}      # what goes with official weights
+RULES = {"chatml": {"temperature": 1.0, "top_k": 50, "top_p": 0.95, "ras_window": 7, "ras_repeats": 2, "max_frames": 2048},
+         "moss": {"temperature": 0.7, "top_k": 20, "top_p": 0.95, "min_frames": 10, "max_frames": 1000}}
+OFFICIAL = {"chatml": {"codec": "bosonai/higgs-audio-v2-tokenizer", "normaliser": "higgs-v1"},      # what goes with official weights
+            "moss": {"codec": "fnlp/MOSS-Speech-Codec"}}
 SEED_REQUEST = re.compile(r"\s*please generate speech for given text[^:]*:\s*", re.I)
 TAG = "<audio>"                     # ms-swift's placeholder
 ROLES = ("system", "user", "assistant")

@@ -270,7 +270,7 @@ def main() -> None:
     if job.chat is not None:
         return hold(job, pairs.keys())
     if job.user or job.prompt:
-        return converse(job, bool({"temperature", "top_k"} & pairs.keys()))
+        return converse(job, pairs.keys())
     texts = read_lines(job.texts) if job.texts else [job.text]
     if not any(text.strip() for text in texts):
         raise ValueError("nothing to say; add --text=\"...\" or --texts=FILE with one text a line")
@@ -287,10 +287,10 @@ def hold(job: Job, given: Collection[str]) -> None:
     talk(model.table, data, job.chat, lambda prompt: generate(model, prompt, job), job.reply, job.out)
 
 
-def converse(job: Job, ruled: bool = True) -> None:
+def converse(job: Job, given: Collection[str] = ("temperature",)) -> None:
     """Answer the recording job.user, or go on with the dialogue job.prompt: both sides as a stereo wav, and a transcript.
 
-    Where no sampling rule was given (`ruled`), Moshi's own hold.
+    Where `given`, the options that the user chose, holds no sampling rule, the family's own hold.
     """
     model, data = load_for_sampling(job)
     table = model.table
@@ -299,11 +299,12 @@ def converse(job: Job, ruled: bool = True) -> None:
         codes = encode(codec, load_wav(job.user, codec.sample_rate)[0])
         asked = {"role": "user", "content": [{"type": "audio", "audio_url": job.user}]}
         prompt = lay_out(reply_example([asked], [codes], data, tokenizer, table, job.reply), table)[0]
+        job = replace(job, **usual_rules(table.layout, given))
         return tell(generate(model, prompt, job), table, tokenizer, "" if job.reply == "text" else job.out, codec)
     if table.layout != "duplex":
-        given = "--user" if job.user else "--prompt"
-        raise ValueError(f"{given} needs a model that listens, {job.ckpt} has layout {table.layout!r}; give it --text")
-    job = job if ruled else replace(job, **moshi_rules(len(table.audio_out)))
+        option = "--user" if job.user else "--prompt"
+        raise ValueError(f"{option} needs a model that listens, {job.ckpt} has layout {table.layout!r}; give it --text")
+    job = job if {"temperature", "top_k"} & set(given) else replace(job, **moshi_rules(len(table.audio_out)))
     codec, tokenizer = load_codec(data.codec), load_tokenizer(data.tokenizer)
     before, user, wav = recorded(job, codec, tokenizer, table, data)
     job = replace(job, max_frames=round(job.seconds * codec.frame_rate))

@@ -1,19 +1,24 @@
 """MOSS-Speech: generation through both modes, split models, replies in pieces, the recipe from calls to export."""
 
+import json
+import math
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import call
+from conftest import ROOT, call
 from test_parity import Golden
-from test_qwen import IDS, TABLES, TOKENIZER, WORDS, ids
+from test_qwen import CHATS, HEARD, IDS, TABLES, TOKENIZER, WORDS, grid, ids, speech, turn
 
 import checkpoint
 from architectures import ModelConfig, StackConfig
+from audio import load_codec
+from audio.wav import load_wav
 from chatml import SOSP
 from checkpoint import load, split_from_qwen
+from loss import LossConfig, loss_scale
 from model import MultistreamLM
-from replies import pieces
+from replies import demo_calls, pieces
 from sample import SampleConfig, generate, pad_left
 from text import TextStream, load_tokenizer
 
@@ -140,6 +145,45 @@ def test_split_on_the_command_line_and_what_does_not_fit(tmp_path):
     assert split_from_qwen(bare, tail=1, codes=64).table.audio_start == IDS[SOSP]
 
 
+# ---- learning ----
+
+def test_an_overfitted_spoken_exchange_comes_back_exactly():
+    """More than 99 % of the codes, in fact all, drawn greedily behind its prompt; then <|im_end|> and nothing else."""
+    talk, g = [turn("user", [HEARD]), turn("assistant", [HEARD])], torch.Generator().manual_seed(3)
+    heard, said = (torch.randint(0, 64, (1, n), generator=g) for n in (7, 12))
+    tokens, weights = grid(CHATS["moss"].segments(talk, [heard, said]), TABLES["moss"])
+    torch.manual_seed(0)
+    model = MultistreamLM(ModelConfig(TABLES["moss"], replace(Q3, dim=32, ffn=48), tail=1)).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        sums = model(tokens[None], weights[None])
+        (sums.nll.sum() / sums.weight.sum()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert int(sums.hits.sum()) == int(sums.count.sum()) == 12 + 1 + 1
+    prompt, _ = grid(CHATS["moss"].segments(talk[:1], [heard], reply="speech"), TABLES["moss"])
+    made = replies(model.eval(), [prompt])[0]
+    assert made[1][made[1] >= 0].tolist() == said[0].tolist() and made[0, -1] == IDS["<|im_end|>"] and made.shape[1] == 14
+
+
+def test_losses_of_text_and_speech_share_one_normaliser():
+    """L = (sum of text nll + sum of audio nll) / (text targets + audio targets), by hand."""
+    talk = [turn("user", "Hi"), turn("assistant", [HEARD]), turn("user", "Hi"), turn("assistant", "Yes.")]
+    tokens, weights = grid(CHATS["moss"].segments(talk, [speech(3, 5, 9)]), TABLES["moss"])
+    model = drawn(MultistreamLM(ModelConfig(TABLES["moss"], Q3, tail=1)))
+    with torch.no_grad():
+        text, audio = model(tokens[None])
+        sums = model(tokens[None], weights[None])
+    total, count = 0.0, 0
+    for s in range(tokens.shape[1] - 1):
+        for row, logits in ((0, text[0, s]), (1, audio[0, 0, s])):
+            if weights[row, s + 1]:
+                total, count = total - float(logits.log_softmax(-1)[tokens[row, s + 1]]), count + 1
+    assert count == 4 + 1 + len(ids("Yes.<|im_end|>"))
+    scale = loss_scale(sums.weight, TABLES["moss"], LossConfig(groups="all"))
+    assert float((scale * sums.nll).sum()) == pytest.approx(total / count, rel=1e-5)
+
+
 # ---- ids, pieces ----
 
 def test_text_comes_as_soon_as_its_bytes_are_whole():
@@ -169,3 +213,57 @@ def test_ids_above_the_vocabulary_are_named():
     model = drawn(MultistreamLM(ModelConfig(TABLES["moss"], Q3, tail=1)))
     with pytest.raises(ValueError, match=r"ids above the vocabulary: up to \[544, -1\] in rows of \[544, 80\] ids; use the tokenizer"):
         next(generate(model, torch.tensor([[1, 544], [-1, -1]])))
+
+
+# ---- the recipe ----
+
+def run(*args: object) -> str:
+    rc, out, err = call(*args)
+    assert rc == 0, out + err
+    return out + err
+
+
+def test_bundled_calls_are_spoken_and_written_on_both_sides(tmp_path):
+    path = demo_calls(tmp_path, 16)
+    rows = [json.loads(line) for line in open(path, encoding="utf-8")]
+    kinds = {tuple("speech" if isinstance(m["content"], list) else "text" for m in row["messages"]) for row in rows}
+    assert kinds == {(a, b) for a in ("speech", "text") for b in ("speech", "text")} and {row["split"] for row in rows} == {"train", "test"}
+    assert demo_calls(tmp_path) == path                                     # made once
+    spoken = next(row for row in rows if isinstance(row["messages"][1]["content"], list))
+    assert spoken["messages"][1]["content"][0]["text"].startswith("the number i have is ")
+    codec = load_codec("tiny:1")
+    wav, rate = load_wav(tmp_path / spoken["messages"][1]["content"][0]["audio_url"], codec.sample_rate)
+    codes = codec.encode(wav[None])
+    assert rate == 16000 and codes.shape[1] == 1 and torch.equal(codes, load_codec("tiny").encode(wav[None])[:, :1])
+    stream = codec.stream()
+    pieces = [stream.decode(part) for part in codes.split(5, 2)]
+    assert torch.allclose(torch.cat([*pieces, stream.flush()], 2), codec.decode(codes), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_smoke_trains_resumes_is_evaluated_replies_and_is_exported(tmp_path):
+    """Spoken question to spoken and to written answer; the adapter and the merged model give the same logits again."""
+    common = ("configs/ivr_moss.py", "--smoke", f"--data.cache={tmp_path}/cache", f"--out={tmp_path}/run")
+    run("train.py", *common, "--steps=20", "--schedule=constant")
+    assert "resuming" in run("train.py", *common)
+    numbers = [json.loads(line) for line in open(tmp_path / "run/metrics.jsonl")]
+    assert [row["step"] for row in numbers if "train/loss" in row] == list(range(40))
+    assert [row["val/audio_loss"] for row in numbers if "val/loss" in row][-1] < 0.6 * math.log(384)
+    run("evaluate.py", "report", tmp_path / "run", "--rounds=20")
+    told = json.loads((tmp_path / "run/report/summary.json").read_text())
+    found = {(line["model"], line["stream"]): line["loss"][0] for line in told["losses"]}
+    assert found["run", "audio"] < 0.5 * found["base", "audio"] and found["run", "text"] < 0.5 * found["base", "text"]
+    asked = ROOT / "out/cache/calls/003-user.wav"
+    said = run("sample.py", "--ckpt", tmp_path / "run", "--user", asked, "--out", tmp_path / "a.wav", "--max_frames=60")
+    wav, rate = load_wav(tmp_path / "a.wav")
+    assert f"{wav.shape[1] / rate:.1f} s" in said.splitlines()[-1] and wav.shape[1] % 640 == 0 and wav.abs().max() > 0.01
+    assert "the" in run("sample.py", "--ckpt", tmp_path / "run", "--user", asked, "--reply=text", "--temperature=0")
+    grids = torch.stack([torch.tensor([[5, 6, IDS[SOSP], -1, -1, 9]]), torch.tensor([[-1, -1, -1, 7, 256, -1]])], 1)
+    model = load(tmp_path / "run")
+    for layout in ("hf", "peft"):
+        run("checkpoint.py", "export", tmp_path / "run", f"--to={layout}", f"--out={tmp_path}/{layout}")
+    run("checkpoint.py", "import", tmp_path / "hf", f"--out={tmp_path}/back")
+    with torch.inference_mode():
+        wanted = model(grids)
+        for other in (load(tmp_path / "back"), load(tmp_path / "run" / "base", adapter=tmp_path / "peft")):
+            assert all(float((a - b).abs().max()) < 1e-4 for a, b in zip(other(grids), wanted, strict=True))

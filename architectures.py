@@ -92,11 +92,13 @@ class ModelConfig:
     voice_places: float = 0.0                            # scale of the sine places added to them
     fusion: FusionConfig | None = None                   # a text model beside the temporal transformer (DSAA)
     dropout: float = 0.0                                 # on both residual branches, in training
+    text_drop: float = 0.0                               # up to this share of columns has no text as input, in training (aligned)
     input_drop: float = 0.0                              # up to this share of audio columns is hidden as input, in training
     checkpoint: bool = False                             # recompute blocks in backward
 
     def __post_init__(self) -> None:
         assert 0 <= self.dropout < 1 and 0 <= self.input_drop <= 1, "dropout is in [0, 1), input_drop in [0, 1]"
+        assert 0 <= self.text_drop <= self.table.aligned, "text_drop is in [0, 1], and for aligned rows only"
         assert len(self.table.text) == 1 or not self.tied, "a tied head needs a single text row"
         assert all(0 <= n < self.temporal.layers for n in self.dual_ffn), "dual_ffn names layers of the temporal stack"
         assert self.fusion is None or self.depth, "fusion joins two towers in front of a depth transformer"

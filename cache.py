@@ -32,7 +32,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import duplex
-from audio import load_codec
+from audio import augment, load_codec
+from audio.augment import AugmentConfig
 from audio.wav import RESAMPLER, resample
 from chatml import HIGGS, TEMPLATES, Chat, Segment, written
 from manifest import Bad, Manifest, Row, digest, fraction, read_manifest, usable_clip
@@ -55,6 +56,7 @@ class DataConfig:
     tokenizer: str = "bytes"                # "bytes", a word list (.json), a SentencePiece .model, or a tokenizer.json
     normaliser: str = "none"                # "none", "english-v1", "arabic-v1", "higgs-v1", joined by +; stored in the checkpoint
     variants: int = 1                       # encoded versions of a clip: shift < 1 frame, 3 dB, 6 % speed, noise; first as it is
+    augment: AugmentConfig | None = None    # dialogues: what the variants behind the first suffer instead
     split: str = "hash"                     # "hash", "speaker" or "manifest" (the rows' own "split")
     held_out: float = 0.05                  # fraction for validation under hash and speaker
     columns: int = 1200                     # columns of one packed row
@@ -164,6 +166,8 @@ def prepare(config: DataConfig, table: StreamTable) -> Index:
         raise ValueError(f"data.split={config.split!r}, data.sources={config.sources}; give hash, speaker or manifest, and a source")
     tokenizer, codec = load_tokenizer(config.tokenizer), load_codec(config.codec) if table.audio else None
     duplex = fit(table, tokenizer, codec)
+    if config.augment and not (duplex and config.variants > 1):
+        raise ValueError("data.augment changes the user's side of dialogues; it needs one, and data.variants above 1")
     chat = new_chat(config, tokenizer, table)
     manifests = [read_manifest(source_weight(s)[0], config.allow_outside, assistant_text=config.assistant_text) for s in config.sources]
     encoded = store_codes(manifests, codec, duplex, config) if codec else 0
@@ -240,7 +244,8 @@ def store_codes(manifests: list[Manifest], codec: Any, duplex: bool, config: Dat
         except OSError as error:
             m.reject(clip["id"], "missing file", f"{clip['file']}: {error.strerror}")
             continue
-        clip["key"] = sha(CACHE_VERSION, clip["mark"], version, RESAMPLER, config.variants, duplex)
+        clip["key"] = sha(CACHE_VERSION, clip["mark"], version, RESAMPLER, config.variants, duplex,
+                          *([config.augment] if config.augment else []))
         if clip["key"] not in stored:
             jobs[clip["key"]] = clip
     bad = encode_missing(jobs, folder, codec, duplex, config)
@@ -304,7 +309,8 @@ def encode_clip(key: str, row: Row, codec: Any, duplex: bool, config: DataConfig
         return Bad(row["id"], *error.args)
     wav = resample(wav if duplex else wav[:1], rate, codec.sample_rate)
     hop = codec.sample_rate / codec.frame_rate
-    return [encode(codec, vary(wav, key, v, hop)).numpy().astype(np.uint16) for v in range(config.variants)]
+    versions = (vary(wav, key, v, hop, config.augment, codec.sample_rate) for v in range(config.variants))
+    return [encode(codec, version).numpy().astype(np.uint16) for version in versions]
 
 
 def encode(codec: Any, wav: Tensor) -> Tensor:
@@ -322,10 +328,21 @@ def variant(key: str, number: int) -> tuple[float, float, float]:
     return draw.random(), draw.uniform(-3, 3), draw.randint(-3, 3) / 50 + 1      # steps of 2 %: short resampling filters
 
 
-def vary(wav: Tensor, key: str, number: int, hop: float) -> Tensor:
+def moved(key: str, number: int, rate: float, config: AugmentConfig | None) -> tuple[float, float]:
+    """By how many seconds the words of a version come later, and at which speed; `rate` is the codec's."""
+    if config is None or number == 0:
+        shift, _, speed = variant(key, number)
+        return shift / rate, speed
+    change = augment.draw(config, f"{key}/{number}")
+    return max(0.0, -change.shift), change.speed
+
+
+def vary(wav: Tensor, key: str, number: int, hop: float, config: AugmentConfig | None = None, rate: int = 0) -> Tensor:
     """Version `number` of a clip (C, W)."""
     if number == 0:
         return wav
+    if config is not None:
+        return augment.apply(wav, rate, augment.draw(config, f"{key}/{number}"), augment.recordings(config.noise_dir))
     shift, gain, speed = variant(key, number)
     wav = resample(wav, round(100 * speed), 100) * 10 ** (gain / 20)
     wav = torch.nn.functional.pad(wav, (round(shift * hop), 0))
@@ -375,7 +392,8 @@ def index_folder(config: DataConfig, table: StreamTable) -> Path:
                                     config.allow_outside, table.aligned, len(table.audio), config.max_text,
                                     *([config.assistant_text, table.layout] if table.layout in TEMPLATES else []),
                                     *([config.chunk_seconds, config.interleaver, config.contextual, config.spaces,
-                                       config.both_speakers, table.layout, table.pad, table.epad] if table.layout == "duplex" else []))[:12]
+                                       config.both_speakers, table.layout, table.pad, table.epad,
+                                       *([config.augment] if config.augment else [])] if table.layout == "duplex" else []))[:12]
 
 
 def open_cache(config: DataConfig, table: StreamTable) -> Index:
@@ -512,8 +530,8 @@ class Indexer:
                 continue
             tokens, rows = duplex.tokenise(own, self.tokenizer, c.contextual, c.spaces), []
             for version, frames in enumerate(entry.frames):
-                shift, _, speed = variant(entry.key, version)
-                timed = [(ids, start / speed + shift / rate) for ids, start in tokens]
+                later, speed = moved(entry.key, version, rate, c.augment)
+                timed = [(ids, start / speed + later) for ids, start in tokens]
                 rows.append(duplex.interleave(timed, frames, rate, c.interleaver, self.table.pad, self.table.epad))
             for n in range(chunks):
                 name = entry.id + ("~" if swapped else "") + (f"@{n + 1}of{chunks}" if chunks > 1 else "")

@@ -208,7 +208,7 @@ def remember(model: nn.Module, megabytes: int) -> Remembered:
     """Memory for the states of a model whose towers are frozen; ValueError names what is trained there."""
     parts = ("temporal.", "embed.", "feed_text.")
     trained = [n for n, p in model.named_parameters() if p.requires_grad and n.startswith(parts)]
-    if trained or model.config.dropout or model.config.input_drop:
+    if trained or model.config.dropout or model.config.input_drop or model.config.text_drop:
         found = f"{trained[0]} is trained" if trained else "the model drops inputs or states"
         raise ValueError(f"model.fusion.remember keeps states of frozen towers, but {found}; freeze it with --rates, or set remember to 0")
     return Remembered(megabytes)

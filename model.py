@@ -481,6 +481,9 @@ class MultistreamLM(nn.Module):
     def hidden(self, tokens: Tensor, positions: Tensor | None = None, segments: Tensor | None = None,
                cache: Cache | None = None, voice: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Run the temporal transformer.   tokens (B, K, S) -> states for the text and the audio heads, (B, S, D) each"""
+        if self.training and self.config.text_drop:
+            kept, texts = self.keep_inputs(tokens, self.config.text_drop)[:, None] > 0, len(self.table.text)
+            tokens = torch.cat([torch.where(kept, tokens[:, :texts], -1), tokens[:, texts:]], 1)
         if self.tower is not None:
             return self.fused(tokens, positions, segments, cache)
         fast = cache is not None and cache.single(tokens.shape[2])
@@ -506,20 +509,20 @@ class MultistreamLM(nn.Module):
         if self.table.audio and side is not False:
             audio = self.embed["audio"](tokens[:, self.table.lead :])
             if self.training and self.config.input_drop:
-                audio = audio * self.keep_inputs(tokens)[..., None]
+                audio = audio * self.keep_inputs(tokens, self.config.input_drop)[..., None]
             parts.append(audio)
         if "text" in self.embed and not (side and parts):
             parts.append(self.embed["text"](tokens[:, : len(self.table.text)]))
         parts += [self.embed[f"condition_{self.table.streams[i].name}"](tokens[:, i]) for i in self.table.conditions]
         return sum(parts[1:], parts[0])
 
-    def keep_inputs(self, tokens: Tensor) -> Tensor:
-        """Hide a random share, up to `input_drop`, of the audio columns of each row.   -> (B, S) of 0 and 1
+    def keep_inputs(self, tokens: Tensor, most: float) -> Tensor:
+        """Hide a random share, up to `most`, of the columns of each row as inputs: targets stay.   -> (B, S) of 0 and 1
 
         A model that always sees the true past of a small data set learns to recognise the clip and ignores the text.
         """
         B, _, S = tokens.shape
-        share = torch.rand(B, 1, device=tokens.device) * self.config.input_drop
+        share = torch.rand(B, 1, device=tokens.device) * most
         return (torch.rand(B, S, device=tokens.device) >= share).float()
 
     def depth_inputs(self, targets: Tensor) -> Tensor:

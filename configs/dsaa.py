@@ -17,7 +17,8 @@ Needs: not yet measured.  Expect: not yet measured.
     PAD = EPAD = the id of a space      ids of their own (setup-dsaa --padding=space for theirs); start <|im_start|>
     words one by one, no space before   data.contextual: whole sentences, as the text model knows them
     random depth projectors             begun at what Moshi's depth transformer was given (warm start), norms of their own
-    data.aug.*                          data.augment, on the user's channel; stream masks are model.input_drop
+    data.aug.*                          data.variants and data.augment, when the data is prepared; masks hide inputs only, not
+                                        targets: model.input_drop (audio), model.text_drop
 
 The text model never hears the user: all that joins the two is one network a frame behind their last layers.
 """

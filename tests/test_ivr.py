@@ -1,5 +1,6 @@
 """The phone recipe: its schedule, epochs, second stage and fp16; its smoke twin's whole life; what it makes of bad input."""
 
+import io
 import json
 import math
 import shutil
@@ -185,7 +186,7 @@ def run(*args: object) -> str:
 
 
 @pytest.mark.slow
-def test_smoke_learns_calls_resumes_is_evaluated_replies_and_is_exported(tmp_path: Path) -> None:
+def test_smoke_learns_calls_resumes_is_evaluated_converses_and_is_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tiny Qwen is trained on general sentences, then the recipe on top of it: held-out perplexity falls below the base's."""
     cache = f"--data.cache={tmp_path}/cache"
     run("train.py", "configs/ivr_qwen.py", "--preset=base", cache, f"--out={tmp_path}/base")
@@ -200,6 +201,9 @@ def test_smoke_learns_calls_resumes_is_evaluated_replies_and_is_exported(tmp_pat
     assert found["run"][0] < 0.4 * found["base"][0] and found["run"][2] < found["base"][1], found        # their intervals are apart
     assert found["base"][0] == pytest.approx(alone(tmp_path / "base", tmp_path / "cache"), rel=1e-4)     # adapters off is that base
     assert told["replies"]["reference"]["made-up entities"][0] == 0 and (tmp_path / "run/report/index.html").is_file()
+    monkeypatch.setattr("sys.stdin", io.StringIO("Where is my order?\nquit\n"))
+    said = run("sample.py", "--ckpt", tmp_path / "run", "--chat", f"--out={tmp_path}/talk.wav", "--max_frames=12")
+    assert "adapter applied" in said and "2 turns of session" in said
     model, tokens = load(tmp_path / "run"), torch.randint(0, 500, (2, 1, 11))
     for layout in ("hf", "peft"):
         run("checkpoint.py", "export", tmp_path / "run", f"--to={layout}", f"--out={tmp_path}/{layout}")

@@ -1,6 +1,7 @@
 """Data: cached examples -> packed batches, and the commands that prepare and show them.
 
-    python data.py check FOLDER [--write DIR]          what a source holds, what is wrong with it, and how to mend it
+    python data.py check FOLDER [--write DIR]          what a source holds, what is wrong with it, and how to mend it;
+                         [--tokenizer=T]           how well a tokenizer knows its texts (letters.py)
     python data.py prepare configs/X.py [--data.x=y]   encode once what is not cached yet; training never runs a codec
     python data.py show configs/X.py [--index 0]       one example as the model sees it
     python data.py fix-alignments FOLDER --out=DIR     copies of alignments without words that last too long
@@ -35,6 +36,7 @@ import annotate
 import manifest
 import repair
 from cache import DataConfig, build_example, clip_example, open_cache, prepare, prompt_example, source_weight
+from letters import cover
 from options import apply, edge, help_text, load_config, split_arguments
 from streams import Grid, StreamTable, lay_out, show
 from text import load_tokenizer, normalise
@@ -270,11 +272,15 @@ def prefetch(items: Iterator[Any], depth: int) -> Iterator[Any]:
 
 def check_command(argv: list[str]) -> None:
     words, options = split_arguments(argv, ("allow_outside",))
-    unknown = options.keys() - {"write", "allow_outside", "min_seconds", "max_seconds"}
-    if len(words) != 1 or unknown:
-        raise ValueError(f"check takes one path, --write DIR, --allow-outside, --min_seconds, --max_seconds; got {argv}")
+    unknown = options.keys() - {"write", "allow_outside", "min_seconds", "max_seconds", "tokenizer", "normaliser"}
+    if len(words) != 1 or unknown or ("normaliser" in options and "tokenizer" not in options):
+        raise ValueError("check takes one path, --write DIR, --allow-outside, --min_seconds, --max_seconds, --tokenizer and with it "
+                         + f"--normaliser; got {argv}")
+    tokenizer = load_tokenizer(options["tokenizer"]) if "tokenizer" in options else None
     limits = apply(DataConfig(), {key: text for key, text in options.items() if key.endswith("_seconds")})
-    manifest.check(words[0], options.get("write", ""), "allow_outside" in options, (limits.min_seconds, limits.max_seconds))
+    kept = manifest.check(words[0], options.get("write", ""), "allow_outside" in options, (limits.min_seconds, limits.max_seconds))
+    if tokenizer is not None:
+        print(*cover((row["text"] for row in kept), tokenizer, options.get("normaliser", "none")).lines(), sep="\n")
 
 
 def show_command(argv: list[str]) -> None:

@@ -636,8 +636,8 @@ def inspect(row: Row, limits: tuple[float, float], seen: dict[str, str]) -> list
     return [*found, *copy, *stereo]
 
 
-def check(path: str, write: str = "", allow_outside: bool = False, limits: tuple[float, float] = (0.2, 30.0)) -> None:
-    """Print what a source holds and what is wrong with it; ValueError when no row is left.
+def check(path: str, write: str = "", allow_outside: bool = False, limits: tuple[float, float] = (0.2, 30.0)) -> list[Row]:
+    """Print what a source holds and what is wrong with it; -> the rows that are left, ValueError when none is.
 
     `write` names a folder for NAME.kept.jsonl and NAME.rejected.jsonl.
     """
@@ -662,6 +662,7 @@ def check(path: str, write: str = "", allow_outside: bool = False, limits: tuple
         write_lists(m, kept, Path(write))
     if not kept:
         raise ValueError(f"{path} has no usable row; mend the reasons above")
+    return kept
 
 
 def report(m: Manifest, kept: int) -> None:

@@ -100,6 +100,7 @@ class Tokenizer:
     encode: Callable[[str], list[int]]
     decode: Callable[[Sequence[int]], str]
     content: bytes = b""
+    unknown: int = -1           # the id of what it does not have, -1 = it has everything
 
     def save(self, folder: str | Path) -> str:
         """Write its file into a folder; returns what load_tokenizer wants, relative to that folder."""
@@ -146,15 +147,16 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
 def sentencepiece(name: str, content: bytes) -> Tokenizer:
     from sentencepiece import SentencePieceProcessor
     pieces = SentencePieceProcessor(model_proto=content)
-    return Tokenizer(name, pieces.vocab_size(), pieces.encode, lambda ids: pieces.decode(list(ids)), content)
+    return Tokenizer(name, pieces.vocab_size(), pieces.encode, lambda ids: pieces.decode(list(ids)), content, pieces.unk_id())
 
 
 def fast(name: str, content: bytes) -> Tokenizer:
     """A tokenizer.json of Hugging Face."""
     from tokenizers import Tokenizer as Fast
-    found = Fast.from_str(content.decode())
+    found, about = Fast.from_str(content.decode()), json.loads(content).get("model") or {}
+    unknown = found.token_to_id(about["unk_token"]) if about.get("unk_token") else about.get("unk_id")
     return Tokenizer(name, found.get_vocab_size(), lambda text: found.encode(text, add_special_tokens=False).ids,
-                     lambda ids: found.decode(list(ids)), content)
+                     lambda ids: found.decode(list(ids)), content, -1 if unknown is None else unknown)
 
 
 def word_list(name: str, content: bytes, words: list[str]) -> Tokenizer:

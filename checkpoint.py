@@ -541,8 +541,8 @@ def export(model_or_dir: MultistreamLM | str | Path, dir: str | Path, to: str = 
            tell: Callable[[str], Any] = lambda line: None) -> Path:
     """Write a model in another layout, adapters merged in fp32; only `peft` and `moshi-lora` write the adapter alone.
 
-    to: "multistream" (a plain checkpoint of ours), "hf" (Qwen, Higgs, MOSS-Speech for transformers), "boson" (Higgs, first
-    release), "moshi", "peft" (adapter with the names of "hf"), "moshi-lora". Weights keep the model's type. What was
+    to: "multistream" (a plain checkpoint of ours), "hf" (Qwen, Higgs, Moshi, MOSS-Speech for transformers), "boson" (Higgs,
+    first release), "moshi", "peft" (adapter with the names of "hf"), "moshi-lora". Weights keep the model's type. What was
     merged is compared with the adapted model; `tell` gets a line about it, too large a difference is a ValueError.
     """
     model = model_or_dir if isinstance(model_or_dir, nn.Module) else load(model_or_dir)

@@ -1,11 +1,14 @@
 """Hibiki, the recogniser and the speaking model: what golden/make_moshi.py had the moshi package compute, ours computes too."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import soundfile
 import torch
 import torch.nn.functional as F
+from conftest import ROOT, call
 from safetensors.torch import load_file
 from test_parity import Golden, check, same_tensors, with_adapter
 from torch import Tensor
@@ -13,10 +16,12 @@ from torch import Tensor
 import official
 from architectures import HIBIKI_1B, HIBIKI_2B, STT_1B, STT_2_6B, TTS_1_6B
 from checkpoint import export, load
+from duplex import demo_dialogues
 from guidance import chosen
 from lora import LoraConfig
 from loss import LossConfig, loss_scale
-from model import MultistreamLM
+from model import MultistreamLM, codebooks
+from options import run_config
 from sample import SampleConfig, generate, reply
 from streams import delay
 
@@ -285,3 +290,30 @@ def test_conditions_are_chosen_by_name(tmp_path):
     for text, words in (("description=fine", "is one of very_bad, bad, neutral"), ("voice=x", "there is no condition 'voice'")):
         with pytest.raises(ValueError, match=words):
             chosen(table, text)
+
+
+def test_narrow_tables_without_a_second_text_take_adapters_too(tmp_path):
+    """A single Linear behind the depth transformer's text table: held as a set of one, written as plain matrices."""
+    config = load_case("moshi_steps", tmp_path / "base")[1].config
+    torch.manual_seed(0)
+    model = MultistreamLM(replace(config, depth=replace(config.depth, low_rank=5)))
+    folder = export(model, tmp_path / "narrow", to="moshi")
+    names = load_file(folder / "model.safetensors")
+    assert names["depformer_text_emb.low_rank.weight"].shape == (config.depth.dim, 5) and names["depformer_emb.1.weight"].shape[1] == 5
+    assert same_tensors(load(folder), model)
+    adapted = with_adapter(model, LoraConfig(rank=2, alpha=4.0, targets=("depth.text.out", "depth.audio.out")))
+    assert same_tensors(load(folder, adapter=export(adapted, tmp_path / "lora", to="moshi-lora")), adapted)
+
+
+def test_a_recogniser_writes_what_it_hears(tmp_path):
+    """The command: no wav comes of it, words and their row do; a later word than the recording's end is waited for."""
+    torch.manual_seed(1)
+    smoke = run_config(ROOT / "configs/moshi_full.py", "smoke").model
+    heard = replace(smoke.table, streams=(smoke.table.streams[0], *codebooks(8, 257, 0, 256, name="user")))
+    export(MultistreamLM(replace(smoke, table=heard, depth=None, extra_heads=2)), tmp_path / "stt", to="moshi")
+    demo_dialogues(tmp_path / "d", 1)
+    rc, told, err = call("sample.py", f"--ckpt={tmp_path}/stt", "--codec=tiny", f"--tokenizer={tmp_path}/d/words.json",
+                         f"--user={tmp_path}/d/000.wav", f"--out={tmp_path}/x.wav")
+    assert rc == 0 and "x.txt" in told and not (tmp_path / "x.wav").exists(), err
+    row = json.loads((tmp_path / "x.json").read_text())
+    assert abs(len(row["text"]) / row["frame_rate"] - soundfile.info(tmp_path / "d/000.wav").duration - 3.5) < 0.1

@@ -36,6 +36,7 @@ from audio import augment, load_codec
 from audio.augment import AugmentConfig
 from audio.wav import RESAMPLER, resample
 from chatml import HIGGS, TEMPLATES, Chat, Segment, written
+from guidance import choose
 from manifest import Bad, Manifest, Row, digest, fraction, read_manifest, usable_clip
 from options import FULL, check_types, read_json, replace_file, write_json
 from streams import Example, StreamTable
@@ -119,6 +120,7 @@ class Entry:
     scene: str = ""                                     # its scene description
     chunk: list[int] = field(default_factory=list)      # of a dialogue: its number, and how many there are
     swapped: bool = False                               # of a dialogue: the right channel is the agent
+    conditions: list[int] = field(default_factory=list) # of a dialogue: ids of the condition rows
 
 
 @dataclass
@@ -393,7 +395,8 @@ def index_folder(config: DataConfig, table: StreamTable) -> Path:
                                     *([config.assistant_text, table.layout] if table.layout in TEMPLATES else []),
                                     *([config.chunk_seconds, config.interleaver, config.contextual, config.spaces,
                                        config.both_speakers, table.layout, table.pad, table.epad,
-                                       *([config.augment] if config.augment else [])] if table.layout == "duplex" else []))[:12]
+                                       *([config.augment] if config.augment else []),
+                                       *(repr(table.streams[k]) for k in table.conditions)] if table.layout == "duplex" else []))[:12]
 
 
 def open_cache(config: DataConfig, table: StreamTable) -> Index:
@@ -519,6 +522,7 @@ class Indexer:
         if entry.parts:
             raise ValueError("a dialogue cannot be joined from parts")
         rate, c, words, found = self.index.info["frame_rate"], self.config, duplex.row_words(row), []
+        entry.conditions = choose(self.table, row.get("text_conditions") or {})
         duplex.check_length(words, entry.frames[0] / rate)
         chunks = math.ceil(entry.frames[0] / max(1, round(c.chunk_seconds * rate)))
         one_of_two = "rejected" in row or entry.id.endswith("#rejected")
@@ -614,7 +618,9 @@ def dialogue_example(index: Index, number: int, version: int, context: int) -> E
     agent, user = index.codes(number, version)[:, first:end].chunk(2)
     text = index.text(number - n)[0, at + first : at + end]             # all chunks share the row of the first
     codes = {"codes": user, "user": agent} if entry.swapped else {"codes": agent, "user": user}
-    return Example(text, **codes, weights=duplex.text_weights(text, *index.padding), before=begin - first, name=entry.id)
+    told = torch.tensor(entry.conditions, dtype=torch.long) if entry.conditions else None
+    weights = duplex.text_weights(text, *index.padding)
+    return Example(text, **codes, weights=weights, conditions=told, before=begin - first, name=entry.id)
 
 
 def chat_example(index: Index, number: int, draw: random.Random | None, reference: int) -> Example:

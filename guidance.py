@@ -63,8 +63,12 @@ class Guidance:
 
 def chosen(table: StreamTable, text: str) -> Tensor:
     """Ids of the condition rows from "name=value,name=value"; what is not named is not chosen.   -> (C, 1)"""
-    pairs = dict(part.partition("=")[::2] for part in text.split(",") if part)
+    return torch.tensor(choose(table, dict(part.partition("=")[::2] for part in text.split(",") if part)), dtype=torch.long)[:, None]
+
+
+def choose(table: StreamTable, pairs: dict[str, str]) -> list[int]:
+    """Ids of the condition rows from names and values."""
     known = [table.streams[k] for k in table.conditions]
     for name in pairs.keys() - {s.name for s in known}:
         raise ValueError(f"there is no condition {name!r}; this model has {', '.join(s.name for s in known) or 'none'}")
-    return torch.tensor([condition_id(s, pairs.get(s.name, "")) for s in known], dtype=torch.long)[:, None]
+    return [condition_id(s, pairs.get(s.name) or "") for s in known]

@@ -13,7 +13,8 @@ file the clips live (default: this one).
     {"manifest": "manifest.jsonl", "id": "42", "parts": ["digits/4", "digits/2"], "text": "four two"}
     {"manifest": "manifest.jsonl", "compose": {"group": "digits", "count": [1, 6], "rows": 4000, "seed": 0, "held_out": 0.1}}
 
-A dialogue has alignments [[word, [start, end], "SPEAKER_MAIN" or another], ...]. Moshi's {"path", "duration"} takes them
+A dialogue has alignments [[word, [start, end], "SPEAKER_MAIN" or another], ...]; beside them may stand text_conditions
+{name: value} for a model that has some (Hibiki). Moshi's {"path", "duration"} takes them
 from the .json beside the wav ({"alignments": ...}, or J-Moshi's [{"speaker", "word", "start", "end"}]); a folder of such
 pairs needs no list.
 
@@ -264,12 +265,15 @@ def moshi(m: Manifest, item: Row) -> Row:
         raise Unusable("no alignment file", f"put {side.name} {form} beside {name}, or run data.py annotate")
     text = "\n".join(line for _, line in text_lines(m, side))
     try:
-        found = duplex.parse_alignments(json.loads(text))
+        given = json.loads(text)
+        found, told = duplex.parse_alignments(given), given.get("text_conditions") if isinstance(given, dict) else None
+        if not (told is None or isinstance(told, dict) and all(v is None or isinstance(v, str) for v in told.values())):
+            raise ValueError(f"text_conditions is {str(told)[:60]}, wanted names with one word each")
     except (ValueError, RecursionError) as error:
         raise Unusable("malformed alignments", f"mend {side.name}: {error}") from None
     words = [[word, start] for word, start, _, who in duplex.tidy(found)[0] if who == duplex.MAIN]
     said = " ".join(word for word, _ in words)
-    kept = {key: item[key] for key in ("id", "speaker", "split") if key in item}
+    kept = {key: item[key] for key in ("id", "speaker", "split") if key in item} | ({"text_conditions": told} if told else {})
     return kept | {"audio": name, "stereo": True, "text": said, "words": words, "alignments": duplex.as_json(found)}
 
 

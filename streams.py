@@ -168,6 +168,7 @@ class Example:
     reference: "Example | None" = None  # another clip of the same voice
     user: Tensor | None = None          # (Q, T) the other speaker's codes
     weights: Tensor | None = None       # (T,) how much each id of a text row with one id a frame counts
+    conditions: Tensor | None = None    # (C,) ids of the condition rows, None = nothing is chosen
     before: int = 0                     # frames in front that are only context: the head of a chunk of a long dialogue
     segments: "list[tuple[Tensor, float]]" = field(default_factory=list)    # a conversation: ids (n,) or codes (Q, T), weight
     name: str = ""                      # for messages
@@ -315,6 +316,8 @@ def duplex_grid(example: Example, table: StreamTable) -> Grid:
     start column; a chunk from the middle of a dialogue starts with a column of what was before instead.
     """
     start = table.column("start")
+    if example.conditions is not None:
+        start[table.conditions] = example.conditions[:, None]
     if example.codes is None:
         return start, torch.zeros(start.shape)
     held = start[1 : table.lead].expand(-1, example.codes.shape[-1])             # conditions hold one id throughout

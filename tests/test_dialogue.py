@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT, call
 from tables import CONFIGS, random_ids
 
+import cache
 from audio import load_codec
 from checkpoint import export, save
 from config import DataConfig
@@ -19,7 +20,7 @@ from duplex import EPAD, MAIN, PAD, demo_dialogues, expand_depth, interleave, to
 from model import MultistreamLM
 from options import run_config
 from sample import SampleConfig, reply
-from streams import delay
+from streams import Stream, delay, lay_out
 from text import load_tokenizer
 
 GREEDY = SampleConfig(temperature=0)
@@ -129,6 +130,30 @@ def test_a_prompt_that_cannot_be_used_is_one_line(channels, beside, words, talks
 def test_recordings_to_answer_are_looked_at_before_training(tmp_path):
     rc, _, err = call("train.py", "configs/moshi_full.py", "--smoke", f"--out={tmp_path}/x", "--prompts=nobody.wav", cwd=ROOT)
     assert rc == 2 and "no sound file at nobody.wav" in err and err.count("\n") == 1, err
+
+
+# ---- conditions in the data ----
+
+def test_conditions_of_a_dialogue_stand_in_every_column_of_its_rows(tmp_path, capsys):
+    """Moshi's sidecar names them; a name or a value that the model does not know leaves the dialogue out, in one line."""
+    source = demo_dialogues(tmp_path / "d", 4)
+    for n, told in enumerate(({"description": "good"}, {"description": None}, {"description": "fine"}, {"voice": "x"})):
+        beside = tmp_path / f"d/00{n}.json"
+        beside.write_text(json.dumps(json.loads(beside.read_text()) | {"text_conditions": told}))
+    smoke = run_config(ROOT / "configs/moshi_full.py", "smoke")
+    told = Stream("description", "condition", 8, start=7, rank=4, values=("bad", "neutral", "good"))
+    table = replace(smoke.model.table, streams=(smoke.model.table.streams[0], told, *smoke.model.table.streams[1:]))
+    data = replace(smoke.data, sources=(source,), cache=str(tmp_path / "c"), tokenizer=str(tmp_path / "d/words.json"), held_out=0.0)
+    index = cache.prepare(data, table)
+    rows = {e.id.split("@")[0]: lay_out(cache.build_example(index, n, table), table) for n, e in enumerate(index.entries)}
+    assert sorted(rows) == ["000", "001"] and all((rows[name][0][1] == wanted).all() for name, wanted in (("000", 2), ("001", 7)))
+    assert all(not weights[1].any() for _, weights in rows.values())
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("left out")]
+    assert len(said) == 2 and "is 'fine'; it is one of bad, neutral, good" in said[0] and "no condition 'voice'" in said[1], said
+    model = MultistreamLM(replace(smoke.model, table=table))
+    sums = model(*(part[None] for part in rows["000"]))
+    sums.nll.sum().backward()
+    assert model.embed["condition_description"].weight.grad[2].any() and not model.embed["condition_description"].weight.grad[1].any()
 
 
 # ---- what is written ----

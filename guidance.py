@@ -44,14 +44,13 @@ class Guidance:
             less[:, k] = torch.where(columns[:, k] >= 0, table.streams[k].vocab - 1, -1)
         return torch.cat([columns, less])
 
-    def heard(self, model: Any, voice: Tensor | None, items: int) -> Tensor | None:
+    def heard(self, model: Any, voice: Tensor | None) -> Tensor | None:
         """What the model's layers listen to: features (B, n, F), on the second side none known.   -> (2B, n, D)"""
-        if model.voice is None:
+        if model.voice is None or voice is None:
             return None
-        features = torch.zeros(items, 1, model.config.voice) if voice is None else voice
-        known = torch.full(features.shape[:2], voice is not None)
+        known = torch.ones(voice.shape[:2], dtype=torch.bool)
         known = torch.cat([known, torch.zeros_like(known)]) if self.on else known
-        return model.voice(self.twice(features).to(model.voice.none.device), known.to(model.voice.none.device))
+        return model.voice(self.twice(voice).to(model.voice.none.device), known.to(model.voice.none.device))
 
     def mix(self, logits: Tensor, text: bool = False) -> Tensor:
         """(2B, ...) -> (B, ...)"""

@@ -488,7 +488,8 @@ class MultistreamLM(nn.Module):
             return self.fused(tokens, positions, segments, cache)
         fast = cache is not None and cache.single(tokens.shape[2])
         context = temporal_context(self.config, None if fast else is_audio(tokens, self.table), positions, segments, cache)
-        context.voice = cache.voice if voice is None and cache is not None else voice
+        voice = cache.voice if voice is None and cache is not None else voice
+        context.voice = self.voice.nobody(len(tokens)) if voice is None and self.voice is not None else voice
         return self.temporal(self.embed_tokens(tokens, cache.side if fast and not self.table.aligned else None), context)
 
     def fused(self, tokens: Tensor, positions: Tensor | None, segments: Tensor | None, cache: Cache | None) -> tuple[Tensor, Tensor]:

@@ -67,6 +67,11 @@ class Voice(nn.Module):
         super().__init__()
         self.out, self.none, self.scale = linear(width, dim), nn.Parameter(torch.empty(1, dim)), scale
 
+    def nobody(self, batch: int) -> Tensor:
+        """What is heard where no voice is known.   -> (B, 1, D)"""
+        nothing = self.out.weight.new_zeros(batch, 1, self.out.weight.shape[1])
+        return self(nothing, torch.zeros(batch, 1, dtype=torch.bool, device=nothing.device))
+
     def forward(self, features: Tensor, known: Tensor) -> Tensor:
         x = torch.where(known[..., None], self.out(features.to(self.none.dtype)), self.none)
         half = x.shape[2] // 2

@@ -90,8 +90,10 @@ def test_voices_are_heard_as_moshi_hears_them(tmp_path):
         assert torch.equal(torch.stack(spoken, -1)[:, [0, *model.table.audio_out]], case[wanted])
     nobody = torch.stack(list(generate(model, prompt, SampleConfig(temperature=0, max_frames=12))), -1)
     assert not torch.equal(nobody[:, [0, *model.table.audio_out]], case["frames"])
+    adapted = with_adapter(model, LoraConfig(rank=2, targets=("text_head",)))
     with pytest.raises(ValueError, match="no adapters for models that listen to voices"):
-        export(with_adapter(model, LoraConfig(rank=2, targets=("text_head",))), tmp_path / "x", to="moshi-lora")
+        export(adapted, tmp_path / "x", to="moshi-lora")
+    assert load(export(adapted, tmp_path / "merged", to="moshi")).config == model.config
 
 
 @torch.inference_mode()

@@ -175,7 +175,7 @@ def test_inherited_fields_keep_their_help():
 def test_a_config_survives_json_bit_for_bit(path, name):
     config = run_config(path, name)
     text = json.dumps(to_json(config))
-    again = from_json(TrainConfig, json.loads(text))
+    again = from_json(type(config), json.loads(text))
     assert again == config and json.dumps(to_json(again)) == text and difference(config, again) == []
 
 

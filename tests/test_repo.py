@@ -14,6 +14,7 @@ from conftest import ROOT, call
 from config import LoraConfig, TrainConfig
 from model import MultistreamLM
 from options import apply, flatten, load_config, run_config, split_arguments
+from sae import SaeConfig
 from sample import Job
 
 FLOORS = {                                                      # imports run downwards only
@@ -31,7 +32,7 @@ FLOORS = {                                                      # imports run do
     "curriculum": 4.5,
     "chat": 4.5, "sample": 5, "peers": 5,
     "quality": 5.5, "report": 5.5, "probes": 5.5, "latent": 5.5,
-    "train": 6, "bench": 6, "evaluate": 6, "sweep": 6}
+    "train": 6, "bench": 6, "evaluate": 6, "sae": 6, "sweep": 6}
 CORE = ("config", "streams", "model", "lora", "data", "loss", "train", "sample")
 PRODUCT = sorted(path for folder in (".", "audio", "kernels", "configs", "assets") for path in (ROOT / folder).glob("*.py"))
 CONFIGS = sorted(ROOT.glob("configs/*.py"))
@@ -139,6 +140,9 @@ def test_no_tracked_file_names_a_machine_or_a_package_host():
 def test_a_config_and_its_smoke_twin_build(path):
     assert ast.get_docstring(tree(path)), "a config opens with what it is for and the command"
     config, smoke = run_config(path), run_config(path, "smoke")
+    if isinstance(config, SaeConfig):                          # trains on the states of a run, no model of its own
+        assert isinstance(smoke, SaeConfig) and smoke.columns < config.columns and smoke.run != config.run
+        return
     assert isinstance(config, TrainConfig) and isinstance(smoke, TrainConfig)
     with torch.device("meta"):
         assert MultistreamLM(config.model).count_parameters() > MultistreamLM(smoke.model).count_parameters()

@@ -42,13 +42,13 @@ bench: $(VENV)/core       ## us against what others use, side by side (peers tha
 	$(RUN) bench.py higgs
 	$(RUN) bench.py moshi
 	$(RUN) bench.py qwen
-	$(RUN) bench.py decode --model=higgs --peer --width=128
-	$(RUN) bench.py decode --model=moshi --peer --width=128
-	$(RUN) bench.py decode --model=qwen --peer --width=128
+	$(RUN) bench.py decode --model=higgs --peer --width=256
+	$(RUN) bench.py decode --model=moshi --peer --width=256
+	$(RUN) bench.py decode --model=qwen --peer --width=256
 	$(RUN) bench.py tiny
 	$(RUN) bench.py loader
 	$(RUN) bench.py kernels --pairs=3
-	$(RUN) bench.py scaling --model=higgs --width=128 --pairs=5
+	$(RUN) bench.py scaling --model=higgs --pairs=5
 
 lines:                    ## how long everything is
 	@wc -l *.py audio/*.py configs/*.py tests/*.py

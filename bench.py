@@ -58,7 +58,7 @@ class Job:
     model: str = "tiny"        # tiny, higgs, moshi, moss or qwen
     preset: str = "tiny"       # tiny: small shapes, fp32; full: the published shape with random weights, bf16
     peer: bool = False         # also run the peer, alternately
-    width: int = 256           # of the tiny preset, a multiple of 32; at 128 more is overhead and less is memory traffic
+    width: int = 128           # of the tiny preset, a multiple of 32; at 256 more is memory traffic, which both sides share
     pairs: int = 9             # timed repetitions of each side
     threads: int = 1           # threads of an operator
     json: bool = False         # print the JSON lines only

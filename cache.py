@@ -16,7 +16,7 @@ import math
 import random
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -37,7 +37,7 @@ from audio.augment import AugmentConfig
 from audio.wav import RESAMPLER, resample
 from chatml import HIGGS, TEMPLATES, Chat, Segment, written
 from guidance import choose
-from manifest import Bad, Manifest, Row, digest, fraction, read_manifest, usable_clip
+from manifest import Bad, Manifest, Row, digest, fraction, header_faults, read_manifest, usable_clip
 from options import FULL, check_types, read_json, replace_file, write_json
 from streams import Example, StreamTable
 from text import Tokenizer, aligned_ids, check_normaliser, frame_starts, load_tokenizer, normalise
@@ -250,6 +250,7 @@ def store_codes(manifests: list[Manifest], codec: Any, duplex: bool, config: Dat
                           *([config.augment] if config.augment else []))
         if clip["key"] not in stored:
             jobs[clip["key"]] = clip
+    name_warnings(jobs.values())
     bad = encode_missing(jobs, folder, codec, duplex, config)
     stored = scan(folder) if jobs else stored
     for m, clip in clips:
@@ -258,6 +259,17 @@ def store_codes(manifests: list[Manifest], codec: Any, duplex: bool, config: Dat
         elif clip["key"]:
             clip["shard"], clip["frames"] = stored[clip["key"]]
     return len(jobs) - len(bad)
+
+
+def name_warnings(clips: Iterable[Row]) -> None:
+    """Print what the headers of recordings warn of, a line a reason; the clips are used."""
+    named: dict[tuple[str, str], list[str]] = {}
+    for clip in clips:
+        for _, reason, fix in header_faults(clip):
+            named.setdefault((reason, fix), []).append(clip["id"])
+    for (reason, fix), ids in named.items():
+        shown = ", ".join(ids[:3]) + (f" and {len(ids) - 3} more" if len(ids) > 3 else "")
+        print(f"warning: {shown}: {reason}; {fix}", file=sys.stderr)
 
 
 def sha(*parts: Any) -> str:
@@ -691,6 +703,7 @@ def reply_example(messages: list[dict[str, Any]], codes: Sequence[Tensor], confi
 
 def reference_codes(name: str, said: str, config: DataConfig, codec: Any) -> Tensor:
     """Codes (Q, T) of a reference recording; ValueError when it cannot serve as one."""
+    name_warnings([{"id": name, "file": name}])
     try:
         wav, rate = usable_clip({"file": name, "text": said}, (config.min_seconds, config.max_seconds))
     except ValueError as error:

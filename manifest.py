@@ -560,6 +560,21 @@ def read_clip(row: Row, limits: tuple[float, float] = (0.0, 4 * 3600)) -> tuple[
     return wav[:, first : first + round(row["duration"] * rate) if piece else None], rate
 
 
+NARROW: Fault = ("warn", "sample rate below 16 kHz", "telephone band: wideband speech trains better")
+STEREO: Fault = ("warn", "stereo", "its two channels are mixed into one: give the one with the voice if they differ")
+
+
+def header_faults(row: Row) -> list[Fault]:
+    """What the header of a recording warns of; a file that cannot be read is left to `read_clip`."""
+    try:
+        with opened(row) as path:
+            about = soundfile.info(path)
+    except (OSError, Unusable, soundfile.LibsndfileError):
+        return []
+    mixed = about.channels == 2 and not row.get("stereo")
+    return [STEREO] * mixed + [NARROW] * (8000 <= about.samplerate < 16000)
+
+
 def usable_clip(row: Row, limits: tuple[float, float]) -> tuple[Tensor, int]:
     """`read_clip`, and Unusable for a fault that rules the clip out."""
     wav, rate = read_clip(row, limits)
@@ -581,7 +596,7 @@ def faults(wav: Tensor, rate: int, text: str, limits: tuple[float, float]) -> It
     if rate < 8000:
         yield "reject", "sample rate below 8 kHz", "find the recording in a higher rate"
     elif rate < 16000:
-        yield "warn", "sample rate below 16 kHz", "telephone band: wideband speech trains better"
+        yield NARROW
     if not limits[0] <= seconds <= limits[1]:
         yield "reject", f"duration outside {limits[0]:g}..{limits[1]:g} s", "cut the clip, or set data.min_seconds / max_seconds"
     yield from quality_faults(wav, rate, len(text.strip()) / seconds)
@@ -637,7 +652,7 @@ def inspect(row: Row, limits: tuple[float, float], seen: dict[str, str]) -> list
     copy = [("doubt", "duplicate audio", f"the same audio as {first}: remove one")] if first != row["id"] else []
     stereo = duplex.stereo_faults(wav, rate, row) if row.get("stereo") else ()
     found = [f for f in faults(wav, rate, row["text"], limits) if not (dialogue and f[1] in (PACE, SILENCE))]
-    return [*found, *copy, *stereo]
+    return [*found, *copy, *stereo, *(f for f in header_faults(row) if f not in found)]
 
 
 def check(path: str, write: str = "", allow_outside: bool = False, limits: tuple[float, float] = (0.2, 30.0)) -> list[Row]:

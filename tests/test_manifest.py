@@ -295,3 +295,31 @@ def test_moss_ttsd_rows(tmp_path):
     clone = {"reference_audio": "a.wav", "reference_text": "the voice", "audio": "a.wav", "text": "said"}
     clone = read_manifest(write_lines(tmp_path / "clone.jsonl", [clone]))
     assert clone.rows[0]["reference"]["text"] == "the voice" and clone.rows[0]["text"] == "said"
+
+
+# ---- what is used, but not without a word ----
+
+def test_two_channels_and_telephone_rates_are_told_by_check_prepare_and_cloning(tmp_path, capsys):
+    from cache import DataConfig, name_warnings, prompt_example
+    from text import load_tokenizer
+    write(tmp_path / "two.wav", np.stack([tone(), tone(seed=1)], 1))
+    write(tmp_path / "phone.wav", tone(rate=8000, seed=2), 8000)
+    rows = [{"audio": name, "text": "hello there friend"} for name in ("two.wav", "phone.wav")]
+    check(str(write_lines(tmp_path / "m.jsonl", rows)))
+    out = capsys.readouterr().out
+    assert "warning: two: stereo; its two channels are mixed into one" in out and "kept 2 rows" in out
+    assert out.count("sample rate below 16 kHz") == 1
+    found = read_manifest(tmp_path / "m.jsonl").rows
+    name_warnings([*found, *({"id": str(n), "file": found[0]["file"]} for n in range(4)), {"id": "gone", "file": "gone.wav"},
+                   {"id": "duplex", "file": found[0]["file"], "stereo": True}])
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(";")[0] for line in lines] == ["warning: two, 0, 1 and 2 more: stereo", "warning: phone: sample rate below 16 kHz"]
+
+    class Codec:
+        sample_rate = 16000
+
+        def encode(self, wav):
+            return torch.zeros(1, 2, 5, dtype=torch.long)
+
+    prompt_example("x", DataConfig(), load_tokenizer("bytes"), Codec(), [(str(tmp_path / "two.wav"), "hello there friend")])
+    assert "two.wav: stereo; its two channels are mixed into one" in capsys.readouterr().err

@@ -116,7 +116,6 @@ def test_ranks_and_accumulation_change_nothing(folder: Path) -> None:
 @pytest.mark.slow
 def test_a_rank_run_resumes_exactly(folder: Path) -> None:
     common = ("--steps=6", "--save_every=3")
-    train(folder, f"--out={folder}/d_whole", *common, ranks=2)
     train(folder, f"--out={folder}/d_parts", "--steps=3", "--save_every=3", "--schedule=constant", ranks=2)
     assert (folder / "d_parts/ckpt/latest/state/rng_rank1.safetensors").is_file()
     train(folder, f"--out={folder}/d_again", *common, "--schedule=constant", ranks=2)

@@ -87,6 +87,8 @@ def last_of_step(net: nn.Module, last: bool) -> None:
 def gathered(model: nn.Module) -> Iterator[None]:
     """Hold all weights on every rank: within, each may run the model on its own, or not at all. Collective."""
     parts = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    if parts:
+        model._get_fsdp_state()._lazy_init()       # otherwise a block that runs before the model ever did takes itself for the root
     for m in parts:
         m.set_reshard_after_forward(False, recurse=False)
         m.unshard()

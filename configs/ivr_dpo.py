@@ -40,4 +40,4 @@ tiny = ModelConfig(
 smoke = replace(
     config, model=tiny, init="", out="out/smoke_ivr_dpo", epochs=0, steps=20, batch_size=2, accum=1, lr=3e-3, warmup=2,
     lora=replace(config.lora, targets=(*ATTENTION, "ffn.*")), data=replace(config.data, tokenizer=TINY, columns=768),
-    eval_every=10, eval_batches=4, patience=0, save_every=10, dtype="fp32")
+    eval_every=10, patience=0, save_every=10, dtype="fp32")

@@ -1,9 +1,14 @@
 """Preferences between replies: the loss by hand, its gradient, its reference, its pairs in a batch; its smoke run."""
 
 import copy
+import io
 import json
 import math
-from collections.abc import Iterator
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +22,9 @@ from corpus import fake_data
 from safetensors.torch import load_file
 from tables import CONFIGS, grid
 
+import duplex
 from calls import ungrounded
+from checkpoint import load
 from data import Batch, DataConfig, Loader, collate, prepare
 from lora import LoraConfig, inject, switched_off
 from manifest import read_manifest
@@ -275,12 +282,15 @@ def test_bundled_pairs_are_what_they_say_and_no_call_is_on_both_sides(tmp_path: 
 
 # ---- running it ----
 
-def run(folder: Path, name: str, *options: str) -> Path:
+def few_pairs(folder: Path) -> tuple[str, ...]:
     rows = list(ivr_rows())
     few = [row for split, count in (("train", 24), ("held-out", 8)) for row in [r for r in rows if r["split"] == split][::3][:count]]
-    base = (f"--data.sources={write(folder, *few)}/pairs.jsonl", f"--data.cache={folder}/cache", "--data.prefetch=0", "--data.columns=400",
-            "--schedule=constant", "--warmup=0", "--batch_size=1")
-    rc, out, err = call("train.py", "configs/ivr_dpo.py", "--smoke", f"--out={folder}/{name}", *base, *options)
+    return (f"--data.sources={write(folder, *few)}/pairs.jsonl", f"--data.cache={folder}/cache", "--data.prefetch=0", "--data.columns=400",
+            "--eval_batches=0", "--schedule=constant", "--warmup=0", "--batch_size=1")
+
+
+def run(folder: Path, name: str, *options: str) -> Path:
+    rc, out, err = call("train.py", "configs/ivr_dpo.py", "--smoke", f"--out={folder}/{name}", *few_pairs(folder), *options)
     assert rc == 0, out + err
     return folder / name
 
@@ -307,3 +317,83 @@ def test_resume_is_bitwise_and_accumulation_changes_nothing(tmp_path: Path) -> N
     assert first["train/loss"] == pytest.approx(math.log(2), rel=1e-6) and first["train/reward_margin"] == 0
     assert sum(row["train/loss"] for row in later) / 3 < math.log(2) and all(row["train/reward_margin"] > 0 for row in later)
     assert [row["val/reward_accuracy"] >= 0.5 for row in numbers[0] if "val/loss" in row] == [True, True]
+
+
+@pytest.mark.slow
+def test_two_ranks_learn_as_one(tmp_path: Path) -> None:
+    one = run(tmp_path, "one", "--steps=3", "--accum=2")
+    port = f"--master_port={random.randint(20000, 50000)}"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", port, "train.py", "configs/ivr_dpo.py",
+               "--smoke", f"--out={tmp_path}/two", *few_pairs(tmp_path), "--steps=3", "--accum=1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    first, second = weights_of(one), weights_of(tmp_path / "two")
+    assert all(torch.allclose(first[n], second[n], atol=2e-4) for n in first)
+    a, b = ([json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()] for out in (one, tmp_path / "two"))
+    for x, y in zip(a, b, strict=True):
+        for key in ("train/loss", "train/reward_margin", "val/loss", "val/reward_accuracy"):
+            assert (key in x) == (key in y) and x.get(key, 0.0) == pytest.approx(y.get(key, 0.0), rel=1e-3, abs=1e-3)
+
+
+def spoken_pairs(folder: Path) -> Path:
+    """Numbers that Allison says, rather than a synthetic voice."""
+    rows = [json.loads(line) for line in (ROOT / "assets/speech/manifest.jsonl").read_text().splitlines()]
+    digits = {who: {r["text"]: r for r in rows if (r["speaker"], r.get("group")) == (who, "digits")} for who in ("allison", "slt")}
+    lines = []
+    for n, text in enumerate(sorted(digits["allison"].keys() & digits["slt"].keys())):
+        sides = [[{"type": "audio", "audio_url": str(ROOT / "assets/speech" / digits[who][text]["audio"])}] for who in ("allison", "slt")]
+        lines.append({"id": str(n), "split": "test" if n % 4 == 3 else "train", "messages": [{"role": "user", "content": text}],
+                      "chosen": sides[0], "rejected": sides[1]})
+    return write(folder, *lines)
+
+
+def talked_pairs(folder: Path) -> Path:
+    """Dialogues, rather than the next one."""
+    duplex.demo_dialogues(folder)
+    return write(folder, *({"id": str(n), "split": "test" if n % 8 == 6 else "train", "chosen": {"path": f"{n:03d}.wav"},
+                            "rejected": {"path": f"{n + 1:03d}.wav"}} for n in range(0, 24, 2)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, pairs, options", [
+    ("higgs_ar", spoken_pairs, ("--data.allow_outside=true", "--data.reference=0", "--data.normaliser=none")),
+    ("moshi_lora", talked_pairs, ("--data.stream_weights=()", "--data.tokenizer={folder}/words.json", "--data.chunk_seconds=20"))])
+def test_recordings_are_preferred_in_every_stream(name: str, pairs: Callable, options: tuple[str, ...], tmp_path: Path) -> None:
+    folder = pairs(tmp_path)
+    given = [option.format(folder=folder) for option in options]
+    rc, out, err = call(
+        "train.py", f"configs/{name}.py", "--smoke", "--dpo.beta=0.05", f"--data.sources={folder}/pairs.jsonl", "--data.split=manifest",
+        f"--data.cache={tmp_path}/cache", f"--out={tmp_path}/run", "--steps=10", "--lr=3e-3", "--schedule=constant", "--warmup=0",
+        "--lora.dropout=0", "--data.columns=900", "--listen=0", "--prompts=()", "--eval_every=0", "--save_every=0", *given)
+    assert rc == 0, out + err
+    numbers = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert numbers[0]["train/loss"] == pytest.approx(math.log(2), rel=1e-5) and numbers[0]["train/reward_margin"] == 0
+    assert numbers[-2]["train/loss"] < 0.5 and numbers[-2]["train/reward_accuracy"] > 0.9 and numbers[-1]["val/loss"] > 0
+    print(name, {key: round(value, 3) for key, value in numbers[-1].items()})
+
+
+@pytest.mark.slow
+def test_smoke_learns_preferences_resumes_is_evaluated_converses_and_is_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def do(*args: object) -> str:
+        rc, out, err = call(*args)
+        assert rc == 0, out + err
+        return out + err
+
+    common = ("configs/ivr_dpo.py", "--smoke", f"--data.cache={tmp_path}/cache", f"--out={tmp_path}/run")
+    do("train.py", *common, "--steps=10", "--schedule=constant")
+    assert "resuming" in do("train.py", *common)
+    held = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines() if "val/loss" in line]
+    assert [row["step"] for row in held] == [10, 20] and held[-1]["val/loss"] < 0.6 and held[-1]["val/reward_accuracy"] > 0.6
+    print(held[-1])
+    do("evaluate.py", "report", tmp_path / "run", "--rounds=50", "--replies=2", "--max_tokens=12", "--generic=", "--out_of_scope=")
+    told = json.loads((tmp_path / "run/report/summary.json").read_text())
+    assert {line["model"] for line in told["losses"]} == {"run", "base"}
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Where is my order?\nrepeat\nquit\n"))
+    assert "Goodbye." in do("sample.py", "--ckpt", tmp_path / "run", "--chat", f"--out={tmp_path}/x.wav", "--max_frames=12")
+    talked = [json.loads(line) for line in (tmp_path / "chat.jsonl").read_text().splitlines()]
+    assert [row["outcome"] for row in talked] == ["reply", "repeat", "quit"] and talked[0]["frames"] > 0
+    do("checkpoint.py", "export", tmp_path / "run", "--to=peft", f"--out={tmp_path}/peft")
+    tokens = torch.randint(0, 500, (1, 1, 9))
+    with torch.inference_mode():
+        again = load(tmp_path / "run/base", adapter=tmp_path / "peft")(tokens)[0]
+        assert torch.equal(again, load(tmp_path / "run")(tokens)[0])

@@ -94,9 +94,12 @@ class ModelConfig:
     dropout: float = 0.0                                 # on both residual branches, in training
     text_drop: float = 0.0                               # up to this share of columns has no text as input, in training (aligned)
     input_drop: float = 0.0                              # up to this share of audio columns is hidden as input, in training
-    checkpoint: bool = False                             # recompute blocks in backward
+    checkpoint: int | bool = 0                           # made again in backward: 1 cheap outputs, 2 and depth, 3 and half the rest, 4 all
 
     def __post_init__(self) -> None:
+        if isinstance(self.checkpoint, bool):                  # older files: none, or all
+            object.__setattr__(self, "checkpoint", 4 * self.checkpoint)
+        assert 0 <= self.checkpoint <= 4, f"checkpoint {self.checkpoint} is none of 0 none, 1 cheap, 2 depth, 3 half, 4 all"
         assert 0 <= self.dropout < 1 and 0 <= self.input_drop <= 1, "dropout is in [0, 1), input_drop in [0, 1]"
         assert 0 <= self.text_drop <= self.table.aligned, "text_drop is in [0, 1], and for aligned rows only"
         assert len(self.table.text) == 1 or not self.tied, "a tied head needs a single text row"

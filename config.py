@@ -37,6 +37,7 @@ class TrainConfig:
     data: DataConfig                       # where the tokens come from
     loss: LossConfig = field(default_factory=LossConfig)   # how streams add up
     lora: LoraConfig | None = None         # adapters; None trains everything
+    quantize: str = ""                     # "int8": what is frozen in 8 bits, a quarter of fp32; adapters on it train as ever
     dpo: DpoConfig | None = None           # learn from pairs of replies what is preferred, not what is likely (objective.py)
     init: str = ""                         # weights to start from: folder, file or hub id; empty = random
     init_adapter: str = ""                 # adapter to start from (second stage)
@@ -87,6 +88,8 @@ class TrainConfig:
         assert not self.shard or self.lora is None, "shard is for full fine-tuning; adapters are small, leave it off"
         assert self.device in ("auto", "cpu", "cuda"), f"device {self.device!r} is none of auto, cpu, cuda"
         assert min(self.steps, self.batch_size, self.accum, self.log_every) > 0, "steps, batch_size, accum and log_every are at least 1"
+        assert self.quantize in ("", "int8"), f"quantize {self.quantize!r} is neither empty nor int8"
+        assert not self.quantize or self.lora is not None, "quantize holds a frozen base in 8 bits; add adapters, --lora.rank=16"
         assert not self.init_adapter or self.lora is not None, "init_adapter needs adapters to fill; add --lora.rank=8"
         if self.dpo is not None:
             assert self.lora is not None, "dpo takes the model without its adapters as reference; add --lora.rank=8"

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.int8 import dequantize_rows, quantize_rows
 from kernels.lora_linear import linear, lora_linear
 
 # What the Higgs recipes choose among, by name; the text head stays as it is.
@@ -70,7 +71,8 @@ class Adapter(nn.Module):
         low = low if torch.is_autocast_enabled(x.device.type) else low.to(a.dtype)
         y = y + (torch.matmul(torch.matmul(low, a.mT), b.mT) * self.scale).to(y.dtype)
         if self.lora_magnitude is not None:
-            ratio = pick(self.lora_magnitude) / (weight.detach().float() + self.scale * (b @ a).detach()).norm(dim=-1)
+            full = weight.detach().float() if row_scale is None else dequantize_rows(weight, row_scale)
+            ratio = pick(self.lora_magnitude) / (full + self.scale * (b @ a).detach()).norm(dim=-1)
             y = ((ratio if ratio.dim() == 1 else ratio.unsqueeze(-2)) * y).to(y.dtype)           # (steps, out) -> (steps, 1, out)
         return y if bias is None else y + bias
 
@@ -178,12 +180,41 @@ def switched_off(model: nn.Module) -> Iterator[nn.Module]:
             adapter.enabled = True
 
 
+# ---- a base of 8 bits ----
+
+@torch.no_grad()
+def quantize(model: nn.Module) -> nn.Module:
+    """Hold the frozen Linears in int8 and a scale a row (kernels/int8.py); returns the model. Adapters on them train as before.
+
+    A weight that something else reads too (a tied embedding) stays. ValueError when nothing is frozen.
+    """
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for p in module.parameters(recurse=False):
+            owners[id(p)] = owners.get(id(p), 0) + 1
+    frozen = [m for m in linears(model).values()
+              if not m.weight.requires_grad and m.weight.is_floating_point() and owners[id(m.weight)] == 1]
+    if not frozen:
+        raise ValueError("8 bits are for Linears that are frozen, and here none is; add adapters (--lora.rank=16) or drop --quantize")
+    for module in frozen:
+        q, module.row_scale = quantize_rows(module.weight)
+        module.weight = nn.Parameter(q, requires_grad=False)
+    return model
+
+
+def whole(module: nn.Module) -> Tensor:
+    """The weight of a Linear in fp32."""
+    return module.weight.detach().float() if module.row_scale is None else dequantize_rows(module.weight, module.row_scale)
+
+
 # ---- merging ----
 
 @torch.no_grad()
 def merge(model: nn.Module) -> nn.Module:
     """Fold every adapter into its weight: computed in fp32, cast once. The untouched weight is kept for `unmerge`."""
-    for _, module, adapter in adapters(model):
+    for path, module, adapter in adapters(model):
+        if module.weight.dtype == torch.int8:
+            raise ValueError(f"{path} holds 8 bits: nothing can be merged into them; load the model without --quantize and merge that")
         if adapter.base is None:
             adapter.base = module.weight.detach().clone()
             module.weight.copy_(adapter.merged(module.weight))
@@ -211,7 +242,7 @@ def strip(model: nn.Module) -> nn.Module:
 @torch.no_grad()
 def norms(model: nn.Module) -> dict[str, float]:
     """||s B A|| / ||W|| of every adapted Linear: 0 means that the adapter does nothing."""
-    plain = {path: (a, (m.weight if a.base is None else a.base).float()) for path, m, a in adapters(model)}
+    plain = {path: (a, whole(m) if a.base is None else a.base.float()) for path, m, a in adapters(model)}
     return {path: float((a.merged(w) - w).norm() / w.norm()) for path, (a, w) in plain.items()}
 
 

@@ -6,22 +6,19 @@ Both sums run over all micro-batches and all ranks of an optimizer step, so worl
 the objective. Groups: `modality` (text | audio; Higgs, Moshi, DSAA) or `all` (MOSS-Speech). The model returns the
 numerators per stream (`Sums`); the denominators are known from the grid before anything is computed.
 
-Logits exist for `CHUNK_BYTES` worth of rows at a time and are recomputed in backward: peak memory does not grow with
-the batch or the vocabulary. `cross_entropy_sums_ref` is the definition. Next: data.py.
+Logits exist for a chunk of rows at a time (kernels/cross_entropy.py): peak memory does not grow with the batch or the
+vocabulary. Next: data.py.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from kernels.cross_entropy import row_nll
+from kernels.choice import numbers
+from kernels.cross_entropy import Head, multistream_ce, rows_of_a_chunk
 from streams import StreamTable
-
-CHUNK_BYTES = 32 << 20      # fp32 logits of one chunk; small enough to stay near the caches, large enough for the matmul
-MIN_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -33,6 +30,7 @@ class LossConfig:
     audio: float = 1.0           # lambda of the audio group
     audio_reduction: str = "mean"    # over the codebooks: "mean", one normaliser for all; "sum", one each (transformers' Higgs)
     contrastive: float = 0.0     # lambda of the contrastive term between a sample's speech and its reference (contrast.py)
+    z_loss: float = 0.0          # weight of (log sum exp)^2, which keeps logits near 0
 
     def __post_init__(self) -> None:
         assert self.groups in ("modality", "all"), f"groups {self.groups!r} is neither 'modality' nor 'all'"
@@ -53,14 +51,15 @@ class Sums:
     hits: Tensor
     count: Tensor
     quiet: Tensor | None = None     # (4,) what of them is padding in the text row, where that is told apart
-    places: Tensor | None = None    # (N,) weighted nll of each position, over its streams; carries the gradient too
+    places: Tensor | None = None    # (N,) weighted nll of each position, over its streams; carries the gradient too, but with a scale
     contrast: Tensor | None = None  # the contrastive term, summed over its samples
+    total: Tensor | None = None     # () the loss, where the scale of each stream was known: it carries the gradient then
 
     def add(self, rows: Sequence[int], part: "Sums", at: Tensor) -> "Sums":
         """Add the sums of a few streams at their rows, those of positions at theirs."""
-        row = torch.tensor(list(rows), device=self.nll.device)
-        places = self.places.index_add(0, at, part.places)
-        return Sums(*(getattr(self, f).index_add(0, row, getattr(part, f)) for f in FIELDS), self.quiet, places)
+        row, places = numbers(tuple(rows), self.nll.device), self.places.index_add(0, at, part.places)
+        return Sums(*(getattr(self, f).index_add(0, row, getattr(part, f)) for f in FIELDS), self.quiet, places,
+                    total=part.total if self.total is None else self.total + part.total)
 
     def stacked(self) -> Tensor:
         """All four as one detached float64 tensor (4, K + 1), `quiet` last, ready to be reduced over ranks."""
@@ -68,40 +67,15 @@ class Sums:
         return torch.cat([sums, torch.zeros_like(sums[:, :1]) if self.quiet is None else self.quiet[:, None].double()], 1)
 
 
-Head = Callable[[Tensor, Tensor], Tensor]      # h (N, D), inputs (N, ...) -> logits (Q, N, V)
+def cross_entropy_sums(h: Tensor, inputs: Tensor, head: Head, targets: Tensor, weights: Tensor, numbers: int, scale: Tensor | None = None,
+                       z_loss: float = 0.0, parameters: Sequence[Tensor] = ()) -> Sums:
+    """Sums over rows h (N, ...) with targets and weights (N, Q), a chunk of rows at a time, of `numbers` logits each.
 
-
-def chunk_sums(h: Tensor, inputs: Tensor, targets: Tensor, weights: Tensor, head: Head) -> tuple[Tensor, Tensor]:
-    """Sums of one chunk of rows.   h (N, D), targets and weights (N, Q) -> (4, Q): nll, weight, hits, count; (N,): nll"""
-    logits = head(h, inputs).float()                                              # (Q, N, V)
-    t, w = targets.T, weights.T.float()
-    wanted = (w != 0) & (t >= 0)
-    safe = torch.where(wanted, t, 0)
-    nll, likeliest, _ = row_nll(logits, safe) if logits.shape[1] else (logits.sum(-1), t, None)
-    w = torch.where(wanted, w, 0.0)
-    hits = ((likeliest == t) & wanted).float()
-    nll = w * nll                                                                 # (Q, N)
-    return torch.stack([nll.sum(1), w.sum(1), hits.sum(1), wanted.float().sum(1)]), nll.sum(0)
-
-
-def cross_entropy_sums_ref(h: Tensor, inputs: Tensor, head: Head, targets: Tensor, weights: Tensor) -> Sums:
-    """The definition: all logits at once."""
-    sums, places = chunk_sums(h, inputs, targets, weights, head)
-    return Sums(*sums, places=places)
-
-
-def cross_entropy_sums(h: Tensor, inputs: Tensor, head: Head, targets: Tensor, weights: Tensor, logits: int) -> Sums:
-    """Sums over rows h (N, D) with targets and weights (N, Q), a chunk of logits at a time; `logits` numbers a row.
-
-    With no rows one empty chunk still runs: on every rank every parameter takes part in backward.
+    With the `scale` (Q,) of each stream `total` carries the gradient, made in the forward; `parameters` are the head's.
     """
-    rows = max(MIN_ROWS, CHUNK_BYTES // (4 * logits))
-    if h.shape[0] <= rows:
-        return cross_entropy_sums_ref(h, inputs, head, targets, weights)
-    parts = zip(*(x.split(rows) for x in (h, inputs, targets, weights)), strict=True)
-    sums, places = zip(*(checkpoint(chunk_sums, *part, head, use_reentrant=False) if torch.is_grad_enabled()
-                         else chunk_sums(*part, head) for part in parts), strict=True)
-    return Sums(*sum(sums), places=torch.cat(places))
+    part = multistream_ce(h, head, targets, weights, scale=scale, inputs=inputs, z_loss=z_loss, parameters=parameters,
+                          rows=slice(None), chunk_rows=rows_of_a_chunk(numbers, h.is_cuda))
+    return Sums(part.nll, part.weight, part.hits, part.count, None, part.places, total=part.total)
 
 
 # ---- what the sums add up to ----

@@ -16,8 +16,7 @@ Next: loss.py.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -25,15 +24,20 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from architectures import HIGGS_V2_3B, MOSHI_7B, MOSS_9B, QWEN2_5_1_5B, FusionConfig, ModelConfig, StackConfig, codebooks  # noqa: F401
+from columns import Context, Plan, make_plan, temporal_context
 from contrast import info_nce, pairs
 from dsaa import Affine, Projector, TextTower
-from kernels.attention import Cache, attend, attention_mask
+from kernels.attention import Cache, attend
+from kernels.choice import numbers
+from kernels.cross_entropy import Head
 from kernels.decode import ColumnStep, Turns, column_step
 from kernels.depth_attention import depth_attention
 from kernels.embed_sum import embed_row, embed_sum
 from kernels.lora_linear import linear
+from kernels.recompute import Recompute, recomputed
 from kernels.rms_norm import rms_norm
-from kernels.rope import rope, rope_tables
+from kernels.rope import rope
+from kernels.route import route
 from kernels.swiglu import ACTIVATIONS, swiglu
 from loss import Sums, cross_entropy_sums
 from projected import Condition, Listen, Projected, Voice
@@ -52,16 +56,20 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
         self.schedule = schedule
         self.adapter: nn.Module | None = None
+        self.register_buffer("row_scale", None)        # of a weight that lora.quantize holds in 8 bits
 
     def pick(self, parameter: Tensor, step: slice) -> Tensor:
         """Select the weight sets that serve the steps of a slice."""
-        return parameter[list(self.schedule[step])] if self.schedule else parameter[step]
+        return parameter[numbers(self.schedule[step], parameter.device)] if self.schedule else parameter[step]
 
     def forward(self, x: Tensor, step: slice | None = None) -> Tensor:
-        weight = self.weight if step is None else self.pick(self.weight, step)
+        def pick(p: Tensor | None) -> Tensor | None:
+            return p if step is None or p is None else self.pick(p, step)
+
+        weight, row_scale = pick(self.weight), pick(self.row_scale)
         if self.adapter is None:
-            return linear(x, weight, self.bias)
-        return self.adapter(x, weight, self.bias, (lambda p: p) if step is None else lambda p: self.pick(p, step))
+            return linear(x, weight, self.bias, row_scale)
+        return self.adapter(x, weight, self.bias, pick, row_scale)
 
 
 class RMSNorm(nn.Module):
@@ -76,57 +84,6 @@ class RMSNorm(nn.Module):
                 where: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """With `residual` -> the norm of x + residual, and that sum. With `other`, rows of `where` (...,) use its weight."""
         return rms_norm(x, self.weight, self.eps, residual, other and other.weight, where)
-
-
-# ---- what a stack knows of the columns it reads ----
-
-@dataclass
-class Context:
-    """Everything the blocks of a stack share in one pass: computed once, read by every layer."""
-
-    rope: tuple[Tensor, Tensor] | None = None    # (B, 1, S, head/2) twice
-    turn: Tensor | None = None                   # the same for one column that goes the fast way
-    fast: bool = False                           # a single column goes through kernels/decode.py
-    mask: Tensor | None = None                   # (B, 1, S, S_keys) bool, None = plain causal
-    hidden: Tensor | None = None                 # mask of fast-forward layers: audio keys hidden too
-    audio: Tensor | None = None                  # (B, S) bool
-    rows: tuple[Tensor, Tensor] | None = None    # flat numbers of the text rows and of the audio rows
-    cache: Cache | None = None
-    step: slice | None = None                    # depth transformer: which codebook steps x holds
-    voice: Tensor | None = None                  # (B, n, D) what every block listens to
-
-
-def temporal_context(c: ModelConfig, audio: Tensor, positions: Tensor | None, segments: Tensor | None, cache: Cache | None) -> Context:
-    """Build the shared facts of a temporal pass.   audio (B, S) bool, or None for a column that goes the fast way"""
-    B, S = (positions if audio is None else audio).shape
-    stack, plain = c.temporal, positions is None and segments is None and cache is None
-    fast = cache is not None and cache.single(S)
-    if positions is None:
-        positions = torch.arange(S, device=audio.device).expand(B, S)
-    context = Context(audio=audio, cache=cache, fast=fast)
-    if stack.rope_theta and not fast:
-        context.rope = rope_tables(stack.head, stack.rope_theta, stack.rope_scaling, positions.clamp(min=0))
-    key_audio = audio
-    if cache is not None:
-        cache.reserve(positions, audio)
-        context.turn = cache.turns(positions[:, 0].clamp(min=0), cache.count) if fast and stack.rope_theta else None
-        key_audio = cache.audio[:, : cache.live] if c.fast_forward else None
-        in_order = cache.plain and S in (1, cache.live) and cache.count <= (stack.window or cache.capacity)
-        if not in_order or c.fast_forward:
-            context.mask = attention_mask(positions, cache.positions[:, : cache.live], stack.window, None, None)
-            own = positions[:, :, None] == cache.positions[:, None, : cache.live]
-    else:
-        own = torch.eye(S, dtype=torch.bool, device=audio.device)
-        if not plain or 0 < stack.window < S or c.fast_forward:
-            context.mask = attention_mask(positions, positions, stack.window, segments, segments)
-    if context.mask is not None:
-        context.mask = context.mask | own.unsqueeze(-3)              # padding sees itself: no row of a softmax is empty
-    if c.fast_forward:
-        context.hidden = context.mask & ~key_audio[:, None, None, :] | own.unsqueeze(-3)
-    if c.dual_ffn and not fast:
-        flat = audio.flatten()
-        context.rows = ((~flat).nonzero().squeeze(1), flat.nonzero().squeeze(1))
-    return context
 
 
 # ---- blocks ----
@@ -189,7 +146,7 @@ class FeedForward(nn.Module):
         if not self.c.gated:
             return self.down(ACTIVATIONS[self.c.activation](self.up(x, step)), step)
         parts = (self.gate_up(x, step), None) if self.c.packed else (self.gate(x, step), self.up(x, step))
-        return self.down(swiglu(*parts, self.c.activation), step)
+        return self.down(recomputed(swiglu, *parts, self.c.activation), step)
 
 
 class Block(nn.Module):
@@ -210,31 +167,44 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, context: Context, layer: int) -> Tensor:
         if self.dual:
-            normed = self.attn_norm(x, None, self.audio_attn_norm, context.audio)
+            normed = recomputed(self.attn_norm, x, None, self.audio_attn_norm, context.audio)
         else:
-            normed = self.attn_norm(x)
+            normed = recomputed(self.attn_norm, x)
         y = self.drop(self.attn(normed, context, layer, context.hidden if self.skips_audio else context.mask))
         if self.listen is not None:
             x = x + y
             y = self.listen(x, context.voice)
         if self.dual:
-            h = self.dual_feed_forward(x + y, *context.rows)
+            h = x + y
+            h = h + self.routed(h.flatten(0, 1), context.plan).view_as(h)
         else:
             normed, h = self.ffn_norm(y, x)
             h = h + self.drop(self.ffn(normed, context.step))
         return torch.where(context.audio[..., None], x, h) if self.skips_audio else h
 
-    def dual_feed_forward(self, h: Tensor, text: Tensor, audio: Tensor) -> Tensor:
-        """Send each row through its own network only; an empty side still runs, so that every rank has every gradient."""
-        rows = h.flatten(0, 1)
-        if not torch.is_grad_enabled() and not (len(text) and len(audio)):
-            return h + (self.audio_ffn(self.audio_ffn_norm(h)) if len(audio) else self.ffn(self.ffn_norm(h)))
-        of_text = self.drop(self.ffn(self.ffn_norm(rows[text])))
-        of_audio = self.drop(self.audio_ffn(self.audio_ffn_norm(rows[audio])))
-        return rows.index_add(0, text, of_text.to(h.dtype)).index_add(0, audio, of_audio.to(h.dtype)).view_as(h)
+    def routed(self, h: Tensor, plan: Plan) -> Tensor:
+        """Send each column through its own network only; an empty side still runs, so that every rank has every gradient.   (N, D)"""
+        rows = h if plan.order is None else route(h, plan.order, plan.back)
+        text, audio = rows[: plan.texts], rows[plan.texts :]
+        if plan.order is None and not torch.is_grad_enabled():
+            return self.ffn(self.ffn_norm(text)) if plan.texts else self.audio_ffn(self.audio_ffn_norm(audio))
+        y = torch.cat([self.ffn(recomputed(self.ffn_norm, text)), self.audio_ffn(recomputed(self.audio_ffn_norm, audio))])
+        return self.drop(y if plan.order is None else route(y, plan.back, plan.order))
 
     def drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training)
+
+
+def run_blocks(blocks: Iterable[nn.Module], x: Tensor, context: Context, first: int = 0, level: int = 0) -> Tensor:
+    """One block after another; `level` says what is made again in backward: 1 cheap outputs, 3 also every other block, 4 every block."""
+    level = level if torch.is_grad_enabled() and context.cache is None else 0
+    for layer, block in enumerate(blocks, first):
+        if level == 4 or level == 3 and layer % 2:
+            x = checkpoint(block, x, context, layer, use_reentrant=False)
+        else:
+            with Recompute(level > 0):
+                x = block(x, context, layer)
+    return x
 
 
 class Temporal(nn.Module):
@@ -254,13 +224,13 @@ class Temporal(nn.Module):
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         if context.fast:
             return self.column(x[:, 0], context)
-        h = self.run(self.layers, x, context, 0)
+        h = run_blocks(self.layers, x, context, 0, self.c.checkpoint)
         if not self.c.tail:
             h = self.norm(h)
             return h, h
         n = len(self.layers)
-        text = self.run(self.text_tail, h, context, n)
-        audio = self.run(self.audio_tail, h, context, n + self.c.tail)
+        text = run_blocks(self.text_tail, h, context, n, self.c.checkpoint)
+        audio = run_blocks(self.audio_tail, h, context, n + self.c.tail, self.c.checkpoint)
         return self.text_norm(text), self.audio_norm(audio)
 
     def column(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
@@ -277,12 +247,6 @@ class Temporal(nn.Module):
         parts += [(self.text_tail, n, self.text_norm), (self.audio_tail, n + c.tail, self.audio_norm)] if c.tail else []
         steps = [column_step(blocks, c.temporal, ACTIVATIONS[c.temporal.activation], cache, *rest) for blocks, *rest in parts]
         return None if None in steps else steps
-
-    def run(self, blocks: nn.ModuleList, x: Tensor, context: Context, first: int) -> Tensor:
-        recompute = self.c.checkpoint and torch.is_grad_enabled() and context.cache is None
-        for layer, block in enumerate(blocks, first):
-            x = checkpoint(block, x, context, layer, use_reentrant=False) if recompute else block(x, context, layer)
-        return x
 
 
 class Embedding(nn.Module):
@@ -349,10 +313,11 @@ class Depth(nn.Module):
         h = h.expand(len(embedded), *h.shape)
         return self.input(h, step) + embedded if self.text_map is None else self.input(torch.cat([h, embedded], -1), step)
 
-    def forward(self, h: Tensor, tokens: Tensor) -> Tensor:
+    def forward(self, h: Tensor, tokens: Tensor, level: int = 0) -> Tensor:
         """All steps at once, with the true tokens.   h (N, D), tokens (N, Q): text, then codebooks 0..Q-2 -> (Q, N, d)"""
         step, read = slice(0, self.c.steps), [tokens[:, : self.texts], *tokens[:, self.texts :].unbind(1)]
-        return self.run(self.join(h, torch.stack([self.embed(k, token) for k, token in enumerate(read)]), step), Context(step=step))
+        x = self.join(h, torch.stack([self.embed(k, token) for k, token in enumerate(read)]), step)
+        return run_blocks(self.layers, x, Context(step=step), level=level)
 
     def step(self, k: int, h: Tensor, token: Tensor, cache: Cache, known: bool = False) -> Tensor:
         """One step of sampling: logits of codebook k.   h (B, D), token as in `embed`, `known`: none is -1 -> (B, V)"""
@@ -364,27 +329,23 @@ class Depth(nn.Module):
         else:
             x = cache.inputs[k] + self.embed(k, token) if self.text_map is None else self.join(h, self.embed(k, token)[None], step)[0]
         if cache.fast is None or torch.is_grad_enabled():
-            return self.head(self.run(x[None], Context(step=step, cache=cache)), step)[0]
+            return self.head(run_blocks(self.layers, x[None], Context(step=step, cache=cache)), step)[0]
         x = cache.fast(x, cache.places[k], None, None, step=k)
         return self.head(x[None], step)[0] if self.head.adapter else torch.mm(x, cache.heads[k])
 
     def inputs(self, h: Tensor) -> Tensor:
         """What the temporal state gives to every step, as one product.   h (B, D) -> (steps, B, d)"""
         every = slice(0, self.c.steps)
-        if self.input.adapter is not None:
+        if self.input.adapter is not None or self.input.row_scale is not None:
             return self.input(h.expand(self.c.steps, *h.shape), every)
         sets = F.linear(h, self.input.weight.flatten(0, 1)).unflatten(-1, (-1, self.c.dim))
         return self.input.pick(sets.transpose(0, 1), every)
 
-    def run(self, x: Tensor, context: Context) -> Tensor:
-        for layer, block in enumerate(self.layers):
-            x = block(x, context, layer)
-        return x
-
     def cache(self, batch: int) -> Cache:
-        weight = self.head.weight
+        weight = self.layers[0].attn_norm.weight
         cache = Cache(self.c.layers, batch, self.c.kv, self.c.steps, self.c.head, weight)
-        cache.fast = None if self.c.rope_theta else column_step(self.layers, self.c, ACTIVATIONS[self.c.activation], cache)
+        plain = not self.c.rope_theta and self.head.row_scale is None
+        cache.fast = None if not plain else column_step(self.layers, self.c, ACTIVATIONS[self.c.activation], cache)
         if cache.fast is not None:
             cache.places = [cache.fast.places(k, k + 1) for k in range(self.c.steps)]
             cache.heads = [w.mT for w in self.head.weight.detach()]
@@ -451,8 +412,8 @@ class MultistreamLM(nn.Module):
     # ---- teacher forcing ----
 
     def forward(self, tokens: Tensor, weights: Tensor | None = None, positions: Tensor | None = None,
-                segments: Tensor | None = None, voice: Tensor | None = None,
-                speakers: Tensor | None = None) -> Sums | tuple[Tensor | None, Tensor | None]:
+                segments: Tensor | None = None, voice: Tensor | None = None, speakers: Tensor | None = None, scale: Tensor | None = None,
+                plan: Plan | None = None, z_loss: float = 0.0) -> Sums | tuple[Tensor | None, Tensor | None]:
         """Predict columns 1..S-1 from columns 0..S-2.
 
         tokens (B, K, S) int64, weights (B, K, S) or None, positions and segments (B, S) of packed rows or None; `voice`
@@ -460,14 +421,18 @@ class MultistreamLM(nn.Module):
         Without weights -> logits: text (B, S-1, V_text) or None, audio (B, Q, S-1, V_audio) or None.
         With weights -> Sums: weighted nll, weight, hits and count of every stream, each (K,), and nll of every place, B * (S-1);
         with speakers (B, S) of packed rows also the contrastive term.
+        With `scale` (K,) of each stream their `total` alone carries the gradient, which is made on the way: less memory, one
+        product less. `plan` is columns.make_plan of the batch, for a device that should not be waited for.
         """
         B, K, S = tokens.shape
         assert len(self.table) == K, f"{K} rows for a table of {len(self.table)}"
         inputs, targets = tokens[..., :-1], tokens[..., 1:]
         cut = [None if t is None else t[:, :-1] for t in (positions, segments)]
-        h_text, h_audio = self.hidden(inputs, *cut, voice=voice)
+        if plan is None and weights is not None:
+            plan = make_plan(self.config, tokens, weights, positions, segments)
+        h_text, h_audio = self.hidden(inputs, *cut, voice=voice, plan=plan)
         if weights is not None:
-            sums = self.sums(h_text, h_audio, targets, weights[..., 1:])
+            sums = self.sums(h_text, h_audio, targets, weights[..., 1:], plan, scale, z_loss)
             if speakers is not None:
                 sums.contrast = info_nce(h_audio, pairs(inputs, weights[..., :-1], cut[1], speakers[:, :-1], self.table))
             return sums
@@ -479,7 +444,7 @@ class MultistreamLM(nn.Module):
         return text, audio
 
     def hidden(self, tokens: Tensor, positions: Tensor | None = None, segments: Tensor | None = None,
-               cache: Cache | None = None, voice: Tensor | None = None) -> tuple[Tensor, Tensor]:
+               cache: Cache | None = None, voice: Tensor | None = None, plan: Plan | None = None) -> tuple[Tensor, Tensor]:
         """Run the temporal transformer.   tokens (B, K, S) -> states for the text and the audio heads, (B, S, D) each"""
         if self.training and self.config.text_drop:
             kept, texts = self.keep_inputs(tokens, self.config.text_drop)[:, None] > 0, len(self.table.text)
@@ -487,7 +452,7 @@ class MultistreamLM(nn.Module):
         if self.tower is not None:
             return self.fused(tokens, positions, segments, cache)
         fast = cache is not None and cache.single(tokens.shape[2])
-        context = temporal_context(self.config, None if fast else is_audio(tokens, self.table), positions, segments, cache)
+        context = temporal_context(self.config, None if fast else is_audio(tokens, self.table), positions, segments, cache, plan)
         voice = cache.voice if voice is None and cache is not None else voice
         context.voice = self.voice.nobody(len(tokens)) if voice is None and self.voice is not None else voice
         return self.temporal(self.embed_tokens(tokens, cache.side if fast and not self.table.aligned else None), context)
@@ -529,7 +494,7 @@ class MultistreamLM(nn.Module):
     def depth_inputs(self, targets: Tensor) -> Tensor:
         """The tokens that the depth steps read: text row, codebooks 0..Q-2 of the predicted column.   (B, K, S) -> (N, Q)"""
         rows = [*self.table.text[: self.depth.texts], *self.table.audio_out[:-1]] if self.config.depth is not None else []
-        return targets[:, rows].transpose(1, 2).flatten(0, 1)
+        return targets[:, numbers(tuple(rows), targets.device)].transpose(1, 2).flatten(0, 1)
 
     def audio_logits(self, h: Tensor, tokens: Tensor) -> Tensor:
         """Logits of every predicted codebook.   h (N, D), tokens (N, Q) read by the depth steps only -> (Q, N, V)"""
@@ -543,35 +508,43 @@ class MultistreamLM(nn.Module):
         logits = self.extra_head(h.flatten(0, 1).expand(self.config.extra_heads, -1, -1), slice(0, self.config.extra_heads))
         return logits.unflatten(1, h.shape[:2]).transpose(0, 1).float().softmax(-1)
 
-    def sums(self, h_text: Tensor, h_audio: Tensor, targets: Tensor, weights: Tensor) -> Sums:
+    def sums(self, h_text: Tensor, h_audio: Tensor, targets: Tensor, weights: Tensor, plan: Plan, scale: Tensor | None,
+             z_loss: float) -> Sums:
         """Loss sums per stream; rows without a target never reach a head.   targets, weights (B, K, S)"""
-        total = Sums(*torch.zeros(4, len(self.table), device=weights.device), places=weights.new_zeros(targets[:, 0].numel()))
-        for rows, h, head in ((self.table.text_out, h_text, lambda h, _: self.text_head(h)[None]),
-                              (self.table.audio_out, h_audio, self.audio_logits)):
-            if not rows:
-                continue
-            t, w = (x[:, rows].transpose(1, 2).flatten(0, 1) for x in (targets, weights))     # -> (N, Q)
-            kept, logits = (w != 0).any(1), sum(self.table.streams[k].classes for k in rows)
-            parts = [kept]
-            if rows is self.table.text_out and self.table.layout == "duplex":                 # padding goes apart, to be told apart
-                quiet = (t[:, 0] == self.table.pad) | (t[:, 0] == self.table.epad)
-                parts = [kept & ~quiet, kept & quiet]
-            for where in parts:
-                at = where.nonzero().squeeze(1)
-                x, inputs = h.flatten(0, 1)[at], self.depth_inputs(targets)[at]
-                if rows is self.table.audio_out and self.config.depth and not self.config.checkpoint:     # only the head runs twice
-                    x, head = self.depth(x, inputs).transpose(0, 1), lambda x, _: self.depth.head(x.transpose(0, 1), slice(0, x.shape[1]))
-                part = cross_entropy_sums(x, inputs, head, t[at], w[at], logits)
-                total = total.add(rows, part, at)
-            if len(parts) > 1:
-                total.quiet = part.stacked()[:, 0]
+        zeros, parts = torch.zeros(4, len(self.table), device=weights.device), []
+        total = Sums(*zeros, places=weights.new_zeros(targets[:, 0].numel()))
+        jobs = [(self.table.text_out, h_text, at, self.text_head, lambda h, _: self.text_head(h)[None]) for at in plan.text_rows]
+        if self.table.audio_out:
+            jobs.append((self.table.audio_out, h_audio, plan.audio_rows, *self.audio_part(scale is not None)))
+        for rows, h, at, module, head in jobs:
+            streams = numbers(tuple(rows), targets.device)
+            t, w = (x[:, streams].transpose(1, 2).flatten(0, 1)[at] for x in (targets, weights))     # -> (N, Q)
+            x, inputs = h.flatten(0, 1)[at], self.depth_inputs(targets)[at]
+            if self.config.depth is not None and module is self.depth.head:
+                x = self.depth(x, inputs, 4 if self.config.checkpoint >= 2 else self.config.checkpoint).transpose(0, 1)
+            logits, trained = sum(self.table.streams[k].classes for k in rows), [p for p in module.parameters() if p.requires_grad]
+            if isinstance(module, Depth):                                    # a row of the depth transformer holds more than its logits
+                logits = max(logits, 4 * module.c.steps * module.c.layers * module.c.dim)
+            parts.append(cross_entropy_sums(x, inputs, head, t, w, logits, None if scale is None else scale[streams], z_loss, trained))
+            total = total.add(rows, parts[-1], at)
+        if len(plan.text_rows) > 1:
+            total.quiet = parts[1].stacked()[:, 0]
         return total
+
+    def audio_part(self, scaled: bool) -> tuple[nn.Module, Head]:
+        """What a chunk of rows runs through on its way to audio logits: from level 2 on that is the depth transformer, too."""
+        if self.config.depth is None:
+            return self.audio_head, self.audio_logits
+        sharded = scaled and hasattr(self.depth.layers[0], "unshard")           # what is gathered for one pass cannot run in pieces
+        if self.config.checkpoint >= 2 and not sharded:
+            return self.depth, self.audio_logits
+        return self.depth.head, lambda x, _: self.depth.head(x.transpose(0, 1), slice(0, x.shape[1]))
 
     # ---- sampling, one column at a time ----
 
     def cache(self, batch: int, columns: int, chunk: int = 256) -> Cache:
         """Allocate the static cache for `columns` columns; prompts are read `chunk` columns at a time."""
-        c, weight = self.config, self.temporal.layers[0].attn.o.weight
+        c, weight = self.config, self.temporal.layers[0].attn_norm.weight
         capacity = min(columns, c.temporal.window + chunk) if c.temporal.window else columns
         cache = Cache(c.temporal.layers + 2 * c.tail, batch, c.temporal.kv, capacity, c.temporal.head, weight)
         cache.fast, cache.turns = self.temporal.columns(cache), Turns(c.temporal, weight)

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lora
+from columns import Plan
 from contrast import pairs
 from loss import LossConfig, Sums, loss_scale
 from monitor import report
@@ -55,10 +56,13 @@ class Likelihood:
         """What the loss of a batch is divided by: the target weights of each stream.   (B, K, S) -> (K,) float64"""
         return weights[..., 1:].sum((0, 2)).double()
 
-    def sums(self, net: Net, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """What a batch adds to the loss before it is divided, and to the numbers.   -> (K,), as `zero`"""
-        found = net(*tensors[:4])
-        return found.nll, found.stacked()
+    def sums(self, net: Net, tensors: Sequence[Tensor], plan: Plan | None = None, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """What a batch adds to the loss before it is divided, or with the factors of `scale` after that, and to the numbers.
+
+        -> (K,) or (), as `zero`; `plan` is columns.make_plan of the batch
+        """
+        found = net(*tensors[:4], plan=plan, scale=scale, z_loss=self.config.z_loss)
+        return found.nll if scale is None else found.total, found.stacked()
 
     def scale(self, counts: Tensor, config: LossConfig) -> Tensor:
         """The factors of what `sums` gave, from the counts of all micro-batches and ranks, under the loss of a stage."""
@@ -82,11 +86,13 @@ class Contrast(Likelihood):
         found = pairs(tokens[..., :-1], weights[..., :-1], segments[:, :-1], speakers[:, :-1], self.table)
         return torch.cat([super().count(weights, segments), found.count[None]])
 
-    def sums(self, net: Net, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        found = net(*tensors[:4], speakers=tensors[4])
+    def sums(self, net: Net, tensors: Sequence[Tensor], plan: Plan | None = None, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        found = net(*tensors[:4], speakers=tensors[4], plan=plan, scale=None if scale is None else scale[:-1], z_loss=self.config.z_loss)
         numbers = F.pad(found.stacked(), (0, 0, 0, 1))
         numbers[4, :2] = torch.stack([found.contrast.detach(), self.count(tensors[1], tensors[3], tensors[0], tensors[4])[-1]])
-        return torch.cat([found.nll, found.contrast[None]]), numbers
+        if scale is None:
+            return torch.cat([found.nll, found.contrast[None]]), numbers
+        return found.total + scale[-1] * found.contrast, numbers
 
     def scale(self, counts: Tensor, config: LossConfig) -> Tensor:
         if not counts[-1] and not self.told:
@@ -111,16 +117,16 @@ class Preference:
         """Pairs of a batch.   segments (B, S) -> (1,) float64"""
         return ((segments.amax(1) + 1) // 2).sum(0, keepdim=True).double()
 
-    def sums(self, net: Net, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Loss summed over pairs (1,), and summed: loss, pairs, pairs in the right order, rewards of y+, of y- (5,)."""
+    def sums(self, net: Net, tensors: Sequence[Tensor], plan: Plan | None = None, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Loss summed over pairs (1,), or scaled (), and summed: loss, pairs, pairs in the right order, rewards of y+, of y- (5,)."""
         with torch.no_grad(), lora.switched_off(self.model):
-            reference = self.model(*tensors[:4]).places
-        rewards = self.rewards(net(*tensors[:4]).places, reference, tensors[3])
+            reference = self.model(*tensors[:4], plan=plan).places
+        rewards = self.rewards(net(*tensors[:4], plan=plan).places, reference, tensors[3])
         real = self.real(tensors[3])
         loss = torch.where(real, preference_loss(rewards[..., 0] - rewards[..., 1], self.config), 0.0).sum()
         better = ((rewards[..., 0] > rewards[..., 1]) & real).sum()
         numbers = torch.stack([loss.detach(), real.sum(), better, *rewards.detach().sum((0, 1))])
-        return loss[None], numbers.double()
+        return loss[None] if scale is None else (scale * loss).sum(), numbers.double()
 
     def real(self, segments: Tensor) -> Tensor:
         """Which of the most pairs that rows could hold there are.   (B, S) -> (B, P)"""

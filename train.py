@@ -28,6 +28,7 @@ import parallel
 import quality
 from audio.wav import load_wav
 from checkpoint import DTYPES, Extras, RunState, base_of, latest, load, load_run, put_adapter, resolve, save, save_run, settle
+from columns import make_plan
 from config import TrainConfig, first_beta, learning_rate
 from curriculum import Curriculum, prepare_all
 from data import Batch, Loader
@@ -95,6 +96,8 @@ if config.model.fusion and config.model.fusion.remember:
 raw.train().to(device)
 for p in raw.parameters():                       # what is trained has fp32 masters, what is frozen has none
     p.data = p.data.float() if p.requires_grad else p.data.to(dtype)
+if config.quantize:
+    lora.quantize(raw)
 if config.compile:
     for block in raw.temporal.layers:
         block.compile()
@@ -133,11 +136,12 @@ net = parallel.wrap(raw, device)
 goal = Preference(raw, config.dpo) if config.dpo else (Contrast if config.loss.contrastive else Likelihood)(table, config.loss)
 
 
-def forward(module: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a batch adds to the loss, before it is divided, and to the numbers that are reported."""
+def forward(module: torch.nn.Module, batch: Batch, scale: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a batch adds to the loss, where the scale of that is given, and to the numbers that are reported."""
     tensors = (batch.tokens, batch.weights, batch.positions, batch.segments, batch.speakers)
+    plan = make_plan(config.model, *tensors[:4]).to(device)                # counted here, where nothing has to be waited for
     with autocast:
-        return goal.sums(module, [t.to(device, non_blocking=True) for t in tensors])
+        return goal.sums(module, [t.to(device, non_blocking=True) for t in tensors], plan, scale)
 
 
 # ---- 7. evaluate, listen, save ----
@@ -218,14 +222,14 @@ while True:
         say(f"stopped by {stop['why'] or '--max_minutes'} before step {run.step}; the same command continues")
         break
     run.loader = reader.position
-    scale = goal.scale(counts[:-1], reader.loss).float().to(device)
+    scale = scaler.scale(goal.scale(counts[:-1], reader.loss).float().to(device)) * world
 
     # (c) forward and backward; gradients are averaged over ranks, so x world makes it a sum
     total = goal.zero().to(device)
     for n, batch in enumerate(step_batches):
         parallel.last_of_step(net, n == config.accum - 1)
-        sums, found = forward(net, batch)
-        scaler.scale((scale * sums).sum() * world).backward()
+        loss, found = forward(net, batch, scale)
+        loss.backward()
         total += found
         meter.add(batch.tokens)
 

@@ -20,7 +20,7 @@ BASE, CODEC = "bosonai/higgs-audio-v2-generation-3B-base", "bosonai/higgs-audio-
 TINY = "assets/tiny_tokenizer.json"
 
 config = TrainConfig(
-    model=replace(HIGGS_V2_3B, checkpoint=True), init=BASE,
+    model=replace(HIGGS_V2_3B, checkpoint=4), init=BASE,
     # or attention_only, or audio_focused (lora.SETS); --lora.train=audio_head trains that head in full instead of its adapter
     lora=LoraConfig(rank=16, alpha=32.0, dropout=0.05, targets=("comprehensive",)),
     # seeds: audio 1 or 2 beside text 1, both unshifted; one weight a modality, shifted, is what the base was trained with.

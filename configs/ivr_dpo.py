@@ -27,7 +27,7 @@ TINY = "assets/tiny_qwen_tokenizer.json"
 ATTENTION = ("attn.q", "attn.k", "attn.v", "attn.o")
 
 config = TrainConfig(
-    model=replace(QWEN2_5_1_5B, checkpoint=True), init=BASE,
+    model=replace(QWEN2_5_1_5B, checkpoint=4), init=BASE,
     lora=LoraConfig(rank=8, alpha=16.0, targets=ATTENTION), dpo=DpoConfig(beta=0.1),      # no dropout: both models answer alike at first
     data=DataConfig(sources=("assets/ivr/preferences.jsonl",), tokenizer=BASE, split="manifest", columns=1024),
     out="out/ivr_dpo", epochs=1, steps=500, batch_size=1, accum=2,

@@ -32,7 +32,7 @@ BASE, CODEC = "models/MOSS-Speech", "models/MOSS-Speech-Codec"
 TINY = "assets/tiny_qwen_tokenizer.json"
 
 config = TrainConfig(
-    model=replace(MOSS_9B, checkpoint=True), init=BASE,
+    model=replace(MOSS_9B, checkpoint=4), init=BASE,
     lora=LoraConfig(rank=8, alpha=16.0, dropout=0.05, targets=("attn.*",)),
     loss=LossConfig(groups="all"),                          # one mean over text and speech targets: they are of one kind here
     data=DataConfig(sources=("data/calls/calls.jsonl",), codec=CODEC, tokenizer=BASE, max_seconds=120.0,

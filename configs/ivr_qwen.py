@@ -29,7 +29,7 @@ TINY = "assets/tiny_qwen_tokenizer.json"
 ATTENTION = ("attn.q", "attn.k", "attn.v", "attn.o")
 
 config = TrainConfig(
-    model=replace(QWEN2_5_1_5B, checkpoint=True), init=BASE,
+    model=replace(QWEN2_5_1_5B, checkpoint=4), init=BASE,
     lora=LoraConfig(rank=8, alpha=16.0, dropout=0.05, targets=ATTENTION),        # as the seed; dropout is on the input of A
     loss=LossConfig(groups="all"),                          # the mean over all target tokens of a step, whatever their row
     data=DataConfig(sources=("assets/ivr/dialogues.jsonl",), tokenizer=BASE, split="manifest", columns=1024),

@@ -21,7 +21,7 @@ from streams import Stream, StreamTable
 WEIGHTS = (1.0, 100.0, *[1.0] * 7, *[0.0] * 8)              # text, semantic codebook, acoustic ones; the user is only heard
 
 config = TrainConfig(
-    model=replace(MOSHI_7B, checkpoint=True), init="kyutai/moshiko-pytorch-bf16",
+    model=replace(MOSHI_7B, checkpoint=4), init="kyutai/moshiko-pytorch-bf16",
     lora=LoraConfig(rank=128, alpha=256.0, targets=("temporal.*", "text_head", "depth.*")),
     data=DataConfig(sources=("data/dailytalk.jsonl",), codec="moshiko/tokenizer-e351c8d8-checkpoint125.safetensors",
                     tokenizer="moshiko/tokenizer_spm_32k_3.model", max_seconds=4 * 3600.0, chunk_seconds=100.0, columns=1251,

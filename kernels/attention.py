@@ -5,11 +5,16 @@
 Positions, not places, decide who sees whom: the keys may lie in a ring, in packed rows, or behind padding.
 """
 
+import inspect
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+PADDING = 64       # padding attends to padding in pieces of this length: cheap, and never empty
 
 
 def attention_mask(q: Tensor, k: Tensor, window: int, q_segments: Tensor | None, k_segments: Tensor | None) -> Tensor:
@@ -23,13 +28,109 @@ def attention_mask(q: Tensor, k: Tensor, window: int, q_segments: Tensor | None,
     return mask[:, None]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: "Tensor | Runs | None") -> Tensor:
     """Grouped-query attention.   q (B, H, S, d), k and v (B, H_kv, L, d) -> (B, H, S, d)
 
     Without a mask, S = L queries are causal and a single query sees everything.
     """
+    if isinstance(mask, Runs):
+        return (uncompiled() if torch.compiler.is_compiling() else run_attention)(q, k, v, mask)
     causal = mask is None and q.shape[2] == k.shape[2]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+
+
+# ---- packed rows ----
+
+@dataclass
+class Runs:
+    """Packed rows as plain causal runs, one behind the other: nobody sees another run, so no mask covers all pairs of columns."""
+
+    lengths: list[list[int]]                   # of the runs of each row
+    window: int                                # a query sees this many columns, 0 = all
+    starts: Tensor                             # of all runs of all rows, and the end; int32
+    masks: dict[int, Tensor] | list[Tensor] = field(default_factory=dict)      # by length where the window cuts; or one for each run
+
+    @classmethod
+    def of(cls, positions: Tensor, segments: Tensor, window: int) -> "Runs | None":
+        """positions, segments (B, S); None where an example does not lie in one piece with positions that count up by one."""
+        (B, S), (p, s) = positions.shape, (positions.cpu(), segments.cpu())
+        first = torch.ones(B, S, dtype=torch.bool)
+        first[:, 1:] = s[:, 1:] != s[:, :-1]
+        at = first.flatten().nonzero().squeeze(1)
+        ids = torch.stack([at // max(S, 1), s.flatten()[at]])
+        counts = first[:, 1:] | (s[:, 1:] < 0) | (p[:, 1:] - p[:, :-1] == 1)
+        real = ids[:, ids[1] >= 0]
+        if not counts.all() or (p < 0)[s >= 0].any() or real.unique(dim=1).shape[1] != real.shape[1]:
+            return None
+        lengths: list[list[int]] = [[] for _ in range(B)]
+        ends = [*at[1:].tolist(), B * S]
+        for b, identity, begin, end in zip(*ids.tolist(), at.tolist(), ends, strict=True):
+            longest = end - begin if identity >= 0 else PADDING
+            lengths[b] += [min(longest, end - n) for n in range(begin, end, longest)]
+        flat = [n for row in lengths for n in row]
+        return cls(lengths, window, torch.tensor([0, *flat]).cumsum(0).int().to(positions.device))
+
+    def to(self, device: torch.device) -> "Runs":
+        return replace(self, starts=self.starts.to(device, non_blocking=True))
+
+    def hiding(self, keys: Tensor) -> "Runs":
+        """The same runs, in which a query sees none of `keys` (B, S) except itself."""
+        lengths = [n for row in self.lengths for n in row]
+        return replace(self, masks=[self.causal(n, keys.device) & ~part | torch.eye(n, dtype=torch.bool, device=keys.device)
+                                    for n, part in zip(lengths, keys.flatten().split(lengths), strict=True)])
+
+    def causal(self, n: int, device: torch.device) -> Tensor:
+        """Who sees whom in a run of n.   -> (n, n) bool"""
+        seen = torch.ones(n, n, dtype=torch.bool, device=device).tril()
+        return seen.triu(1 - self.window) if 0 < self.window < n else seen
+
+    def mask(self, number: int, n: int, device: torch.device) -> Tensor | None:
+        """Mask of a run, None = plain causal."""
+        if isinstance(self.masks, list):
+            return self.masks[number]
+        if 0 < self.window < n and n not in self.masks:
+            self.masks[n] = self.causal(n, device)
+        return self.masks.get(n)
+
+
+def run_attention(q: Tensor, k: Tensor, v: Tensor, runs: Runs) -> Tensor:
+    """`attend` within each run.   q (B, H, S, d), k and v (B, H_kv, S, d) -> (B, H, S, d)"""
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and isinstance(runs.masks, dict) and variable_length():
+        return flash_runs(q, k, v, runs)
+    rows, number, grouped = [], 0, q.shape[1] != k.shape[1]
+    for lengths, *row in zip(runs.lengths, q.split(1), k.split(1), v.split(1), strict=True):
+        parts = []
+        for a, b, c in zip(*(t.split(lengths, 2) for t in row), strict=True):
+            mask = runs.mask(number, a.shape[2], q.device)
+            parts.append(F.scaled_dot_product_attention(a, b, c, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped))
+            number += 1
+        rows.append(torch.cat(parts, 2) if len(parts) > 1 else parts[0])
+    return torch.cat(rows) if len(rows) > 1 else rows[0]
+
+
+def uncompiled() -> Any:
+    """`run_attention` as a compiled block calls it: the runs differ from batch to batch, it would be compiled for each."""
+    return torch.compiler.disable(run_attention)
+
+
+@lru_cache(maxsize=1)
+def variable_length() -> Any:
+    """torch's attention over runs (flash, CUDA), or None where this version has none with a window."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn if "window_size" in inspect.signature(varlen_attn).parameters else None
+
+
+def flash_runs(q: Tensor, k: Tensor, v: Tensor, runs: Runs) -> Tensor:
+    """All runs of all rows in one kernel."""
+    B, H, S, _ = q.shape
+    k, v = (t.repeat_interleave(H // t.shape[1], 1) if t.shape[1] != H else t for t in (k, v))
+    flat = (t.transpose(1, 2).flatten(0, 1).contiguous() for t in (q, k, v))                      # -> (B S, H, d)
+    longest = max(n for row in runs.lengths for n in row)
+    y = variable_length()(*flat, runs.starts, runs.starts, longest, longest, window_size=(runs.window - 1 if runs.window else -1, 0))
+    return y.unflatten(0, (B, S)).transpose(1, 2)
 
 
 class Cache:

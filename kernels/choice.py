@@ -67,6 +67,13 @@ def installed() -> bool:
     return triton is not None
 
 
+@lru_cache(maxsize=256)
+@torch.inference_mode(False)
+def numbers(values: tuple[int, ...], device: torch.device) -> Tensor:
+    """A few numbers of the host as a tensor, sent once: sending waits for the device."""
+    return torch.tensor(values, dtype=torch.int64, device=device)
+
+
 def full(x: Tensor) -> Tensor:
     """Half precision becomes fp32, what is wider stays."""
     return x.float() if x.dtype in HALVES else x

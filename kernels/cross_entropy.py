@@ -27,14 +27,15 @@ Head = Callable[[Tensor, Tensor], Tensor]      # h (n, ...), inputs (n, ...) -> 
 
 
 class StreamSums(NamedTuple):
-    """Per-stream sums over targets, each (S,) fp32: weighted nll, weight, hits, count, weighted lse^2; and the total where scaled."""
+    """Per-stream sums over targets, each (S,) fp32: weighted nll, weight, hits, count, weighted lse^2; and what else there is."""
 
     nll: Tensor
     weight: Tensor
     hits: Tensor
     count: Tensor
     square: Tensor
-    total: Tensor | None = None
+    places: Tensor                  # (M,) weighted nll of each row, over its streams
+    total: Tensor | None = None     # () where a scale is given
 
 
 # ---- one row of logits ----
@@ -166,7 +167,8 @@ def multistream_ce_ref(h: Tensor, w: Tensor | Sequence[Tensor] | Head, targets: 
     if isinstance(w, (list, tuple)):
         parts = [multistream_ce_ref(h if h.dim() == 2 else h[:, s : s + 1], one[None], *columns(s, targets, weights), z_loss=z_loss)
                  for s, one in enumerate(w)]
-        sums = StreamSums(*(torch.cat(part) for part in list(zip(*parts, strict=True))[:5]))
+        *five, places, _ = zip(*parts, strict=True)
+        sums = StreamSums(*map(torch.cat, five), sum(places))
     else:
         sums = chunk_sums(h, inputs if inputs is not None else targets, targets, weights, as_head(w), row_nll_ref)
     return finish(sums, scale, z_loss)
@@ -187,7 +189,8 @@ def chunk_sums(h: Tensor, inputs: Tensor, targets: Tensor, weights: Tensor | Non
     t, w = wanted_targets(targets, weights)
     nll, top, lse = row(logits, t if row is row_nll else t.clamp(min=0)) if t.numel() else (logits.sum(-1), t, logits.sum(-1))
     hits, count = ((top == t) & (t >= 0)).float(), (t >= 0).float()
-    return StreamSums((w * nll).sum(1), w.sum(1), hits.sum(1), count.sum(1), (w * lse.square()).sum(1))
+    nll = w * nll
+    return StreamSums(nll.sum(1), w.sum(1), hits.sum(1), count.sum(1), (w * lse.square()).sum(1), nll.sum(0))
 
 
 class ScaledCE(torch.autograd.Function):
@@ -200,13 +203,15 @@ class ScaledCE(torch.autograd.Function):
         dh = torch.empty_like(h) if needed[0] else None
         grads: list[Tensor | None] = [None for _ in parameters]
         sums: Tensor | float = 0.0
+        places = []
         for at in range(0, max(1, len(h)), rows):
             part = slice(at, at + rows)
             x, t_w = h[part].detach().requires_grad_(needed[0]), columns_of(part, targets, weights)
             with torch.enable_grad():
                 logits = head(x, inputs[part])
-            gradient, values = chunk_gradient(logits, *t_w, scale, z)
+            gradient, values, row = chunk_gradient(logits, *t_w, scale, z)
             sums = sums + values
+            places.append(row)
             leaves = [leaf for leaf, need in zip([x, *parameters], needed, strict=True) if need]
             made = iter(torch.autograd.grad(logits, leaves, gradient, allow_unused=True) if leaves else ())
             if needed[0]:
@@ -218,8 +223,9 @@ class ScaledCE(torch.autograd.Function):
         ctx.save_for_backward(dh, *grads)
         nll, weight, hits, count, square = sums
         total = (scale * (nll + z * square)).sum()
-        ctx.mark_non_differentiable(nll, weight, hits, count, square)
-        return nll, weight, hits, count, square, total
+        rest = nll, weight, hits, count, square, torch.cat(places)
+        ctx.mark_non_differentiable(*rest)
+        return *rest, total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -233,44 +239,47 @@ def columns_of(part: slice, *tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t[part] for t in tensors]
 
 
-def chunk_gradient(logits: Tensor, targets: Tensor, weights: Tensor | None, scale: Tensor, z: float) -> tuple[Tensor, Tensor]:
-    """The gradient of the total with respect to logits (S, n, V), where they were, and the five sums (5, S)."""
+def chunk_gradient(logits: Tensor, targets: Tensor, weights: Tensor | None, scale: Tensor, z: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of the total with respect to logits (S, n, V), where they were, the five sums (5, S), the nll of rows (n,)."""
     spent = logits.detach()
     if not fused(spent):
         spent = spent.float() if spent.dtype != torch.float64 else spent
     t, w = wanted_targets(targets, weights)
     nll, top, lse, spent = stats(spent, t)
     hits, count = (top == t) & (t >= 0), t >= 0
-    sums = torch.stack([(w * nll).sum(1), w.sum(1), hits.sum(1), count.sum(1), (w * lse.square()).sum(1)])
+    nll = w * nll
+    sums = torch.stack([nll.sum(1), w.sum(1), hits.sum(1), count.sum(1), (w * lse.square()).sum(1)])
     down = scale[:, None] * w
-    return slope(spent, t, lse, down * (1 + 2 * z * lse), down).to(logits.dtype), sums
+    return slope(spent, t, lse, down * (1 + 2 * z * lse), down).to(logits.dtype), sums, nll.sum(0)
 
 
 def multistream_ce(h: Tensor, w: Tensor | Sequence[Tensor] | Head, targets: Tensor, weights: Tensor | None = None, *,
-                   scale: Tensor | None = None, inputs: Tensor | None = None, z_loss: float = 0.0, rows: Tensor | None = None,
+                   scale: Tensor | None = None, inputs: Tensor | None = None, z_loss: float = 0.0, rows: Tensor | slice | None = None,
                    chunk_rows: int = 0, parameters: Sequence[Tensor] = ()) -> StreamSums:
     """`multistream_ce_ref` in chunks; without a scale `nll` and `square` carry gradients, with it `total` alone does.
 
-    rows (n,): the numbers of the rows that some stream wants, counted by whoever laid them out; None counts them here
-    where that costs no wait, on the CPU. `parameters` are those of a Head that has some. Of no rows one empty chunk runs: on
+    rows (n,): the numbers of the rows that some stream wants, counted by whoever laid them out, or a slice; None counts
+    them here where that costs no wait, on the CPU. `parameters` are those of a Head that has some. Of no rows one empty chunk runs: on
     every rank every parameter takes part in the backward.
     """
     if isinstance(w, (list, tuple)):
         parts = [multistream_ce(h if h.dim() == 2 else h[:, s : s + 1], one[None], *columns(s, targets, weights), rows=rows, z_loss=z_loss,
                                 scale=None if scale is None else scale[s : s + 1], chunk_rows=chunk_rows) for s, one in enumerate(w)]
-        *five, totals = zip(*parts, strict=True)
-        return StreamSums(*map(torch.cat, five), None if scale is None else sum(totals))
-    inputs = targets if inputs is None else inputs
+        *five, places, totals = zip(*parts, strict=True)
+        return StreamSums(*map(torch.cat, five), sum(places), None if scale is None else sum(totals))
+    inputs, M = targets if inputs is None else inputs, len(h)
     if rows is None and weights is not None and not weights.is_cuda:
-        rows = (weights != 0).any(1).nonzero().squeeze(1)
-        rows = None if len(rows) == len(h) else rows
+        wanted = (weights != 0).any(1)
+        rows = None if wanted.all() else wanted.nonzero().squeeze(1)
     if rows is not None:
         h, inputs, targets, weights = (None if x is None else x[rows] for x in (h, inputs, targets, weights))
     chunk_rows = chunk_rows or rows_of_a_chunk(math.prod(w.shape[:2]), h.is_cuda)
     if scale is not None and torch.is_grad_enabled():
         parameters = [w] if isinstance(w, Tensor) else parameters
-        return StreamSums(*ScaledCE.apply(h, inputs, targets, weights, scale, as_head(w), chunk_rows, z_loss, *parameters))
-    return finish(unscaled(h, inputs, targets, weights, as_head(w), chunk_rows), scale, z_loss)
+        sums = StreamSums(*ScaledCE.apply(h, inputs, targets, weights, scale, as_head(w), chunk_rows, z_loss, *parameters))
+    else:
+        sums = finish(unscaled(h, inputs, targets, weights, as_head(w), chunk_rows), scale, z_loss)
+    return sums._replace(places=sums.places.new_zeros(M).index_copy(0, rows, sums.places)) if isinstance(rows, Tensor) else sums
 
 
 def rows_of_a_chunk(logits: int, cuda: bool = False) -> int:
@@ -282,8 +291,10 @@ def unscaled(h: Tensor, inputs: Tensor, targets: Tensor, weights: Tensor | None,
     if len(h) <= rows:
         return chunk_sums(h, inputs, targets, weights, head)
     total: list = []
+    places = []
     for at in range(0, len(h), rows):
         part = (*columns_of(slice(at, at + rows), h, inputs, targets, weights), head)
         sums = checkpoint(chunk_sums, *part, use_reentrant=False) if torch.is_grad_enabled() else chunk_sums(*part)
         total = [a + b for a, b in zip(total, sums[:5], strict=True)] if total else list(sums[:5])
-    return StreamSums(*total)
+        places.append(sums.places)
+    return StreamSums(*total, torch.cat(places))

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.choice import fused, jit, power, tl
+from kernels.choice import fused, jit, numbers, power, tl
 
 PLACES = 32      # places of one id that are added at a time
 
@@ -67,7 +67,7 @@ class EmbedSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, ids: Tensor, weight: Tensor, offsets: Sequence[int]) -> Tensor:
         (B, K, S), D = ids.shape, weight.shape[1]
-        shift = torch.tensor(offsets, device=ids.device)
+        shift = numbers(tuple(offsets), ids.device)
         flat = ids.transpose(1, 2).reshape(-1, K)
         flat = torch.where(flat >= 0, flat + shift, -1).contiguous()                      # (M, K)
         x = torch.empty(B, S, D, dtype=weight.dtype, device=weight.device)

@@ -79,6 +79,7 @@ def lora_linear(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, b
         dtype = torch.get_autocast_dtype(x.device.type)
         x, a, b, bias = (None if t is None else t.to(dtype) for t in (x, a, b, bias))
         weight = weight if row_scale is not None else weight.to(dtype)
-    if choice.MODE == "ref" or x.dtype != a.dtype or (row_scale is None and x.dtype != weight.dtype):
+    mixed = x.dtype != a.dtype or (row_scale is None and x.dtype != weight.dtype)
+    if choice.MODE == "ref" or mixed or torch.compiler.is_compiling():
         return lora_linear_ref(x, weight, a, b, scale, bias, row_scale)
     return LoraLinear.apply(x, weight, a, b, scale, bias, row_scale)

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -388,3 +389,13 @@ def test_a_model_under_triton_equals_a_model_under_ref(name: str, monkeypatch: p
         found.append([sums.nll.detach(), sums.hits, *(p.grad for p in model.parameters())])
     for a, b in zip(*found, strict=True):
         assert error(a, b) <= 1e-5 * max(1.0, float(b.abs().max())), (tuple(a.shape), error(a, b), float(b.abs().max()))
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_for_a_gpu(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    env = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "tests/compile_kernels.py"], env=env, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    compiled = {line.split()[0].split(".")[1] for line in done.stdout.splitlines() if "bytes shared" in line}
+    assert compiled == set("rms_norm rope swiglu embed_sum depth_attention decode_attention draw int8 cross_entropy".split())

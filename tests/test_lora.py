@@ -1,14 +1,17 @@
 """Adapters: zero at first, exact when merged, strict when loaded."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
+from conftest import call
 from tables import CONFIGS, grid
 
 import lora
-from lora import LoraConfig, adapters, inject, load_state, matches, merge, norms, state, strip, unmerge
+from lora import LoraConfig, adapters, inject, load_state, matches, merge, norms, quantize, state, strip, unmerge
 from model import QWEN2_5_1_5B, MultistreamLM
+from sample import SampleConfig, generate
 
 EVERYWHERE = LoraConfig(rank=3, alpha=7.0, targets=("attn.*", "*ffn.*", "*head"))
 
@@ -188,3 +191,61 @@ def test_an_untrained_adapter_loads_only_when_asked() -> None:
 
 def test_outline_folds_layer_numbers() -> None:
     assert lora.outline({"a.0.q": 1, "a.12.q": 1, "b": 1}) == "a.N.q, b"
+
+
+# ---- a base of 8 bits ----
+
+def dequantized(model: MultistreamLM) -> MultistreamLM:
+    """The same model in fp32, with the weights that 8 bits hold."""
+    for module in lora.linears(model).values():
+        if module.row_scale is not None:
+            module.weight, module.row_scale = torch.nn.Parameter(lora.whole(module), requires_grad=False), None
+    return model
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("name", ["dual", "depth", "depth_schedule", "qwen"])
+def test_adapters_on_8_bits_train_as_on_the_weights_that_they_hold(name: str, dora: bool) -> None:
+    found = []
+    for plain in (False, True):
+        model = quantize(make(name, replace(EVERYWHERE, targets=("attn.*", "ffn.*"), dora=dora)))
+        assert model.temporal.layers[0].ffn.down.weight.dtype == torch.int8
+        model = dequantized(model) if plain else model
+        nll = model(*grid(model.config)).nll
+        nll.sum().backward()
+        found.append([nll.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*found, strict=True))
+    exact = make(name, replace(EVERYWHERE, targets=("attn.*", "ffn.*"), dora=dora))(*grid(CONFIGS[name])).nll
+    assert not torch.equal(exact, found[0][0]) and torch.allclose(exact, found[0][0], rtol=0.05)
+
+
+@pytest.mark.parametrize("name", ["dual", "depth", "text"])
+def test_8_bits_sample_what_the_weights_that_they_hold_sample(name: str) -> None:
+    drawn = []
+    for plain in (False, True):
+        model = quantize(make(name).requires_grad_(False))
+        model = dequantized(model) if plain else model
+        prompt = grid(CONFIGS[name])[0][0, :, :4]
+        drawn.append(torch.stack(list(generate(model, prompt, SampleConfig(temperature=0, max_frames=8))), -1))
+    assert torch.equal(*drawn)
+
+
+def test_what_is_trained_or_shared_is_not_quantized() -> None:
+    model = quantize(make("text", LoraConfig(rank=2, targets=("attn.*",), train=("ffn.up",))))
+    assert model.text_head.weight is model.embed["text"].weight and model.text_head.row_scale is None       # tied
+    ffn = model.temporal.layers[0].ffn
+    assert ffn.up.weight.dtype == torch.float32 and ffn.down.weight.dtype == torch.int8
+    with pytest.raises(ValueError, match="nothing can be merged"):
+        merge(model)
+    with pytest.raises(ValueError, match="frozen, and here none is"):
+        quantize(make("text"))
+
+
+def test_a_run_with_a_base_of_8_bits_trains_and_resumes(tiny_run, tmp_path) -> None:
+    run = ("train.py", tiny_run.parent / "tiny_run.py", "--lora.rank=2", "--lora.targets=attn.*", "--quantize=int8", f"--out={tmp_path}/q")
+    assert call(*run, "--steps=2")[0] == 0 and call(*run)[0] == 0
+    rows = [json.loads(line) for line in (tmp_path / "q/metrics.jsonl").read_text().splitlines()]
+    losses = [row["train/loss"] for row in rows if "train/loss" in row]
+    assert len(losses) == 4 and losses[-1] < losses[0]
+    rc, _, err = call("train.py", tiny_run.parent / "tiny_run.py", "--quantize=int8", f"--out={tmp_path}/x")
+    assert rc == 2 and "add adapters" in err

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from tables import CONFIGS, aligned_table, clone_table, grid
 
-import loss
-from loss import LossConfig, cross_entropy_sums, cross_entropy_sums_ref, loss_scale
+from kernels import cross_entropy
+from loss import LossConfig, cross_entropy_sums, loss_scale
 from model import MultistreamLM
 from monitor import report
 
@@ -40,23 +40,30 @@ def test_sums_equal_a_plain_loop(N: int, D: int, Q: int, V: int) -> None:
 def test_chunks_change_neither_value_nor_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     h0, w0, targets, weights = case(200, 6, 3, 17, 0)
     results = []
-    for function in (cross_entropy_sums_ref, cross_entropy_sums):
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 1)                  # MIN_ROWS rows a chunk: four chunks
+    scale = torch.tensor([1.0, 2.0, 3.0])
+    for kind in ("whole", "chunks", "scaled"):
         h, w = h0.clone().requires_grad_(), w0.clone().requires_grad_()
-        monkeypatch.setattr(loss, "CHUNK_BYTES", 1)                       # MIN_ROWS rows a chunk: four chunks
-        extra = () if function is cross_entropy_sums_ref else (51,)
-        sums = function(h, targets, lambda x, _, w=w: F.linear(x, w).unflatten(-1, (3, 17)).transpose(0, 1), targets, weights, *extra)
-        (sums.nll * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
-        results.append((sums.nll, sums.hits, h.grad, w.grad))
-    for a, b in zip(*results, strict=True):
-        assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+
+        def head(x: torch.Tensor, _: torch.Tensor, w: torch.Tensor = w) -> torch.Tensor:
+            return F.linear(x, w).unflatten(-1, (3, 17)).transpose(0, 1)
+
+        if kind == "whole":
+            sums = cross_entropy.multistream_ce_ref(h, head, targets, weights)
+        else:
+            sums = cross_entropy_sums(h, targets, head, targets, weights, 51, scale if kind == "scaled" else None, 0.0, [w])
+        (sums.total if kind == "scaled" else (sums.nll * scale).sum()).backward()
+        results.append((sums.nll.detach(), sums.hits, h.grad, w.grad))
+    for a, b, c in zip(*results, strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-6) and torch.allclose(a, c, rtol=1e-5, atol=1e-6)
 
 
 def test_logits_never_exist_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 1)
     seen = []
     h, w, targets, weights = case(1000, 4, 1, 50, 1)
     cross_entropy_sums(h, targets, lambda x, _: seen.append(len(x)) or F.linear(x, w)[None], targets, weights, 50)
-    assert max(seen) == loss.MIN_ROWS
+    assert max(seen) == cross_entropy.MIN_ROWS
 
 
 def test_no_rows_give_zero_and_a_gradient() -> None:
@@ -69,7 +76,7 @@ def test_no_rows_give_zero_and_a_gradient() -> None:
 
 def test_uniform_logits_cost_ln_of_the_vocabulary() -> None:
     targets = torch.tensor([[3], [5]])
-    sums = cross_entropy_sums_ref(torch.zeros(2, 4), targets, lambda x, _: torch.zeros(1, len(x), 9), targets, torch.ones(2, 1))
+    sums = cross_entropy.multistream_ce_ref(torch.zeros(2, 4), lambda x, _: torch.zeros(1, len(x), 9), targets, torch.ones(2, 1))
     assert sums.nll.item() == pytest.approx(2 * math.log(9))
 
 

@@ -21,7 +21,7 @@ FLOORS = {                                                      # imports run do
     "options": 0, "streams": 0, "lora": 0.5, "audio": 0, "kernels": 0, "parallel": 0, "projected": 0,
     "text": 1, "letters": 1.1, "architectures": 1, "metrics": 1, "page": 1, "monitor": 1.3, "loss": 1, "contrast": 1,
     "duplex": 1.3, "chatml": 1.3, "turns": 1.3, "calls": 1.3, "guidance": 1.3,
-    "dsaa": 1.5,
+    "dsaa": 1.5, "columns": 1.4,
     "vocabulary": 1.3,
     "dialogue": 1.5, "objective": 1.5, "replies": 1.5,
     "manifest": 1.6,

@@ -35,6 +35,7 @@ class SampleConfig:
     ras_repeats: int = 2            # redraw from the full distribution when a code was drawn so often there
     max_frames: int = 500           # columns generated at most
     min_frames: int = 0             # columns in which nothing may end yet
+    max_speech: int = 0             # frames of speech after which it is closed, not cut: text may follow; 0 = when the model closes it
     cfg: float = 1.0                # guidance: how much what the condition changes is exaggerated; 1 = off
     cfg_no_text: bool = False       # the unguided side reads no text
     cfg_hide: int = 0               # nor the first frames, this many

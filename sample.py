@@ -65,7 +65,7 @@ def generate(model: MultistreamLM, prompt: Tensor, config: SampleConfig | None =
     guide = Guidance(config, table)
     sides = 2 * B if guide.on else B                                          # rows that the model reads
     state, cache = start_state(prompt, table, config.ras_window, config.closing), model.cache(sides, S + config.max_frames)
-    state.guide, state.depth = guide, model.depth.cache(sides) if model.config.depth else None
+    state.guide, state.limit, state.depth = guide, config.max_speech, model.depth.cache(sides) if model.config.depth else None
     cache.voice = guide.heard(model, voice)
     try:
         h = prefill(model, prompt, padding, cache, guide)

@@ -47,6 +47,7 @@ class DecodeState:
     closing: str                                    # how audio ends: "frame", "boson" or "hf"
     depth: Cache | None = None                      # of the depth transformer, begun again in every column
     guide: Any = None                               # guidance.Guidance: what the model reads twice
+    limit: int = 0                                  # frames of speech that are closed then, 0 = when the model closes them
     given: Tensor | None = None                     # (B, K) ids that the column being drawn must hold, FREE where it may hold any
     edges: list[tuple[int, int, int]] = field(init=False)      # start id, end id and delay of the predicted audio rows
     ends: bool = field(init=False)                  # whether audio can end at all
@@ -140,3 +141,5 @@ def finish(state: DecodeState, column: Tensor) -> None:
         if begins:
             turn.count, turn.closed = int(state.bare), NEVER
         turn.speaking = turn.speaking and not over or begins
+        if state.ends and turn.speaking and turn.count > state.limit > 0:         # the next frame would be one too many
+            turn.closed = min(turn.closed, state.limit)

@@ -74,6 +74,18 @@ def test_greedy_replies_equal_the_reference_through_both_modes(talker, name):
     assert torch.equal(ours, wanted) and (wanted[1] >= 0).sum() > 2 and (wanted[0] >= 0).any()
 
 
+def test_speech_that_is_too_long_is_closed_and_the_reply_goes_on(talker):
+    """Two frames, the end id, then what the model writes behind it; until then nothing differs."""
+    model, golden = talker
+    pad = golden.config["modality_pad_token_id"]
+    name = max((n for n in TALK if not n.endswith("text")), key=lambda n: int((golden[f"{n}/made"][0] == pad).int().cumprod(0).sum()))
+    prompt = columns(golden[f"{name}/prompt"], pad)
+    whole, short = (replies(model, [prompt], max_speech=n)[0] for n in (0, 2))
+    assert torch.equal(short[:, :2], whole[:, :2]) and short[:, 2].tolist() == [-1, -1] and short[0, 3] >= 0
+    runs = "".join("s" if code >= 0 else "t" for code in short[1].tolist()).split("t")
+    assert max(map(len, runs)) == 2 and torch.equal(replies(model, [prompt], max_speech=99)[0], whole)
+
+
 def test_left_padded_replies_equal_single_ones(talker):
     """One batch in which some speak while others write, and end at different times."""
     model, golden = talker
@@ -207,6 +219,23 @@ def test_pieces_of_a_reply():
     made = [(kind, piece.tolist() if kind == "codes" else piece) for kind, piece in pieces(frames, table, WORDS)]
     assert made == [("text", "a"), ("codes", [[0, 1, 2, 3, 4]]), ("codes", [[5, 6]]), ("text", "a")]
     assert [kind for kind, _ in pieces(frames[:5], table, WORDS)] == ["text", "codes", "cut"]
+
+
+def test_a_text_model_answers_on_the_command_line_token_by_token(tmp_path):
+    """What is printed is the greedy reply to the prompt of the conversation; with --system, of that conversation."""
+    model = text_model(Q2)
+    checkpoint.save(model, tmp_path / "q", checkpoint.Extras(data={"tokenizer": str(TOKENIZER), "normaliser": "none"}))
+    for more, system in (((), ""), (("--system", "Be brief."), "Be brief.")):
+        prompt, _ = grid(replace(CHATS["qwen2"], system=system).prompt("Hello?"), TABLES["qwen2"])
+        wanted = [int(frame[0, 0]) for frame in generate(model, prompt, SampleConfig(temperature=0, max_frames=12))]
+        rc, out, err = call("sample.py", "--ckpt", tmp_path / "q", "--text", "Hello?", "--temperature=0", "--max_frames=12", *more)
+        said = WORDS.decode([i for i in wanted if i < WORDS.size and i not in TABLES["qwen2"].stop])
+        ended = wanted[-1] in TABLES["qwen2"].stop
+        assert rc == 0 and out.split("\n", 1)[1] == said + ("" if ended else " (cut at --max_frames)") + "\n", err
+    for args, told in ((("--user=x.wav",), "--user needs a model that listens"), (("--text=is it <think>?",), "holds <think>"),
+                       (("--text=hi", "--reply=song"), "neither text nor speech")):
+        rc, _, err = call("sample.py", "--ckpt", tmp_path / "q", *args)
+        assert rc == 2 and told in err and err.count("\n") == 1, err
 
 
 def test_ids_above_the_vocabulary_are_named():

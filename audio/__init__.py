@@ -30,6 +30,7 @@ def _is_tiny(path: Path) -> bool:
 
 
 OWN = ("model.pth", "tokenizer-*.safetensors", "mimi-*.safetensors")     # what official repositories call a codec's weights
+REST = ("model.safetensors", "voice.safetensors", "flow/*")                # and what others are made of
 NAMES = {"tiny": (TinyCodec.load, TINY), "tiny:1": (TinyCodec.load_coarse, TINY)}       # name -> (loader, the file it reads)
 KINDS = [                                           # what a file or folder holds -> loader
     (_is_tiny, TinyCodec.load), (is_higgs, HiggsCodec.load), (is_moss, MossCodec.load), (is_mimi, MimiCodec.load)]
@@ -52,4 +53,4 @@ def load_codec(path_or_name, device: str = "cpu"):
 def from_hub(name: str) -> Path:
     """The folder of a codec's hub id: its own file, and only where there is none the model.safetensors that may hold much more."""
     folder = hub.snapshot(name, ["*.json", *OWN])
-    return folder if any(path for mark in OWN for path in folder.glob(mark)) else hub.snapshot(name, ["*.json", "model.safetensors"])
+    return folder if any(path for mark in OWN for path in folder.glob(mark)) else hub.snapshot(name, ["*.json", *REST])

@@ -70,9 +70,11 @@ class ChatConfig:
     log: str = ""                # jsonl file to append to, "" = chat.jsonl beside --out
     budget: int = 2048           # columns of a prompt; beyond, the oldest exchanges are forgotten whole
     grounded: bool = True        # a figure that nobody named is not said
+    timeout: float = 0.0         # seconds after which a reply is cut off, 0 = never
 
     def __post_init__(self) -> None:
         assert self.budget > 0, f"budget {self.budget} is not positive"
+        assert self.timeout >= 0, f"timeout {self.timeout} is negative"
 
 
 def read_lookup(path: str) -> Lookup:
@@ -150,7 +152,7 @@ class Turn:
     """What a turn was like, for the log."""
 
     outcome: str = "reply"       # or "unknown", "repeat", "agent", "quit", "error"
-    cut: str = ""                # "barge-in", "length" (max_frames) or "made up"
+    cut: str = ""                # "barge-in", "length" (max_frames), "timeout" or "made up"
     said: str = ""
     looked_up: int = 0
     dropped: int = 0             # exchanges that left the history
@@ -291,7 +293,7 @@ class Session:
                     turn.cut = "barge-in"
                     return
                 if kind == "cut":
-                    turn.cut = "length"
+                    turn.cut = turn.cut or "length"
                 elif kind == "codes":
                     yield kind, piece
                 elif text := guard.push(piece) if self.config.grounded else piece:
@@ -308,9 +310,13 @@ class Session:
         """The frames of a reply, until it is cut off: not one is drawn behind that."""
         with closing(self.say(prompt)) as drawn:
             while not self.cancel.is_set() and (frame := next(drawn, None)) is not None:
-                turn.seconds.setdefault("first_token", self.clock() - start)
+                past = self.clock() - start
+                turn.seconds.setdefault("first_token", past)
                 turn.frames += 1
                 yield frame
+                if 0 < self.config.timeout < past:
+                    turn.cut = "timeout"
+                    return
 
     def sound(self, codes: Tensor, turn: Turn, start: float) -> Iterator[Piece]:
         """Decode the next codes (Q, n) of a reply."""

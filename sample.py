@@ -282,6 +282,8 @@ def main() -> None:
 
 def hold(job: Job, given: Collection[str]) -> None:
     """Hold a conversation at the terminal."""
+    if said := [name for name in ("text", "texts", "user", "prompt") if getattr(job, name)]:
+        raise ValueError(f"--chat reads what is said line by line; leave --{said[0]} out")
     model, data = load_for_sampling(job)
     job = replace(job, **usual_rules(model.table.layout, given))
     talk(model.table, data, job.chat, lambda prompt: generate(model, prompt, job), job.reply, job.out)

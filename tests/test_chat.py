@@ -139,6 +139,15 @@ def test_barge_in_stops_at_once_and_the_history_keeps_what_was_said(way: str) ->
     assert f"assistant\n{heard}<|im_end|>" in script.prompts[1] and "weather" not in script.prompts[1]
 
 
+def test_a_reply_that_takes_too_long_ends_and_keeps_what_was_said() -> None:
+    made, script, rows = session("This is a very long story about the weather.", "Yes.", timeout=6.5)        # the clock ticks once a frame
+    heard = said(made, "Tell me")
+    assert rows[0]["cut"] == "timeout" and rows[0]["frames"] == 7 and script.closed == 1
+    assert heard and heard == rows[0]["said"] and "weather" not in heard
+    said(made, "And?")
+    assert f"assistant\n{heard}<|im_end|>" in script.prompts[1] and rows[1]["cut"] == ""
+
+
 def test_a_reply_that_is_cut_before_its_first_word_leaves_no_turn() -> None:
     made, script, _ = session("Hello there.", "Yes.")
     inner = made.say
@@ -272,6 +281,7 @@ def test_control_c_cuts_a_reply_and_the_call_goes_on(tmp_path: Path, capsys: pyt
     ("text", ("--chat.budget=0",), "", "budget 0 is not positive"),
     ("text", ("--chat.budget=10",), "Hello\n", "chat.budget is 10; raise it"),
     ("text", ("--chat.lokup=x",), "", "nearest is --chat.lookup"),
+    ("text", ("--text=hello",), "", "--chat reads what is said line by line; leave --text out"),
     ("text", ("--reply=speech",), "", "does not speak"),
     ("text", (), "x.wav\n", "x.wav: this model reads text only"),
     ("text", (), "I say <|im_end|> now\n", "holds <|im_end|>"),

@@ -57,8 +57,8 @@ class Sums:
 
     def add(self, rows: Sequence[int], part: "Sums", at: Tensor) -> "Sums":
         """Add the sums of a few streams at their rows, those of positions at theirs."""
-        row, places = numbers(tuple(rows), self.nll.device), self.places.index_add(0, at, part.places)
-        return Sums(*(getattr(self, f).index_add(0, row, getattr(part, f)) for f in FIELDS), self.quiet, places,
+        row, places = numbers(tuple(rows), self.nll.device), self.places.index_add(0, at, part.places.to(self.places))
+        return Sums(*(getattr(self, f).index_add(0, row, getattr(part, f).to(self.nll)) for f in FIELDS), self.quiet, places,
                     total=part.total if self.total is None else self.total + part.total)
 
     def stacked(self) -> Tensor:

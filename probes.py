@@ -29,11 +29,11 @@ from tqdm import tqdm
 from audio import load_codec
 from audio.wav import load_wav
 from cache import encode
+from cli import Job, load_for_sampling
 from data import DataConfig, load_tokenizer
 from duplex import MAIN, interleave, tokenise
 from model import MultistreamLM
 from options import check_types, replace_file
-from sample import Job, load_for_sampling
 from streams import Example, StreamTable, delay, lay_out
 from text import Tokenizer, normalise
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from conftest import ROOT, call
 
+from cli import Job
 from config import LoraConfig, TrainConfig
 from model import MultistreamLM
 from options import apply, flatten, load_config, run_config, split_arguments
 from sae import SaeConfig
-from sample import Job
 
 FLOORS = {                                                      # imports run downwards only
     "options": 0, "streams": 0, "lora": 0.5, "audio": 0, "kernels": 0, "parallel": 0, "projected": 0,
@@ -31,6 +31,7 @@ FLOORS = {                                                      # imports run do
     "config": 4, "checkpoint": 4,
     "curriculum": 4.5,
     "chat": 4.5, "sample": 5, "peers": 5,
+    "cli": 5.2,
     "quality": 5.5, "report": 5.5, "probes": 5.5, "latent": 5.5,
     "train": 6, "bench": 6, "evaluate": 6, "sae": 6, "sweep": 6}
 CORE = ("config", "streams", "model", "lora", "data", "loss", "train", "sample")
@@ -52,9 +53,10 @@ def tree(path: Path) -> ast.Module:
 
 
 def imports(path: Path) -> set[str]:
-    """The first parts of all modules that a file imports, wherever in it."""
-    found = set()
-    for node in ast.walk(tree(path)):
+    """The first parts of all modules that a file imports, wherever in it; what it does as a script may stand above it."""
+    found, whole = set(), tree(path)
+    whole.body = [step for step in whole.body if not (isinstance(step, ast.If) and ast.unparse(step.test) == "__name__ == '__main__'")]
+    for node in ast.walk(whole):
         if isinstance(node, ast.Import):
             found |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -95,7 +97,7 @@ def test_nobody_imports_train():
 
 def test_the_core_path_fits_in_2300_lines_and_train_in_320():
     counts = {name: lines(ROOT / f"{name}.py") for name in CORE}
-    assert sum(counts.values()) <= 2450, counts
+    assert sum(counts.values()) <= 2300, counts
     assert counts["train"] <= 320
 
 

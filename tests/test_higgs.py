@@ -174,7 +174,8 @@ def test_a_batch_without_speech_reaches_every_adapter() -> None:
 
 
 def test_wishes_that_make_no_sense_end_in_one_line(tmp_path: Path) -> None:
-    for option, wanted in (("--ref_in=user", "ref_in is assistant or system"), ("--chunk_words=-1", "chunk_words and chunk_buffer are not negative"),
+    for option, wanted in (("--ref_in=user", "ref_in is assistant or system"),
+                           ("--chunk_words=-1", "chunk_words and chunk_buffer are not negative"),
                            ("--closing=soon", "none of frame, boson, hf")):
         rc, _, err = call("sample.py", "--ckpt=out/nothing", "--text=hi", option, f"--out={tmp_path}/x.wav")
         assert rc == 2 and wanted in err and err.count("\n") == 1, err

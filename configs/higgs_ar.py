@@ -23,7 +23,8 @@ config = TrainConfig(
     model=replace(HIGGS_V2_3B, checkpoint=4), init=BASE,
     # or attention_only, or audio_focused (lora.SETS); --lora.train=audio_head trains that head in full instead of its adapter
     lora=LoraConfig(rank=16, alpha=32.0, dropout=0.05, targets=("comprehensive",)),
-    # seeds: audio 1 or 2 beside text 1, both unshifted; one weight a modality, shifted, is what the base was trained with.
+    # seeds (the recipes this one comes from): audio 1 or 2 beside text 1, both unshifted; one weight a modality, shifted, is
+    # what the base was trained with.
     # transformers sums its eight codebooks instead of averaging them: that would be audio_reduction="sum".
     # The seed's contrastive 0.1 had no gradient; --loss.contrastive=0.1 is InfoNCE between speech and reference, off here.
     loss=LossConfig(text=1.0, audio=1.0),

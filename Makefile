@@ -26,13 +26,10 @@ check: $(VENV)/test       ## lint and the fast tests, for the habit
 	$(VENV)/bin/ruff check .
 	$(RUN) -m pytest -m "not slow"
 
-smoke: $(VENV)/demo       ## every config's tiny twin, from training to sampling
-	$(RUN) train.py configs/tiny.py --smoke
-	$(RUN) train.py configs/tiny_clone.py --smoke
-	$(RUN) train.py configs/moshi_lora.py --smoke
-	$(RUN) train.py configs/moshi_full.py --smoke
-	$(RUN) train.py configs/ivr_qwen.py --preset=base
-	$(RUN) train.py configs/ivr_qwen.py --smoke --init=out/smoke_ivr_base
+smoke: $(VENV)/demo       ## every config's tiny twin: trains, resumes, evaluates on bundled data (CPU, minutes)
+	for name in tiny tiny_clone higgs_ar higgs_full moshi_lora moshi_full ivr_qwen ivr_moss ivr_dpo dsaa; do \
+		$(RUN) train.py configs/$$name.py --smoke || exit 1; done
+	$(RUN) sae.py configs/dsaa_ae.py --smoke
 
 wer: $(VENV)/test         ## word error rate of the demo's recordings, by an offline recogniser
 	$(RUN) evaluate.py out/demo

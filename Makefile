@@ -20,11 +20,11 @@ demo: $(VENV)/demo        ## train the tiny model on real speech (CPU, minutes),
 
 test: $(VENV)/test        ## lint and the whole test suite
 	$(VENV)/bin/ruff check .
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 --dist loadfile
 
 check: $(VENV)/test       ## lint and the fast tests, for the habit
 	$(VENV)/bin/ruff check .
-	$(RUN) -m pytest -m "not slow"
+	$(RUN) -m pytest -n 2 --dist loadfile -m "not slow"
 
 smoke: $(VENV)/demo       ## every config's tiny twin: trains, resumes, evaluates on bundled data (CPU, minutes)
 	for name in tiny tiny_clone higgs_ar higgs_full moshi_lora moshi_full ivr_qwen ivr_moss ivr_dpo dsaa; do \

@@ -18,7 +18,7 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from checkpoint import load, read_tensors, write_tensors
-from config import TrainConfig
+from config import TrainConfig, onecycle
 from data import Loader
 from latent import enough, states
 from options import check_types, edge, from_json, load_config, read_json, write_json
@@ -119,25 +119,25 @@ def fit(x: Tensor, config: SaeConfig, path: Path) -> dict[str, float]:
     sae = Sae(x.shape[1], config.width, config.k)
     optimizer = torch.optim.Adam(sae.parameters(), config.lr)
     steps = -(-len(x) // config.batch)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=steps * config.epochs, cycle_momentum=False)
-    done = restore(path, sae, optimizer, schedule, steps) if path.is_file() else 0
+    cycle = SimpleNamespace(lr=config.lr, warmup=round(0.3 * steps * config.epochs), steps=steps * config.epochs)
+    done = restore(path, sae, optimizer) if path.is_file() else 0
     for epoch in range(done, config.epochs):
         shuffled = torch.randperm(len(x), generator=torch.Generator().manual_seed(config.seed + 1 + epoch))
-        for rows in tqdm(shuffled.split(config.batch), desc=f"{path.stem} {epoch + 1}", unit="step", disable=None):
+        for n, rows in enumerate(tqdm(shuffled.split(config.batch), desc=f"{path.stem} {epoch + 1}", unit="step", disable=None)):
+            optimizer.param_groups[0]["lr"] = onecycle(epoch * steps + n, cycle)
             loss = sae.loss(x[rows])
             optimizer.zero_grad()
             loss.backward()
             sae.tangent()
             optimizer.step()
             sae.to_sphere()
-            schedule.step()
         moments = {f"{key}:{n}": torch.as_tensor(value) for n, p in enumerate(sae.parameters())
                    for key, value in optimizer.state[p].items()}
         write_tensors(path, dict(sae.state_dict()) | moments | {"epochs": torch.tensor(epoch + 1)})
     return measure(sae, kept)
 
 
-def restore(path: Path, sae: Sae, optimizer: torch.optim.Optimizer, schedule: Any, steps: int) -> int:
+def restore(path: Path, sae: Sae, optimizer: torch.optim.Optimizer) -> int:
     """Continue behind the epochs that a file holds; returns how many."""
     found = read_tensors(path)
     names = sae.state_dict()
@@ -146,8 +146,6 @@ def restore(path: Path, sae: Sae, optimizer: torch.optim.Optimizer, schedule: An
     sae.load_state_dict({n: found[n] for n in names})
     for n, p in enumerate(sae.parameters()):
         optimizer.state[p] = {key: found[f"{key}:{n}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-    for _ in range(steps * int(found["epochs"])):
-        schedule.step()
     return int(found["epochs"])
 
 

@@ -38,7 +38,7 @@ class Curriculum:
 
     def __init__(self, config: TrainConfig, table: StreamTable, rank: int, world: int) -> None:
         self.config, self.table, self.rank, self.world = config, table, rank, world
-        self.part, self.state = -1, None
+        self.part = -1
         self.enter(0)
 
     def enter(self, step: int) -> list[str]:

@@ -28,13 +28,13 @@ from architectures import FusionConfig, ModelConfig
 class Affine(nn.Module):
     """y = W x + b; with `sets`, one W and b for each depth step: x (n, N, in) holds the steps of `step`."""
 
-    def __init__(self, inputs: int, outputs: int, bias: bool = True, sets: int = 0) -> None:
+    def __init__(self, inputs: int, outputs: int, bias: bool = True, sets: int = 0, start: float = 1.0) -> None:
         super().__init__()
         lead = [sets] if sets else []
         self.weight = nn.Parameter(torch.empty(*lead, outputs, inputs))
         self.bias = nn.Parameter(torch.zeros(*lead, *([1] if sets else []), outputs)) if bias else None
         if not self.weight.is_meta:
-            fill_uniform(self.weight, math.sqrt(6 / (inputs + outputs)))               # Xavier
+            fill_uniform(self.weight, start * math.sqrt(6 / (inputs + outputs)))       # Xavier; start 0 = zeros
 
     def forward(self, x: Tensor, step: slice | None = None) -> Tensor:
         if step is None:

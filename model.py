@@ -376,7 +376,7 @@ class MultistreamLM(nn.Module):
             self.tower = TextTower(MultistreamLM(fusion.tower), fusion.rate, (self.table.pad, self.table.epad))
             spoken = fusion.tower.temporal.dim
             self.text_projector = Projector(fusion.text, (spoken, D), fusion.hidden, spoken, fusion.dropout, fusion.split_norm)
-            self.feed_text = Affine(spoken, D, bias=False) if fusion.feed_text else None
+            self.feed_text = Affine(spoken, D, bias=False, start=0.0) if fusion.feed_text else None
         if self.table.text_out:
             self.text_head = Linear(spoken, streams[self.table.text_out[0]].classes)
         self.voice = Voice(config.voice, D, Linear, config.voice_places) if config.voice else None
@@ -399,8 +399,6 @@ class MultistreamLM(nn.Module):
     def reset_parameters(self) -> None:
         """Truncated normal, 1/sqrt(fan_in) wide; residual outputs smaller by sqrt(2 layers); embeddings 1/sqrt(D) / sqrt(K)."""
         started = {id(p) for module in self.modules() if isinstance(module, (Affine, Projector)) for p in module.parameters()}
-        if self.tower is not None and self.feed_text is not None and not self.feed_text.weight.is_meta:
-            self.feed_text.weight.zero_()
         for name, p in self.named_parameters():
             if p.is_meta or p.dim() < 2 or id(p) in started:
                 continue
@@ -450,23 +448,25 @@ class MultistreamLM(nn.Module):
             kept, texts = self.keep_inputs(tokens, self.config.text_drop)[:, None] > 0, len(self.table.text)
             tokens = torch.cat([torch.where(kept, tokens[:, :texts], -1), tokens[:, texts:]], 1)
         if self.tower is not None:
-            return self.fused(tokens, positions, segments, cache)
+            return self.fused(tokens, positions, segments, cache, plan)
         fast = cache is not None and cache.single(tokens.shape[2])
         context = temporal_context(self.config, None if fast else is_audio(tokens, self.table), positions, segments, cache, plan)
         voice = cache.voice if voice is None and cache is not None else voice
         context.voice = self.voice.nobody(len(tokens)) if voice is None and self.voice is not None else voice
         return self.temporal(self.embed_tokens(tokens, cache.side if fast and not self.table.aligned else None), context)
 
-    def fused(self, tokens: Tensor, positions: Tensor | None, segments: Tensor | None, cache: Cache | None) -> tuple[Tensor, Tensor]:
+    def fused(self, tokens: Tensor, positions: Tensor | None, segments: Tensor | None, cache: Cache | None,
+              plan: Plan | None) -> tuple[Tensor, Tensor]:
         """`hidden` of two towers: projected for the text head (B, S, Dt), joined for the depth steps (B, S, Dt + D)."""
-        def towers(tokens: Tensor, positions: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
-            context, x = temporal_context(self.config, is_audio(tokens, self.table), positions, segments, cache), self.embed_tokens(tokens)
+        def towers(tokens: Tensor, positions: Tensor | None = None, segments: Tensor | None = None, plan: Plan | None = None) -> Tensor:
+            context = temporal_context(self.config, is_audio(tokens, self.table), positions, segments, cache, plan)
+            x = self.embed_tokens(tokens)
             if self.feed_text is not None:
                 x = x + self.feed_text(self.tower.embed(tokens[:, 0]))
             spoken = self.tower(tokens[:, 0], positions, segments, cache and cache.tower)
             return torch.cat([spoken, self.temporal(x, context)[0]], -1)
         learning = self.training and self.remembered is not None and cache is None
-        h = self.remembered(tokens, segments, towers) if learning else towers(tokens, positions, segments)
+        h = self.remembered(tokens, segments, towers) if learning else towers(tokens, positions, segments, plan)
         return self.text_projector(h), h
 
     def embed_tokens(self, tokens: Tensor, side: bool | None = None) -> Tensor:

@@ -15,7 +15,6 @@ cuts every call into its turns by loudness (audio/telephone.py), a wav each, and
 train.py reads (speech in, speech out). Turns during which the other one speaks too are marked "crosstalk".
 """
 
-import json
 import re
 import sys
 from collections.abc import Mapping
@@ -26,7 +25,7 @@ from typing import Any
 from audio.telephone import turns
 from audio.wav import load_wav, save_wav
 from metrics import ONES, spell
-from options import edge, replace_file, split_arguments
+from options import edge, split_arguments, write_rows
 from text import ARABIC
 
 SYSTEM = """You answer the phone for Harbour Supply. Reply in one or two short sentences. \
@@ -188,8 +187,7 @@ def main() -> None:
             print(f"left out: {error}", file=sys.stderr)
     if not rows:
         raise ValueError(f"no usable call among {len(paths)} recordings; the lines above say why")
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    replace_file(out / "calls.jsonl", lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+    write_rows(out / "calls.jsonl", rows)
     print(f"{out}/calls.jsonl: {len(rows)} calls, {sum(len(row['messages']) for row in rows)} turns, {bad} left out")
 
 

@@ -6,7 +6,6 @@
     python sample.py --ckpt out/ivr_qwen --chat                                     turn by turn in the terminal (chat.py)
 """
 
-import json
 import sys
 from collections.abc import Collection, Sequence
 from contextlib import nullcontext
@@ -27,7 +26,7 @@ from dialogue import recorded, write_reply
 from duplex import moshi_rules, official_files
 from guidance import chosen
 from model import MultistreamLM
-from options import apply, from_json, help_text, read_lines, replace_file, split_arguments
+from options import apply, from_json, help_text, read_lines, split_arguments, write_rows
 from replies import tell
 from sample import SampleConfig, generate, reply, speak, speak_long
 from streams import lay_out
@@ -175,6 +174,5 @@ def say(job: Job, texts: list[str], voices: Sequence[tuple[str, str]] = (), give
             rows.append({"text": text, "wav": str(path.resolve()), "seconds": speech.frames / codec.frame_rate, "ended": speech.ended})
             print(f"{path}: {rows[-1]['seconds']:.1f} s, {'ended by itself' if speech.ended else 'cut at --max_frames'}: {text}")
     if job.texts:
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        replace_file(Path(job.out) / "samples.jsonl", lambda temporary: Path(temporary).write_text(lines, encoding="utf-8"))
+        write_rows(Path(job.out) / "samples.jsonl", rows)
         print(f"{job.out}/samples.jsonl: {len(rows)} recordings")

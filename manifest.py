@@ -55,7 +55,7 @@ from torch import Tensor
 import duplex
 from audio.wav import levels, load_wav
 from chatml import checked, clips, sample_row, untagged
-from options import replace_file
+from options import write_rows
 
 SOUNDS = (".wav", ".flac", ".ogg", ".opus", ".mp3")
 MAX_MANIFEST = 1 << 30      # bytes; what is larger is not a manifest
@@ -698,8 +698,7 @@ def write_lists(m: Manifest, kept: list[Row], folder: Path) -> None:
     rows = [moved(r, folder) for r in kept if not r.get("composed")]      # their rule is written
     for suffix, items in (("kept", rows + m.virtual), ("rejected", [vars(b) for b in m.bad])):
         path = folder / f"{m.path.stem}.{suffix}.jsonl"
-        lines = "".join(json.dumps(i, ensure_ascii=False) + "\n" for i in items)
-        replace_file(path, lambda temporary, lines=lines: Path(temporary).write_text(lines, encoding="utf-8"))
+        write_rows(path, items)
         print(f"wrote {path}")
 
 

@@ -19,7 +19,7 @@ import tempfile
 import traceback
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -286,6 +286,12 @@ def replace_file(path: str | Path, write: Callable[[str], Any]) -> None:
 def write_json(path: str | Path, value: Any) -> None:
     text = json.dumps(to_json(value), indent=1, ensure_ascii=False)
     replace_file(path, lambda temporary: Path(temporary).write_text(text + "\n", encoding="utf-8"))
+
+
+def write_rows(path: str | Path, rows: Iterable[Any]) -> None:
+    """Write JSON lines, whole."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    replace_file(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
 
 def read_json(path: str | Path, limit: int = 64 << 20) -> Any:

@@ -33,7 +33,7 @@ from cli import Job, load_for_sampling
 from data import DataConfig, load_tokenizer
 from duplex import MAIN, interleave, tokenise
 from model import MultistreamLM
-from options import check_types, replace_file
+from options import check_types, write_rows
 from streams import Example, StreamTable, delay, lay_out
 from text import Tokenizer, normalise
 
@@ -189,7 +189,7 @@ def pairs(run: str, job: Probe) -> dict[str, float]:
         where = f"{job.set} item {item['id']}"
         right, wrong = (scores(model, reader.clip([item[side]], 0, where), job.semantic) for side in ("right", "wrong"))
         results.append({"id": item["id"], "right": verdict(right, wrong), "scores": {"right": right, "wrong": wrong}})
-    write(target, results)
+    write_rows(target, results)
     told = {name: share([r["scores"]["right"][name] > r["scores"]["wrong"][name] for r in results
                          if not math.isnan(r["scores"]["right"][name] + r["scores"]["wrong"][name])])
             for name in ("speech", "semantic", "plain", "text")}
@@ -215,7 +215,7 @@ def choices(run: str, job: Probe) -> float:
                  for choice in item["choices"]]
         best = max(range(len(found)), key=found.__getitem__)
         results.append({"id": item["id"], "right": best == item["answer"], "chosen": best, "scores": found})
-    write(target, results)
+    write_rows(target, results)
     accuracy = share([r["right"] for r in results])
     print(f"{target}: {len(results)} questions, {accuracy:.3f} right")
     return accuracy
@@ -236,11 +236,6 @@ def begin(run: str, job: Probe, kind: str) -> tuple[MultistreamLM, Reader, Path]
     codec = load_codec(data.codec) if model.table.audio else None
     target = Path(job.out) if job.out else Path(run) / f"{kind}.jsonl"
     return model, Reader(model.table, codec, load_tokenizer(data.tokenizer), data, Path(job.set).parent), target
-
-
-def write(target: Path, rows: Sequence[Row]) -> None:
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    replace_file(target, lambda temporary: Path(temporary).write_text(lines, encoding="utf-8"))
 
 
 def share(right: Sequence[bool]) -> float:

@@ -12,7 +12,6 @@ recordings said again, each in the voice of another clip of its speaker (never i
 Similarity tells trends of one run, not speakers apart: the voice goes through the codec too. Used by train.py.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -31,7 +30,7 @@ from chatml import RULES
 from config import TrainConfig
 from data import load_tokenizer
 from model import MultistreamLM
-from options import replace_file
+from options import write_rows
 from sample import SampleConfig, Speech, answer, speak_examples
 from streams import Example
 
@@ -67,8 +66,7 @@ def listen(model: MultistreamLM, config: TrainConfig, index: Index, folder: Path
         name = "".join(c if c.isalnum() else "_" for c in trial.name[:60]) + ".wav"
         save_wav(folder / name, speech.wav, codec.sample_rate)
         rows.append({"text": trial.text, "wav": name} | measure(speech, trial, codec))
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    replace_file(folder / "samples.jsonl", lambda temporary: Path(temporary).write_text(lines, encoding="utf-8"))
+    write_rows(folder / "samples.jsonl", rows)
     return means(rows)
 
 

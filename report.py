@@ -35,7 +35,7 @@ from config import TrainConfig
 from data import DataConfig, build_example, load_tokenizer, open_cache, prepare, source_weight
 from metrics import ROUGE, LinearProbe, Resample, bleu_of, bleu_parts, cer, confusion, macro_f1, ratio, rouge_rows, wer
 from model import MultistreamLM
-from options import from_json, read_json, replace_file, write_json
+from options import from_json, read_json, write_json, write_rows
 from page import Page, show
 from sample import SampleConfig, generate, pad_left
 from streams import Example, lay_out
@@ -117,8 +117,7 @@ def report(run: Path, job: Evaluation, hear: Hear) -> Path:
         tell_forgetting(models, data, job, told, page)
     tell_speech(run, hear, told, page)
     tell_curves(run, page)
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    replace_file(out / "rows.jsonl", lambda temporary: Path(temporary).write_text(lines, encoding="utf-8"))
+    write_rows(out / "rows.jsonl", rows)
     write_json(out / "summary.json", told)
     page.write(out / "index.html")
     return out / "index.html"

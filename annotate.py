@@ -23,7 +23,7 @@ from tqdm import tqdm
 from audio.wav import load_wav
 from duplex import MAIN, OTHER, as_json, tidy
 from manifest import SOUNDS, Manifest, Unusable, inside, json_rows
-from options import apply, check_types, help_text, replace_file, split_arguments
+from options import apply, check_types, help_text, split_arguments, write_text
 
 RATE = 16_000                                   # what Whisper hears
 Heard = list[tuple[str, float, float]]          # words with start and end in seconds
@@ -90,8 +90,7 @@ def annotate_file(path: Path, hear: Hear) -> None:
     end = wav.shape[1] / RATE
     words = [(word, round(start, 3), round(min(stop, end), 3), who) for channel, who in zip(wav, (MAIN, OTHER), strict=True)
              for word, start, stop in hear(channel)]
-    text = json.dumps({"alignments": as_json(tidy(words)[0])}, ensure_ascii=False)
-    replace_file(path.with_suffix(".json"), lambda temporary: Path(temporary).write_text(text + "\n", encoding="utf-8"))
+    write_text(path.with_suffix(".json"), json.dumps({"alignments": as_json(tidy(words)[0])}, ensure_ascii=False) + "\n")
 
 
 def annotate(source: str | Path, config: AnnotateConfig, hear: Hear | None = None) -> dict[str, Any]:

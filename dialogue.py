@@ -21,7 +21,7 @@ from torch import Tensor
 from audio.telephone import spoken
 from audio.wav import load_wav, save_wav
 from duplex import MAIN, Alignment, as_json, check_length, interleave, parse_alignments, phrases, tidy, tokenise, transcript
-from options import read_json, replace_file, write_json
+from options import read_json, write_json, write_text
 from streams import StreamTable
 from text import Tokenizer, normalise
 
@@ -98,7 +98,7 @@ def write_reply(out: str | Path, frames: Tensor, user: Tensor | None, codec: Any
         save_wav(out, torch.cat(wavs), codec.sample_rate)
     row = {"alignments": as_json(timed_words(text, tokenizer, rate, *pads)), "frame_rate": rate, "text": text.tolist(), "pads": list(pads)}
     for suffix, written in ((".txt", transcript(text, tokenizer, rate, *pads)), (".json", json.dumps(row, ensure_ascii=False))):
-        replace_file(Path(out).with_suffix(suffix), lambda temporary, told=written: Path(temporary).write_text(told, encoding="utf-8"))
+        write_text(Path(out).with_suffix(suffix), written)
     seconds, txt = frames.shape[1] / rate, Path(out).with_suffix(".txt")
     return f"{out}: {seconds:.1f} s, left the model; its words are in {txt.name} beside it" if len(wavs) == 2 else f"{txt}: {seconds:.1f} s"
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from audio.wav import load_wav, resample, save_wav
-from options import replace_file
+from options import read_rows, write_text
 from streams import StreamTable, delay
 from text import Tokenizer
 
@@ -328,7 +328,7 @@ def demo_dialogues(folder: str | Path, count: int = 24) -> str:
     folder = Path(folder)
     if (folder / "dialogues.jsonl").is_file():
         return str(folder / "dialogues.jsonl")
-    rows = [json.loads(line) for line in (ASSETS / "manifest.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [row for _, row in read_rows(ASSETS / "manifest.jsonl", "clip")]
     asks, answers = ([r for r in rows if r["speaker"] == who and 1 < len(r["words"]) < 7] for who in ("allison", "rms"))
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
@@ -346,12 +346,11 @@ def demo_dialogues(folder: str | Path, count: int = 24) -> str:
         lines.append(json.dumps({"path": f"{n:03d}.wav", "duration": round(max(s.shape[1] for s in sides) / rate, 3)}) + "\n")
     known = ["<s>", "</s>", "<pad>", *json.loads((ASSETS / "words.json").read_text(encoding="utf-8"))]
     for name, text in (("words.json", json.dumps(known)), ("dialogues.jsonl", "".join(lines))):      # the manifest last: all is there
-        replace_file(folder / name, lambda temporary, text=text: Path(temporary).write_text(text, encoding="utf-8"))
+        write_text(folder / name, text)
     return str(folder / "dialogues.jsonl")
 
 
 def save_pair(path: Path, sides: list[Tensor], rate: int, words: list[list[Any]]) -> None:
     length = max(side.shape[1] for side in sides)
     save_wav(path.with_suffix(".wav"), torch.cat([torch.nn.functional.pad(s, (0, length - s.shape[1])) for s in sides]), rate)
-    text = json.dumps({"alignments": words})
-    replace_file(path.with_suffix(".json"), lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+    write_text(path.with_suffix(".json"), json.dumps({"alignments": words}))

@@ -15,7 +15,6 @@ takes its place with --recogniser=module:function, which makes a list of texts o
 """
 
 import importlib
-import json
 import os
 import re
 import sys
@@ -33,7 +32,9 @@ import probes
 from audio.wav import load_wav, resample
 from latent import Geometry
 from metrics import cer, wer
-from options import apply, edge, help_text, replace_file, split_arguments, write_json
+from monitor import read_metrics
+from options import apply, edge, help_text, read_rows, split_arguments, write_json
+from page import blank_figure, save_figure
 from probes import Probe, compare
 from report import Evaluation, report
 
@@ -85,18 +86,11 @@ def chosen(recogniser: str) -> Callable[[list[tuple[Tensor, int]]], list[str]]:
 
 # ---- command ----
 
-def read_rows(path: Path) -> list[dict]:
+def read_samples(path: Path) -> list[dict]:
     """Read the rows {"text", "wav"} of a jsonl file; ValueError names the line that is not one."""
     if not path.is_file():
         raise FileNotFoundError(f"no samples at {path}; write them first with sample.py")
-    rows = []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-                rows.append({"text": str(row["text"]), "wav": str(row["wav"])})
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path} line {number} is no row of text and wav ({error}); mend or remove it") from error
+    rows = [{"text": row["text"], "wav": row["wav"]} for _, row in read_rows(path, "row of text and wav", text=str, wav=str)]
     if not rows:
         raise ValueError(f"{path} holds no rows; write samples first with sample.py")
     return rows
@@ -104,7 +98,7 @@ def read_rows(path: Path) -> list[dict]:
 
 def score(path: Path, recogniser: str = "") -> dict:
     """Transcribe and score every row of a samples file: {"wer": mean, "cer": mean, "rows": [{text, wav, heard, wer, cer}]}."""
-    rows = read_rows(path)
+    rows = read_samples(path)
     heard = chosen(recogniser)([load_wav(path.parent / row["wav"]) for row in rows])
     scored = [row | {"heard": text, "wer": round(wer(row["text"], text), 4), "cer": round(cer(row["text"], text), 4)}
               for row, text in zip(rows, heard, strict=True)]
@@ -121,27 +115,9 @@ def print_scores(path: Path, recogniser: str = "") -> None:
     write_json(path.parent / "wer.json", result)
 
 
-def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
-    """Curves of a metrics.jsonl: name -> (step, value) pairs."""
-    curves: dict[str, list[tuple[int, float]]] = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        try:
-            row = json.loads(line)
-            for name in row.keys() - {"step"}:
-                curves.setdefault(name, []).append((int(row["step"]), float(row[name])))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} line {number} is no row of metrics ({error}); mend or remove it") from None
-    return curves
-
-
 def plot(metrics: Path, target: Path) -> None:
     """Draw the loss of training and of held-out data, and of every predicted stream, as a PNG."""
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        raise ValueError("curves need matplotlib; run: pip install -e '.[log]'") from None
-    curves = read_metrics(metrics)
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    curves, figure = read_metrics(metrics), blank_figure(11, 4.5)
     left, right = figure.subplots(1, 2)
     for name in sorted(n for n in curves if n.split("/")[-1] in ("loss", "text_loss", "audio_loss")):
         left.plot(*zip(*curves[name], strict=True), "o-" if name.startswith("val") else "-", label=name, markersize=4)
@@ -152,7 +128,7 @@ def plot(metrics: Path, target: Path) -> None:
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8, ncols=2)
-    replace_file(target, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+    save_figure(target, figure)
 
 
 def look(folder: Path, recogniser: str = "") -> None:

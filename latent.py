@@ -24,7 +24,8 @@ from config import TrainConfig
 from data import Batch, Loader
 from loss import loss_scale
 from model import MultistreamLM
-from options import check_types, from_json, read_json, replace_file, write_json
+from options import check_types, from_json, read_json, write_json
+from page import blank_figure, save_figure
 
 
 @dataclass(frozen=True)
@@ -159,19 +160,9 @@ def spoken(batches: Sequence[Batch], model: MultistreamLM, columns: int) -> Tens
     return (said >= 0) & (said != table.pad) & (said != table.epad)
 
 
-def pyplot() -> Any:
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError('drawing needs matplotlib; run: pip install -e ".[log]"') from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    return plt
-
-
 def draw_latent(path: Path, found: dict[str, Tensor], told: dict[str, Any], said: Tensor) -> None:
-    plt = pyplot()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(14, 6))
+    figure = blank_figure(14, 6)
+    left, right = figure.subplots(1, 2)
     image = left.imshow(told["cka"], vmin=0, vmax=1, cmap="viridis")
     left.set_xticks(range(len(told["names"])), told["names"], rotation=90)
     left.set_yticks(range(len(told["names"])), told["names"])
@@ -183,13 +174,7 @@ def draw_latent(path: Path, found: dict[str, Tensor], told: dict[str, Any], said
     right.set_xlabel(f"axis 1, {explained[0]:.0%} of the variance")
     right.set_ylabel(f"axis 2, {explained[1]:.0%}")
     right.legend()
-    save_figure(figure, path)
-
-
-def save_figure(figure: Any, path: Path) -> None:
-    figure.tight_layout()
-    replace_file(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
-    pyplot().close(figure)
+    save_figure(path, figure)
 
 
 # ---- the loss around a point ----
@@ -238,13 +223,13 @@ def landscape(run: Path, job: Geometry) -> dict[str, Any]:
     steps = torch.linspace(-job.reach, job.reach, job.points).tolist()
     told = {"steps": steps, "loss": loss.tolist(), "matrices": sum(p.dim() > 1 for p in parameters.values()), "seed": job.seed}
     write_json(run / "landscape.json", told)
-    plt = pyplot()
-    figure, axes = plt.subplots(figsize=(7, 6))
+    figure = blank_figure(7, 6)
+    axes = figure.subplots()
     figure.colorbar(axes.contourf(steps, steps, loss.T, levels=20), ax=axes, label="held-out loss")
     axes.plot(0, 0, "rx")
     axes.set_xlabel("direction 1, lengths of the weights")
     axes.set_ylabel("direction 2")
-    save_figure(figure, run / "landscape.png")
+    save_figure(run / "landscape.png", figure)
     middle = loss[job.points // 2, job.points // 2] if job.points % 2 else float("nan")
     print(f"{run}/landscape.json, landscape.png: loss {loss.min():.3f} to {loss.max():.3f}, {middle:.3f} at the weights")
     return told

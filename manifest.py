@@ -55,7 +55,7 @@ from torch import Tensor
 import duplex
 from audio.wav import levels, load_wav
 from chatml import checked, clips, sample_row, untagged
-from options import write_rows
+from options import parse_row, write_rows
 
 SOUNDS = (".wav", ".flac", ".ogg", ".opus", ".mp3")
 MAX_MANIFEST = 1 << 30      # bytes; what is larger is not a manifest
@@ -177,19 +177,29 @@ def text_lines(m: Manifest, path: Path | None = None) -> Iterator[tuple[int, str
 
 def json_rows(m: Manifest) -> Iterator[tuple[str, Row]]:
     """Yield the objects of a jsonl file, or of a json list, with the place where each stands."""
-    whole = m.path.suffix == ".json"
-    for number, text in [(0, "\n".join(line for _, line in text_lines(m)))] if whole else text_lines(m):
+    if m.path.suffix == ".json":
+        yield from json_list(m)
+        return
+    for number, text in text_lines(m):
         try:
-            found = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            m.reject(f"line {getattr(error, 'lineno', 1) if whole else number}", "malformed json", f"mend it: {error}")
+            row = parse_row(text)
+        except ValueError as error:
+            m.reject(f"line {number}", "malformed json", f"mend it: {error}")
             continue
-        for i, row in enumerate(found if whole and isinstance(found, list) else [found]):
-            where = f"item {i}" if whole else f"line {number}"
-            if isinstance(row, dict):
-                yield where, row
-            else:
-                m.reject(where, "malformed json", "each row must be an object {...}")
+        yield f"line {number}", row
+
+
+def json_list(m: Manifest) -> Iterator[tuple[str, Row]]:
+    try:
+        found = json.loads("\n".join(line for _, line in text_lines(m)))
+    except (ValueError, RecursionError) as error:
+        m.reject(f"line {getattr(error, 'lineno', 1)}", "malformed json", f"mend it: {error}")
+        return
+    for i, row in enumerate(found if isinstance(found, list) else [found]):
+        if isinstance(row, dict):
+            yield f"item {i}", row
+        else:
+            m.reject(f"item {i}", "malformed json", "each item must be an object {...}")
 
 
 def metadata(m: Manifest) -> Iterator[tuple[str, Row]]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from loss import LossConfig, loss_scale
-from options import replace_file
+from options import read_rows, write_text
 from parallel import part
 from streams import StreamTable
 
@@ -57,8 +57,20 @@ def rewind(metrics: Path, step: int) -> Path:
         kept = "".join(line for line, row in rows if row["step"] < step + ("val/loss" in row))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{metrics} has a line that is no row of numbers ({error}); mend it or move the file away") from None
-    replace_file(metrics, lambda temporary: Path(temporary).write_text(kept))
+    write_text(metrics, kept)
     return metrics
+
+
+def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
+    """Curves of a metrics.jsonl: name -> (step, value) pairs."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for number, row in read_rows(path, "row of metrics", step=int):
+        for name, value in row.items():
+            if not isinstance(value, (int, float)):
+                raise ValueError(f"{path} line {number} is no row of metrics ({name} is {value!r}); mend or remove it")
+            if name != "step":
+                curves.setdefault(name, []).append((row["step"], float(value)))
+    return curves
 
 
 def tracker(name: str, out: Path) -> Write:

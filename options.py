@@ -283,15 +283,17 @@ def replace_file(path: str | Path, write: Callable[[str], Any]) -> None:
             os.unlink(temporary)
 
 
+def write_text(path: str | Path, text: str) -> None:
+    replace_file(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+
+
 def write_json(path: str | Path, value: Any) -> None:
-    text = json.dumps(to_json(value), indent=1, ensure_ascii=False)
-    replace_file(path, lambda temporary: Path(temporary).write_text(text + "\n", encoding="utf-8"))
+    write_text(path, json.dumps(to_json(value), indent=1, ensure_ascii=False) + "\n")
 
 
 def write_rows(path: str | Path, rows: Iterable[Any]) -> None:
     """Write JSON lines, whole."""
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    replace_file(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def read_json(path: str | Path, limit: int = 64 << 20) -> Any:
@@ -305,6 +307,31 @@ def read_json(path: str | Path, limit: int = 64 << 20) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}); restore it or remove it") from None
+
+
+def parse_row(text: str, /, **fields: type) -> dict[str, Any]:
+    """The object of one JSON line, with `fields` of these types; ValueError says what is wrong with it."""
+    try:
+        row = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(row, dict):
+        raise ValueError("each row must be an object {...}")
+    lacking = next((name for name, kind in fields.items() if not isinstance(row.get(name), kind)), None)
+    if lacking is not None:
+        raise ValueError(f"it lacks {lacking!r} ({fields[lacking].__name__})")
+    return row
+
+
+def read_rows(path: str | Path, what: str, /, **fields: type) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the rows of a file of JSON lines and their line numbers; ValueError names the line that is no `what`, and why."""
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):     # of bytes: U+2028 inside a text ends no line
+        if line.strip():
+            try:
+                row = parse_row(line.decode("utf-8-sig"), **fields)
+            except ValueError as error:
+                raise ValueError(f"{path} line {number} is no {what} ({error}); mend or remove it") from None
+            yield number, row
 
 
 def read_lines(path: str | Path) -> list[str]:

@@ -8,6 +8,7 @@
     page.write(Path("index.html"))
 
 Whatever is told is escaped: a transcript cannot bring markup. A page made of the same numbers has the same bytes.
+The two functions in front of it are for pictures of their own, `curves.png` and those of latent.py.
 """
 
 import base64
@@ -17,7 +18,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from options import replace_file
+from options import replace_file, write_text
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;margin:.6em 0}td,th{padding:.15em .7em;border-bottom:1px solid #ddd;text-align:left;vertical-align:top}
@@ -35,6 +36,19 @@ def show(value: Any) -> str:
     if isinstance(value, float):
         return "-" if math.isnan(value) else f"{value:.1f}" if abs(value) >= 100 else f"{value:.3f}"
     return str(value)
+
+
+def blank_figure(width: float, height: float) -> Any:
+    """A figure of matplotlib, in inches, that needs no screen."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise ValueError("curves need matplotlib; run: pip install -e '.[log]'") from None
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save_figure(path: Path, figure: Any) -> None:
+    replace_file(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
 
 
 class Page:
@@ -90,7 +104,7 @@ class Page:
         return f'<!doctype html>\n<html lang="en">{head}\n<body>\n' + "\n".join(self.parts) + "\n</body></html>\n"
 
     def write(self, path: Path) -> None:
-        replace_file(path, lambda temporary: Path(temporary).write_text(self.html(), encoding="utf-8"))
+        write_text(path, self.html())
 
 
 def svg(curves: dict[str, Sequence[tuple[float, float]]], across: tuple[float, float], up: tuple[float, float], width: int,

@@ -33,7 +33,7 @@ from cli import Job, load_for_sampling
 from data import DataConfig, load_tokenizer
 from duplex import MAIN, interleave, tokenise
 from model import MultistreamLM
-from options import check_types, write_rows
+from options import check_types, read_rows, write_rows
 from streams import Example, StreamTable, delay, lay_out
 from text import Tokenizer, normalise
 
@@ -163,19 +163,8 @@ class Reader:
 # ---- commands ----
 
 def items(path: Path, wanted: dict[str, type], limit: int) -> list[Row]:
-    """Rows of a set; ValueError names the line that lacks a field."""
-    rows = []
-    for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            row = json.loads(line) if line.strip() else None
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} line {n} is no JSON ({error}); mend it") from None
-        if row is None:
-            continue
-        for name, kind in wanted.items():
-            if not isinstance(row, dict) or not isinstance(row.get(name), kind):
-                raise ValueError(f"{path} line {n} lacks {name!r} ({kind.__name__}); an item is described by python evaluate.py --help")
-        rows.append(row | {"id": str(row.get("id", n))})
+    """Rows of a set, numbered by their line where they have no id."""
+    rows = [row | {"id": str(row.get("id", n))} for n, row in read_rows(path, "item of a set", **wanted)]
     if not rows:
         raise ValueError(f"{path} holds no item; add lines of JSON")
     return rows[:limit] if limit else rows

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from duplex import Alignment, as_json, parse_alignments
-from options import apply, check_types, help_text, read_json, replace_file, split_arguments
+from options import apply, check_types, help_text, read_json, split_arguments, write_text
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,5 @@ def main(argv: list[str]) -> None:
         if changed:
             print(f"{file.name}: {', '.join(changed[:5])}{' ...' if len(changed) > 5 else ''}")
         if not job.dry_run:
-            text = json.dumps({"alignments": as_json(mended)}, ensure_ascii=False)
-            replace_file(Path(job.out) / file.name, lambda temporary, text=text: Path(temporary).write_text(text, encoding="utf-8"))
+            write_text(Path(job.out) / file.name, json.dumps({"alignments": as_json(mended)}, ensure_ascii=False))
     print(f"{total} words in {len(files)} files {'would be ' if job.dry_run else ''}shortened")

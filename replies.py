@@ -9,7 +9,6 @@ MOSS-Speech is a text model whose last layers exist twice (arXiv:2510.00499). `s
 them are shared, text logits stay what they were. Used by sample.py and checkpoint.py; duplex.py is the other way to talk.
 """
 
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from architectures import ModelConfig, codebooks
 from audio.wav import WavWriter, load_wav, save_wav
-from options import replace_file
+from options import read_rows, write_rows
 from streams import StreamTable
 from text import TextStream, Tokenizer
 
@@ -113,12 +112,12 @@ def demo_calls(folder: str | Path, count: int = 40) -> str:
     folder = Path(folder)
     if (folder / "calls.jsonl").is_file():
         return str(folder / "calls.jsonl")
-    rows = {r["id"]: r for r in map(json.loads, (ASSETS / "manifest.jsonl").read_text(encoding="utf-8").splitlines())}
+    rows = {r["id"]: r for r in (row for _, row in read_rows(ASSETS / "manifest.jsonl", "clip"))}
     digits = {who: {r["text"]: r for r in rows.values() if (r["speaker"], r.get("group")) == (who, "digits")} for who in ("allison", "slt")}
     opening = next(r for r in rows.values() if r["speaker"] == "allison" and r["text"] == "the number i have is")
     names = sorted(digits["allison"].keys() & digits["slt"].keys())
     folder.mkdir(parents=True, exist_ok=True)
-    lines = []
+    calls = []
     for n in range(count):
         number = [names[(7 * n + 3 * k * (n // 10 + 1)) % len(names)] for k in range(2 + n % 2)]
         sides = {"user": [digits["slt"][name] for name in number], "assistant": [opening, *(digits["allison"][name] for name in number)]}
@@ -132,6 +131,6 @@ def demo_calls(folder: str | Path, count: int = 40) -> str:
             wavs = [load_wav(ASSETS / clip["audio"], 16_000) for clip in clips]
             save_wav(folder / name, torch.cat([wav for wav, _ in wavs], dim=1), 16_000)
             messages.append({"role": role, "content": [{"type": "audio", "audio_url": name, "text": said}]})
-        lines.append(json.dumps({"id": f"call/{n}", "split": "test" if n % 5 == 4 else "train", "messages": messages}) + "\n")
-    replace_file(folder / "calls.jsonl", lambda temporary: Path(temporary).write_text("".join(lines), encoding="utf-8"))
+        calls.append({"id": f"call/{n}", "split": "test" if n % 5 == 4 else "train", "messages": messages})
+    write_rows(folder / "calls.jsonl", calls)
     return str(folder / "calls.jsonl")

@@ -12,7 +12,6 @@ An interval is a bootstrap over groups of rows (the wordings of one call are one
 RUN/report: rows.jsonl (every row, every reply), summary.json, index.html. Next: page.py.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -33,9 +32,11 @@ from chatml import TEMPLATES, clips
 from checkpoint import DTYPES, base_of, load
 from config import TrainConfig
 from data import DataConfig, build_example, load_tokenizer, open_cache, prepare, source_weight
+from manifest import Manifest, json_rows
 from metrics import ROUGE, LinearProbe, Resample, bleu_of, bleu_parts, cer, confusion, macro_f1, ratio, rouge_rows, wer
 from model import MultistreamLM
-from options import from_json, read_json, write_json, write_rows
+from monitor import read_metrics
+from options import from_json, read_json, read_rows, write_json, write_rows
 from page import Page, show
 from sample import SampleConfig, generate, pad_left
 from streams import Example, lay_out
@@ -149,11 +150,8 @@ def raw_rows(data: DataConfig) -> dict[str, Row]:
     """The rows of jsonl sources by id, with whatever else they say (category, language, slots)."""
     found: dict[str, Row] = {}
     for source in (Path(source_weight(s)[0]) for s in data.sources):
-        if source.suffix == ".jsonl":                       # prepare has read it: every line that counts is an object
-            for line in source.read_text(encoding="utf-8-sig").splitlines():
-                row = json.loads(line) if line.strip() else None
-                if isinstance(row, dict) and "id" in row:
-                    found[str(row["id"])] = row
+        if source.suffix == ".jsonl":                       # prepare has named the lines that cannot be read
+            found |= {str(row["id"]): row for _, row in json_rows(Manifest(source)) if "id" in row}
     return found
 
 
@@ -443,7 +441,7 @@ def tell_speech(run: Path, hear: Hear, told: Row, page: Page) -> None:
     path = run / "samples.jsonl"
     if not path.is_file():
         return
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    rows = [row for _, row in read_rows(path, "row of text and wav", text=str, wav=str)]
     heard = hear([load_wav(path.parent / row["wav"]) for row in rows])
     told["speech"] = [{"text": row["text"], "heard": text, "wer": wer(row["text"], text), "cer": cer(row["text"], text)}
                       for row, text in zip(rows, heard, strict=True)]
@@ -459,10 +457,6 @@ def tell_curves(run: Path, page: Page) -> None:
     path = run / "metrics.jsonl"
     if not path.is_file():
         return
-    curves: dict[str, list[tuple[float, float]]] = {}
-    for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
-        for name in ("train/loss", "val/loss"):
-            if name in row:
-                curves.setdefault(name, []).append((row["step"], row[name]))
+    curves = read_metrics(path)
     page.heading("Curves")
-    page.curves(curves)
+    page.curves({name: curves[name] for name in ("train/loss", "val/loss") if name in curves})

@@ -8,7 +8,6 @@ Each run is train.py with a folder of its own, OUT/NAME, so a sweep that is stop
 finished is not trained again. The table, best held-out loss first, stands in OUT/sweep.json too.
 """
 
-import json
 import runpy
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from typing import Any
 from safetensors import safe_open
 
 from config import TrainConfig
+from monitor import read_metrics
 from options import edge, load_config, split_arguments, write_json
 
 PREFIX = "sweep."
@@ -53,8 +53,7 @@ def train(argv: list[str], log: Path) -> None:
 
 def outcome(out: Path) -> dict[str, Any]:
     """Held-out loss of a finished run, best and last, the step of the best, and how much it trained."""
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    held = [(row["val/loss"], row["step"]) for row in rows if "val/loss" in row]
+    held = [(loss, step) for step, loss in read_metrics(out / "metrics.jsonl").get("val/loss", [])]
     if not held:
         raise ValueError(f"{out}/metrics.jsonl has no held-out loss; give the data held-out rows")
     folder = out / "ckpt" / "latest"

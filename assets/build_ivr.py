@@ -10,7 +10,6 @@ is a system turn (calls.lookup_turn). Seeded: the same families, copies and seed
 says a slot that neither the caller nor a lookup gave before, or any figure of its own, is refused.
 """
 
-import json
 import random
 import re
 import sys
@@ -23,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 from calls import CATEGORIES, SYSTEM, figures, lookup_turn, ungrounded  # noqa: E402  (the root has to be on the path first)
 from manifest import fraction  # noqa: E402
-from options import apply, edge, replace_file, split_arguments  # noqa: E402
+from options import apply, edge, split_arguments, write_rows  # noqa: E402
 
 HERE = ROOT / "assets" / "ivr"
 MONTHS = "January February March April May June July August September October November December".split()
@@ -174,10 +173,9 @@ def splits(families: list[Family]) -> dict[str, str]:
     return found | dict.fromkeys(long[:2], "held-out") | dict.fromkeys(long[2:4], "test")
 
 
-def write_rows(path: Path, rows: list[dict]) -> None:
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    replace_file(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
-    print(f"{path}: {len(rows)} dialogues, {len(text.encode()) // 1024} KB")
+def save(path: Path, rows: list[dict]) -> None:
+    write_rows(path, rows)
+    print(f"{path}: {len(rows)} dialogues, {path.stat().st_size // 1024} KB")
 
 
 def main() -> None:
@@ -188,8 +186,8 @@ def main() -> None:
     families = read_families(HERE / "families.txt")
     side = splits(families)
     rows = [row for family in families for row in rows_of(family, side[family.name], job)]
-    write_rows(Path(job.out) / "dialogues.jsonl", [row for row in rows if row["split"] != "test"])
-    write_rows(Path(job.out) / "test.jsonl", [row for row in rows if row["split"] == "test"])
+    save(Path(job.out) / "dialogues.jsonl", [row for row in rows if row["split"] != "test"])
+    save(Path(job.out) / "test.jsonl", [row for row in rows if row["split"] == "test"])
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ The chosen reply is the written one. The rejected one is, in turn,
 The builder holds both to what they are: calls.ungrounded finds something in every made-up reply and nothing in a chosen one.
 """
 
-import json
 import random
 import re
 import sys
@@ -23,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from calls import ungrounded  # noqa: E402  (the root has to be on the path first)
-from options import apply, edge, replace_file, split_arguments  # noqa: E402
+from options import apply, edge, read_rows, split_arguments, write_rows  # noqa: E402
 
 HERE = ROOT / "assets" / "ivr"
 CURT = {"en": "No.|No idea.|Call back later.|Not my job.|Just wait.|Read the website.|So what?|Ask somebody else.".split("|"),
@@ -70,11 +69,10 @@ def main() -> None:
     if words:
         raise ValueError(f"unexpected word {words[0]!r}; options are --seed and --out")
     job = apply(Job(), given)
-    dialogues = [json.loads(line) for line in (HERE / "dialogues.jsonl").read_text(encoding="utf-8").splitlines()]
-    text = "".join(json.dumps(pair(row, n, job.seed), ensure_ascii=False) + "\n" for n, row in enumerate(dialogues))
+    dialogues = [row for _, row in read_rows(HERE / "dialogues.jsonl", "dialogue")]
     path = Path(job.out) / "preferences.jsonl"
-    replace_file(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
-    print(f"{path}: {len(dialogues)} pairs, {len(text.encode()) // 1024} KB")
+    write_rows(path, [pair(row, n, job.seed) for n, row in enumerate(dialogues)])
+    print(f"{path}: {len(dialogues)} pairs, {path.stat().st_size // 1024} KB")
 
 
 if __name__ == "__main__":

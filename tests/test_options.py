@@ -25,12 +25,14 @@ from options import (
     help_text,
     load_config,
     read_json,
+    read_rows,
     replace_file,
     run_config,
     split_arguments,
     to_json,
     unknown,
     write_json,
+    write_rows,
 )
 
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
@@ -239,6 +241,19 @@ def test_json_files_keep_every_letter_and_are_bounded(tmp_path):
     assert read_json(tmp_path / "a.json") == {"text": "سلام ü", "config": {"width": 4, "height": 2}}
     with pytest.raises(ValueError, match="more than the 3 expected"):
         read_json(tmp_path / "a.json", limit=3)
+
+
+def test_rows_come_back_as_written_and_a_bad_one_is_named(tmp_path):
+    rows = [{"id": "سلام", "text": "one\u2028two\x85"}, {"id": "b", "text": ""}]
+    path = tmp_path / "rows.jsonl"
+    write_rows(path, rows)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n\n"))         # as an editor leaves it
+    assert list(read_rows(path, "clip", id=str, text=str)) == [(1, rows[0]), (3, rows[1])]
+    for line, why in (("{", "Expecting property"), ("[" * 100_000, "nested too deeply"), ("3", "must be an object"),
+                      ('{"id": 7, "text": ""}', r"it lacks 'id' \(str\)"), ("\udcff", "can't decode")):
+        path.write_bytes(b'{"id": "a", "text": ""}\n' + line.encode("utf-8", "surrogateescape"))
+        with pytest.raises(ValueError, match=rf"rows.jsonl line 2 is no clip \(.*{why}.*\); mend or remove it"):
+            list(read_rows(path, "clip", id=str, text=str))
 
 
 def test_an_error_is_one_line_and_what_the_system_says_gets_its_remedy():

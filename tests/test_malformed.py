@@ -8,6 +8,7 @@ import os
 import shutil
 import struct
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -428,8 +429,12 @@ def test_an_adapter_whose_base_is_gone_names_it(adapter, tmp_path):
 
 # ---- token cache ----
 
-def first(folder: Path, pattern: str) -> Path:
-    return sorted(folder.glob(pattern))[0]
+def each(folder: Path, pattern: str, spoil: Callable[[Path], object]) -> None:
+    """Of every match: what a report prepares for the tokenizer of a checkpoint lies beside what the run reads."""
+    found = list(folder.glob(pattern))
+    assert found, pattern
+    for path in found:
+        spoil(path)
 
 
 def shorten(tensors):
@@ -438,21 +443,23 @@ def shorten(tensors):
 
 
 CACHES = {      # name: (command, how the cache is spoilt, what the line says)
-    "shard of 0 bytes": ("train.py", lambda c: cut(first(c, "codes/*.safetensors"), 0),
+    "shard of 0 bytes": ("train.py", lambda c: each(c, "codes/*.safetensors", lambda f: cut(f, 0)),
                          ("is damaged", "delete it and run `python data.py prepare")),
-    "shard cut at half": ("train.py", lambda c: cut(first(c, "codes/*.safetensors"), 0.5),
+    "shard cut at half": ("train.py", lambda c: each(c, "codes/*.safetensors", lambda f: cut(f, 0.5)),
                           ("is damaged", "delete it and run `python data.py prepare")),
-    "shard gone": ("show", lambda c: first(c, "codes/*.safetensors").unlink(), ("is missing", "run `python data.py prepare")),
-    "text cut": ("show", lambda c: cut(first(c, "*/text.safetensors"), 0.5), ("text.safetensors is damaged", "delete it and run")),
-    "index cut": ("show", lambda c: cut(first(c, "*/index.json"), 0.5), ("index.json is not valid JSON", "remove it")),
-    "index of garbage": ("show", lambda c: first(c, "*/index.json").write_bytes(b"\x00\xff" * 99),
+    "shard gone": ("show", lambda c: each(c, "codes/*.safetensors", Path.unlink), ("is missing", "run `python data.py prepare")),
+    "text cut": ("show", lambda c: each(c, "*/text.safetensors", lambda f: cut(f, 0.5)),
+                 ("text.safetensors is damaged", "delete it and run")),
+    "index cut": ("show", lambda c: each(c, "*/index.json", lambda f: cut(f, 0.5)), ("index.json is not valid JSON", "remove it")),
+    "index of garbage": ("show", lambda c: each(c, "*/index.json", lambda f: f.write_bytes(b"\x00\xff" * 99)),
                          ("index.json is not valid JSON", "remove it")),
-    "index is a list": ("show", lambda c: first(c, "*/index.json").write_text("[]"), ("index.json is damaged", "delete it and run")),
-    "index without entries": ("show", lambda c: first(c, "*/index.json").write_text("{}"), ("index.json is damaged", "delete it and run")),
-    "entry of other fields": ("show", lambda c: edit_json(first(c, "*/index.json"), entries=[{"x": 1}]),
+    "index is a list": ("show", lambda c: each(c, "*/index.json", lambda f: f.write_text("[]")),
+                        ("index.json is damaged", "delete it and run")),
+    "index without entries": ("show", lambda c: each(c, "*/index.json", lambda f: f.write_text("{}")),
                               ("index.json is damaged", "delete it and run")),
-    "codes of another length": ("show",
-                                lambda c: edit_tensors(first(c, "codes/*.safetensors"), shorten),
+    "entry of other fields": ("show", lambda c: each(c, "*/index.json", lambda f: edit_json(f, entries=[{"x": 1}])),
+                              ("index.json is damaged", "delete it and run")),
+    "codes of another length": ("show", lambda c: each(c, "codes/*.safetensors", lambda f: edit_tensors(f, shorten)),
                                 ("is damaged", "delete it and run")),
     "never prepared": ("show", shutil.rmtree, ("no prepared data in", "run `python data.py prepare")),
     "not a folder": ("train.py", lambda c: (shutil.rmtree(c), c.write_text("x")), ("cache", "check the path")),

@@ -1,10 +1,12 @@
 """Side-by-side measurements: us and what people use now, in one process, on equal weights and equal tokens.
 
-    python bench.py higgs                           both of these with the peer; also moshi, qwen, moss, tiny
+    python bench.py higgs                           all three of these with the peer; also moshi, qwen, moss, tiny
     python bench.py train --model=higgs --peer      a LoRA training step against transformers + PEFT (moshi: against moshi)
-    python bench.py decode --model=moshi --peer     greedy frames against LMGen (higgs, qwen: against transformers generate)
+    python bench.py decode --model=moshi --peer     greedy frames against LMGen (higgs, qwen: against transformers generate), and
+                                                    the time of every single frame, drawn, behind --context columns
+    python bench.py ops --model=moshi --peer        operations that a frame needs (CUDA: kernels, graphs, syncs)
     python bench.py loss                            chunked cross-entropy against full logits: time and peak memory
-    python bench.py memory --model=higgs --peer     peak extra memory of the loss and of a training step
+    python bench.py memory --model=higgs --peer     peak memory of the loss and of a training step
     python bench.py kernels                         every op of kernels/ against torch.compile of its reference (CUDA)
     python bench.py loader                          columns a second and packing of data.Loader on the bundled speech
     python bench.py scaling                         a training step on 1, 2 and 4 gloo processes of one thread each
@@ -14,235 +16,131 @@ alternate, and the median of the pairwise ratios counts: a busy machine slows bo
 installed reads "not measured". `make bench` runs everything; BENCHMARKS.md holds the results and the machine.
 """
 
-import importlib.metadata
+import gc
 import json
 import os
 import socket
 import subprocess
 import sys
 import tempfile
-import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
 
-import lora
 import parallel
 import peers
-from checkpoint import export
+from cases import LORA, Job, decode_models, decode_sides, floor_bytes, prefill_side, train_case, useful_flops
+from checkpoint import DTYPES
 from data import Loader, prepare
 from kernels import PAIRS, shapes
-from lora import LoraConfig
-from loss import LossConfig, loss_scale
+from measure import GIB, ON_GPU, alternate, check, compare, extra_memory, frame_times, origin, per_frame, show, spread, syncs
 from model import MultistreamLM
 from options import apply, edge, help_text, run_config, split_arguments
-from peers import Side
-from sample import SampleConfig, generate
-from streams import delay
 
-LORA = {"higgs": ("attn.*", "audio_ffn.*"), "moshi": ("*",), **dict.fromkeys(("qwen", "tiny", "moss"), ("attn.*", "ffn.*"))}
 BYTES, FLOPS = 4.3e12, 790e12      # an H200: bytes a second of a copy, bf16 operations a second of a product, both measured
+RATES = {"higgs": 25.0, "moshi": 12.5, "moss": 12.5, "tiny": 25.0}           # frames of a second of speech
 TARGETS = {"train higgs": 0.8, "train moshi": 0.7, "decode higgs": 0.5, "decode moshi": 0.5, "decode qwen": 0.5}     # ours / peer
-TOLERANCE = 1e-4           # of losses, relative; tokens must be the same
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is measured, and how long."""
-
-    model: str = "tiny"        # tiny, higgs, moshi, moss or qwen
-    preset: str = "tiny"       # tiny: small shapes, fp32; full: the published shape with random weights, bf16
-    peer: bool = False         # also run the peer, alternately
-    width: int = 128           # of the tiny preset, a multiple of 32; at 256 more is memory traffic, which both sides share
-    pairs: int = 9             # timed repetitions of each side
-    threads: int = 1           # threads of an operator
-    json: bool = False         # print the JSON lines only
-
-    def __post_init__(self) -> None:
-        assert self.model in LORA, f"model {self.model!r} is none of {', '.join(LORA)}"
-        assert self.preset in ("tiny", "full"), f"preset {self.preset!r} is neither tiny nor full"
-        assert self.pairs > 0 and self.threads > 0 and self.width % 32 == 0 < self.width, "pairs and threads are at least 1, width is 32 n"
-
-
-class Pair(NamedTuple):
-    """What is compared: two sides, or ours alone, and what of them is equal or why there is no peer."""
-
-    ours: Side
-    peer: Side | None
-    units: int                 # columns, frames or tokens that a side works off
-    told: str
-    model: MultistreamLM
-
-
-# ---- measuring ----
-
-def alternate(ours: Side, peer: Side | None, pairs: int, warmup: int = 2) -> tuple[list[float], list[float]]:
-    """Seconds of both sides, one after the other, `pairs` times each."""
-    seconds: tuple[list[float], list[float]] = [], []
-    for n in range(-warmup, pairs):
-        for side, kept in zip((ours, peer), seconds, strict=True):
-            if side is not None:
-                began = time.perf_counter()
-                side()
-                if torch.cuda.is_available():
-                    torch.cuda.synchronize()
-                if n >= 0:
-                    kept.append(time.perf_counter() - began)
-    return seconds
-
-
-def spread(values: list[float], factor: float = 1.0) -> dict[str, float]:
-    """Median, first and last decile, to four digits."""
-    at = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.5, 0.1, 0.9], dtype=torch.float64)) * factor
-    return {name: float(f"{value:.4g}") for name, value in zip(("median", "p10", "p90"), at.tolist(), strict=True)}
-
-
-def compare(ours: list[float], peer: list[float], units: int) -> dict[str, Any]:
-    """Milliseconds and units a second of both sides, and the ratios of the pairs (ours / peer, below 1 = we are faster)."""
-    sides = {name: {"ms": spread(times, 1e3), "per_second": float(f"{units / spread(times)['median']:.4g}")}
-             for name, times in (("ours", ours), ("peer", peer)) if times}
-    return sides | {"ratio": spread([a / b for a, b in zip(ours, peer, strict=True)]) if peer else None}
-
-
-def check(ours: Tensor, peer: Tensor, what: str) -> str:
-    """Both sides computed the same, or nothing is measured."""
-    error = float((ours - peer).abs().max() / peer.abs().max().clamp(min=1e-9)) if ours.shape == peer.shape else float("inf")
-    if not error <= (TOLERANCE if ours.is_floating_point() else 0):
-        raise ValueError(f"{what} differ from the peer's ({error:.1e}); a fast wrong answer is not measured, mend that first")
-    return f"{what} equal ({error:.0e})"
-
-
-def write(job: Job, folder: Path) -> tuple[MultistreamLM, str]:
-    """The model, written in the peer's layout when that is to be measured; and why it is not."""
-    model, why = peers.build(job.model, job.width if job.preset == "tiny" else 0), peers.missing(job.model)
-    why = why or ("" if job.peer else "not measured: add --peer")
-    if not why:
-        export(model, folder, "moshi" if job.model == "moshi" else "hf")
-    return model, why
+LIMITS = {"moshi": 600, "higgs": 80, "qwen": 80}             # operations a frame, at the tiny preset
 
 
 # ---- one training step ----
 
-def train_case(job: Job, folder: Path) -> Pair:
-    model, why = write(job, folder)
-    lora.inject(model, LoraConfig(rank=16, alpha=32.0, targets=LORA[job.model])).train()
-    for name, p in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(p, std=0.01)                     # not zero: every adapter has a gradient from the start
-    tokens, weights = (t.to(peers.like(model).device) for t in peers.training_batch(model, 2 if job.model == "moshi" else 4))
-    # transformers adds up the means of eight codebooks, the others take one mean over all of them
-    config = LossConfig(audio=float(len(model.table.audio_out)) if job.model == "higgs" else 1.0)
-    scale, peer = loss_scale(weights[..., 1:].sum((0, 2)), model.table, config), None
-    if not why:
-        export(model, folder / "adapter", "moshi-lora" if job.model == "moshi" else "peft")
-        training = peers.moshi_training if job.model == "moshi" else peers.transformers_training
-        peer = peers.training_side(*training(folder, model, tokens, weights))
-    ours = peers.training_side(model, lambda: (scale * model(tokens, weights).nll).sum())
-    return Pair(ours, peer, tokens.shape[0] * tokens.shape[2], why or "losses of three updates", model)
+def bench_train(job: Job) -> list[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as folder:
+        pair = train_case(job, Path(folder))
+        ours, peer, told, model, tokens, _ = pair
+        if peer is not None:
+            told = check(*(torch.stack([side().cpu() for _ in range(3)]) for side in (ours, peer)), told, job.half)
+        row = {"what": f"train {job.model}", **compare(*alternate(ours, peer, job.pairs), tokens.shape[0] * tokens.shape[2])}
+        rate = useful_flops(pair) / row["ours"]["ms"]["median"] * 1e3
+        row |= {"checked": told, "target": TARGETS.get(row["what"]), "TFLOP/s": rate / 1e12}
+        return [row | ({"MFU": rate / FLOPS, "syncs": syncs(ours)} if ON_GPU else {})]
 
 
 # ---- decoding ----
 
-def decode_case(job: Job, folder: Path, columns: int = 64) -> Pair:
-    """Greedy: a prompt of 32 columns (aligned: the start column) and 64 more."""
-    model, why = write(job, folder)
-    table, given, peer = model.table, peers.frames(model, 1, 96).to(peers.like(model).device), None
-    read, start = [k for k in table.audio if k not in table.audio_out], table.column("start").to(given.device)
-    prompt = start[None] if table.aligned else torch.full_like(given[..., :32], -1)
-    if not table.aligned:
-        prompt[:, 0] = given[:, 0, :32]
-        prompt[:, 0, -1] = table.audio_start if table.audio else prompt[:, 0, -1]
-    heard = delay(given[..., 1:], table.delays, start)       # LMGen drops what it is given first
-    rows = [*table.text_out, *table.audio_out] if table.aligned else table.audio or table.text
-
-    def ours() -> Tensor:
-        places = iter(range(1, columns + 1))
-
-        def feed(column: Tensor) -> Tensor:
-            column[:, read] = heard[:, read, next(places)]
-            return column
-
-        config = SampleConfig(temperature=0, max_frames=columns)
-        made = torch.stack(list(generate(model, prompt, config, feed if read else None)), -1)[:, rows]
-        return made[..., (made >= 0).any(1)[0]]
-
-    if not why and job.model == "moshi":
-        peer = peers.moshi_decoding(folder, model, given[:, read], columns)
-    elif not why:
-        peer = peers.transformers_decoding(folder, model, prompt, columns)
-    return Pair(ours, peer, columns, why or "greedy tokens", model)
+def frame_row(job: Job, model: MultistreamLM, net: nn.Module | None, why: str) -> dict[str, Any]:
+    """Single frames, drawn with top-k 250, behind a prompt: their times, and how far they are from reading what they must."""
+    table, batch, frames = model.table, job.batch or 1, job.frames or (500 if ON_GPU else 50)
+    context, deciles = job.context or (1 if table.aligned else 32), (10, 90, 99)
+    columns = max(frames // 10, 1) + frames + max(table.delays) + 1
+    ours, peer = decode_sides(model, net, batch, context, columns, 250)
+    before = torch.cuda.memory_allocated() if ON_GPU else 0
+    if ON_GPU:
+        torch.cuda.reset_peak_memory_stats()
+    row = compare(frame_times(ours, columns, frames), [], batch, deciles)
+    seconds, at = row["ours"]["ms"]["median"] / 1e3, [context + columns - frames, context + columns]
+    if ON_GPU:
+        row["peak_GiB"] = (torch.cuda.max_memory_allocated() - before + sum(p.nbytes for p in model.parameters())) / GIB
+        row["times_floor"] = seconds * BYTES / floor_bytes(model, batch, sum(at) / 2)
+    if peer is not None:
+        row["peer"] = compare(frame_times(peer, columns + context * table.aligned, frames), [], batch, deciles)["ours"]
+        row["ratio"] = spread([row["ours"]["ms"]["median"] / row["peer"]["ms"]["median"]])
+    if job.model in RATES:
+        row["RTF"] = seconds * RATES[job.model]
+    prefill = alternate(prefill_side(model, batch, context), None, 5)[0]
+    return row | {"what": f"frame {job.model}", "target": None, "checked": why, "p99_ms": row["ours"]["ms"]["p99"], "positions": at,
+                  "GB/s": floor_bytes(model, batch, sum(at) / 2) / seconds / 1e9, "prefill_ms": spread(prefill, 1e3)["median"]}
 
 
-def near_hardware(what: str, pair: Pair, seconds: float) -> dict[str, Any]:
-    """On CUDA: operations against what an H200 multiplies, bytes against what it reads, and the memory that was needed."""
-    if not torch.cuda.is_available():
-        return {}
-    row: dict[str, Any] = {"device": torch.cuda.get_device_name(), "peak_GiB": round(torch.cuda.max_memory_allocated() / 2**30, 2)}
-    if what == "train":
-        with FlopCounterMode(display=False) as counter:
-            pair.ours()
-        return row | {"TFLOP/s": counter.get_total_flops() / seconds / 1e12, "of_790_TFLOP/s": counter.get_total_flops() / seconds / FLOPS}
-    skipped = ("embed.", "depth.text.", "depth.audio.") + ((".ffn.",) if pair.model.config.dual_ffn else ())     # not read whole
-    read = sum(p.numel() * p.element_size() for n, p in pair.model.named_parameters() if not any(s in n for s in skipped))
-    return row | {"GB/s": read * pair.units / seconds / 1e9, "of_byte_floor": read * pair.units / BYTES / seconds}
-
-
-def bench_pair(job: Job, what: str) -> list[dict[str, Any]]:
+def bench_decode(job: Job, columns: int = 64) -> list[dict[str, Any]]:
+    """Greedy columns behind a prompt of 32 (aligned: the start column), then single frames."""
     with tempfile.TemporaryDirectory() as folder:
-        pair = (train_case if what == "train" else decode_case)(job, Path(folder))
-        ours, peer, units, told, _ = pair
+        model, net, why = decode_models(job, Path(folder))
+        ours, peer = decode_sides(model, net, 1, 1 if model.table.aligned else 32, columns, 0)
+        told = why
         if peer is not None:
-            one, other = (torch.stack([side().cpu() for _ in range(3 if what == "train" else 1)]) for side in (ours, peer))
+            one, other = (side(columns).cpu() for side in (ours, peer))
             both = min(one.shape[-1], other.shape[-1])       # a generator may hold back its last frame
-            told = check(one[..., :both], other[..., :both], told)
-        row = {"what": f"{what} {job.model}", **compare(*alternate(ours, peer, job.pairs), units), "checked": told}
-        return [row | {"target": TARGETS.get(row["what"])} | near_hardware(what, pair, row["ours"]["ms"]["median"] / 1e3)]
+            told = check(one[..., :both], other[..., :both], "greedy tokens", job.half)
+        times = alternate(*(side and partial(side, columns) for side in (ours, peer)), job.pairs)
+        row = {"what": f"decode {job.model}", **compare(*times, columns), "checked": told}
+        return [row | {"target": TARGETS.get(row["what"])}, frame_row(job, model, net, why or "drawn, nothing to compare")]
+
+
+def bench_ops(job: Job, frames: int = 8) -> list[dict[str, Any]]:
+    """What one frame makes the host do. Greedy, as the known figures of the peers are."""
+    with tempfile.TemporaryDirectory() as folder:
+        model, net, told = decode_models(job, Path(folder))
+        ours, peer = decode_sides(model, net, 1, 1 if model.table.aligned else 32, 2 * frames, 0)
+        found, other = per_frame(ours, frames), per_frame(peer, frames) if peer else None
+    row = {"what": f"ops {job.model}", "ours": {"ops": spread([found.pop("ops")])}, "checked": told, "ratio": None, **found}
+    if other:
+        row |= {"peer": {"ops": spread([other["ops"]])}, "ratio": spread([row["ours"]["ops"]["median"] / other["ops"]])}
+    return [row | {"limit": None if ON_GPU else LIMITS.get(job.model)}]
 
 
 def bench_model(job: Job) -> list[dict[str, Any]]:
-    """A family's training step and its generation, each beside its peer."""
-    return [row for what in ("train", "decode") for row in bench_pair(replace(job, peer=True), what)]
+    """A family's training step, its generation and what that costs the host, each beside its peer."""
+    return [row for measure in (bench_train, bench_decode, bench_ops) for row in measure(replace(job, peer=True))]
 
 
-# ---- the loss ----
+# ---- the loss, memory ----
 
-def resident(field: str) -> float:
-    """MiB of this process: VmRSS now, VmHWM at most since the last reset."""
-    return int(Path("/proc/self/status").read_text().partition(f"{field}:")[2].split()[0]) / 1024
-
-
-def extra_memory(side: Side) -> float:
-    """The MiB that a second run adds at most: what libraries keep for themselves is there by then.
-
-    Not ru_maxrss: that cannot be reset, and begins at the size of the process that started this one.
-    """
-    side()
-    Path("/proc/self/clear_refs").write_text("5")            # VmHWM = VmRSS
-    before = resident("VmRSS")
-    side()
-    return resident("VmHWM") - before
-
-
-def peak(which: str, model: str, vocab: int, streams: int) -> None:
-    """Print the extra memory of one side: of the loss, or of a training step of `model` at width `vocab`."""
+def peak(job: Job, which: str, *shape: str) -> None:
+    """Print the memory that one side needs: of the loss at `shape`, or of a training step."""
     torch.set_num_threads(1)
-    if not model:
-        return print(extra_memory(peers.loss_side(vocab, streams, which == "peer")))
+    if shape:
+        return print(extra_memory(peers.loss_side(*map(int, shape), which, **loss_shape(job))))
     with tempfile.TemporaryDirectory() as folder:
-        ours, theirs, *_ = train_case(Job(model=model, width=vocab, peer=which == "peer"), Path(folder))
-        print(extra_memory(ours if which == "ours" else theirs))
+        pair = train_case(replace(job, peer=which == "peer"), Path(folder))
+        side = pair.ours if which == "ours" else pair.peer
+        del pair
+        gc.collect()                                         # of the other side nothing stays on the device
+        print(extra_memory(side, whole=True))
 
 
-def run_peak(which: str, vocab: int, streams: int = 1, model: str = "") -> float:
+def run_peak(job: Job, which: str, *shape: int) -> float:
     """`peak` in a process of its own, which gives freed memory back at once."""
-    command = [sys.executable, __file__, "peak", which, model, str(vocab), str(streams)]
+    options = [f"--{name}={value}" for name, value in asdict(job).items() if value != getattr(Job(), name)]
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 18), "MALLOC_TRIM_THRESHOLD_": "0"}
-    return float(subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout)
+    command = [sys.executable, __file__, "peak", which, *map(str, shape), *options]
+    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env).stdout.split()[-1])
 
 
 def memory_row(what: str, told: str, limit: float | None, sizes: dict[str, float]) -> dict[str, Any]:
@@ -250,22 +148,43 @@ def memory_row(what: str, told: str, limit: float | None, sizes: dict[str, float
     return row | {"ratio": spread([sizes["ours"] / sizes["peer"]]) if "peer" in sizes else None}
 
 
+def loss_shape(job: Job) -> dict[str, Any]:
+    """How many rows, how wide, of which type."""
+    rows, width = (16384, 4096) if job.preset == "full" else (4096, 256)
+    return {"rows": rows, "width": width, "dtype": DTYPES["bf16" if job.half else "fp32"]}
+
+
+def bench_loss_memory(job: Job) -> list[dict[str, Any]]:
+    rows = []
+    for vocab, streams, limit in ((32000, 1, 0.15), (1026, 8, 0.2)):
+        ours, full = (run_peak(job, who, vocab, streams) for who in ("ours", "full"))
+        rows.append(memory_row(f"loss memory {streams}x{vocab}", "", limit, {"ours": ours, "peer": full}))
+    return rows
+
+
 def bench_memory(job: Job) -> list[dict[str, Any]]:
     """Of the loss against full logits, then of a training step of --model against its peer."""
-    rows = [memory_row(f"loss memory {n}x{vocab}", "", limit, {which: run_peak(which, vocab, n) for which in ("ours", "peer")})
-            for vocab, n, limit in ((32000, 1, 0.15), (1026, 8, 0.2))]
     why = peers.missing(job.model) or ("" if job.peer else "not measured: add --peer")
-    sizes = {which: run_peak(which, job.width, model=job.model) for which in (("ours",) if why else ("ours", "peer"))}
-    return [*rows, memory_row(f"train memory {job.model}", why, None, sizes)]
+    sizes = {which: run_peak(job, which) for which in (("ours",) if why else ("ours", "peer"))}
+    return [*bench_loss_memory(job), memory_row(f"train memory {job.model}", why, None, sizes)]
 
 
 def bench_loss(job: Job) -> list[dict[str, Any]]:
-    rows = bench_memory(job)[:2]
+    """Against full logits; then one stream without weights against the fused losses of others."""
+    rows, given = bench_loss_memory(job), loss_shape(job)
     for vocab, streams in ((32000, 1), (1026, 8)):
-        sides = [peers.loss_side(vocab, streams, which) for which in (False, True)]
-        told = check(*(side() for side in sides), "loss and gradient")
-        times = compare(*alternate(*sides, job.pairs), 4096)
-        rows.append({"what": f"loss time {streams}x{vocab}", **times, "checked": told, "target": 1.0})
+        sides = [peers.loss_side(vocab, streams, who, **given) for who in ("ours", "full")]
+        told = check(*(side() for side in sides), "loss and gradient", job.half)
+        times = compare(*alternate(*sides, job.pairs), given["rows"])
+        rows.append({"what": f"loss time {streams}x{vocab}", **times, "checked": told, "target": 0.7 if ON_GPU else 1.0})
+    for who, target in (("torch", None), ("liger", 1.1)):
+        row = {"what": f"loss time {who}", "against": who, "target": target, "ratio": None}
+        row["checked"] = peers.missing_loss(who) or ("" if job.peer else "not measured: add --peer")
+        if not row["checked"]:
+            sides = [peers.loss_side(32000, 1, name, **given, weighted=False) for name in ("ours", who)]
+            row["checked"] = check(*(side() for side in sides), "loss and gradient", job.half)
+            row |= compare(*alternate(*sides, job.pairs), given["rows"])
+        rows.append(row)
     return rows
 
 
@@ -273,16 +192,15 @@ def bench_loss(job: Job) -> list[dict[str, Any]]:
 
 def bench_kernels(job: Job) -> list[dict[str, Any]]:
     """Each op, forward and backward, against torch.compile of its reference, with the share of the byte floor it reaches."""
-    cuda = torch.cuda.is_available()
-    width, count, dtype = (4096, 16384, torch.bfloat16) if cuda else (job.width, 64, torch.float32)
-    given, rows = shapes.cases(torch.device("cuda" if cuda else "cpu"), dtype, count, width), []
+    width, count, dtype = (4096, 16384, torch.bfloat16) if ON_GPU else (job.width, 64, torch.float32)
+    given, rows = shapes.cases(torch.device("cuda" if ON_GPU else "cpu"), dtype, count, width), []
     for name, (op, ref) in PAIRS.items():
-        ours, peer = shapes.op_side(op, given[name]), shapes.op_side(torch.compile(ref), given[name]) if cuda else None
+        ours, peer = shapes.op_side(op, given[name]), shapes.op_side(torch.compile(ref), given[name]) if ON_GPU else None
         times = compare(*alternate(ours, peer, job.pairs), 1)
         moved, seconds = shapes.moved(given[name], ours()), times["ours"]["ms"]["median"] / 1e3
-        floor = {"GB/s": moved / seconds / 1e9, "of_byte_floor": moved / BYTES / seconds} if cuda else {}
-        told = "" if cuda else "the reference; its Triton kernel: not measured, no CUDA device"
-        rows.append({"what": f"kernel {name}", **times, "checked": told, "target": 1.0 if cuda else None, **floor})
+        floor = {"GB/s": moved / seconds / 1e9, "of_byte_floor": moved / BYTES / seconds} if ON_GPU else {}
+        told = "" if ON_GPU else "the reference; its Triton kernel: not measured, no CUDA device"
+        rows.append({"what": f"kernel {name}", **times, "checked": told, "target": 1.0 if ON_GPU else None, **floor})
     return rows
 
 
@@ -343,42 +261,26 @@ def bench_loader(job: Job) -> list[dict[str, Any]]:
     return [row | {"checked": f"packing {row['packing']:.1%}", "target": None}]
 
 
-def show(row: dict[str, Any]) -> str:
-    """One line of the table."""
-    sides = [row[side] for side in ("ours", "peer") if side in row]
-    cells = [f"{side[unit]['median']:9.1f} {unit}" for side in sides for unit in ("MiB", "ms") if unit in side]
-    rate = f"{row['ours']['per_second']:>9,.0f}/s " if "per_second" in row["ours"] else " " * 12
-    near = "".join(f", {name} {row[name]:.2f}" for name in ("of_790_TFLOP/s", "of_byte_floor", "peak_GiB") if name in row)
-    if row["ratio"] is None:
-        return f"{row['what']:<20} {rate} ours {cells[0]}  {row['checked']}{near}"
-    goal = f", target {row['target']}" if row["target"] else ""
-    ratio = "{median:.2f} ({p10:.2f} .. {p90:.2f})".format(**row["ratio"])
-    return f"{row['what']:<20} {rate} ours {cells[0]}  {row.get('against', 'peer')} {cells[1]}  ratio {ratio}{goal}{near}"
-
-
-WHAT = {"loss": bench_loss, "memory": bench_memory, "kernels": bench_kernels, "loader": bench_loader, "scaling": bench_scaling}
+WHAT = {"train": bench_train, "decode": bench_decode, "ops": bench_ops, "loss": bench_loss, "memory": bench_memory,
+        "kernels": bench_kernels, "loader": bench_loader, "scaling": bench_scaling, **dict.fromkeys(LORA, bench_model)}
 
 
 def main() -> None:
-    words, pairs = split_arguments(sys.argv[1:], ("help", "peer", "json"))
-    known = ("train", "decode", *WHAT, *LORA)
+    words, pairs = split_arguments(sys.argv[1:], ("help", "peer", "compile", "json"))
     if "help" in pairs:
-        return print(help_text(Job(), f"python bench.py {'|'.join(known)} [--model=higgs --peer]"))
-    if words[:1] == ["peak"]:
-        return peak(words[1], words[2], int(words[3]), int(words[4]))
+        return print(help_text(Job(), f"python bench.py {'|'.join(WHAT)} [--model=higgs --peer]"))
     if words and words[0] in LORA:
         pairs["model"] = words[0]
     job = apply(Job(), {key: value or "true" for key, value in pairs.items()})
+    if words[:1] == ["peak"]:
+        return peak(job, *words[1:])
     if words == ["rank"]:
         return rank_side(job)
-    if len(words) != 1 or words[0] not in known:
-        raise ValueError(f"unexpected {' '.join(words) or 'nothing'}; say what to measure: {', '.join(known)}")
+    if len(words) != 1 or words[0] not in WHAT:
+        raise ValueError(f"unexpected {' '.join(words) or 'nothing'}; say what to measure: {', '.join(WHAT)}")
     torch.set_num_threads(job.threads)
-    versions = {name: importlib.metadata.version(name) for name in ("torch", *peers.NEEDS.get(job.model, ())) if not peers.absent(name)}
-    rows = bench_model(job) if words[0] in LORA else WHAT[words[0]](job) if words[0] in WHAT else bench_pair(job, words[0])
-    setting = {"preset": job.preset, "width": job.width, "threads": job.threads, "pairs": job.pairs, "versions": versions}
-    for row in rows:
-        print(json.dumps(row | setting))
+    for row in WHAT[words[0]](job):
+        print(json.dumps(row | {"options": asdict(job)} | origin(peers.NEEDS.get(job.model, ()))))
         if not job.json:
             print(show(row))
 

@@ -3,33 +3,35 @@
     higgs, qwen    transformers + PEFT: its classes, its loss, its generate
     moshi          the moshi package: LMModel with its own LoRA and the loss of moshi-finetune, LMGen
 
-A side is a function that does the work once and returns what it computed: the loss, or all greedy tokens. Only bench.py
-imports this file.
+A side (measure.py) does the work once and returns what it computed: the loss, or all tokens. Only bench.py imports this file.
 """
 
 import importlib.util
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-os.environ |= {"NO_TORCH_COMPILE": "1", "NO_CUDA_GRAPH": "1"}           # nobody compiles; moshi reads them on import
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if not torch.cuda.is_available():
+    os.environ["NO_TORCH_COMPILE"] = "1"                     # nobody compiles on a CPU; moshi reads it on import
+
 from loss import cross_entropy_sums
+from measure import ON_GPU, Side
 from model import HIGGS_V2_3B, MOSHI_7B, MOSS_9B, QWEN2_5_1_5B, ModelConfig, MultistreamLM
 from options import read_json, run_config
 from streams import delay, is_audio, undelay
 
 TINY = Path(__file__).parent / "configs" / "tiny.py"
 NEEDS = {"higgs": ("transformers", "peft"), "qwen": ("transformers", "peft"), "moshi": ("moshi",)}
-Side = Callable[[], Tensor]
 Training = tuple[nn.Module, Side]        # the network, and its loss with a gradient
+WARM = 0.8                               # temperature of what is not greedy
 
 
 def absent(package: str) -> bool:
@@ -68,14 +70,15 @@ def architecture(name: str, D: int) -> ModelConfig:
                    dual_ffn=tuple(range(4)) if full.dual_ffn else ())
 
 
-def build(name: str, width: int) -> MultistreamLM:
-    """Random weights: fp32 when small, bf16 as published."""
+def build(name: str, width: int, dtype: torch.dtype = torch.float32, checkpoint: int = 0) -> MultistreamLM:
+    """Random weights, made where they stay."""
     torch.manual_seed(0)
-    model = MultistreamLM(architecture(name, width))
+    with torch.device("cuda" if ON_GPU else "cpu"):
+        model = MultistreamLM(replace(architecture(name, width), checkpoint=checkpoint))
     with torch.no_grad():
         if name == "higgs":                                  # no code ends the audio: random heads part ways behind an end
             model.audio_head.weight.unflatten(0, (len(model.table.audio_out), -1))[:, model.table.streams[-1].end] = 0
-    return model.to("cuda" if torch.cuda.is_available() else "cpu", torch.float32 if width or name == "tiny" else torch.bfloat16)
+    return model.to(dtype)
 
 
 def frames(model: MultistreamLM, batch: int, count: int) -> Tensor:
@@ -102,6 +105,12 @@ def training_batch(model: MultistreamLM, batch: int, columns: int = 256) -> tupl
     return tokens, weights
 
 
+def autocast(model: MultistreamLM) -> AbstractContextManager:
+    """What train.py runs a forward in, and transformers' Trainer: adapters are fp32, what they hang on may be bf16."""
+    weight = like(model)
+    return nullcontext() if weight.dtype == torch.float32 else torch.autocast(weight.device.type, weight.dtype)
+
+
 # ---- sides of both ----
 
 def training_side(net: nn.Module, loss: Side) -> Side:
@@ -118,23 +127,49 @@ def training_side(net: nn.Module, loss: Side) -> Side:
     return side
 
 
-def loss_side(vocab: int, streams: int, naive: bool, rows: int = 4096, width: int = 256) -> Side:
-    """Forward and backward through a frozen head of `streams` x `vocab`."""
-    g = torch.Generator().manual_seed(0)
-    h, head = torch.randn(rows, width, generator=g).requires_grad_(), torch.randn(streams * vocab, width, generator=g) / width**0.5
+def loss_side(vocab: int, streams: int, who: str, rows: int = 4096, width: int = 256, dtype: torch.dtype = torch.float32,
+              weighted: bool = True) -> Side:
+    """Forward and backward through a frozen head of `streams` x `vocab`: ours, "full" logits, or of one stream without weights
+    "torch" (its chunked F.linear_cross_entropy) or "liger" (CUDA)."""
+    g, device = torch.Generator().manual_seed(0), "cuda" if ON_GPU else "cpu"
+    h, head = torch.randn(rows, width, generator=g), torch.randn(streams * vocab, width, generator=g) / width**0.5
     targets, weights = torch.randint(0, vocab, (rows, streams), generator=g), torch.rand(rows, streams, generator=g)
+    h, head, targets = h.to(device, dtype).requires_grad_(), head.to(device, dtype), targets.to(device)
+    weights, scale = (weights if weighted else torch.ones_like(weights)).to(device), torch.ones(streams, device=device)
+
+    def ours() -> Tensor:                                    # as train.py calls it
+        return cross_entropy_sums(h, h[:, :0], lambda h, _: F.linear(h, head).unflatten(-1, (streams, -1)).transpose(0, 1),
+                                  targets, weights, streams * vocab, scale).total
+
+    def full() -> Tensor:
+        nll = F.cross_entropy(F.linear(h, head).view(-1, vocab).float(), targets.flatten(), reduction="none")
+        return (nll * weights.flatten()).sum()
+
+    def chunked() -> Tensor:
+        return F.linear_cross_entropy(h, head, targets[:, 0], reduction="sum", options=nn.LinearCrossEntropyOptions())
+
+    def liger() -> Tensor:
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+        return LigerFusedLinearCrossEntropyLoss(reduction="sum")(head, h, targets[:, 0])
+
+    loss = {"ours": ours, "full": full, "torch": chunked, "liger": liger}[who]
 
     def side() -> Tensor:
         h.grad = None
-        if naive:
-            loss = (F.cross_entropy(F.linear(h, head).view(-1, vocab), targets.flatten(), reduction="none") * weights.flatten()).sum()
-        else:
-            loss = cross_entropy_sums(h, h[:, :0], lambda h, _: F.linear(h, head).unflatten(-1, (streams, -1)).transpose(0, 1),
-                                      targets, weights, streams * vocab, torch.ones(streams)).total      # as train.py calls it
-        loss.backward()
-        return torch.cat([loss.detach()[None], h.grad.flatten()])
+        value = loss()
+        value.backward()
+        return torch.cat([value.detach()[None].float(), h.grad.flatten().float()])
 
     return side
+
+
+def missing_loss(who: str) -> str:
+    """Why another's fused loss is not measured here, "" when it is."""
+    if who == "torch":
+        return "" if hasattr(F, "linear_cross_entropy") else "not measured: this torch has no F.linear_cross_entropy, 2.13 has"
+    if not ON_GPU:
+        return "not measured: Liger's kernels need a CUDA device"
+    return "not measured: pip install liger-kernel" if absent("liger_kernel") else ""
 
 
 # ---- transformers, PEFT ----
@@ -152,22 +187,38 @@ def transformers_training(folder: Path, model: MultistreamLM, tokens: Tensor, we
     """PEFT around transformers, with the loss of its own class. Placeholders stand among the ids, codes (B, n, Q) apart."""
     from peft import PeftModel
     net = PeftModel.from_pretrained(transformers_model(folder, model), folder / "adapter", is_trainable=True).train()
+    if model.config.checkpoint:
+        net.enable_input_require_grads()                     # what is made again must want a gradient
+        net.gradient_checkpointing_enable({"use_reentrant": False})
     given: dict[str, Any] = {"input_ids": tokens[:, 0], "labels": tokens[:, 0].masked_fill(weights[:, 0] == 0, -100)}
     if model.table.audio:
         audio = is_audio(tokens, model.table)
         rows = tokens[:, model.table.audio].transpose(1, 2)[audio].view(len(tokens), -1, len(model.table.audio))
         given |= {"input_ids": tokens[:, 0].masked_fill(audio, net.config.audio_token_id), "audio_input_ids": rows, "audio_labels": rows,
                   "audio_input_ids_mask": torch.ones_like(rows[..., 0], dtype=torch.bool)}
-    return net, lambda: net(**given, use_cache=False).loss
+
+    half = autocast(model)
+
+    def loss() -> Tensor:
+        with half:
+            return net(**given, use_cache=False).loss
+
+    return net, loss
 
 
-def transformers_decoding(folder: Path, model: MultistreamLM, prompt: Tensor, columns: int) -> Side:
-    net = transformers_model(folder, model).eval()
+def transformers_decoding(net: nn.Module, model: MultistreamLM, prompt: Tensor, top_k: int) -> Side:
+    """Greedy where top_k is 0. Its criteria of stopping are asked behind every column, which ticks."""
     ids = {"input_ids": prompt[:, 0], "attention_mask": torch.ones_like(prompt[:, 0])}
+    rules = {"do_sample": True, "temperature": WARM, "top_k": top_k} if top_k else {"do_sample": False}
 
-    def side() -> Tensor:
+    def side(columns: int, tick: Callable[[], None] | None = None) -> Tensor:
+        def ask(ids: Tensor, scores: Any, **_: Any) -> Tensor:
+            tick()
+            return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
         with torch.inference_mode():
-            made = net.generate(**ids, max_new_tokens=columns, do_sample=False, eos_token_id=None, pad_token_id=0)
+            made = net.generate(**ids, **rules, max_new_tokens=columns, eos_token_id=None, pad_token_id=0,
+                                stopping_criteria=[ask] if tick else None)
         return undelay(made.transpose(1, 2), model.table.delays[1:]) if model.table.audio else made[:, None, prompt.shape[2] :]
 
     return side
@@ -180,7 +231,8 @@ def moshi_model(folder: Path, model: MultistreamLM, adapter: Path | None = None)
     about = read_json((adapter or folder) / "config.json")
     about.pop("model_type")
     lora = adapter and adapter / "lora.safetensors"
-    return get_moshi_lm(folder / "model.safetensors", about, like(model).device, like(model).dtype, lora)
+    return get_moshi_lm(folder / "model.safetensors", about, like(model).device, like(model).dtype, lora,
+                        lm_kwargs_overrides={"gradient_checkpointing": model.config.checkpoint > 0})
 
 
 def weighted_mean(logits: Tensor, target: Tensor, mask: Tensor, factor: Tensor) -> Tensor:
@@ -207,17 +259,20 @@ def moshi_training(folder: Path, model: MultistreamLM, tokens: Tensor, weights: 
     return net, loss
 
 
-def moshi_decoding(folder: Path, model: MultistreamLM, user: Tensor, columns: int) -> Side:
-    """user (B, 8, T): what the other speaker says while the model writes."""
+def moshi_decoding(net: nn.Module, user: Tensor, top_k: int) -> Side:
+    """user (B, 8, T): what the other speaker says while the model writes. Greedy where top_k is 0."""
     from moshi.models import LMGen
-    generator = LMGen(moshi_model(folder, model).eval(), use_sampling=False)
+    rules = {"temp": WARM, "temp_text": WARM, "top_k": top_k, "top_k_text": top_k} if top_k else {"use_sampling": False}
+    generator = LMGen(net, **rules)
 
-    def side() -> Tensor:
-        made = []
-        with generator.streaming(1):
+    def side(columns: int, tick: Callable[[], None] | None = None) -> Tensor:
+        made: list[Tensor] = []
+        with generator.streaming(len(user)):
             for t in range(columns):
                 frame = generator.step(user[..., t : t + 1])
                 made += [] if frame is None else [frame]
+                if tick:
+                    tick()
         return torch.cat(made, -1)
 
     return side

@@ -1,0 +1,199 @@
+"""How things are measured: two sides in alternation, frame by frame, in memory, in operations, and what a row of figures says.
+
+A side is a function that does the work once and returns what it computed. One that generates takes the number of columns,
+and calls `tick` behind every frame. On CUDA times come from events or end with a synchronization. Next: bench.py.
+"""
+
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import statistics
+import subprocess
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+Side = Callable[..., Tensor]
+TOLERANCE = {True: 2e-2, False: 1e-4}      # of losses, relative: with half precision or without
+ON_GPU = torch.cuda.is_available()
+GIB, MIB = 2**30, 2**20
+
+
+# ---- time ----
+
+def alternate(ours: Side, peer: Side | None, pairs: int, warmup: int = 2) -> tuple[list[float], list[float]]:
+    """Seconds of both sides, one after the other, `pairs` times each."""
+    seconds: tuple[list[float], list[float]] = [], []
+    for n in range(-warmup, pairs):
+        for side, kept in zip((ours, peer), seconds, strict=True):
+            if side is not None:
+                began = time.perf_counter()
+                side()
+                if ON_GPU:
+                    torch.cuda.synchronize()
+                if n >= 0:
+                    kept.append(time.perf_counter() - began)
+    return seconds
+
+
+def frame_times(side: Side, columns: int, frames: int) -> list[float]:
+    """Seconds between the last `frames` ticks of a generation of `columns` columns; what comes before warms up."""
+    marks: list[Any] = []
+
+    def tick() -> None:
+        marks.append(torch.cuda.Event(enable_timing=True) if ON_GPU else time.perf_counter())
+        if ON_GPU:
+            marks[-1].record()
+
+    side(columns, tick)
+    if len(marks) <= frames:
+        raise ValueError(f"{columns} columns gave {len(marks)} frames, {frames} were to be timed; lower --frames")
+    if ON_GPU:
+        torch.cuda.synchronize()
+    return [a.elapsed_time(b) / 1e3 if ON_GPU else b - a for a, b in pairwise(marks[-frames - 1 :])]
+
+
+def spread(values: Sequence[float], factor: float = 1.0, places: tuple[int, ...] = (10, 90)) -> dict[str, float]:
+    """The median and the percentiles at `places`, to four digits."""
+    at = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([50, *places], dtype=torch.float64) / 100) * factor
+    names = ("median", *(f"p{place}" for place in places))
+    return {name: float(f"{value:.4g}") for name, value in zip(names, at.tolist(), strict=True)}
+
+
+def compare(ours: Sequence[float], peer: Sequence[float], units: int, places: tuple[int, ...] = (10, 90)) -> dict[str, Any]:
+    """Milliseconds and units a second of both sides, and the ratios of the pairs (ours / peer, below 1 = we are faster)."""
+    sides = {name: {"ms": spread(times, 1e3, places), "per_second": float(f"{units / statistics.median(times):.4g}")}
+             for name, times in (("ours", ours), ("peer", peer)) if times}
+    return sides | {"ratio": spread([a / b for a, b in zip(ours, peer, strict=True)]) if peer else None}
+
+
+# ---- equal answers ----
+
+def check(ours: Tensor, peer: Tensor, what: str, half: bool = False) -> str:
+    """Both sides computed the same, or nothing is measured. Greedy tokens of `half` precision part ways, and are counted."""
+    same = ours.shape == peer.shape
+    error = float((ours - peer).abs().max() / peer.abs().max().clamp(min=1e-9)) if same else float("inf")
+    if same and half and not ours.is_floating_point():
+        return f"{float((ours == peer).double().mean()):.0%} of {what} equal, in half precision; all of them in fp32 (--dtype=fp32)"
+    if not error <= (TOLERANCE[half] if ours.is_floating_point() else 0):
+        raise ValueError(f"{what} differ from the peer's ({error:.1e}); a fast wrong answer is not measured, mend that first")
+    return f"{what} equal ({error:.0e})"
+
+
+# ---- memory ----
+
+def resident(field: str) -> float:
+    """MiB of this process: VmRSS now, VmHWM at most since the last reset."""
+    return int(Path("/proc/self/status").read_text().partition(f"{field}:")[2].split()[0]) / 1024
+
+
+def extra_memory(side: Side, whole: bool = False) -> float:
+    """The MiB that a second run adds at most; what libraries keep for themselves is there by then. `whole`, on CUDA: all there are.
+
+    Not ru_maxrss: that cannot be reset, and begins at the size of the process that started this one.
+    """
+    side()
+    if ON_GPU:
+        before = 0 if whole else torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        side()
+        return (torch.cuda.max_memory_allocated() - before) / MIB
+    Path("/proc/self/clear_refs").write_text("5")            # VmHWM = VmRSS
+    before = resident("VmRSS")
+    side()
+    return resident("VmHWM") - before
+
+
+# ---- operations ----
+
+class Operations(TorchDispatchMode):
+    """Counts the operations that torch runs, composed ones by their parts, views not at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        with self:                                           # inference mode shows composed operations as they were called
+            parts = func.decompose(*args, **(kwargs or {}))
+        if parts is not NotImplemented:
+            return parts
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def operations(run: Callable[[], Any]) -> dict[str, float]:
+    with Operations() as mode:
+        run()
+    return {"ops": mode.count}
+
+
+def syncs(run: Callable[[], Any]) -> int:
+    """How often the host waits for the CUDA device."""
+    torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        run()
+    torch.cuda.set_sync_debug_mode("default")
+    return sum("called a synchronizing CUDA operation" in str(w.message) for w in told)
+
+
+def launches(run: Callable[[], Any]) -> dict[str, float]:
+    """What the host starts on the CUDA device: graphs and kernels; and how often it waits for it."""
+    with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as profile:
+        run()
+        torch.cuda.synchronize()
+    called = {event.key: event.count for event in profile.key_averages()}
+    kernels = sum(count for name, count in called.items() if name.startswith(("cudaLaunchKernel", "cuLaunchKernel")))
+    return {"ops": kernels, "graphs": called.get("cudaGraphLaunch", 0), "syncs": syncs(run)}
+
+
+def per_frame(side: Side, frames: int) -> dict[str, float]:
+    """Operations of one frame, on CUDA kernels, graphs and syncs: what twice as many columns add to a generation."""
+    side(frames)
+    once, twice = ((launches if ON_GPU else operations)(lambda n=n: side(n * frames)) for n in (1, 2))
+    return {name: (twice[name] - once[name]) / frames for name in once}
+
+
+# ---- where it was measured, and how a row reads ----
+
+def version(package: str) -> str | None:
+    return importlib.metadata.version(package) if importlib.util.find_spec(package) else None
+
+
+def origin(packages: Sequence[str] = ()) -> dict[str, Any]:
+    """Commit, versions, device and threads."""
+    describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+    commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    device = torch.cuda.get_device_name() if ON_GPU else f"{os.cpu_count()} cores, {names[0] if names else 'unnamed'}"
+    others = {name: version(name) for name in packages if version(name)}
+    return {"commit": commit or "not a checkout", "torch": torch.__version__, "triton": version("triton"), "device": device,
+            "threads": torch.get_num_threads(), "versions": others}
+
+
+UNITS = {"MiB": "MiB", "ms": "ms", "ops": "kernels" if ON_GPU else "ops"}
+EXTRAS = ("p99_ms", "prefill_ms", "RTF", "GB/s", "of_byte_floor", "TFLOP/s", "MFU", "peak_GiB", "graphs", "syncs")
+
+
+def show(row: dict[str, Any]) -> str:
+    """One line of the table."""
+    sides = [row[side] for side in ("ours", "peer") if side in row]
+    cells = [f"{side[unit]['median']:9.1f} {word}" for side in sides for unit, word in UNITS.items() if unit in side]
+    rate = f"{row['ours']['per_second']:>9,.0f}/s " if "per_second" in row.get("ours", {}) else " " * 12
+    near = "".join(f", {name} {row[name]:.2f}" for name in EXTRAS if name in row)
+    near += f", positions {row['positions'][0]} to {row['positions'][1]}" if "positions" in row else ""
+    goal = f", target {row['target']}" if row.get("target") else ""
+    goal += f", at most {row['limit']} {UNITS['ops']}" if row.get("limit") else ""
+    if row["ratio"] is None:
+        return f"{row['what']:<20} {rate} {f'ours {cells[0]}  ' if cells else ''}{row['checked']}{goal}{near}"
+    ratio = "{median:.2f} ({p10:.2f} .. {p90:.2f})".format(**row["ratio"])
+    return f"{row['what']:<20} {rate} ours {cells[0]}  {row.get('against', 'peer')} {cells[1]}  ratio {ratio}{goal}{near}"

@@ -59,7 +59,7 @@ def whisper(config: AnnotateConfig) -> Hear:
         model = WhisperModel(config.model, device=config.device, compute_type="auto")
     except (OSError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:80]
-        raise ValueError(f"Whisper model {config.model!r} cannot be loaded ({reason}); give a size or a folder") from None
+        raise ValueError(f"Whisper model {config.model!r} cannot be loaded ({reason}); name a folder or another size by --model") from None
 
     def hear(channel: Tensor) -> Heard:
         segments, _ = model.transcribe(channel.numpy(), language=None if config.language == "auto" else config.language, vad_filter=True,

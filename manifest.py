@@ -245,7 +245,7 @@ def pairs(m: Manifest) -> Iterator[tuple[str, Row]]:
     for path in sorted(p for p in m.path.rglob("*") if p.suffix.lower() in SOUNDS):
         name, transcript, before = path.relative_to(m.path), path.with_suffix(".txt"), len(m.bad)
         if not transcript.is_file():
-            m.reject(str(name), "no transcript", f"write what is said into {transcript.name} beside it")
+            m.reject(str(name), "no transcript", f"write what is said into {transcript.name}, or run data.py annotate for dialogues")
             continue
         text = "\n".join(line for _, line in text_lines(m, transcript))
         if len(m.bad) == before:

@@ -34,7 +34,7 @@ from data import DataConfig, load_tokenizer
 from duplex import MAIN, interleave, tokenise
 from model import MultistreamLM
 from options import check_types, read_rows, write_rows
-from streams import Example, StreamTable, delay, lay_out
+from streams import StreamTable, delay
 from text import Tokenizer, normalise
 
 Row = dict[str, Any]
@@ -115,10 +115,15 @@ class Reader:
             return self.duplex(parts, scored, where)
         if self.table.audio:
             raise ValueError(f"pairs and choices know dialogues (Moshi, DSAA) and plain text, this model has layout {self.table.layout!r}")
-        ids = [torch.tensor(self.tokenizer.encode(self.said(part))) for part in parts]
-        context = sum(map(len, ids[:scored]))
-        tokens = lay_out(Example(torch.cat(ids)), self.table)[0]
-        return Clip(tokens, (torch.arange(tokens.shape[1]) >= context).float()[None])
+        ids = [torch.tensor(self.tokenizer.encode(self.said(part)), dtype=torch.int64) for part in parts]
+        if empty := [part for part, found in zip(parts, ids, strict=True) if not len(found)]:
+            raise ValueError(f"{where}: this model reads text alone; add \"text\" to {json.dumps(empty[0])[:60]}")
+        tokens = torch.full((len(self.table), sum(map(len, ids))), -1)
+        tokens[0] = torch.cat(ids)
+        first = max(1, sum(map(len, ids[:scored])))                   # nothing predicts the first column
+        counts = torch.zeros(tokens.shape)
+        counts[0, first:] = 1
+        return Clip(tokens, counts)
 
     def said(self, part: Row) -> str:
         return normalise(str(part.get("text", "")), self.data.normaliser)

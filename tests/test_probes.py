@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,9 +12,10 @@ from conftest import call
 
 import latent
 from checkpoint import Extras, save
+from data import DataConfig, load_tokenizer
 from latent import Geometry, cka, cosine, direction, main_axes
 from model import ModelConfig, MultistreamLM, StackConfig, codebooks
-from probes import Clip, Probe, choice_score, compare, log_probabilities, mcnemar, scores
+from probes import Clip, Probe, Reader, choice_score, compare, log_probabilities, mcnemar, scores
 from repair import Repair, clamp_words
 from streams import Stream, StreamTable, delay
 
@@ -92,6 +94,21 @@ def test_scores_are_weighted_means():
     assert int(counts[1].sum()) == 5 and n == 7 * 4 and math.isnan(found["text"])
     assert found["semantic"] == pytest.approx(float(first) / 5) and found["plain"] == pytest.approx(float(first + rest) / (5 + n))
     assert found["speech"] == pytest.approx(float(100 * first + rest) / (500 + n))
+
+
+def test_a_text_model_scores_every_token_behind_the_context():
+    table = StreamTable((Stream("text", "text", 256, 256),), "qwen2")
+    torch.manual_seed(1)
+    model = MultistreamLM(ModelConfig(table, StackConfig(dim=16, layers=1, heads=2, ffn=44))).eval()
+    reader = Reader(table, None, load_tokenizer("bytes"), DataConfig(normaliser="none"), Path())
+    clip = reader.clip([{"text": "ab"}, {"text": "cde", "audio": "c.wav"}], 1, "item 1")
+    logs = model(clip.tokens[None])[0][0].double().log_softmax(-1)
+    wanted = [float(logs[n, code]) for n, code in ((1, 99), (2, 100), (3, 101))]
+    assert clip.tokens.tolist() == [[97, 98, 99, 100, 101]]
+    assert scores(model, clip, 100.0)["text"] == pytest.approx(sum(wanted) / 3) and math.isnan(scores(model, clip, 100.0)["speech"])
+    assert reader.clip([{"text": "ab"}], 0, "item 1").counts.tolist() == [[0, 1]]           # the first token is free, not certain
+    with pytest.raises(ValueError, match="item 1: this model reads text alone; add"):
+        reader.clip([{"audio": "c.wav"}], 0, "item 1")
 
 
 def test_a_choice_mixes_what_is_there():

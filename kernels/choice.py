@@ -10,6 +10,7 @@ them: row numbers are int64 before they are multiplied, and matrix products go t
 
 import os
 import warnings
+from contextlib import nullcontext
 from functools import lru_cache
 from types import SimpleNamespace
 
@@ -28,9 +29,17 @@ IN_NUMPY = tl.constexpr(INTERPRET)
 HALVES = (torch.bfloat16, torch.float16)
 
 
+class Kernel(object if triton is None else triton.JITFunction):
+    """A kernel that runs where its first tensor is; Triton by itself would take the device that happens to be the current one."""
+
+    def run(self, *args, **named):
+        with torch.cuda.device_of(args[0]) if args[0].is_cuda else nullcontext():
+            return super().run(*args, **named)
+
+
 def jit(function):
     """`triton.jit`, or the function as it is where Triton is missing: it is never called then."""
-    return function if triton is None else triton.jit(function)
+    return function if triton is None else triton.jit(function) if INTERPRET else Kernel(function)
 
 
 @jit

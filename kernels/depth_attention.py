@@ -16,7 +16,7 @@ from kernels.choice import fused, jit, power, tl
 
 
 def depth_attention_ref(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """q (T, N, H, d), k and v (T, N, H_kv, d) -> (T, N, H, d); T queries that end where the keys end"""
+    """q (T, N, H, d), k and v (T, N, H_kv, d) -> (T, N, H, d)"""
     q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))                                 # -> (N, H, T, d)
     y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
     return y.permute(2, 0, 1, 3)
@@ -69,6 +69,11 @@ def backward_kernel(q, k, v, dy, dq, dk, dv, T, N, H, D, GROUP, qt, qn, qh, kt, 
     tl.store(dv + at, sum_v.to(dv.dtype.element_ty), mask=inside)
 
 
+def warps(T: int, d: int) -> int:
+    """As many as hold a product (T, T, d) in registers; more take too much shared memory."""
+    return power(power(T) ** 2 * power(d) // 4096, 1, 4)
+
+
 def rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -82,7 +87,7 @@ class DepthAttention(torch.autograd.Function):
         y = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         if N:
             forward_kernel[(N, H)](q, k, v, y, T, N, H, d, H // k.shape[2], *(s for x in (q, k, v) for s in x.stride()[:3]), d**-0.5,
-                                   power(T), power(d), num_warps=1)
+                                   power(T), power(d), num_warps=warps(T, d))
         return y
 
     @staticmethod
@@ -93,7 +98,8 @@ class DepthAttention(torch.autograd.Function):
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
         if N:
             backward_kernel[(N, k.shape[2])](q, k, v, dy, dq, dk, dv, T, N, H, d, H // k.shape[2],
-                                             *(s for x in (q, k, v, dy) for s in x.stride()[:3]), d**-0.5, power(T), power(d), num_warps=1)
+                                             *(s for x in (q, k, v, dy) for s in x.stride()[:3]), d**-0.5, power(T), power(d),
+                                             num_warps=warps(T, d))
         return dq, dk, dv
 
 

@@ -1,7 +1,8 @@
 """Compile every kernel for a GPU that need not be there:  python tests/compile_kernels.py [op ...]
 
 The interpreter runs kernels as numpy programs and accepts what a compiler refuses. Here the ops are called on the cases of
-test_kernels.py with launches replaced by compilation for compute capability 9.0; one line for each variant.
+test_kernels.py with launches replaced by compilation for compute capability 9.0, numbers that are 1 compiled in as a launch
+does; one line for each variant.
 """
 
 import os
@@ -24,7 +25,7 @@ seen = set()
 
 def launch(self: JITFunction, *args: object, grid: tuple, warmup: bool, num_warps: int = 4, **named: object) -> None:
     values = dict(zip(self.arg_names, args, strict=False)) | named
-    constants = {p.name: values[p.name] for p in self.params if p.is_constexpr}
+    constants = {p.name: values[p.name] for p in self.params if p.is_constexpr or type(values[p.name]) is int and values[p.name] == 1}
     kinds = {name: "constexpr" if name in constants else TYPES[v.dtype] if isinstance(v, torch.Tensor) else
              "fp32" if isinstance(v, float) else "i32" for name, v in values.items()}
     key = (self.__module__, self.__name__, *kinds.items(), *constants.items(), num_warps)
@@ -43,5 +44,6 @@ for name in sys.argv[1:] or PAIRS:
     if name == "draw":
         PAIRS[name][0](*test_kernels.draw_inputs(2048, 3))
     else:
-        test_kernels.results(PAIRS[name][0], test_kernels.CASES[name][0](test_kernels.Made(0, torch.bfloat16, "cpu")), None)
+        for made in test_kernels.CASES[name]:
+            test_kernels.results(PAIRS[name][0], made(test_kernels.Made(0, torch.bfloat16, "cpu")), None)
 print(f"{len(seen)} compiled")

@@ -43,9 +43,12 @@ def add_product(y: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:
     return y
 
 
-def outer(left: Tensor, right: Tensor, steps: bool) -> Tensor:
-    """left^T right over all rows."""
-    return torch.bmm(left.mT, right) if steps else left.reshape(-1, left.shape[-1]).mT @ right.reshape(-1, right.shape[-1])
+def outer(left: Tensor, right: Tensor, steps: bool, scale: float = 1.0) -> Tensor:
+    """scale left^T right over all rows, rounded once."""
+    if not steps:
+        left, right = left.reshape(-1, left.shape[-1]), right.reshape(-1, right.shape[-1])
+    made = left.new_empty(*left.shape[:-2], left.shape[-1], right.shape[-1])
+    return (made.baddbmm_ if steps else made.addmm_)(left.mT, right, beta=0, alpha=scale)
 
 
 class LoraLinear(torch.autograd.Function):
@@ -62,14 +65,14 @@ class LoraLinear(torch.autograd.Function):
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, a, b, low, row_scale = ctx.saved_tensors
         steps, (need_x, need_w, need_a, need_b, _, need_bias, _) = weight.dim() == 3, ctx.needs_input_grad
-        dlow = torch.matmul(dy, b).mul_(ctx.scale)
-        da = outer(dlow, x, steps) if need_a else None
-        db = outer(dy, low, steps).mul_(ctx.scale) if need_b else None
+        dlow = torch.matmul(dy, b)                                   # yet without the scale: every product below applies it as it rounds
+        da = outer(dlow, x, steps, ctx.scale) if need_a else None
+        db = outer(dy, low, steps, ctx.scale) if need_b else None
         dw = outer(dy, x, steps) if need_w else None
         dx = None
         if need_x:
-            dx = add_product(torch.matmul(dy, weight) if row_scale is None else int8_back(dy, weight, row_scale), dlow, a, 1.0)
-        return dx, dw, da, db, None, dy.flatten(0, -2).sum(0) if need_bias else None, None
+            dx = add_product(torch.matmul(dy, weight) if row_scale is None else int8_back(dy, weight, row_scale), dlow, a, ctx.scale)
+        return dx, dw, da, db, None, dy.reshape(-1, dy.shape[-1]).sum(0) if need_bias else None, None
 
 
 def lora_linear(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, bias: Tensor | None = None,

@@ -16,14 +16,15 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.utils.checkpoint import checkpoint
 
-from kernels.choice import fused, jit, power, tl
+from kernels.choice import full, fused, jit, power, tl
 
 CHUNK_BYTES = 32 << 20      # fp32 logits of one chunk; small enough to stay near the caches, large enough for the matmul
 MIN_ROWS = 64
 
-Head = Callable[[Tensor, Tensor], Tensor]      # h (n, ...), inputs (n, ...) -> logits (S, n, V)
+Head = Callable[[Tensor, Tensor], Tensor]      # h (n, ...), inputs (n, ...) -> logits (S, n, V), overwritten: it must not keep them itself
 
 
 class StreamSums(NamedTuple):
@@ -51,7 +52,7 @@ def stats_kernel(logits, targets, nll, top, lse, N, V, stride_s, stride_n, BLOCK
     """Log-sum-exp, nll and likeliest class of a row; a row whose target is below zero is not read."""
     n, s = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     t = tl.load(targets + s * N + n)
-    largest, total, best, chosen = -float("inf"), 0.0, 0, 0.0
+    largest, total, best, chosen = -3e38, 0.0, 0, 0.0                # finite: a whole block may be -inf
     if t >= 0:
         row = logits + s * stride_s + n * stride_n
         for start in range(0, V, BLOCK):
@@ -62,7 +63,7 @@ def stats_kernel(logits, targets, nll, top, lse, N, V, stride_s, stride_n, BLOCK
             new = tl.maximum(largest, high)
             total = total * tl.exp(largest - new) + tl.sum(tl.exp(x - new), axis=0)
             largest = new
-        chosen = tl.load(row + t).to(tl.float32)
+        chosen = tl.load(row + t, mask=t < V, other=float("nan")).to(tl.float32)      # a target that is no class is seen in the loss
         total = tl.log(total) + largest
     tl.store(nll + s * N + n, total - chosen)
     tl.store(top + s * N + n, best)
@@ -87,7 +88,8 @@ def stats(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tens
     """nll, likeliest class, log-sum-exp (S, N), and what `slope` needs in place of the logits (S, N, V): they are spent."""
     if fused(logits):
         (S, N, V), targets = logits.shape, targets.contiguous()
-        nll, lse = torch.empty(2, S, N, device=logits.device)
+        logits = logits if logits.stride(-1) == 1 else logits.contiguous()
+        nll, lse = torch.empty(2, S, N, dtype=torch.float32, device=logits.device)
         top = torch.empty(S, N, dtype=torch.int64, device=logits.device)
         block = power(V, most=4096)
         if nll.numel():
@@ -108,6 +110,7 @@ def slope(spent: Tensor | tuple[Tensor, Tensor], targets: Tensor, lse: Tensor, o
         targets, lse, out, down = (x.contiguous() for x in (targets, lse, out, down))
         if lse.numel():
             slope_kernel[(N, S)](spent, targets, lse, down, out, N, V, *spent.stride()[:2], block, num_warps=power(block // 256, 1, 8))
+        increment_version(spent)                                     # so that whoever still wants the logits is told
         return spent
     powers, largest = spent
     powers.mul_((out * (largest - lse).exp())[..., None])
@@ -152,7 +155,7 @@ def as_head(w: Tensor | Head) -> Head:
 
 def wanted_targets(targets: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
     """Targets (S, n), below zero where they do not count, and their weights, zero there."""
-    t, w = targets.T, (torch.ones_like(targets, dtype=torch.float32) if weights is None else weights.float()).T
+    t, w = targets.long().T, (torch.ones_like(targets, dtype=torch.float32) if weights is None else weights.float()).T
     wanted = (w != 0) & (t >= 0)
     return torch.where(wanted, t, -1), torch.where(wanted, w, 0.0)
 
@@ -189,7 +192,7 @@ def chunk_sums(h: Tensor, inputs: Tensor, targets: Tensor, weights: Tensor | Non
     t, w = wanted_targets(targets, weights)
     nll, top, lse = row(logits, t if row is row_nll else t.clamp(min=0)) if t.numel() else (logits.sum(-1), t, logits.sum(-1))
     hits, count = ((top == t) & (t >= 0)).float(), (t >= 0).float()
-    nll = w * nll
+    nll = torch.where(t >= 0, w * nll, 0.0)                                 # where nothing counts nll may be infinite
     return StreamSums(nll.sum(1), w.sum(1), hits.sum(1), count.sum(1), (w * lse.square()).sum(1), nll.sum(0))
 
 
@@ -218,9 +221,11 @@ class ScaledCE(torch.autograd.Function):
                 dh[part] = next(made)
             for n, need in enumerate(needed[1:]):
                 grad = next(made) if need else None
-                if grad is not None:
-                    grads[n] = grad if grads[n] is None else grads[n].add_(grad)
-        ctx.save_for_backward(dh, *grads)
+                if grad is not None and len(h) > rows:                     # chunks add up in fp32
+                    grads[n] = full(grad) if grads[n] is None else grads[n].add_(grad)
+                elif grad is not None:
+                    grads[n] = grad
+        ctx.save_for_backward(dh, *(None if g is None else g.to(p.dtype) for g, p in zip(grads, parameters, strict=True)))
         nll, weight, hits, count, square = sums
         total = (scale * (nll + z * square)).sum()
         rest = nll, weight, hits, count, square, torch.cat(places)
@@ -247,7 +252,7 @@ def chunk_gradient(logits: Tensor, targets: Tensor, weights: Tensor | None, scal
     t, w = wanted_targets(targets, weights)
     nll, top, lse, spent = stats(spent, t)
     hits, count = (top == t) & (t >= 0), t >= 0
-    nll = w * nll
+    nll = torch.where(t >= 0, w * nll, 0.0)                                 # where nothing counts nll may be infinite
     sums = torch.stack([nll.sum(1), w.sum(1), hits.sum(1), count.sum(1), (w * lse.square()).sum(1)])
     down = scale[:, None] * w
     return slope(spent, t, lse, down * (1 + 2 * z * lse), down).to(logits.dtype), sums, nll.sum(0)
@@ -271,8 +276,11 @@ def multistream_ce(h: Tensor, w: Tensor | Sequence[Tensor] | Head, targets: Tens
     if rows is None and weights is not None and not weights.is_cuda:
         wanted = (weights != 0).any(1)
         rows = None if wanted.all() else wanted.nonzero().squeeze(1)
+    if isinstance(rows, slice) and rows != slice(None):
+        rows = torch.arange(M, device=h.device)[rows]
     if rows is not None:
         h, inputs, targets, weights = (None if x is None else x[rows] for x in (h, inputs, targets, weights))
+    assert chunk_rows or isinstance(w, Tensor), "a Head does not say how many logits a row has: give chunk_rows"
     chunk_rows = chunk_rows or rows_of_a_chunk(math.prod(w.shape[:2]), h.is_cuda)
     if scale is not None and torch.is_grad_enabled():
         parameters = [w] if isinstance(w, Tensor) else parameters

@@ -35,14 +35,16 @@ def embed_row(ids: Tensor, weight: Tensor, offset: int) -> Tensor:
 
 
 @jit
-def forward_kernel(ids, weight, x, K, D, BLOCK: tl.constexpr):
+def forward_kernel(ids, weight, x, K, D, V, BLOCK: tl.constexpr):
+    """A sum with an id that is in no table is NaN: nothing beyond the weight is read."""
     m = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = d < D
     total = tl.zeros([BLOCK], tl.float32)
     for k in range(0, K):
         v = tl.load(ids + m * K + k)
-        total += tl.load(weight + v * D + d, mask=d < tl.where(v >= 0, D, 0), other=0.0).to(tl.float32)
+        part = tl.load(weight + v * D + d, mask=d < tl.where((v >= 0) & (v < V), D, 0), other=0.0).to(tl.float32)
+        total += tl.where(v < V, part, float("nan"))
     tl.store(x + m * D + d, total.to(x.dtype.element_ty), mask=inside)
 
 
@@ -73,7 +75,7 @@ class EmbedSum(torch.autograd.Function):
         x = torch.empty(B, S, D, dtype=weight.dtype, device=weight.device)
         block = power(D, most=1024)
         if B * S:
-            forward_kernel[(B * S, -(-D // block))](flat, weight.detach().contiguous(), x, K, D, block)
+            forward_kernel[(B * S, -(-D // block))](flat, weight.detach().contiguous(), x, K, D, weight.shape[0], block)
         ctx.save_for_backward(flat)
         ctx.like = weight.shape, weight.dtype
         return x

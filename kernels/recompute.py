@@ -37,7 +37,8 @@ class Recompute(torch.autograd.graph.saved_tensors_hooks):
 
     def pack(self, t: Tensor) -> Any:
         recipe = self.recipes.get(t.data_ptr())
-        return t if recipe is None or t.numel() != recipe[0].numel() or not t.is_contiguous() else (*recipe[1:], t.shape)
+        same = recipe is not None and 0 < t.numel() == recipe[0].numel() and t.is_contiguous()       # empty tensors share an address
+        return (*recipe[1:], t.shape) if same else t
 
     @staticmethod
     def unpack(kept: Any) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernels.choice import full, fused, jit, power, tl
 
-ROWS = 64        # programs over rows for each weight gradient block: their partial sums are added in a fixed order
+ROWS = 512       # programs that share the rows in backward, a few on each processor of a GPU; their sums are added in a fixed order
 
 
 def rms_norm_ref(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, other: Tensor | None = None,
@@ -83,12 +83,12 @@ class RmsNorm(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, other: Tensor | None,
                 where: Tensor | None) -> tuple[Tensor, Tensor]:
         D, dtype = x.shape[-1], x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-        x = x.contiguous()
+        x, weight, other = x.contiguous(), weight.contiguous(), None if other is None else other.contiguous()
         N = x.numel() // D
         h = x if residual is None else torch.empty_like(x, dtype=dtype)
-        y, rstd = torch.empty_like(h), torch.empty(N, device=x.device)
+        y, rstd = torch.empty_like(h), torch.empty(N, dtype=torch.float32, device=x.device)
         two, block = other is not None, power(D)
-        chosen = where.contiguous().view(torch.uint8) if two else rstd
+        chosen = where.expand(x.shape[:-1]).contiguous().view(torch.uint8) if two else rstd
         if N:
             forward_kernel[(N,)](x, x if residual is None else residual.contiguous(), weight, other if two else weight, chosen, h, y, rstd,
                                  N, D, eps, residual is not None, two, block, num_warps=power(block // 512, 1, 16))
@@ -105,9 +105,10 @@ class RmsNorm(torch.autograd.Function):
         D, N, passed, block = h.shape[-1], rstd.numel(), dh is not None, power(h.shape[-1])
         wanted = ctx.needs_input_grad[1] or ctx.needs_input_grad[4]
         dy = torch.zeros_like(h) if dy is None else dy.contiguous()
-        dx, dw = torch.empty_like(h), h.new_zeros(2 if rest else 1, min(ROWS, max(N, 1)), D, dtype=torch.float32)
+        programs = min(ROWS, N)
+        dx, dw = torch.empty_like(h), rstd if not wanted else h.new_empty(2 if rest else 1, programs, D, dtype=torch.float32)
         if N:
-            backward_kernel[(dw.shape[1],)](h, weight, other, where, rstd, dy, dh.contiguous() if passed else dy, dx, dw, N, D, passed,
+            backward_kernel[(programs,)](h, weight, other, where, rstd, dy, dh.contiguous() if passed else dy, dx, dw, N, D, passed,
                                             bool(rest), wanted, block, num_warps=power(block // 512, 1, 16))
         first, *second = dw.sum(1).to(weight.dtype) if wanted else (None, None)
         x, residual = ctx.dtypes

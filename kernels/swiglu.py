@@ -64,7 +64,8 @@ def backward_kernel(gate, up, dy, dgate, dup, stride_g, stride_u, stride_dg, str
 
 def rows(x: Tensor) -> Tensor:
     """Flat rows, each contiguous; a half of a packed tensor stays where it is."""
-    return x if x.dim() == 2 and x.stride(1) == 1 else x.reshape(-1, x.shape[-1]) if x.stride(-1) == 1 else x.contiguous().flatten(0, -2)
+    flat = x.reshape(-1, x.shape[-1])
+    return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
 class SwiGlu(torch.autograd.Function):
@@ -73,7 +74,7 @@ class SwiGlu(torch.autograd.Function):
         ctx.save_for_backward(gate, *(() if up is None else (up,)))
         ctx.gelu = activation == "gelu"
         g, u = rows(gate).chunk(2, -1) if up is None else (rows(gate), rows(up))
-        y = torch.empty(g.shape, dtype=g.dtype, device=g.device)
+        y = torch.empty(g.shape, dtype=torch.promote_types(g.dtype, u.dtype), device=g.device)
         N, D = g.shape
         block = power(D, most=1024)
         if N:

@@ -22,7 +22,7 @@ from tables import CONFIGS, grid
 from torch import Tensor
 
 from kernels import PAIRS, choice
-from kernels.cross_entropy import multistream_ce, row_nll, row_nll_ref
+from kernels.cross_entropy import multistream_ce, multistream_ce_ref, row_nll, row_nll_ref
 from kernels.draw import counted_noise, draw, draw_ref
 from kernels.embed_sum import embed_sum
 from kernels.int8 import dequantize_rows, quantize_rows
@@ -84,6 +84,11 @@ def embed_case(m: Made, B: int, S: int, D: int, sizes: tuple[int, ...], low: int
     return (ids, m.grad(sum(sizes), D), [sum(sizes[:k]) for k in range(len(sizes))]), {}
 
 
+def nothing_case(m: Made, **sizes: object) -> Case:
+    (ids, *rest), extra = embed_case(m, **sizes)
+    return (torch.full_like(ids, -1), *rest), extra
+
+
 def depth_case(m: Made, T: int, N: int, H: int, G: int, d: int) -> Case:
     packed = m.grad(T, N, (H + 2 * G) * d)                          # the three are strided views of one product
     return tuple(x.unflatten(-1, (-1, d)) for x in packed.split([H * d, G * d, G * d], -1)), {}
@@ -111,6 +116,16 @@ def lora_case(m: Made, N: int, inputs: int, outputs: int, R: int, steps: int = 0
     return (m.grad(*sets, N, inputs), weight, m.grad(*sets, R, inputs), m.grad(*sets, outputs, R), 0.7), extra
 
 
+def shaped_case(m: Made, rows: tuple[int, ...], **sizes: int) -> Case:
+    (x, *rest), extra = lora_case(m, N=math.prod(rows), bias=True, trained=True, **sizes)
+    return (x.detach().view(*rows, -1).requires_grad_(), *rest), extra
+
+
+def untargeted_case(m: Made, **sizes: object) -> Case:
+    (h, w, targets, weights), extra = ce_case(m, scaled=True, **sizes)
+    return (h, w, torch.full_like(targets, -1).int(), weights), extra
+
+
 def ce_case(m: Made, M: int, D: int, sizes: tuple[int, ...], own: bool = False, scaled: bool = False, frozen: bool = False,
             z: float = 0.0, weighted: bool = True) -> Case:
     S, equal = len(sizes), len(set(sizes)) == 1
@@ -132,19 +147,21 @@ def route_case(m: Made, N: int, D: int) -> Case:
 CASES: dict[str, list[Callable[[Made], Case]]] = {
     "rms_norm": [partial(norm_case, N=5, D=33), partial(norm_case, N=67, D=7), partial(norm_case, N=3, D=17, residual=True),
                  partial(norm_case, N=9, D=20, two=True), partial(norm_case, N=4, D=9, residual=True, two=True),
-                 partial(norm_case, N=0, D=9, residual=True, two=True)],
+                 partial(norm_case, N=0, D=9, residual=True, two=True), partial(norm_case, N=1, D=1)],
     "rope": [partial(rope_case, B=2, H=3, S=5, d=6, interleaved=False), partial(rope_case, B=2, H=3, S=5, d=6, interleaved=True),
              partial(rope_case, B=3, H=1, S=2, d=10, interleaved=True, shared=True),
-             partial(rope_case, B=2, H=3, S=0, d=6, interleaved=False)],
+             partial(rope_case, B=2, H=3, S=0, d=6, interleaved=False), partial(rope_case, B=1, H=35, S=1, d=14, interleaved=False)],
     "swiglu": [partial(gate_case, rows=(3, 5), D=13, activation="silu"),
                partial(gate_case, rows=(7,), D=1100, activation="silu", packed=True),
                partial(gate_case, rows=(2, 3), D=9, activation="gelu", packed=True), partial(gate_case, rows=(4,), D=5, activation="gelu"),
-               partial(gate_case, rows=(0, 3), D=5, activation="silu")],
+               partial(gate_case, rows=(0, 3), D=5, activation="silu"), partial(gate_case, rows=(), D=7, activation="gelu")],
     "embed_sum": [partial(embed_case, B=2, S=7, D=9, sizes=(11, 3, 5)), partial(embed_case, B=1, S=50, D=131, sizes=(2,)),
                   partial(embed_case, B=1, S=6, D=4, sizes=(5, 3)),
-                  partial(embed_case, B=3, S=0, D=5, sizes=(4, 4))],
+                  partial(embed_case, B=3, S=0, D=5, sizes=(4, 4)), partial(embed_case, B=1, S=1, D=1, sizes=(1,)),
+                  partial(nothing_case, B=2, S=3, D=5, sizes=(4, 7))],
     "depth_attention": [partial(depth_case, T=8, N=3, H=2, G=2, d=10), partial(depth_case, T=3, N=5, H=4, G=2, d=6),
-                        partial(depth_case, T=1, N=2, H=3, G=1, d=5), partial(depth_case, T=8, N=0, H=2, G=2, d=4)],
+                        partial(depth_case, T=1, N=2, H=3, G=1, d=5), partial(depth_case, T=8, N=0, H=2, G=2, d=4),
+                        partial(depth_case, T=16, N=2, H=3, G=1, d=7), partial(depth_case, T=17, N=2, H=2, G=2, d=4)],
     "decode_attention": [partial(decode_case, B=2, H=6, G=2, C=21, d=10, counts=(1, 20)),
                          partial(decode_case, B=3, H=3, G=3, C=13, d=5, counts=(14, 13, 100)),
                          partial(decode_case, B=2, H=4, G=1, C=70, d=6, counts=(69, 700), window=66),
@@ -156,13 +173,17 @@ CASES: dict[str, list[Callable[[Made], Case]]] = {
                     partial(lora_case, N=4, inputs=7, outputs=5, R=2, steps=3, bias=True),
                     partial(lora_case, N=6, inputs=12, outputs=9, R=4, int8=True),
                     partial(lora_case, N=3, inputs=8, outputs=6, R=2, steps=2, int8=True),
-                    partial(lora_case, N=0, inputs=7, outputs=5, R=2)],
+                    partial(lora_case, N=0, inputs=7, outputs=5, R=2),
+                    partial(shaped_case, rows=(), inputs=7, outputs=5, R=3),
+                    partial(shaped_case, rows=(2, 1, 3), inputs=6, outputs=4, R=2)],
     "multistream_ce": [partial(ce_case, M=17, D=5, sizes=(37, 37)), partial(ce_case, M=17, D=5, sizes=(37, 37), scaled=True),
                        partial(ce_case, M=13, D=4, sizes=(19, 19, 19), own=True, scaled=True, z=0.01),
                        partial(ce_case, M=13, D=4, sizes=(19, 19, 19), own=True, z=0.01),
                        partial(ce_case, M=11, D=3, sizes=(5, 23, 130), scaled=True, frozen=True),
                        partial(ce_case, M=9, D=6, sizes=(201,), scaled=True, weighted=False),
                        partial(ce_case, M=9, D=6, sizes=(5001,), frozen=True),
+                       partial(ce_case, M=5, D=2, sizes=(8193,), scaled=True), partial(untargeted_case, M=7, D=3, sizes=(11, 11)),
+                       partial(ce_case, M=4, D=3, sizes=(1, 2), own=True, z=0.1), partial(ce_case, M=2, D=3, sizes=(5,), scaled=True),
                        partial(ce_case, M=0, D=6, sizes=(7, 7), scaled=True), partial(ce_case, M=0, D=6, sizes=(7, 7))],
     "route": [partial(route_case, N=11, D=5), partial(route_case, N=0, D=3)],
 }
@@ -204,8 +225,27 @@ def error(a: Tensor, truth: Tensor) -> float:
 @pytest.mark.parametrize(("name", "number"), [(name, n) for name, cases in CASES.items() for n in range(len(cases))])
 def test_kernel_equals_reference_in_value_and_every_gradient(name: str, number: int, dtype: torch.dtype, device: str, triton: None,
                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kernels.rms_norm.ROWS", 16)               # a program has several rows
+    agree(name, CASES[name][number](Made(number, dtype, device)), dtype)
+
+
+@DEVICES
+@pytest.mark.parametrize("name", [name for name in CASES if name not in ("decode_attention", "int8_linear")])
+def test_kernels_take_tensors_that_are_not_contiguous(name: str, device: str, triton: None) -> None:
+    def apart(value: object) -> object:
+        if isinstance(value, (list, tuple)):
+            return type(value)(apart(v) for v in value)
+        if not isinstance(value, Tensor):
+            return value
+        return torch.stack([value.detach(), value.detach()], -1)[..., 0].requires_grad_(value.requires_grad)
+
+    args, named = CASES[name][4 if name == "rms_norm" else 0](Made(5, torch.float32, device))
+    agree(name, (apart(args), {k: apart(v) for k, v in named.items()}), torch.float32)
+
+
+def agree(name: str, case: Case, dtype: torch.dtype) -> None:
+    """Values and gradients of an op are as near to the truth as those of its reference."""
     op, ref = PAIRS[name]
-    case = CASES[name][number](Made(number, dtype, device))
     chunks = {"chunk_rows": 5} if name == "multistream_ce" else {}
     ours, truth, same = results(op, case, None, **chunks), results(ref, case, torch.float64), results(ref, case, None)
     assert ours[1] or name == "decode_attention", "no gradient was compared"
@@ -213,7 +253,7 @@ def test_kernel_equals_reference_in_value_and_every_gradient(name: str, number: 
         assert len(part) == len(wanted) == len(close)
         for a, t, b in zip(part, wanted, close, strict=True):
             assert a.shape == t.shape and a.dtype == b.dtype, (a.shape, t.shape, a.dtype, b.dtype)
-            limit = 2 * error(b, t) + ROUNDING[dtype] * (float(t.detach().abs().max()) if t.numel() else 0.0) + 1e-9
+            limit = 2 * error(b, t) + ROUNDING[dtype] * (float(t.detach().abs().max()) if t.numel() else 0.0) + 1e-7
             assert error(a, t) <= limit, (name, tuple(t.shape), error(a, t), error(b, t))
 
 
@@ -262,6 +302,51 @@ def test_rows_counted_by_the_caller_are_the_rows() -> None:
     rows = (case[0][3] != 0).any(1).nonzero().squeeze(1)
     for ours, wanted in zip(results(multistream_ce, case, None, rows=rows), results(multistream_ce, case, None), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(ours, wanted, strict=True))
+
+
+def test_a_block_of_banned_classes_and_an_unwanted_one_leave_the_loss_finite(triton: None) -> None:
+    m, banned = Made(0, torch.float32, "cpu"), torch.zeros(9001)
+    banned[:5000] = -torch.inf
+    h, w, targets = m.grad(3, 4), m.grad(9001, 4).detach(), torch.tensor([[5001], [9000], [-1]])
+    for scale in (None, torch.ones(1)):
+        found = [op(h, lambda x, _: (x @ w.T + banned)[None], targets, torch.ones(3, 1), scale=scale, **more)
+                 for op, more in ((multistream_ce, {"chunk_rows": 2}), (multistream_ce_ref, {}))]
+        (a, b), (da, db) = zip(*((s.nll, torch.autograd.grad(s.nll.sum() if scale is None else s.total, h)[0]) for s in found), strict=True)
+        torch.testing.assert_close(a, b)
+        torch.testing.assert_close(da, db)
+        assert a.isfinite().all() and da[:2].abs().sum() > 0
+
+
+def test_an_id_beyond_its_table_is_seen_and_not_read(triton: None) -> None:
+    m = Made(0, torch.float32, "cpu")
+    nll = multistream_ce(m.grad(3, 4), m.grad(1, 7, 4), torch.tensor([[1], [7], [2]])).places
+    assert nll.isnan().tolist() == [False, True, False]
+    x = embed_sum(torch.tensor([[[0, 4, -1]]]), m.grad(4, 2), [0])[0]
+    assert x.isnan().any(1).tolist() == [False, True, False] and x[2].abs().sum() == 0
+
+
+def test_chunks_of_a_half_precision_head_add_up_in_fp32() -> None:
+    """A gradient of many equal parts: in bf16 it would stop growing."""
+    h, w = torch.ones(1024, 1, dtype=torch.bfloat16), torch.zeros(1, 2, 1, dtype=torch.bfloat16, requires_grad=True)
+    multistream_ce(h, w, torch.zeros(1024, 1, dtype=torch.long), scale=torch.ones(1), chunk_rows=1).total.backward()
+    assert w.grad.flatten().tolist() == [-512.0, 512.0]
+
+
+def test_a_slice_of_rows_keeps_the_others_places() -> None:
+    args, named = ce_case(Made(4, torch.float32, "cpu"), M=9, D=4, sizes=(11, 11))
+    part, whole = multistream_ce(*args, rows=slice(2, 6), **named).places, multistream_ce(*args, **named).places
+    assert part.shape == whole.shape and torch.allclose(part[2:6], whole[2:6]) and part[:2].abs().sum() == part[6:].abs().sum() == 0
+
+
+@pytest.mark.parametrize("mode", ["ref", "triton"])
+def test_spent_logits_refuse_a_second_backward(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(choice, "MODE", mode)
+    args, named = ce_case(Made(2, torch.float32, "cpu"), M=9, D=4, sizes=(11, 11))
+    nll = multistream_ce(*args, **named).nll.sum()
+    nll.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        nll.backward()
 
 
 def test_a_scaled_total_refuses_a_second_backward() -> None:

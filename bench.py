@@ -2,8 +2,8 @@
 
     python bench.py higgs                           all three of these with the peer; also moshi, qwen, moss, tiny
     python bench.py train --model=higgs --peer      a LoRA training step against transformers + PEFT (moshi: against moshi)
-    python bench.py decode --model=moshi --peer     greedy frames against LMGen (higgs, qwen: against transformers generate), and
-                                                    the time of every single frame, drawn, behind --context columns
+    python bench.py decode --model=moshi --peer     greedy frames against LMGen (higgs, qwen: against transformers generate), then
+                                                    frames one by one, drawn, behind --context columns
     python bench.py ops --model=moshi --peer        operations that a frame needs (CUDA: kernels, graphs, syncs)
     python bench.py loss                            chunked cross-entropy against full logits: time and peak memory
     python bench.py memory --model=higgs --peer     peak memory of the loss and of a training step
@@ -53,10 +53,10 @@ LIMITS = {"moshi": 600, "higgs": 80, "qwen": 80}             # operations a fram
 def bench_train(job: Job) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         pair = train_case(job, Path(folder))
-        ours, peer, told, model, tokens, _ = pair
+        ours, peer, told, *_ = pair
         if peer is not None:
             told = check(*(torch.stack([side().cpu() for _ in range(3)]) for side in (ours, peer)), told, job.half)
-        row = {"what": f"train {job.model}", **compare(*alternate(ours, peer, job.pairs), tokens.shape[0] * tokens.shape[2])}
+        row = {"what": f"train {job.model}", **compare(*alternate(ours, peer, job.pairs), sum(pair.lengths))}
         rate = useful_flops(pair) / row["ours"]["ms"]["median"] * 1e3
         row |= {"checked": told, "target": TARGETS.get(row["what"]), "TFLOP/s": rate / 1e12}
         return [row | ({"MFU": rate / FLOPS, "syncs": syncs(ours)} if ON_GPU else {})]
@@ -212,7 +212,7 @@ def rank_side(job: Job) -> None:
     parallel.start("cpu")
     with tempfile.TemporaryDirectory() as folder:
         model = train_case(replace(job, peer=False), Path(folder)).model
-        tokens, weights = peers.training_batch(model, 2)
+        tokens, weights = peers.training_batch(model, [256] * 2)
         for p in model.parameters():
             p.grad = None
         net = parallel.wrap(model, torch.device("cpu"))
@@ -266,7 +266,7 @@ WHAT = {"train": bench_train, "decode": bench_decode, "ops": bench_ops, "loss": 
 
 
 def main() -> None:
-    words, pairs = split_arguments(sys.argv[1:], ("help", "peer", "compile", "json"))
+    words, pairs = split_arguments(sys.argv[1:], ("help", "peer", "packed", "codec", "compile", "json"))
     if "help" in pairs:
         return print(help_text(Job(), f"python bench.py {'|'.join(WHAT)} [--model=higgs --peer]"))
     if words and words[0] in LORA:

@@ -5,8 +5,9 @@
 Next: bench.py.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,6 +40,8 @@ class Job:
     dtype: str = ""            # fp32 or bf16, where not the preset's
     batch: int = 0             # sequences at once, 0 = 1 in generation, in training 2 of moshi and 4 of others
     columns: int = 256         # train: of a sequence
+    packed: bool = False       # train: uneven sequences of that length on average, ours packed into one row, the peer's padded
+    codec: bool = False        # train: moshi encodes its recordings in every step, as moshi-finetune does
     rank: int = 16             # train: of the adapters
     checkpoint: int = 0        # train: model.checkpoint, 0 to 4; above 0 the peer makes everything again
     compile: bool = False      # train: torch.compile our blocks
@@ -54,6 +57,8 @@ class Job:
         assert self.preset in ("tiny", "full"), f"preset {self.preset!r} is neither tiny nor full"
         assert self.dtype in ("", "fp32", "bf16"), f"dtype {self.dtype!r} is neither fp32 nor bf16"
         assert self.quantize in ("", "int8"), f"quantize {self.quantize!r} is neither empty nor int8"
+        assert not self.packed or self.model not in ("moshi", "tiny"), "packed is for families whose text and audio take turns"
+        assert not self.codec or self.model == "moshi", "codec is for moshi"
         assert self.pairs > 0 and self.threads > 0 and self.width % 32 == 0 < self.width, "pairs and threads are at least 1, width is 32 n"
         assert min(self.batch, self.context, self.frames) >= 0 < min(self.columns - 1, self.rank), "columns are at least 2, rank 1"
 
@@ -69,8 +74,9 @@ class Pair(NamedTuple):
     peer: Side | None
     told: str
     model: MultistreamLM
-    tokens: Tensor             # (B, K, S)
+    tokens: Tensor             # (B, K, S) of ours
     weights: Tensor
+    lengths: Sequence[int]     # columns of its sequences
 
 
 def write(job: Job, folder: Path) -> tuple[MultistreamLM, str]:
@@ -85,31 +91,49 @@ def write(job: Job, folder: Path) -> tuple[MultistreamLM, str]:
 
 # ---- one training step ----
 
+def uneven(count: int, columns: int) -> list[int]:
+    """Lengths of a log-normal distribution, `columns` on average."""
+    share = (0.6 * torch.randn(count, generator=torch.Generator().manual_seed(3))).exp()
+    lengths = (share / share.sum() * count * columns).int().clamp(min=4)
+    lengths[lengths.argmax()] += count * columns - lengths.sum()
+    return lengths.tolist()
+
+
+def pack(tokens: Tensor, weights: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """All sequences in one row. Their first columns are nobody's target.   -> tokens, weights (1, K, S), positions, segments (1, S)"""
+    tokens, weights = (torch.cat([row[:, :n] for row, n in zip(grid, lengths, strict=True)], 1)[None] for grid in (tokens, weights))
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    return tokens, weights.masked_fill(positions[:, None] == 0, 0.0), positions, torch.arange(len(lengths)).repeat_interleave(
+        torch.tensor(lengths))[None]
+
+
 def train_case(job: Job, folder: Path) -> Pair:
     model, why = write(job, folder)
     lora.inject(model, LoraConfig(rank=job.rank, alpha=2.0 * job.rank, targets=LORA[job.model])).train()
     for name, p in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(p, std=0.01)                     # not zero: every adapter has a gradient from the start
-    device = peers.like(model).device
-    tokens, weights = peers.training_batch(model, job.batch or (2 if job.model == "moshi" else 4), job.columns)
-    plan = make_plan(model.config, tokens, weights).to(device)             # on the host, as train.py does
+    device, batch = peers.like(model).device, job.batch or (2 if job.model == "moshi" else 4)
+    lengths = uneven(batch, job.columns) if job.packed else [job.columns] * batch
+    padded = peers.training_batch(model, lengths)
+    grid = pack(*padded, lengths) if job.packed else padded
+    plan, weights = make_plan(model.config, *grid).to(device), grid[1]     # on the host, as train.py does
     # transformers adds up the means of eight codebooks, the others take one mean over all of them
     config = LossConfig(audio=float(len(model.table.audio_out)) if job.model == "higgs" else 1.0)
     scale, peer = loss_scale(weights[..., 1:].sum((0, 2)), model.table, config).to(device), None
-    tokens, weights = tokens.to(device), weights.to(device)
+    padded, grid = ([t.to(device) for t in tensors] for tensors in (padded, grid))
     if not why:
         export(model, folder / "adapter", "moshi-lora" if job.model == "moshi" else "peft")
-        training = peers.moshi_training if job.model == "moshi" else peers.transformers_training
-        peer = peers.training_side(*training(folder, model, tokens, weights))
+        training = partial(peers.moshi_training, codec=job.codec) if job.model == "moshi" else peers.transformers_training
+        peer = peers.training_side(*training(folder, model, *padded))
     for block in model.temporal.layers if job.compile else ():
         block.compile()
 
     def loss() -> Tensor:
         with peers.autocast(model):
-            return model(tokens, weights, scale=scale, plan=plan).total
+            return model(*grid, scale=scale, plan=plan).total
 
-    return Pair(peers.training_side(model, loss), peer, why or "losses of three updates", model, tokens, weights)
+    return Pair(peers.training_side(model, loss), peer, why or "losses of three updates", model, *grid[:2], lengths)
 
 
 def useful_flops(pair: Pair) -> float:
@@ -129,7 +153,7 @@ def useful_flops(pair: Pair) -> float:
         return special.get(name.partition(".")[0], next((n for part, n in dual.items() if part in name), both))
 
     products = sum((6 if p.requires_grad else 4) * p.numel() * columns(name) for name, p in pair.model.named_parameters() if p.dim() > 1)
-    return products + 6 * both * audio.shape[1] * c.temporal.heads * c.temporal.head * (c.temporal.layers + 2 * c.tail)
+    return products + 6 * sum(n * n for n in pair.lengths) * c.temporal.heads * c.temporal.head * (c.temporal.layers + 2 * c.tail)
 
 
 # ---- decoding ----

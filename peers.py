@@ -8,7 +8,7 @@ A side (measure.py) does the work once and returns what it computed: the loss, o
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -88,12 +88,15 @@ def frames(model: MultistreamLM, batch: int, count: int) -> Tensor:
     return torch.stack([torch.randint(0, size, (batch, count), generator=g) for size in sizes], 1)
 
 
-def training_batch(model: MultistreamLM, batch: int, columns: int = 256) -> tuple[Tensor, Tensor]:
-    """Sequential: a quarter text, then audio. Aligned: 65 % text padding at half weight, as moshi-finetune weighs.   -> (B, K, S) twice"""
+def training_batch(model: MultistreamLM, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Sequential: a quarter text, then audio, -1 behind their end. Aligned: 65 % text padding at half weight, as moshi-finetune
+    weighs.   -> (B, K, S) twice"""
+    batch, columns = len(lengths), max(lengths)
     table, tokens = model.table, frames(model, batch, columns)
     if not table.aligned:
-        quarter = columns // 4 if table.audio else columns
-        tokens[:, 0, quarter:], tokens[:, 1:, :quarter] = -1, -1
+        for row, length in zip(tokens, lengths, strict=True):
+            quarter = length // 4 if table.audio else length
+            row[0, quarter:], row[1:, :quarter], row[:, length:] = -1, -1, -1
         return tokens, (tokens >= 0).float()
     padding = torch.rand(batch, columns, generator=torch.Generator().manual_seed(2)) < 0.65
     tokens[:, 0].masked_fill_(padding, min(3, table.streams[0].vocab - 1))
@@ -184,18 +187,21 @@ def transformers_model(folder: Path, model: MultistreamLM) -> nn.Module:
 
 
 def transformers_training(folder: Path, model: MultistreamLM, tokens: Tensor, weights: Tensor) -> Training:
-    """PEFT around transformers, with the loss of its own class. Placeholders stand among the ids, codes (B, n, Q) apart."""
+    """PEFT around transformers, with the loss of its own class. Placeholders stand among the ids, codes (B, n, Q) apart; all padded."""
     from peft import PeftModel
     net = PeftModel.from_pretrained(transformers_model(folder, model), folder / "adapter", is_trainable=True).train()
     if model.config.checkpoint:
         net.enable_input_require_grads()                     # what is made again must want a gradient
         net.gradient_checkpointing_enable({"use_reentrant": False})
-    given: dict[str, Any] = {"input_ids": tokens[:, 0], "labels": tokens[:, 0].masked_fill(weights[:, 0] == 0, -100)}
+    real = (tokens >= 0).any(1)
+    given: dict[str, Any] = {"input_ids": tokens[:, 0].clamp(min=0), "labels": tokens[:, 0].masked_fill(weights[:, 0] == 0, -100)}
+    given |= {} if bool(real.all()) else {"attention_mask": real.long()}
     if model.table.audio:
         audio = is_audio(tokens, model.table)
-        rows = tokens[:, model.table.audio].transpose(1, 2)[audio].view(len(tokens), -1, len(model.table.audio))
-        given |= {"input_ids": tokens[:, 0].masked_fill(audio, net.config.audio_token_id), "audio_input_ids": rows, "audio_labels": rows,
-                  "audio_input_ids_mask": torch.ones_like(rows[..., 0], dtype=torch.bool)}
+        codes = [row[:, at].T for row, at in zip(tokens[:, model.table.audio], audio, strict=True)]
+        codes = nn.utils.rnn.pad_sequence(codes, batch_first=True, padding_value=-100)
+        given |= {"input_ids": given["input_ids"].masked_fill(audio, net.config.audio_token_id), "audio_input_ids": codes.clamp(min=0),
+                  "audio_labels": codes, "audio_input_ids_mask": codes[..., 0] >= 0}
 
     half = autocast(model)
 
@@ -242,8 +248,9 @@ def weighted_mean(logits: Tensor, target: Tensor, mask: Tensor, factor: Tensor) 
     return torch.where(weight > 0, nll * weight, 0.0).sum() / weight.sum()
 
 
-def moshi_training(folder: Path, model: MultistreamLM, tokens: Tensor, weights: Tensor) -> Training:
-    """Text padding counts half, the first codebook a hundredfold. Frames that no column holds are never scored."""
+def moshi_training(folder: Path, model: MultistreamLM, tokens: Tensor, weights: Tensor, codec: bool = False) -> Training:
+    """Text padding counts half, the first codebook a hundredfold. Frames that no column holds are never scored. With `codec` a
+    random Mimi encodes both channels of each recording in every step, one after the other, as moshi-finetune's loader does."""
     net, table = moshi_model(folder, model, folder / "adapter").train(), model.table
     for name, p in net.named_parameters():
         p.requires_grad_("lora_" in name)
@@ -252,7 +259,15 @@ def moshi_training(folder: Path, model: MultistreamLM, tokens: Tensor, weights: 
     factors = torch.where(text == 3, 0.5, 1.0), torch.ones(len(table.audio_out), 1, device=tokens.device)
     factors[1][0] = 100.0
 
+    if codec:
+        from moshi.models.loaders import get_mimi
+        mimi = get_mimi(None, device=tokens.device)
+        stereo = torch.randn(2, 1, frames.shape[-1] * mimi.frame_size, device=tokens.device)
+
     def loss() -> Tensor:
+        with torch.no_grad():
+            for _ in range(len(tokens) * codec):
+                mimi.encode(stereo)
         out = net(frames)
         return weighted_mean(out.text_logits, text, out.text_mask, factors[0]) + weighted_mean(out.logits, audio, out.mask, factors[1])
 

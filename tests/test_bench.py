@@ -136,7 +136,7 @@ def test_useful_operations_are_those_of_the_published_size_and_of_a_counter(tmp_
         model = bench.MultistreamLM(peers.architecture("moshi", 0))
     inject(model, LoraConfig(rank=128, targets=cases.LORA["moshi"]))
     tokens, weights = torch.zeros(1, 17, 1251, dtype=torch.long), torch.ones(1, 17, 1251)
-    assert cases.useful_flops(cases.Pair(None, None, "", model, tokens, weights)) / 1250 == pytest.approx(32.8e9, rel=0.02)
+    assert cases.useful_flops(cases.Pair(None, None, "", model, tokens, weights, [1250])) / 1250 == pytest.approx(32.8e9, rel=0.02)
     for name in ("higgs", "qwen", "moshi"):
         pairs = [cases.train_case(cases.Job(model=name, width=64, columns=64, checkpoint=level), tmp_path) for level in (0, 4)]
         with Products() as counter:
@@ -155,6 +155,21 @@ def test_a_step_is_compiled_on_request(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module))
     model = cases.train_case(cases.Job(model="higgs", width=32, columns=32, compile=True), tmp_path).model
     assert compiled == list(model.temporal.layers)
+
+
+@pytest.mark.parametrize("name", ["higgs", "qwen"])
+def test_a_packed_row_has_the_loss_of_the_padded_sequences(name, tmp_path):
+    pair = cases.train_case(cases.Job(model=name, width=32, columns=20, packed=True), tmp_path)
+    assert sum(pair.lengths) == 80 == pair.tokens.shape[2] and len(pair.lengths) == 4 < len(set(pair.lengths)) + 1
+    tokens, weights = peers.training_batch(pair.model, pair.lengths)
+    assert all(bool((row[:, n:] == -1).all() and (row[:, n - 1] >= 0).any()) for row, n in zip(tokens, pair.lengths, strict=True))
+    with torch.no_grad():
+        sums, whole = pair.model(tokens, weights), pair.model(pair.tokens, pair.weights, *cases.pack(tokens, weights, pair.lengths)[2:])
+    assert torch.allclose(sums.nll, whole.nll, rtol=1e-5) and torch.equal(sums.weight, whole.weight) and float(whole.weight.sum()) > 0
+    audio = len(pair.model.table.audio_out)
+    means = sums.nll / sums.weight.clamp(min=1e-9)
+    expected = means[0] + sums.nll[1:].sum() / sums.weight[1:].sum() * audio if audio else means[0]
+    assert float(pair.ours()) == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_the_losses_of_others_are_those_of_full_logits():
@@ -221,7 +236,8 @@ def test_our_side_runs_alone(words):
 
 
 def test_a_command_that_does_not_exist_says_what_does():
-    for words in ([], ["speed"], ["train", "decode"], ["train", "--model=gpt"], ["train", "--pairs=0"], ["decode", "--quantize=int4"]):
+    for words in ([], ["speed"], ["train", "decode"], ["train", "--model=gpt"], ["train", "--pairs=0"], ["decode", "--quantize=int4"],
+                  ["train", "--model=moshi", "--packed"], ["train", "--model=higgs", "--codec"]):
         assert call("bench.py", *words)[0] == 2
     assert "--pairs" in call("bench.py", "--help")[1]
 

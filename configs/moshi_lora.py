@@ -7,7 +7,33 @@
     python -m moshi.server --lora-weight lora/lora.safetensors --config-path lora/config.json
 
 Needs: not yet measured.  Expect: not yet measured.  The agent is the left channel, the user the right one.
-The README maps the fields of moshi-finetune to these.
+
+    moshi-finetune                                          here
+    data.train_data, eval_data                              `data.sources`, `data.held_out` (by file)
+    data.shuffle                                            always; `data.seed`
+    run_dir, overwrite_run_dir                              `out`, `resume`
+    moshi_paths.hf_repo_id, moshi_path, config_path         `init`
+    moshi_paths.mimi_path, tokenizer_path                   `data.codec`, `data.tokenizer`
+    duration_sec                                            `data.chunk_seconds`, `data.columns`
+    first_codebook_weight_multiplier                        `data.stream_weights`
+    text_padding_weight                                     `data.text_padding_weight`
+    optim.lr, weight_decay                                  `lr`, `weight_decay`
+    optim.pct_start                                         `warmup` = pct_start * `steps`
+    seed, num_microbatches, batch_size                      `seed`, `accum`, `batch_size`
+    max_norm, max_steps                                     `clip`, `steps`
+    log_freq, ckpt_freq, num_ckpt_keep                      `log_every`, `save_every`, `keep`
+    eval_freq, do_eval                                      `eval_every`, `eval_batches`
+    do_ckpt, save_adapters                                  always; `consolidated` = moshi-lora or moshi
+    gradient_checkpointing, param_dtype                     `model.checkpoint`, `dtype`
+    lora.enable, rank, scaling                              `lora.rank`, `lora.alpha` = scaling * rank
+    lora.ft_embed                                           `lora.train` = embed.*, depth.text, depth.audio
+    full_finetuning                                         configs/moshi_full.py; `shard` (FSDP2)
+    wandb.project, offline, key, run_name                   `trackers`, and wandb's own variables
+
+Their faults are options: cycle_momentum swings beta1, data.interleaver = reference loses words. Parts have rates of their own, in
+moshi_full --rates="(('depth',0.3),('embed',0))", and 0 freezes. `sample.py --prompt two.wav --seconds 20` goes on with a stereo
+dialogue (both sides after `checkpoint.py expand-depth`), --condition=description=good --cfg=3 steers Hibiki, and `evaluate.py FOLDER`
+tells reply latency, overlap and PAD ratio of what was spoken.
 """
 
 from dataclasses import replace

@@ -1,5 +1,6 @@
 """Moshi: the grid against the formulas of its paper's code written as plain loops, its loss by hand, its smoke runs to the end."""
 
+import ast
 import json
 import math
 import re
@@ -347,7 +348,7 @@ def test_smoke_from_training_to_the_package_and_back(name, tmp_path):
     shutil.rmtree(out)
 
 
-# ---- the README's table ----
+# ---- coming from moshi-finetune ----
 
 THEIRS = """data.train_data eval_data data.shuffle run_dir overwrite_run_dir moshi_paths.hf_repo_id mimi_path moshi_path
 tokenizer_path config_path first_codebook_weight_multiplier text_padding_weight optim.lr weight_decay optim.pct_start
@@ -356,12 +357,12 @@ eval_freq do_eval gradient_checkpointing full_finetuning param_dtype lora.enable
 wandb.project offline key run_name""".split()
 
 
-def test_the_readme_maps_every_field_of_moshi_finetune_to_one_of_ours():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    rows = [row.split("|")[1:-1] for row in re.findall(r"^\|.*\|$", text.partition("moshi-finetune\n")[2].partition("\n## ")[0], re.M)][2:]
-    theirs = [word.strip(" ,.") for row in rows for word in re.split(r"[ ,]+", row[0] + "," + row[2])]
-    found = {word.removeprefix("moshi_paths.") for word in theirs}
-    assert not [word for word in THEIRS if word.removeprefix("moshi_paths.") not in found]
-    ours = {name for row in rows for name in re.findall(r"`([\w.]+)`", row[1] + row[3])}
+def test_the_config_maps_every_field_of_moshi_finetune_to_one_of_ours():
+    text = ast.get_docstring(ast.parse((ROOT / "configs/moshi_lora.py").read_text(encoding="utf-8"))).partition("moshi-finetune   ")[2]
+    rows = [re.split(r"\s{3,}", row.strip()) for row in text.partition("\n\n")[0].splitlines()[1:]]
+    assert all(len(row) == 2 for row in rows), rows
+    found = {word.removeprefix("moshi_paths.") for theirs, _ in rows for word in theirs.split(", ")}
+    assert found == {word.removeprefix("moshi_paths.") for word in THEIRS}
+    ours = {name for _, here in rows for name in re.findall(r"`([\w.]+)`", here)}
     known = {name for name, *_ in flatten(run_config(ROOT / "configs/moshi_lora.py"))}
     assert len(ours) > 25 and not ours - known

@@ -74,6 +74,8 @@ if config.epochs:
     say(f"{config.epochs} epochs are {steps} steps" + (f", of which --steps={config.steps} does the first" if config.steps < steps else ""))
     config = replace(config, steps=min(config.steps, steps))
 held_out = Loader(config.data, table, "held-out", config.batch_size, rank, world, pairs=config.dpo is not None)
+if config.eval_every and not any(held_out.sources):
+    say("no row is held out: only training losses are told, none is best; --data.split=hash --data.held_out=0.1 holds some out")
 for path in config.prompts if table.layout == "duplex" else ():      # recordings: better told now than at the first evaluation
     load_wav(path)
 
@@ -170,7 +172,7 @@ def evaluate() -> dict[str, float]:
             say(f"step {run.step}: {quality.told(heard)}")
     trade_averages()
     raw.train()
-    return goal.report(all_sum(total, device)) | heard
+    return (goal.report(all_sum(total, device)) if any(held_out.sources) else {}) | heard
 
 
 def checkpoint(best: bool = False) -> None:
@@ -201,9 +203,10 @@ while True:
         numbers = evaluate()
         log(run.step, {f"val/{k}": v for k, v in numbers.items()})
         shown = [f"{k} {numbers[k]:.3f}" for k in ("loss", "text_loss", "audio_loss", "reward_margin", "reward_accuracy") if k in numbers]
-        say(f"step {run.step}: held-out " + ", ".join(shown))
-        better, run.evaluated = numbers["loss"] < run.best, run.step
-        run.best, run.bad_evals = min(run.best, numbers["loss"]), 0 if better else run.bad_evals + 1
+        say(*([f"step {run.step}: held-out " + ", ".join(shown)] if shown else []))
+        better, run.evaluated = numbers.get("loss", math.inf) < run.best, run.step
+        if "loss" in numbers:
+            run.best, run.bad_evals = min(run.best, numbers["loss"]), 0 if better else run.bad_evals + 1
         checkpoint(best=better)
     elif config.save_every and run.step and run.step % config.save_every == 0 and run.evaluated != run.step:
         checkpoint()

@@ -29,5 +29,7 @@ def snapshot(name: str, patterns: Sequence[str], local: bool = False) -> Path:
     try:
         return Path(snapshot_download(str(name), allow_patterns=list(patterns), local_files_only=local))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        folder, _, rest = str(name).partition("/")
+        fetch = f"OWNER/{rest} --local-dir {name}" if folder == "models" else name         # where our configs keep what was fetched
         raise FileNotFoundError(f"{name} is neither a folder here nor can it be fetched ({type(error).__name__}); "
-                                + f"when online run: hf download {name}") from None
+                                + f"when online run: hf download {fetch}") from None

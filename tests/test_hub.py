@@ -63,6 +63,12 @@ def test_what_is_not_cached_is_named_with_the_command_that_fetches_it(ask, cache
         ask("nobody/nothing")
 
 
+def test_a_folder_that_was_never_filled_is_named_with_the_command_that_fills_it(cached, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"when online run: hf download OWNER/Qwen2.5-1.5B --local-dir models/Qwen2.5-1.5B"):
+        load("models/Qwen2.5-1.5B")
+
+
 def test_the_recipe_names_what_it_lacks(cached, tmp_path):
     (tmp_path / "ar.jsonl").write_text('{"audio": "a.wav", "text": "x"}\n')
     rc, _, err = call("train.py", "configs/higgs_ar.py", f"--data.sources={tmp_path}/ar.jsonl", f"--data.cache={tmp_path}/cache",

@@ -86,13 +86,14 @@ def collate(rows: Sequence[Packed], state: dict[str, Any]) -> Batch:
     batch = Batch(torch.full((B, K, S), -1), torch.zeros(B, K, S), torch.zeros(B, S, dtype=torch.long),
                   torch.full((B, S), -1), [[name for name, *_ in row] for row in rows], state, torch.full((B, S), -1))
     for b, row in enumerate(rows):
-        at = 0
-        for n, (_, (tokens, weights), speaker) in enumerate(row):
-            span = slice(at, at + tokens.shape[1])
-            batch.tokens[b, :, span], batch.weights[b, :, span] = tokens, weights
-            batch.positions[b, span] = torch.arange(tokens.shape[1])
-            batch.segments[b, span], batch.speakers[b, span] = n, speaker
-            at = span.stop
+        _, grids, speakers = zip(*row, strict=True)
+        tokens, weights = (torch.cat(parts, dim=1) for parts in zip(*grids, strict=True))
+        lengths = torch.tensor([grid.shape[1] for grid, _ in grids])
+        number = torch.arange(len(row)).repeat_interleave(lengths)              # (used columns,) of the example in the row
+        used = len(number)
+        batch.tokens[b, :, :used], batch.weights[b, :, :used], batch.segments[b, :used] = tokens, weights, number
+        batch.positions[b, :used] = torch.arange(used) - (lengths.cumsum(0) - lengths)[number]
+        batch.speakers[b, :used] = torch.tensor(speakers)[number]
     return batch
 
 
@@ -246,10 +247,10 @@ class Loader:
 
     def unit(self, number: int, draw: random.Random | None, reference: int) -> Packed:
         """The grid of an example; of a pair both, which differ in the reply alone."""
-        entry, state = self.index.entries[number], draw and draw.getstate()
+        entry, state = self.index.entries[number], draw.getstate() if draw and self.pairs else None
         grids: Packed = []
         for side in (number, entry.rejected) if self.pairs else (number,):
-            if draw:
+            if state:
                 draw.setstate(state)
             tokens, weights = lay_out(build_example(self.index, side, self.table, draw, reference), self.table)
             grids.append((entry.id, (tokens, weights * self.factors), zlib.crc32(entry.speaker.encode()) if entry.speaker else -1))

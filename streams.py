@@ -15,7 +15,7 @@ function builds the training grid and the prompt. Next: model.py.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -88,6 +88,12 @@ class StreamTable:
     @cached_property
     def delays(self) -> list[int]:
         return [s.delay for s in self.streams]
+
+    @cached_property
+    def edges(self) -> Tensor:
+        """What stands around the codes: ids of the rows before the audio rows, start ids, end ids; read only.   (K + Q,)"""
+        held, audio = ([s.start if self.aligned else -1 for s in self.streams[: self.lead]], self.streams[self.lead :])
+        return torch.tensor([*held, *(s.start for s in audio), *(s.end for s in audio)])
 
     def column(self, field: str, rows: Sequence[int] | None = None) -> Tensor:
         """One field of the streams as a (K, 1) tensor."""
@@ -192,18 +198,27 @@ def audio_block(codes: Tensor, weight: float, table: StreamTable) -> Grid:
     Targets are the codes and one EOS in each row; start ids and the fill behind EOS are not. A table whose audio rows
     have no start id gets no start column (MOSS-Speech).
     """
-    rows = table.audio
-    end = table.column("end", rows)
-    framed = torch.cat([codes, end], dim=1)                                     # (Q, T) -> (Q, T + 1)
-    delays = [table.delays[i] for i in rows]
-    columns = delay(framed, delays, table.column("start", rows), tail=end)      # -> (Q, T + 2 + max delay)
-    counts = delay(torch.full(framed.shape, float(weight)), delays, 0.0, tail=0.0)
-    if table.streams[rows[0]].start < 0:
-        columns, counts = columns[:, 1:], counts[:, 1:]
-    tokens = torch.full((len(table), columns.shape[1]), -1)
-    weights = torch.zeros(tokens.shape)
-    tokens[rows], weights[rows] = columns, counts
-    return tokens, weights
+    tokens, weights = audio_columns(codes, weight, table)
+    first = int(table.streams[table.lead].start < 0)
+    return tokens[:, first:], weights[:, first:]
+
+
+def audio_columns(codes: Tensor, weight: float, table: StreamTable) -> Grid:
+    """A start column, codes (Q, T) and EOS, delayed, among rows that are held."""
+    place, counts = audio_plan(table.lead, tuple(table.delays[table.lead :]), codes.shape[1])
+    return torch.cat([codes.flatten(), table.edges]).take(place), weight * counts
+
+
+@lru_cache(maxsize=256)         # short clips come in few lengths; a long one pays for itself
+def audio_plan(lead: int, delays: tuple[int, ...], T: int) -> Grid:
+    """Where `audio_columns` finds each id among codes and edges, and 1 for each that may count; shared, so read only."""
+    Q = len(delays)
+    codes, held, start, end = (n[:, None] for n in torch.arange(Q * T + lead + 2 * Q).split([Q * T, lead, Q, Q]))
+    framed = torch.cat([codes.view(Q, T), end], dim=1)                          # (Q, T) -> (Q, T + 1)
+    columns = delay(framed, delays, start, tail=end)                            # -> (Q, T + 2 + max delay)
+    counts = delay(torch.ones(framed.shape), delays, 0.0, tail=0.0)
+    held = held.expand(-1, columns.shape[1])
+    return torch.cat([held, columns]), torch.cat([torch.zeros(held.shape), counts])
 
 
 def join(blocks: Sequence[Grid]) -> Grid:
@@ -242,6 +257,7 @@ def chat_grid(example: Example, table: StreamTable) -> Grid:
 
 MAX_AGE = 63        # frames since the word began, clamped
 NO_WORD = 0         # id in the word rows where there is no next or previous word
+AROUND = torch.tensor([[2], [3], [1]])      # where `word_rows` finds a word, the next and the previous one
 
 
 def word_rows(words: Tensor, index: Tensor, age: Tensor) -> Tensor:
@@ -250,9 +266,9 @@ def word_rows(words: Tensor, index: Tensor, age: Tensor) -> Tensor:
     words (..., n) ids; index (..., T) which word is spoken, -1 before the first; age (..., T) frames since it began.
     -> (..., 4, T). Training calls it with whole rows, the sampler with one frame.
     """
-    padded = torch.nn.functional.pad(words, (2, 1), value=NO_WORD)       # index -1 and its previous word read NO_WORD
-    spoken, following, previous = (padded.gather(-1, index + 2 + n) for n in (0, 1, -1))
-    return torch.stack([spoken, following, previous, age.clamp(max=MAX_AGE)], dim=-2)
+    padded = torch.constant_pad_nd(words, (2, 1), NO_WORD).unsqueeze(-2)     # index -1 and its previous word read NO_WORD
+    place = index.unsqueeze(-2) + AROUND
+    return torch.cat([padded.expand(*place.shape[:-1], -1).gather(-1, place), age.clamp(max=MAX_AGE).unsqueeze(-2)], dim=-2)
 
 
 def words_grid(example: Example, table: StreamTable) -> Grid:
@@ -262,24 +278,15 @@ def words_grid(example: Example, table: StreamTable) -> Grid:
     first word began and while another one is left. Audio rows trail the text by their delays and end with one EOS each.
     Without `codes` the grid is the prompt: the start column.
     """
-    rows, start = table.audio, table.column("start")
     if example.codes is None:
-        return start, torch.zeros(start.shape)
-    end = table.column("end", rows)
-    framed = torch.cat([example.codes, end], dim=1)
-    delays = [table.delays[i] for i in rows]
-    columns = delay(framed, delays, start[rows], tail=end)
-    S = columns.shape[1]
-    frames = torch.arange(S - 1)
-    index = torch.searchsorted(example.starts, frames, right=True) - 1           # (S - 1,) which word, -1 before the first
-    age = frames - torch.where(index >= 0, example.starts[index.clamp(min=0)], 0)
-    advance = (age == 0) & (index >= 0)
-    undecided = (frames > example.starts[0]) & (torch.arange(S - 1) <= example.starts[-1])
-    tokens, weights = start.repeat(1, S), torch.zeros(len(table), S)
-    tokens[:4, 1:] = word_rows(example.text, index, age)
-    tokens[4, 1:], weights[4, 1:] = advance.long(), undecided.float()
-    tokens[rows] = columns
-    weights[rows] = delay(torch.ones(framed.shape), delays, 0.0, tail=0.0)
+        return table.column("start"), torch.zeros(len(table), 1)
+    tokens, weights = audio_columns(example.codes, 1.0, table)
+    frames, starts = torch.arange(tokens.shape[1] - 1), example.starts.tolist()
+    begun = torch.searchsorted(example.starts, frames, right=True)               # (S - 1,) words that have begun
+    age = frames - torch.cat([frames[:1], example.starts]).index_select(0, begun)
+    tokens[:4, 1:] = word_rows(example.text, begun - 1, age)
+    tokens[4, 1:] = (age == 0) & (begun > 0)
+    weights[4, starts[0] + 2 : starts[-1] + 2] = 1
     return tokens, weights
 
 

@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 from tables import aligned_table, clone_table, example, sequential_example
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from streams import (
     MAX_AGE,
@@ -84,6 +85,40 @@ def test_every_codebook_of_a_segment_has_its_codes_and_one_end_as_targets(seed: 
     for k in range(1, Q + 1):
         targets = tokens[k][weights[k] > 0]
         assert len(targets) == T + 1 and targets[-1] == 17 and (targets[:-1] < 16).all()
+
+
+@pytest.mark.parametrize("seed", CASES)
+def test_planned_audio_columns_equal_delayed_codes(seed: int) -> None:
+    """Twice, with what came back overwritten in between: nobody is handed what others share."""
+    delays, codes = random_case(seed)
+    rows = tuple(Stream(f"cb{k}", "audio", 1010, 1010, d, 1000 + k, 1009) for k, d in enumerate(delays))
+    table = StreamTable((Stream("text", "text", 9, 9), *rows), "clone", audio_start=7)
+    for _ in range(2):
+        tokens, weights = audio_block(codes, 0.3, table)
+        framed, edges = torch.cat([codes, table.column("end", table.audio)], 1), table.column("start", table.audio)
+        assert torch.equal(tokens[1:], delay(framed, delays, edges, tail=framed[:, -1:])) and (tokens[0] == -1).all()
+        assert torch.equal(weights[1:], delay(torch.full(framed.shape, 0.3), delays, 0.0, tail=0.0)) and not weights[0].any()
+        tokens.fill_(-5)
+        weights.fill_(-5)
+
+
+class Operations(TorchDispatchMode):
+    """Counts what torch is asked to do: the price of a small grid."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_grid_takes_few_operations() -> None:
+    for table, ex, limit in ((aligned_table(8), example(aligned_table(8), 1), 40),
+                             (clone_table(8), sequential_example(clone_table(8), 1), 60)):
+        lay_out(ex, table)
+        with Operations() as operations:
+            lay_out(ex, table)
+        assert 0 < operations.count <= limit, (table.layout, operations.count)
 
 
 def test_segment_without_a_start_id_has_no_start_column() -> None:

@@ -230,7 +230,7 @@ def bench_scaling(job: Job, worlds: tuple[int, ...] = (1, 2, 4)) -> list[dict[st
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
-        env = os.environ | {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        env = os.environ | {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}
         command = [sys.executable, __file__, "rank", f"--model={job.model}", f"--width={job.width}", f"--pairs={job.pairs}"]
         running = [subprocess.Popen(command, env=env | {"RANK": str(n)}, stdout=subprocess.PIPE, text=True) for n in range(world)]
         said = [process.communicate()[0] for process in running]

@@ -2,11 +2,12 @@
 
 import gc
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import call
+from conftest import ROOT, call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -17,6 +18,7 @@ import peers
 from checkpoint import load, save
 from kernels import PAIRS, shapes
 from lora import LoraConfig, inject
+from options import apply, split_arguments
 from sample import SampleConfig, generate
 
 # ---- measuring ----
@@ -240,6 +242,17 @@ def test_a_command_that_does_not_exist_says_what_does():
                   ["train", "--model=moshi", "--packed"], ["train", "--model=higgs", "--codec"]):
         assert call("bench.py", *words)[0] == 2
     assert "--pairs" in call("bench.py", "--help")[1]
+
+
+def test_every_command_of_the_benchmarks_exists():
+    text = (ROOT / "BENCHMARKS.md").read_text(encoding="utf-8")
+    kinds = "|".join(bench.WHAT)
+    found = re.findall(rf"^\| ([TG]\d+) \| `((?:{kinds})\b[^`]*)`", text, re.M)
+    assert [name for name, _ in found] == ["T1", "T3", "T4", "T6", *(f"G{n}" for n in range(1, 11))]      # the others say: as T1
+    for command in [command for _, command in found] + re.findall(rf"python bench.py ((?:{kinds})\b[^`]*)`", text):
+        words, pairs = split_arguments(command.removesuffix("--model=").split(), ("peer", "packed", "codec", "compile"))
+        assert len(words) == 1 and words[0] in bench.WHAT
+        apply(cases.Job(), {key: value or "true" for key, value in pairs.items()})
 
 
 @pytest.mark.parametrize(("vocab", "streams", "limit"), [(32000, 1, 0.15), (1026, 8, 0.2)])

@@ -35,7 +35,7 @@ wer: $(VENV)/test         ## word error rate of the demo's recordings, by an off
 	$(RUN) evaluate.py out/demo
 
 bench: $(VENV)/core       ## us against what others use, side by side (peers that are not installed read "not measured"; minutes)
-	$(RUN) bench.py loss
+	$(RUN) bench.py loss --pairs=7
 	$(RUN) bench.py higgs
 	$(RUN) bench.py moshi
 	$(RUN) bench.py qwen

@@ -103,8 +103,8 @@ def pack(tokens: Tensor, weights: Tensor, lengths: Sequence[int]) -> tuple[Tenso
     """All sequences in one row. Their first columns are nobody's target.   -> tokens, weights (1, K, S), positions, segments (1, S)"""
     tokens, weights = (torch.cat([row[:, :n] for row, n in zip(grid, lengths, strict=True)], 1)[None] for grid in (tokens, weights))
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
-    return tokens, weights.masked_fill(positions[:, None] == 0, 0.0), positions, torch.arange(len(lengths)).repeat_interleave(
-        torch.tensor(lengths))[None]
+    segments = torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)])[None]
+    return tokens, weights.masked_fill(positions[:, None] == 0, 0.0), positions, segments
 
 
 def train_case(job: Job, folder: Path) -> Pair:

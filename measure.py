@@ -181,7 +181,7 @@ def origin(packages: Sequence[str] = ()) -> dict[str, Any]:
 
 
 UNITS = {"MiB": "MiB", "ms": "ms", "ops": "kernels" if ON_GPU else "ops"}
-EXTRAS = ("p99_ms", "prefill_ms", "RTF", "GB/s", "of_byte_floor", "TFLOP/s", "MFU", "peak_GiB", "graphs", "syncs")
+EXTRAS = ("p99_ms", "prefill_ms", "RTF", "GB/s", "times_floor", "of_byte_floor", "MFU", "peak_GiB", "graphs", "syncs")
 
 
 def show(row: dict[str, Any]) -> str:

@@ -107,8 +107,9 @@ def bench_ops(job: Job, frames: int = 8) -> list[dict[str, Any]]:
     """What one frame makes the host do. Greedy, as the known figures of the peers are."""
     with tempfile.TemporaryDirectory() as folder:
         model, net, told = decode_models(job, Path(folder))
-        ours, peer = decode_sides(model, net, 1, 1 if model.table.aligned else 32, 2 * frames, 0)
-        found, other = per_frame(ours, frames), per_frame(peer, frames) if peer else None
+        lag = max(model.table.delays) + 1
+        ours, peer = decode_sides(model, net, 1, 1 if model.table.aligned else 32, lag + 2 * frames, 0)
+        found, other = per_frame(ours, frames, lag), per_frame(peer, frames, lag) if peer else None
     row = {"what": f"ops {job.model}", "ours": {"ops": spread([found.pop("ops")])}, "checked": told, "ratio": None, **found}
     if other:
         row |= {"peer": {"ops": spread([other["ops"]])}, "ratio": spread([row["ours"]["ops"]["median"] / other["ops"]])}

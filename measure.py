@@ -156,10 +156,10 @@ def launches(run: Callable[[], Any]) -> dict[str, float]:
     return {"ops": kernels, "graphs": called.get("cudaGraphLaunch", 0), "syncs": syncs(run)}
 
 
-def per_frame(side: Side, frames: int) -> dict[str, float]:
-    """Operations of one frame, on CUDA kernels, graphs and syncs: what twice as many columns add to a generation."""
-    side(frames)
-    once, twice = ((launches if ON_GPU else operations)(lambda n=n: side(n * frames)) for n in (1, 2))
+def per_frame(side: Side, frames: int, lag: int = 0) -> dict[str, float]:
+    """Operations of one frame, on CUDA kernels, graphs and syncs: what `frames` more columns add to a generation."""
+    side(lag + frames)                                       # the first frame comes behind `lag` columns
+    once, twice = ((launches if ON_GPU else operations)(lambda n=n: side(lag + n * frames)) for n in (1, 2))
     return {name: (twice[name] - once[name]) / frames for name in once}
 
 

@@ -7,6 +7,7 @@ and calls `tick` behind every frame. On CUDA times come from events or end with 
 import importlib.metadata
 import importlib.util
 import os
+import platform
 import shutil
 import statistics
 import subprocess
@@ -21,10 +22,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kernels.choice import triton
+
 Side = Callable[..., Tensor]
 TOLERANCE = {True: 2e-2, False: 1e-4}      # of losses, relative: with half precision or without
 ON_GPU = torch.cuda.is_available()
 GIB, MIB = 2**30, 2**20
+CPUS = Path("/proc/cpuinfo")
 
 
 # ---- time ----
@@ -173,11 +177,12 @@ def origin(packages: Sequence[str] = ()) -> dict[str, Any]:
     """Commit, versions, device and threads."""
     describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
     commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-    names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    device = torch.cuda.get_device_name() if ON_GPU else f"{os.cpu_count()} cores, {names[0] if names else 'unnamed'}"
+    told = CPUS.read_text().splitlines() if CPUS.is_file() else []
+    names = [line.partition(":")[2].strip() for line in told if line.startswith("model name")] or [platform.machine()]
+    device = torch.cuda.get_device_name() if ON_GPU else f"{os.cpu_count()} cores, {names[0]}"
     others = {name: version(name) for name in packages if version(name)}
-    return {"commit": commit or "not a checkout", "torch": torch.__version__, "triton": version("triton"), "device": device,
-            "threads": torch.get_num_threads(), "versions": others}
+    return {"commit": commit or "not a checkout", "torch": torch.__version__, "triton": getattr(triton, "__version__", None),
+            "device": device, "threads": torch.get_num_threads(), "versions": others}
 
 
 UNITS = {"MiB": "MiB", "ms": "ms", "ops": "kernels" if ON_GPU else "ops"}

@@ -76,10 +76,13 @@ def test_operations_are_counted_by_their_parts_and_views_are_not():
     assert measure.per_frame(lambda n: [torch.ones(2) * 2 for _ in range(5 + 3 * n)], 4) == {"ops": 6.0}
 
 
-def test_a_line_says_where_it_comes_from():
+def test_a_line_says_where_it_comes_from(monkeypatch):
     told = measure.origin(("torch", "a_package_that_nobody_has"))
     assert told["torch"] == told["versions"]["torch"] == torch.__version__ and told.keys() >= {"commit", "triton", "device", "threads"}
     assert list(told["versions"]) == ["torch"] and told["threads"] == torch.get_num_threads() and told["device"]
+    monkeypatch.setattr(measure, "ON_GPU", False)
+    monkeypatch.setattr(measure, "CPUS", Path("nowhere"))                                    # a system that tells it elsewhere
+    assert " cores, " in measure.origin()["device"]
 
 
 # ---- what is measured ----

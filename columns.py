@@ -116,3 +116,9 @@ def temporal_context(c: ModelConfig, audio: Tensor, positions: Tensor | None, se
         keys = audio if cache is None else cache.audio[:, : cache.live]
         context.hidden = context.mask & ~keys[:, None, None, :] | own.unsqueeze(-3)
     return context
+
+
+def counted_context(c: ModelConfig, positions: Tensor, cache: Cache) -> Context:
+    """`temporal_context` of a column whose place the device counts: nothing here depends on numbers of the host.   positions (B, 1)"""
+    turn = cache.turns.table.index_select(0, positions[:, 0].clamp(min=0)) if c.temporal.rope_theta else None
+    return Context(turn=turn, fast=True, cache=cache)

@@ -1,26 +1,30 @@
 """One column of a generation: what is drawn by the rules, fed, given or held, and the frame that it completes.
 
-    text row  ->  rows that are only read (feed)  ->  audio rows, all at once or codebook by codebook
+    text row  ->  rows that are only read (feed)  ->  audio rows, all at once or codebook by codebook  ->  the model reads it
 
-sample.py runs it column after column. Where the items stand between text and speech is turns.py; how a row of logits
-becomes an id is kernels/sample.py. Next: sample.py.
+`Writer` does that without looking at a single value, so that a graph can be captured of it (replay.py); whoever runs it
+column after column decides what must stand in them: `Direct` here. Where the items stand between text and speech is
+turns.py; how a row of logits becomes an id is kernels/sample.py. Next: sample.py.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from guidance import Guidance
 from kernels.attention import Cache
-from kernels.sample import Noise, Rules, sample
+from kernels.choice import numbers
+from kernels.sample import sample
 from model import MultistreamLM
-from turns import FREE, DecodeState, forced, settle
+from turns import FREE, DecodeState, heard_before, mode, settle, wanted
 
 Feed = Callable[[Tensor], Tensor]
 Rule = float | tuple[float, ...]
+Rules = tuple[float | Tensor | None, ...]
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class SampleConfig:
     cfg_no_text: bool = False       # the unguided side reads no text
     cfg_hide: int = 0               # nor the first frames, this many
     closing: str = "frame"          # how audio ends: "frame" as trained, or as "boson" or "hf" (transformers) end it
+    graphs: str = "auto"            # CUDA graphs: "on", "off", or "auto": where a model and its feed can be captured
     seed: int = 0                   # item i of a batch draws from seed + i, whatever the batch
 
     def __post_init__(self) -> None:
@@ -47,29 +52,191 @@ class SampleConfig:
             rule = getattr(self, name)
             assert all(v >= 0 for v in (rule if isinstance(rule, tuple) else (rule,))), f"{name} {rule} is negative"
         assert self.closing in ("frame", "boson", "hf"), f"closing {self.closing!r} is none of frame, boson, hf"
+        assert self.graphs in ("auto", "on", "off"), f"graphs {self.graphs!r} is none of auto, on, off"
         assert self.max_frames > 0, f"max_frames {self.max_frames} is not positive"
 
 
-def draw(logits: Tensor, config: SampleConfig, rows: slice, noise: Noise, history: Tensor | None = None) -> Tensor:
-    """Draw one id for each row.   logits (B, R, V) fp32, `rows` the places of R among the predicted streams -> (B, R)"""
-    if config.temperature == 0 and not config.ras_window:
-        return logits.argmax(-1)                                              # the rules keep the likeliest
-    rules = rules_of(config, rows.start, rows.stop, logits.dtype, logits.device)
-    recent = history[..., -config.ras_window :] if history is not None and config.ras_window > 0 else None
-    return sample(logits, rules, noise, rows, recent, config.ras_repeats)
-
-
 @lru_cache(maxsize=256)
-def rules_of(config: SampleConfig, start: int, stop: int, dtype: torch.dtype, device: torch.device) -> Rules:
-    """Temperature, top-k, top-p and min-p of the predicted streams start..stop-1, made once."""
-    rules = []
-    for rule in (config.temperature, config.top_k, config.top_p, config.min_p):
-        values = rule[start:stop] if isinstance(rule, tuple) else (rule,) * (stop - start)
+def rules_of(config: SampleConfig, start: int, stop: int, items: int, device: torch.device) -> Rules:
+    """Temperature, top-k, top-p and min-p of the predicted streams start..stop-1, as kernels/sample.py takes them, made once."""
+    rules, given = [], (config.temperature, config.top_k, config.top_p, config.min_p)
+    for rule, nothing, kind in zip(given, (None, 0, 1, 0), (float, int, float, float), strict=True):
+        values = [kind(v) for v in (rule[start:stop] if isinstance(rule, tuple) else (rule,) * (stop - start))]
         if len(values) != stop - start:
             raise ValueError(f"a sampling rule has {len(rule)} values, the model predicts more streams; give one value or one for each")
-        rules.append(values)
-    plain = not any(rules[1]) and min(rules[2]) >= 1 and not any(rules[3])
-    return Rules(*(torch.tensor(values, dtype=dtype, device=device)[:, None] for values in rules), plain)
+        with torch.inference_mode(False):
+            rules.append(None if set(values) == {nothing} else values[0] if len(set(values)) == 1
+                         else torch.tensor(values * items, device=device))
+    return tuple(rules)
+
+
+class Noise:
+    """What draws depend on: a number for each item and predicted stream, and that of the column; all on the device.
+
+    An item of a batch draws what it draws alone. Two numbers a stream: where a draw is repeated it takes the second.
+    """
+
+    def __init__(self, seed: int, items: int, streams: int, device: torch.device) -> None:
+        self.step = torch.zeros((), dtype=torch.int64, device=device)
+        words = torch.arange(1, 2 * streams + 1).view(streams, 2) << 32
+        self.seeds = (((torch.arange(items) + seed) & 0xFFFFFFFF)[:, None, None] | words).to(device)       # (B, streams, 2)
+        self.made: dict[tuple[int, int, bool], Tensor] = {}
+
+    def of(self, rows: slice, again: bool = False) -> Tensor:
+        """Seeds of the predicted streams `rows` of all items.   -> (B * R,)"""
+        key = rows.start, rows.stop, again
+        if key not in self.made:
+            self.made[key] = self.seeds[:, rows, int(again)].flatten()
+        return self.made[key]
+
+
+def draw(logits: Tensor, config: SampleConfig, rows: slice, noise: Noise, history: Tensor | None = None) -> Tensor:
+    """Draw one id for each row.   logits (B, R, V) fp32, `rows` the places of R among the predicted streams -> (B, R)
+
+    Repetition-aware (VALL-E 2): an id that stands `ras_repeats` times in its row's `history` (B, R, n) is drawn again, without rules.
+    """
+    if config.temperature == 0 and not config.ras_window:
+        return logits.argmax(-1)                                              # the rules keep the likeliest
+    (B, R, _), flat = logits.shape, logits.flatten(0, 1)
+    drawn = sample(flat, *rules_of(config, rows.start, rows.stop, B, logits.device), noise.of(rows), noise.step).view(B, R)
+    if history is None or not config.ras_window:
+        return drawn
+    seen = (history[..., -config.ras_window :] == drawn[..., None]).sum(-1)
+    again = sample(flat, 1.0, None, None, None, noise.of(rows, again=True), noise.step).view(B, R)
+    return torch.where(seen >= config.ras_repeats, again, drawn)
+
+
+class Kind(NamedTuple):
+    """Which heads a column needs, and whether it is an audio column: of all items, or None where they differ or nobody knows."""
+
+    text: bool
+    audio: bool
+    side: bool | None
+
+
+def kind_of(state: DecodeState, given: bool = False) -> Kind:
+    table, side = state.table, mode(state)
+    text, audio = table.aligned or side is not True, table.aligned or side is not False
+    return Kind(text and bool(table.text_out), audio and bool(table.audio_out), None if given else side)
+
+
+class Writer:
+    """Draws a column from the states of the one before it, and reads it. Nothing here waits for the device."""
+
+    def __init__(self, model: MultistreamLM, prompt: Tensor, config: SampleConfig, columns: int, feed: Feed | None = None,
+                 voice: Tensor | None = None) -> None:
+        """prompt (B, K, S) on the model's device, padded on the left; room for `columns` columns."""
+        B, table, device = len(prompt), model.table, prompt.device
+        self.model, self.table, self.config = model, table, config
+        self.feed = feed.to(device) if hasattr(feed, "to") else feed
+        self.guide = Guidance(config, table)
+        sides = 2 * B if self.guide.on else B                                 # rows that the model reads
+        self.cache, self.depth = model.cache(sides, columns), model.depth.cache(sides) if model.config.depth else None
+        self.cache.voice = self.guide.heard(model, voice)
+        self.noise = Noise(config.seed, B, len(table.text_out) + len(table.audio_out), device)
+        out = table.audio_out or [0]
+        self.rows, self.end = slice(out[0], out[-1] + 1), table.streams[out[0]].end          # the predicted audio rows
+        self.heard = heard_before(prompt, table, config.ras_window) if config.ras_window else None
+        self.begin(prompt)
+
+    def begin(self, prompt: Tensor) -> None:
+        """Read the prompt."""
+        padding = (prompt < 0).all(1).cumprod(1).sum(1)                       # columns of -1 on the left
+        self.position = (prompt.shape[2] - padding)[:, None]                  # (B, 1) of the column that is read next
+        self.h = prefill(self.model, prompt, padding, self.cache, self.guide)
+
+    def draw(self, known: Tensor, kind: Kind, free: bool = False) -> Tensor:
+        """The next column (B, K).   known (B, K) as in turns.py, `free`: every id that is drawn is free"""
+        config, table, row = self.config, self.table, self.table.text_out[0] if self.table.text_out else 0
+        h_text, h_audio = (x[:, -1] for x in self.h)                          # (B, 1, D) -> (B, D)
+        column = known.clamp(min=-1)
+        if kind.text:
+            logits = self.guide.mix(self.model.text_head(h_text), text=True).float()[:, None]
+            if config.min_frames:
+                for id in table.stop:
+                    self.hide(logits, id, self.noise.step < config.min_frames)
+            column[:, row] = self.kept(draw(logits, config, slice(0, 1), self.noise)[:, 0], known[:, row], free)
+        if self.feed is not None:
+            column = self.feed(column)
+            column = column if free else torch.where(known == FREE, column, known)
+        if kind.audio:
+            self.draw_audio(h_audio, column, known, free)
+        return column
+
+    @staticmethod
+    def kept(drawn: Tensor, known: Tensor, free: bool) -> Tensor:
+        """What was drawn, where nothing is known."""
+        return drawn if free else torch.where(known == FREE, drawn, known)
+
+    @staticmethod
+    def hide(logits: Tensor, id: int, where: Tensor) -> None:
+        """No item of `where` (B, 1) or () draws `id`.   logits (B, R, V)"""
+        logits[..., id].masked_fill_(where, -torch.inf)
+
+    def draw_audio(self, h: Tensor, column: Tensor, known: Tensor, free: bool) -> None:
+        """Fill the predicted audio rows of a column in place: all at once, or step by step through the depth transformer."""
+        model, table, config, end = self.model, self.table, self.config, self.end
+        out, held, first, history = column[:, self.rows], known[:, self.rows], len(table.text_out), self.heard      # views
+        predicted = [table.streams[k] for k in table.audio_out]
+        Q, may_end = len(predicted), getattr(self.feed, "may_end", lambda: None)()
+        if history is not None and config.closing == "hf":                    # start and end ids do not count as repetition
+            starts, ends = (numbers(tuple(ids), h.device)[:, None] for ids in zip(*((s.start, s.end) for s in predicted), strict=True))
+            history = history.masked_fill((history == starts) | (history == ends), -1)
+
+        def choose(logits: Tensor, at: slice) -> Tensor:
+            logits = self.guide.mix(logits).float()
+            if 0 <= end < logits.shape[-1] - 1:                               # ids behind it pad the table of MOSS-Speech
+                logits[..., end + 1 :] = -torch.inf
+            if end >= 0 and config.min_frames:
+                self.hide(logits, end, self.noise.step < config.min_frames)
+            if end >= 0 and may_end is not None:
+                self.hide(logits, end, ~may_end[:, None])
+            places = slice(first + at.start, first + at.stop)
+            return draw(logits, config, places, self.noise, None if history is None else history[:, at])
+
+        if self.depth is None:
+            drawn = choose(model.audio_logits(h, column[:, :0]).transpose(0, 1), slice(0, Q))
+            out.copy_(self.kept(drawn, held, free))
+            return
+        greedy = config.temperature == 0 and not config.ras_window and may_end is None and end < 0
+        token = column[:, table.text[0] : table.text[0] + model.depth.texts]
+        written = table.aligned and model.depth.texts == 1 and table.text[:1] == table.text_out       # the model wrote that row itself
+        for k in range(Q):
+            logits = model.depth.step(k, h, self.guide.twice(token), self.depth, known=free and (k > 0 or written))
+            drawn = self.guide.mix(logits).argmax(-1) if greedy else choose(logits[:, None], slice(k, k + 1))[:, 0]
+            out[:, k] = token = self.kept(drawn, held[:, k], free)
+
+    def read(self, column: Tensor, kind: Kind, moves: Tensor | bool = True) -> None:
+        """Let the model read a column (B, K); with `moves` false () nothing of it remains."""
+        if self.heard is not None and kind.audio:
+            newer = torch.cat([self.heard[..., 1:], column[:, self.rows, None]], -1)
+            spoken = (column[:, self.rows] >= 0).any(1)[:, None, None] & moves
+            self.heard.copy_(torch.where(spoken, newer, self.heard))
+        at, self.cache.side = self.position, kind.side
+        h = self.model.hidden(self.guide.both(column[..., None], at), self.guide.twice(at), cache=self.cache)
+        self.h = h if moves is True else tuple(old.copy_(torch.where(moves, new, old)) for old, new in zip(self.h, h, strict=True))
+        self.position.add_(moves)
+        self.noise.step.add_(moves)
+
+
+class Direct:
+    """Runs a writer column by column: what must stand in a column is decided on the host when the one before is known."""
+
+    def __init__(self, writer: Writer) -> None:
+        self.writer, self.drawn = writer, None
+
+    def __call__(self, state: DecodeState, given: Tensor | None) -> Tensor:
+        """The next column (B, K), on the host."""
+        writer = self.writer
+        if self.drawn is not None:
+            writer.read(*self.drawn)
+        (known, free), kind = wanted(state, given), kind_of(state, given is not None)
+        column = writer.draw(known.to(writer.position.device), kind, free).cpu()
+        if state.ends and settle(state, column[:, writer.rows]):
+            known, _ = wanted(state, given)                                   # a row below the one that ended ends with it
+            column = torch.where(known == FREE, column, known)
+        self.drawn = column.to(writer.position.device), kind
+        return column
 
 
 def prefill(model: MultistreamLM, prompt: Tensor, padding: Tensor, cache: Cache, guide: Guidance,
@@ -84,73 +251,6 @@ def prefill(model: MultistreamLM, prompt: Tensor, padding: Tensor, cache: Cache,
     for at in range(0, prompt.shape[2], chunk):
         h = model.hidden(prompt[..., at : at + chunk], positions[:, at : at + chunk], cache=cache)
     return h[0][:, -1:], h[1][:, -1:]
-
-
-def next_column(model: MultistreamLM, h: tuple[Tensor, Tensor], state: DecodeState, config: SampleConfig, noise: Noise,
-                feed: Feed | None) -> Tensor:
-    """Sample the next column (B, K): the text row, what `feed` fills or is given, then the audio rows."""
-    table, speaking, owed = model.table, [turn.speaking for turn in state.turns], [turn.owed for turn in state.turns]
-    h_text, h_audio = (x[:, -1] for x in h)                                   # (B, 1, D) -> (B, D)
-    column = torch.full((len(speaking), len(table)), -1, device=h_text.device)
-    if table.conditions:
-        column[:, table.conditions] = state.undelay.newest()[:, table.conditions]
-    if table.text_out and (table.aligned or not all(speaking)):
-        logits = state.guide.mix(model.text_head(h_text), text=True).float()[:, None]
-        if noise.column < config.min_frames:
-            logits[..., list(table.stop)] = -torch.inf
-        drawn = draw(logits, config, slice(0, 1), noise)[:, 0]
-        if max(owed) >= 0 or any(speaking) and not table.aligned:
-            fixed = torch.tensor([-1 if s and not table.aligned else FREE if o < 0 else o for s, o in zip(speaking, owed, strict=True)])
-            drawn = torch.where(fixed.to(drawn.device) == FREE, drawn, fixed.to(drawn.device))
-        column[:, table.text_out[0]] = drawn
-    if feed is not None:
-        column = feed(column)
-    if state.given is not None:
-        column = torch.where(state.given == FREE, column, state.given)
-    if table.audio_out and any(speaking):
-        sample_audio(model, h_audio, column, state, config, noise, feed.may_end().to(column.device) if hasattr(feed, "may_end") else None)
-    return column
-
-
-def sample_audio(model: MultistreamLM, h: Tensor, column: Tensor, state: DecodeState, config: SampleConfig,
-                 noise: Noise, may_end: Tensor | None) -> None:
-    """Fill the predicted audio rows of a column in place: all at once, or step by step through the depth transformer."""
-    table, rows, first = model.table, model.table.audio_out, len(model.table.text_out)
-    end, out = table.streams[rows[0]].end, column[:, rows[0] : rows[-1] + 1]   # `out` is a view
-    history = state.heard                                                     # (B, Q, n)
-    if config.closing == "hf":                                                # start and end ids do not count as repetition
-        edges = torch.tensor(state.edges, device=h.device)[..., None]         # (Q, 3, 1)
-        history = history.masked_fill((history == edges[:, 0]) | (history == edges[:, 1]), -1)
-
-    greedy = config.temperature == 0 and not config.ras_window and may_end is None
-
-    def choose(logits: Tensor, at: slice) -> Tensor:
-        logits = state.guide.mix(logits).float()
-        if end >= 0:                                                          # ids behind it pad the table of MOSS-Speech
-            logits[..., end + (noise.column >= config.min_frames) :] = -torch.inf
-        if end >= 0 and may_end is not None:
-            logits[~may_end, :, end] = -torch.inf
-        places = slice(first + at.start, first + at.stop)
-        return draw(logits, config, places, noise, history[:, at])
-
-    held = forced(state, rows, h.device)
-    if model.config.depth is None:
-        drawn = choose(model.audio_logits(h, column[:, :0]).transpose(0, 1), slice(0, len(rows)))
-        out.copy_(drawn if held is None else torch.where(held == FREE, drawn, held))
-    else:
-        token = column[:, table.text[0] : table.text[0] + model.depth.texts]
-        written = table.aligned and model.depth.texts == 1 and table.text[:1] == table.text_out       # the model wrote that row itself
-        for k in range(len(rows)):
-            logits = model.depth.step(k, h, state.guide.twice(token), state.depth, known=held is None and (k > 0 or written))
-            drawn = state.guide.mix(logits).argmax(-1) if greedy else choose(logits[:, None], slice(k, k + 1))[:, 0]
-            out[:, k] = token = drawn if held is None else torch.where(held[:, k] == FREE, drawn, held[:, k])
-    if state.ends and settle(state, out):
-        held = forced(state, rows, h.device)                                  # a row below the one that ended ends with it
-        out.copy_(torch.where(held == FREE, out, held))
-    if config.ras_window:
-        newer = torch.cat([state.heard[..., 1:], column[:, rows, None]], -1)
-        speaking = torch.tensor([turn.speaking for turn in state.turns], device=h.device)
-        state.heard = torch.where(speaking[:, None, None], newer, state.heard)
 
 
 def complete(state: DecodeState, column: Tensor) -> Tensor | None:

@@ -236,11 +236,16 @@ class UserFeed:
             raise ValueError(f"the codec gives {user.shape[1]} codebooks, the model hears {len(self.rows)}; use the codec it was made for")
         delays = [table.delays[k] for k in self.rows]
         self.columns = delay(user[..., int(exact_moshi) :], delays, table.column("start", self.rows), tail=-1)      # (B, Q, S)
-        self.column = column                                                    # number of the column that comes next
+        self.place = slice(self.rows[0], self.rows[-1] + 1)
+        self.state = [torch.tensor([column])]                                   # number of the column that comes next
+
+    def to(self, device: torch.device) -> "UserFeed":
+        self.columns, self.state = self.columns.to(device), [self.state[0].to(device)]
+        return self
 
     def __call__(self, column: Tensor) -> Tensor:
-        column[:, self.rows] = self.columns[..., min(self.column, self.columns.shape[-1] - 1)].to(column)
-        self.column += 1
+        column[:, self.place] = self.columns.index_select(-1, self.state[0].clamp(max=self.columns.shape[-1] - 1))[..., 0]
+        self.state[0].add_(1)
         return column
 
 

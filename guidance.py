@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.choice import numbers
 from projected import condition_id
 from streams import StreamTable
 
@@ -34,10 +35,10 @@ class Guidance:
         if not self.on:
             return columns
         table, less = self.table, columns.clone()
-        frame = positions[:, None] - 1 - table.column("delay").to(columns.device)                    # (B, K, n) which frame stands there
+        frame = positions[:, None] - 1 - numbers(tuple(table.delays), columns.device)[:, None]       # (B, K, n) which frame stands there
         unseen = torch.zeros_like(frame, dtype=torch.bool)
         if self.no_text:
-            unseen[:, table.text] = frame[:, table.text] >= 0
+            unseen[:, : len(table.text)] = frame[:, : len(table.text)] >= 0
         unseen |= (frame >= 0) & (frame < self.hide)
         less.masked_fill_(unseen, -1)
         for k in table.conditions:

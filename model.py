@@ -24,13 +24,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from architectures import HIGGS_V2_3B, MOSHI_7B, MOSS_9B, QWEN2_5_1_5B, FusionConfig, ModelConfig, StackConfig, codebooks  # noqa: F401
-from columns import Context, Plan, make_plan, temporal_context
+from columns import Context, Plan, counted_context, make_plan, temporal_context
 from contrast import info_nce, pairs
 from dsaa import Affine, Projector, TextTower
 from kernels.attention import Cache, attend
 from kernels.choice import numbers
 from kernels.cross_entropy import Head
-from kernels.decode import ColumnStep, Turns, column_step
+from kernels.decode import ColumnStep, Ring, Turns, column_step, per_step
 from kernels.depth_attention import depth_attention
 from kernels.embed_sum import embed_row, embed_sum
 from kernels.lora_linear import linear
@@ -236,8 +236,13 @@ class Temporal(nn.Module):
     def column(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """The fast way of one column.   x (B, D) -> as `forward`"""
         cache, (trunk, *tails) = context.cache, context.cache.fast
-        h = trunk(x, trunk.places(cache.slots.start, cache.live), context.turn, context.mask, bool(cache.side))
-        h = [t(h, t.places(cache.slots.start, cache.live), context.turn, context.mask)[:, None] for t in tails] or [h[:, None]]
+        if cache.counter is None:
+            own, *others = (part.places(cache.slots.start, cache.live) for part in cache.fast)
+        else:
+            own = Ring(cache.counter[:1] % cache.capacity, cache.counter + 1, cache.padding)
+            others = [own] * len(tails)
+        h = trunk(x, own, context.turn, context.mask, bool(cache.side) if context.audio is None else context.audio)
+        h = [t(h, places, context.turn, context.mask)[:, None] for t, places in zip(tails, others, strict=True)] or [h[:, None]]
         return h[0], h[-1]
 
     def columns(self, cache: Cache) -> list[ColumnStep] | None:
@@ -245,7 +250,7 @@ class Temporal(nn.Module):
         c, n = self.c, len(self.layers)
         parts = [(self.layers, 0, None if c.tail else self.norm)]
         parts += [(self.text_tail, n, self.text_norm), (self.audio_tail, n + c.tail, self.audio_norm)] if c.tail else []
-        steps = [column_step(blocks, c.temporal, ACTIVATIONS[c.temporal.activation], cache, *rest) for blocks, *rest in parts]
+        steps = [column_step(blocks, c.temporal, cache, *rest) for blocks, *rest in parts]
         return None if None in steps else steps
 
 
@@ -331,7 +336,7 @@ class Depth(nn.Module):
         if cache.fast is None or torch.is_grad_enabled():
             return self.head(run_blocks(self.layers, x[None], Context(step=step, cache=cache)), step)[0]
         x = cache.fast(x, cache.places[k], None, None, step=k)
-        return self.head(x[None], step)[0] if self.head.adapter else torch.mm(x, cache.heads[k])
+        return self.head(x[None], step)[0] if self.head.adapter else cache.heads[k](x)
 
     def inputs(self, h: Tensor) -> Tensor:
         """What the temporal state gives to every step, as one product.   h (B, D) -> (steps, B, d)"""
@@ -344,11 +349,10 @@ class Depth(nn.Module):
     def cache(self, batch: int) -> Cache:
         weight = self.layers[0].attn_norm.weight
         cache = Cache(self.c.layers, batch, self.c.kv, self.c.steps, self.c.head, weight)
-        plain = not self.c.rope_theta and self.head.row_scale is None
-        cache.fast = None if not plain else column_step(self.layers, self.c, ACTIVATIONS[self.c.activation], cache)
+        cache.fast = None if self.c.rope_theta else column_step(self.layers, self.c, cache)
         if cache.fast is not None:
             cache.places = [cache.fast.places(k, k + 1) for k in range(self.c.steps)]
-            cache.heads = [w.mT for w in self.head.weight.detach()]
+            cache.heads = per_step(self.head)
             if type(self.text) is Embedding and self.text_map is None and type(self.audio) in (Embedding, type(None)):
                 tables = [self.text.weight.detach()]             # of each step: one row of ids, none of them -1, is one operation
                 cache.tables = tables + ([] if self.audio is None else [self.audio.weight.detach()[at:] for at in self.audio.offsets])
@@ -450,7 +454,12 @@ class MultistreamLM(nn.Module):
         if self.tower is not None:
             return self.fused(tokens, positions, segments, cache, plan)
         fast = cache is not None and cache.single(tokens.shape[2])
-        context = temporal_context(self.config, None if fast else is_audio(tokens, self.table), positions, segments, cache, plan)
+        if fast and cache.counter is not None:
+            context = counted_context(self.config, positions, cache)
+        else:
+            context = temporal_context(self.config, None if fast else is_audio(tokens, self.table), positions, segments, cache, plan)
+        if fast and cache.side is None and self.config.dual_ffn:                # both kinds of columns stand side by side
+            context.audio = is_audio(tokens, self.table)
         voice = cache.voice if voice is None and cache is not None else voice
         context.voice = self.voice.nobody(len(tokens)) if voice is None and self.voice is not None else voice
         return self.temporal(self.embed_tokens(tokens, cache.side if fast and not self.table.aligned else None), context)

@@ -26,10 +26,8 @@ from cache import encode
 from chatml import chunks
 from data import DataConfig, load_tokenizer, prompt_example
 from dialogue import mean, measure_file, write_reply
-from drawing import Feed, SampleConfig, complete, next_column, prefill
+from drawing import Direct, Feed, SampleConfig, Writer, complete
 from duplex import UserFeed, moshi_rules
-from guidance import Guidance
-from kernels.sample import Noise
 from model import MultistreamLM
 from options import edge
 from streams import FEEDS, Example, delay, lay_out
@@ -40,7 +38,7 @@ from turns import finish, start_state
 @torch.inference_mode()
 def generate(model: MultistreamLM, prompt: Tensor, config: SampleConfig | None = None, feed: Feed | None = None,
              given: Tensor | None = None, voice: Tensor | None = None) -> Iterator[Tensor]:
-    """Continue a prompt grid (B, K, S) or (K, S); yield frames (B, K) int64 as they become complete.
+    """Continue a prompt grid (B, K, S) or (K, S); yield frames (B, K) int64 on the host as they become complete.
 
     Rows that have nothing in a frame hold -1; an item that has ended holds -1 everywhere. Prompts of different lengths
     are padded on the left with columns of -1. `feed(column) -> column` fills the rows that the model only reads (word
@@ -54,28 +52,17 @@ def generate(model: MultistreamLM, prompt: Tensor, config: SampleConfig | None =
     B, K, S = prompt.shape
     if K != len(table):
         raise ValueError(f"the prompt has {K} rows, the model's table {len(table)}: {[s.name for s in table.streams]}")
-    padding = (prompt < 0).all(1).cumprod(1).sum(1)                           # columns of -1 on the left
-    position = S - padding
-    guide = Guidance(config, table)
-    sides = 2 * B if guide.on else B                                          # rows that the model reads
-    state, cache = start_state(prompt, table, config.ras_window, config.closing), model.cache(sides, S + config.max_frames)
-    state.guide, state.limit, state.depth = guide, config.max_speech, model.depth.cache(sides) if model.config.depth else None
-    cache.voice = guide.heard(model, voice)
+    state = start_state(prompt, table, config.closing, config.max_speech)
+    runner = Direct(Writer(model, prompt, config, S + config.max_frames, feed, voice))
     try:
-        h = prefill(model, prompt, padding, cache, guide)
         for n in range(config.max_frames):
-            state.given = given[..., n].to(prompt) if given is not None and n < given.shape[-1] else None
-            speaking = [turn.speaking for turn in state.turns]
-            cache.side = None if state.given is not None or any(speaking) != all(speaking) else speaking[0]
-            column = next_column(model, h, state, config, Noise(config.seed, B, n, prompt.device), feed)
+            column = runner(state, given[..., n].cpu() if given is not None and n < given.shape[-1] else None)
             frame = complete(state, column)
             finish(state, column)
             if frame is not None:
                 yield frame
             if all(turn.done for turn in state.turns):
                 break
-            at = position[:, None] + n
-            h = model.hidden(guide.both(column[..., None], at), guide.twice(at), cache=cache)
     finally:                                                                  # also when the caller stops listening
         model.train(training)
 

@@ -293,27 +293,32 @@ def words_grid(example: Example, table: StreamTable) -> Grid:
 class WordFeed:
     """Fill the word rows while sampling: a predicted `advance` moves an item on to its next word.
 
-    words: ids (n,) of each of the B items. A word is left after MAX_AGE frames even when the model would stay.
+    words: ids (n,) of each of the B items. A word is left after MAX_AGE frames even when the model would stay. `state` is
+    what a column changes, in place.
     """
 
     def __init__(self, words: Sequence[Tensor], table: StreamTable) -> None:
         self.words = torch.nn.utils.rnn.pad_sequence(list(words), batch_first=True, padding_value=NO_WORD)   # (B, n)
         self.last = torch.tensor([len(w) - 1 for w in words])
-        self.index, self.age = torch.full((len(words),), -1), torch.zeros(len(words), dtype=torch.long)
+        self.state = [torch.full_like(self.last, -1), torch.zeros_like(self.last)]                           # index and age (B,)
+
+    def to(self, device: torch.device) -> "WordFeed":
+        self.words, self.last, *self.state = (t.to(device) for t in (self.words, self.last, *self.state))
+        return self
 
     def __call__(self, column: Tensor) -> Tensor:
         """Complete a column (B, K) whose `advance` row holds what was sampled."""
-        wanted = (column[:, 4].cpu() == 1) | (self.index < 0) | (self.age >= MAX_AGE)
-        moved = wanted & (self.index < self.last)
-        self.index = self.index + moved
-        self.age = torch.where(moved, 0, self.age + 1)
-        column[:, :4] = word_rows(self.words, self.index[:, None], self.age[:, None])[..., 0].to(column.device)
-        column[:, 4] = moved.to(column)
+        index, age = self.state
+        moved = ((column[:, 4] == 1) | (index < 0) | (age >= MAX_AGE)) & (index < self.last)
+        index.add_(moved)
+        age.add_(1).masked_fill_(moved, 0)
+        column[:, :4] = word_rows(self.words, index[:, None], age[:, None])[..., 0]
+        column[:, 4] = moved
         return column
 
     def may_end(self) -> Tensor:
         """Which items (B,) have begun their last word: only they may close their audio rows."""
-        return self.index == self.last
+        return self.state[0] == self.last
 
 
 def duplex_grid(example: Example, table: StreamTable) -> Grid:

@@ -13,14 +13,13 @@ A trained model draws those ids itself, and the three agree. Used by sample.py.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels.attention import Cache
-from streams import StreamTable, Undelay
+from streams import StreamTable, Undelay, is_audio
 
 NEVER, FREE = 1 << 40, -2
 
@@ -38,19 +37,17 @@ class Turn:
 
 @dataclass
 class DecodeState:
-    """What generation remembers from column to column."""
+    """What generation remembers from column to column, on the host."""
 
     table: StreamTable
     turns: list[Turn]
     undelay: Undelay                                # columns in, frames out; remembers the newest columns
-    heard: Tensor                                   # (B, Q, n) the newest audio columns, for repetition-aware sampling
+    conditions: list[list[int]]                     # of each item, the ids of its condition rows
     closing: str                                    # how audio ends: "frame", "boson" or "hf"
-    depth: Cache | None = None                      # of the depth transformer, begun again in every column
-    guide: Any = None                               # guidance.Guidance: what the model reads twice
     limit: int = 0                                  # frames of speech that are closed then, 0 = when the model closes them
-    given: Tensor | None = None                     # (B, K) ids that the column being drawn must hold, FREE where it may hold any
     edges: list[tuple[int, int, int]] = field(init=False)      # start id, end id and delay of the predicted audio rows
     ends: bool = field(init=False)                  # whether audio can end at all
+    last: tuple[Any, Any] = (None, None)            # what `wanted` made last, and of what
 
     def __post_init__(self) -> None:
         self.edges = [(s.start, s.end, s.delay) for s in (self.table.streams[k] for k in self.table.audio_out)]
@@ -59,24 +56,30 @@ class DecodeState:
         self.begun = 1 + max((delay for _, _, delay in self.edges), default=0)      # count from which no start id is held
 
 
-def start_state(prompt: Tensor, table: StreamTable, window: int = 0, closing: str = "frame") -> DecodeState:
+def start_state(prompt: Tensor, table: StreamTable, closing: str = "frame", limit: int = 0) -> DecodeState:
     """Read off the prompt (B, K, S) what comes next: text, the first audio column, or more of a segment."""
+    prompt = prompt.cpu()
     B, _, S = prompt.shape
-    audio = (prompt[:, table.audio] >= 0).any(1) if table.audio else torch.zeros(B, S, dtype=torch.bool, device=prompt.device)
+    audio = is_audio(prompt, table)
     run = audio.flip(1).cumprod(1).sum(1).tolist()                               # audio columns at the end of the prompt
     begins = [id == table.audio_start >= 0 for id in prompt[:, 0, -1].tolist()]
     undelay = Undelay(table.delays, () if table.aligned else table.text)
     for n in reversed(range(min(S, undelay.kept))):
         undelay.remember(prompt[:, :, -1 - n])
-    none = torch.full((len(table.audio_out), window), -1, device=prompt.device)
-    heard = [torch.cat([none, p[table.audio_out][:, a]], 1)[:, a.sum() :] for p, a in zip(prompt, audio, strict=True)]      # (Q, n) each
-    state = DecodeState(table, [], undelay, torch.stack(heard), closing)
+    state = DecodeState(table, [], undelay, prompt[:, table.conditions, -1].tolist(), closing, limit)
     for codes, n, begin in zip(prompt[:, table.audio_out].transpose(1, 2).tolist(), run, begins, strict=True):
         turn = Turn(n > 0 or begin or table.aligned, S if table.aligned else n + state.bare)
         state.turns.append(turn)
         for column in range(S - n, S) if state.ends else ():      # a prompt that ends inside a closing segment goes on closing
             settle_one(state, turn, codes[column], turn.count - S + column)
     return state
+
+
+def heard_before(prompt: Tensor, table: StreamTable, window: int) -> Tensor:
+    """The newest audio columns of a prompt (B, K, S), -1 before the first.   -> (B, Q, window)"""
+    audio, rows = is_audio(prompt, table), prompt[:, table.audio_out]
+    none = torch.full((rows.shape[1], window), -1, device=prompt.device)
+    return torch.stack([torch.cat([none, codes[:, spoken]], 1)[:, spoken.sum() :] for codes, spoken in zip(rows, audio, strict=True)])
 
 
 def settle_one(state: DecodeState, turn: Turn, codes: Sequence[int], place: int) -> bool:
@@ -101,9 +104,10 @@ def settle(state: DecodeState, codes: Tensor) -> bool:
 
 
 def held_rows(state: DecodeState, turn: Turn) -> list[int] | None:
-    """What the predicted audio rows of one item must hold, FREE where they may hold any; None = all may."""
-    if not turn.speaking:
-        return [-1] * len(state.edges)
+    """What the predicted audio rows of an item that speaks must hold: start ids before a row begins, end ids once the audio is closed.
+
+    FREE where they may hold any; None = all may.
+    """
     if turn.closed == NEVER and turn.count >= state.begun:
         return None
     frame, closed = turn.count - 1, turn.closed + (state.closing == "boson")     # boson draws the end id of the other rows freely
@@ -111,23 +115,50 @@ def held_rows(state: DecodeState, turn: Turn) -> list[int] | None:
             for start, end, delay in state.edges]
 
 
-def forced(state: DecodeState, rows: Sequence[int], device: torch.device) -> Tensor | None:
-    """What the predicted audio `rows` must hold: what is given, start ids before a row begins, end ids once the audio is closed.
+def wanted(state: DecodeState, given: Tensor | None = None) -> tuple[Tensor, bool]:
+    """What the next column (B, K) must hold, FREE where it is drawn or fed, and whether every id that is drawn is free.
 
-    FREE elsewhere; None when everything is free.   -> (B, Q)
+    `given` (B, K) goes before the rules; an item that is done holds nothing. The result is not to be written to.
     """
-    held, free = [held_rows(state, turn) for turn in state.turns], [FREE] * len(rows)
-    if state.given is None and not any(held):
-        return None
-    forced = torch.tensor([row or free for row in held], device=device)
-    return forced if state.given is None else torch.where(state.given[:, rows] == FREE, forced, state.given[:, rows])
+    table = state.table
+    facts = [(turn.done, turn.speaking, turn.owed, held_rows(state, turn) if turn.speaking else None) for turn in state.turns]
+    if state.last[0] != facts:
+        rows = []
+        for (done, speaking, owed, held), conditions in zip(facts, state.conditions, strict=True):
+            ids = [FREE] * len(table)
+            for k, id in zip(table.conditions, conditions, strict=True):
+                ids[k] = id
+            for k in table.text_out:
+                ids[k] = -1 if done or speaking and not table.aligned else owed if owed >= 0 else FREE
+            for n, k in enumerate(table.audio_out):
+                ids[k] = -1 if done or not speaking else held[n] if held else FREE
+            rows.append(ids)
+        free = mode(state) is not None and not any(done or held or owed >= 0 for done, _, owed, held in facts)
+        state.last = facts, (torch.tensor(rows), free)
+    columns, free = state.last[1]
+    return (columns, free) if given is None else (torch.where(given == FREE, columns, given), False)
+
+
+def mode(state: DecodeState) -> bool | None:
+    """Whether the next column is an audio column: of all items that go on, or None where they differ."""
+    speaking = {turn.speaking for turn in state.turns if not turn.done}
+    return None if len(speaking) > 1 else True in speaking
+
+
+def foresee(state: DecodeState, column: Tensor) -> DecodeState:
+    """The state behind a column (B, K) of `wanted`, if nothing that is drawn in it ends or begins anything."""
+    after = replace(state, turns=[replace(turn) for turn in state.turns])
+    if state.ends:
+        settle(after, column[:, state.table.audio_out])
+    finish(after, column)
+    return after
 
 
 def finish(state: DecodeState, column: Tensor) -> None:
     """Move every item on: into audio after `audio_start`, out of it when all rows have ended, to the end after `stop`."""
     table, lag = state.table, state.undelay.lag
     text = [-1] * len(state.turns)
-    if table.text_out and not table.aligned and not all(turn.speaking for turn in state.turns):
+    if table.text_out and not table.aligned and mode(state) is not True:
         text = column[:, table.text_out[0]].tolist()
     for turn, id in zip(state.turns, text, strict=True):
         over = turn.speaking and turn.count - 1 - lag >= turn.closed

@@ -4,7 +4,7 @@ Model code calls `op` and never asks how it is computed: KERNELS=auto|ref|triton
 lists every op with its reference.
 """
 
-from kernels import cross_entropy, decode_attention, depth_attention, draw, embed_sum, int8, lora_linear, rms_norm, rope, route, swiglu
+from kernels import cross_entropy, decode_attention, depth_attention, embed_sum, int8, lora_linear, rms_norm, rope, route, sample, swiglu
 from kernels.choice import INTERPRET, MODE
 
 __all__ = ["INTERPRET", "MODE", "PAIRS"]
@@ -18,7 +18,7 @@ PAIRS = {
     "embed_sum": (embed_sum.embed_sum, embed_sum.embed_sum_ref),
     "depth_attention": (depth_attention.depth_attention, depth_attention.depth_attention_ref),
     "decode_attention": (decode_attention.decode_attention, decode_attention.decode_attention_ref),
-    "draw": (draw.draw, draw.draw_ref),
+    "sample": (sample.sample, sample.sample_ref),
     "int8_linear": (int8.int8_linear, int8.int8_linear_ref),
     "route": (route.route, route.route_ref),
 }

@@ -149,10 +149,17 @@ class Cache:
         self.tables: Any = None
         self.voice: Tensor | None = None   # what the blocks listen to
         self.side: bool | None = None   # what the caller knows of the next columns: all are audio, all are text, or not known
+        self.counter: Tensor | None = None      # columns written and columns of padding (B,), where the device counts them:
+        self.padding: Tensor | None = None      # kernels/decode.py, Ring
 
     def single(self, S: int) -> bool:
-        """Whether S columns go the fast way: one does, unless both of its dual networks may be needed."""
-        return S == 1 and self.fast is not None and not torch.is_grad_enabled() and not (self.side is None and self.fast[0].dual)
+        """Whether S columns go the fast way: one does."""
+        return S == 1 and self.fast is not None and not torch.is_grad_enabled()
+
+    def clear(self) -> None:
+        """Begin again in the same memory."""
+        self.positions.fill_(-1)
+        self.count, self.live, self.plain, self.side = 0, 0, True, None
 
     def reserve(self, positions: Tensor, audio: Tensor | None) -> None:
         """Take slots for the next columns.   positions (B, n), audio (B, n) or None where nobody will ask"""

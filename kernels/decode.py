@@ -4,25 +4,62 @@
 
 `Block` in model.py is the definition. This computes the same from fewer, larger operations: q, k, v are one product and
 so are gate and up, the residual is added by the product that makes it, the queries of a key head share one attention.
-It takes stacks whose blocks are plain: adapters merged, one type of weights, no fast-forward.
+It takes stacks whose blocks are plain: adapters merged, one type of weights or 8 bits, no fast-forward. The place of the
+column is told by the host, which then reads no more of the cache than is live, or by the device (`Ring`), where the same
+launches must serve every column.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.attention import Cache
-from kernels.rope import rope_tables, rotation, turned
+from kernels.decode_attention import decode_attention
+from kernels.int8 import int8_linear
+from kernels.rope import rope, rope_tables, rotation, turned
+from kernels.swiglu import ACTIVATIONS, swiglu
 
-Pair = tuple[Tensor, Tensor | None]      # weight and bias of one product
 Places = tuple[Sequence[Tensor], Sequence[Tensor]]
 
 
-def joined(linears: Sequence[Any]) -> Pair:
-    """One weight for Linears that read the same input. Theirs become views of it: nothing is held twice or grows stale."""
+class Ring(NamedTuple):
+    """Where a column stands, told by the device: a captured graph finds its place anew at every replay."""
+
+    slot: Tensor                # (1,) of the column in the ring of the cache
+    count: Tensor               # (B,) columns written with it
+    first: Tensor               # (B,) of them padding, which nobody sees
+
+
+class Product:
+    """x W^T + b of one column; W (out, in) is of the model's type, or holds 8 bits and a scale a row."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, row_scale: Tensor | None = None) -> None:
+        self.weight, self.bias, self.row_scale, self.across = weight, bias, row_scale, weight.mT
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (B, in) -> (B, out)"""
+        return self.into(x, x.new_empty(len(x), len(self.weight)))
+
+    def into(self, x: Tensor, out: Tensor) -> Tensor:
+        """out = the product"""
+        if self.row_scale is not None:
+            y = int8_linear(x, self.weight, self.row_scale)
+            return out.copy_(y) if self.bias is None else torch.add(y, self.bias, out=out)
+        return torch.mm(x, self.across, out=out) if self.bias is None else torch.addmm(self.bias, x, self.across, out=out)
+
+    def onto(self, x: Tensor, y: Tensor) -> None:
+        """x += the product with y; without bias"""
+        if self.row_scale is None:
+            x.addmm_(y, self.across)
+        else:
+            x.add_(int8_linear(y, self.weight, self.row_scale))
+
+
+def joined(linears: Sequence[Any]) -> Product:
+    """One product for Linears that read the same input. Their weights become views of one: nothing is held twice or grows stale."""
     weights = [m.weight for m in linears]
     first, place = weights[0], weights[0].data_ptr()
     together = len(weights) > 1
@@ -39,13 +76,17 @@ def joined(linears: Sequence[Any]) -> Pair:
             whole = torch.cat([w.detach() for w in weights])
             for w, part in zip(weights, whole.split([w.shape[0] for w in weights]), strict=True):
                 w.data = part
-    return whole.detach(), None if linears[0].bias is None else torch.cat([m.bias.detach() for m in linears])
+    bias, scale = (None if getattr(linears[0], name) is None else torch.cat([getattr(m, name).detach() for m in linears])
+                   for name in ("bias", "row_scale"))
+    return Product(whole.detach(), bias, scale)
 
 
-def per_step(linear: Any) -> list[Tensor]:
-    """The weight of each depth step; a temporal stack has one."""
-    weight = linear.weight.detach()
-    return [weight] if weight.dim() == 2 else [weight[k] for k in linear.schedule or range(len(weight))]
+def per_step(linear: Any) -> list[Product]:
+    """The product of each depth step; a temporal stack has one."""
+    weight, scale = linear.weight.detach(), linear.row_scale
+    if weight.dim() == 2:
+        return [Product(weight, None, scale)]
+    return [Product(weight[k], None, None if scale is None else scale[k]) for k in linear.schedule or range(len(weight))]
 
 
 class Layer:
@@ -53,9 +94,7 @@ class Layer:
 
     def __init__(self, block: nn.Module, packed: bool, gated: bool) -> None:
         attn = block.attn
-        qkv = (per_step(attn.qkv), None) if packed else joined([attn.q, attn.k, attn.v])
-        self.qkv, self.bias = [w.mT for w in qkv[0]] if packed else [qkv[0].mT], qkv[1]
-        self.o = [w.mT for w in per_step(attn.o)]
+        self.qkv, self.o = per_step(attn.qkv) if packed else [joined([attn.q, attn.k, attn.v])], per_step(attn.o)
         self.head_norm = None
         if hasattr(attn, "q_norm"):
             heads = [attn.c.heads, attn.c.kv]
@@ -63,10 +102,18 @@ class Layer:
             self.head_norm = torch.cat([w.expand(n, -1) for w, n in zip(norms, heads, strict=True)])    # (H + H_kv, head)
         self.sides = [self.side(block.attn_norm, block.ffn_norm, block.ffn, packed, gated)]
         self.sides += [self.side(block.audio_attn_norm, block.audio_ffn_norm, block.audio_ffn, packed, gated)] if block.dual else self.sides
+        self.dual = block.dual
 
-    def side(self, first: Any, second: Any, ffn: Any, packed: bool, gated: bool) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
-        up = per_step(ffn.gate_up) if packed and gated else [joined([ffn.gate, ffn.up])[0]] if gated else per_step(ffn.up)
-        return twice(first.weight), twice(second.weight), [w.mT for w in up], [w.mT for w in per_step(ffn.down)]
+    def side(self, first: Any, second: Any, ffn: Any, packed: bool, gated: bool) -> "Side":
+        up = per_step(ffn.gate_up) if packed and gated else [joined([ffn.gate, ffn.up])] if gated else per_step(ffn.up)
+        return Side(twice(first.weight), twice(second.weight), up, per_step(ffn.down))
+
+
+class Side(NamedTuple):
+    attn_norm: Tensor           # twice the weight, as Pair wants it
+    ffn_norm: Tensor
+    up: list[Product]           # of each depth step; gate and up in one
+    down: list[Product]
 
 
 def twice(weight: Tensor) -> Tensor:
@@ -93,15 +140,13 @@ class Pair:
 
 
 class ColumnStep:
-    """Runs one column through a stack, in memory taken once.   `c` is its StackConfig, `act` the activation of its
-    feed-forward networks, `cache` holds its keys and values in the layers from `first` on, `norm` comes behind the last.
+    """Runs one column through a stack, in memory taken once.   `c` is its StackConfig, `cache` holds its keys and values in
+    the layers from `first` on, `norm` comes behind the last.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], c: Any, act: Callable[..., Tensor], cache: Cache, first: int = 0,
-                 norm: nn.Module | None = None) -> None:
-        self.c, self.act, self.norm = c, act, None if norm is None else twice(norm.weight)
+    def __init__(self, blocks: Sequence[nn.Module], c: Any, cache: Cache, first: int = 0, norm: nn.Module | None = None) -> None:
+        self.c, self.act, self.norm = c, ACTIVATIONS[c.activation], None if norm is None else twice(norm.weight)
         self.layers = [Layer(block, c.packed, c.gated) for block in blocks]
-        self.dual = any(block.dual for block in blocks)
         self.store = cache.store[first : first + len(self.layers)].flatten(0, 1)        # (2 layers, B, H_kv, slots, head)
         B, turning = cache.store.shape[2], c.heads + c.kv
         self.pair = Pair(cache.store, B, c.dim)
@@ -115,7 +160,7 @@ class ColumnStep:
         aside = c.rope_theta and not (self.plain and c.rope_interleaved)                # RoPE then writes elsewhere
         self.qk = torch.empty_like(self.raw) if aside else self.raw
         self.q, self.k = self.qk.split([c.heads, c.kv], 1)
-        self.q = self.q.view(B, c.kv, -1, c.head)                                       # the queries of a key head together
+        self.groups = self.q.view(B, c.kv, -1, c.head)                                  # the queries of a key head together
         self.pairs, self.turned = (qk.unflatten(-1, (2, -1)) for qk in (self.raw, self.qk))       # (B, H', 2, head / 2)
         self.parts = [*self.pairs.unbind(2), *self.turned.unbind(2)]
         self.heads = Pair(cache.store, *self.raw.shape)
@@ -125,32 +170,65 @@ class ColumnStep:
         """Where the keys and values of the new column go, and those that it sees: of each layer the keys, then the values."""
         return self.store.select(3, slot).unbind(), self.store.narrow(3, 0, live).unbind()
 
-    def __call__(self, x: Tensor, places: Places, turn: Tensor | None, mask: Tensor | None, audio: bool = False, step: int = 0) -> Tensor:
-        """x (B, D) -> (B, D), which the next call may overwrite; mask (B, 1, 1, live) or None, `audio` is the side of all columns"""
-        c, B, (new, seen) = self.c, x.shape[0], places
+    def __call__(self, x: Tensor, places: Places | Ring, turn: Tensor | None, mask: Tensor | None, audio: bool | Tensor = False,
+                 step: int = 0) -> Tensor:
+        """x (B, D) -> (B, D), which the next call may overwrite
+
+        mask (B, 1, 1, live) or None; `audio` is the side of all columns, or of each (B, 1).
+        """
+        eps = self.c.norm_eps
         if x is not self.x:
             self.x.copy_(x)
         turn = turn if turn is None or self.complex is not None else turn.unbind(2)
         for n, layer in enumerate(self.layers):
-            attn_norm, ffn_norm, up, down = layer.sides[audio]
-            y = self.pair.norm(attn_norm, c.norm_eps)
-            if layer.bias is None:
-                torch.mm(y, layer.qkv[step], out=self.qkv)
-            else:
-                torch.addmm(layer.bias, y, layer.qkv[step], out=self.qkv)
+            both = isinstance(audio, Tensor) and layer.dual
+            side = layer.sides[audio is True]
+            y = self.pair.norm(side.attn_norm, eps)
+            if both:
+                y = torch.where(audio, self.pair.norm(layer.sides[1].attn_norm, eps), y)
+            layer.qkv[step].into(y, self.qkv)
             if layer.head_norm is not None:
                 self.heads.x.copy_(self.raw)
-                torch.mul(self.heads.norm(None, c.norm_eps), layer.head_norm, out=self.raw)
+                torch.mul(self.heads.norm(None, eps), layer.head_norm, out=self.raw)
             if turn is not None:
                 self.turn(turn)
-            new[2 * n].copy_(self.k)
-            new[2 * n + 1].copy_(self.v)
-            y = F.scaled_dot_product_attention(self.q, seen[2 * n], seen[2 * n + 1], attn_mask=mask)
-            self.x.addmm_(y.reshape(B, -1), layer.o[step])
-            torch.mm(self.pair.norm(ffn_norm, c.norm_eps), up[step], out=self.up)
+            layer.o[step].onto(self.x, self.attend(n, places, mask))
+            if both:
+                self.feed_both(layer, audio, step)
+            else:
+                self.feed(side, step)
+        return self.x if self.norm is None else self.pair.norm(self.norm, eps)
+
+    def attend(self, n: int, places: Places | Ring, mask: Tensor | None) -> Tensor:
+        """Keep the keys and values of the column in layer n and look at all that it sees.   -> (B, H head)"""
+        if isinstance(places, Ring):
+            keys, values = self.store[2 * n], self.store[2 * n + 1]
+            keys.index_copy_(2, places.slot, self.k.unsqueeze(2))
+            values.index_copy_(2, places.slot, self.v.unsqueeze(2))
+            return decode_attention(self.q, keys, values, places.count, self.c.window, places.first).flatten(1)
+        new, seen = places
+        new[2 * n].copy_(self.k)
+        new[2 * n + 1].copy_(self.v)
+        return F.scaled_dot_product_attention(self.groups, seen[2 * n], seen[2 * n + 1], attn_mask=mask).reshape(len(self.x), -1)
+
+    def feed(self, side: Side, step: int) -> None:
+        """x += feed-forward network of x"""
+        side.up[step].into(self.pair.norm(side.ffn_norm, self.c.norm_eps), self.up)
+        if self.c.gated and self.up.is_cuda:
+            y = swiglu(self.up, None, self.c.activation)
+        else:
             y = self.act(self.halves[0])
-            self.x.addmm_(y.mul_(self.halves[1]) if c.gated else y, down[step])
-        return self.x if self.norm is None else self.pair.norm(self.norm, c.norm_eps)
+            y = y.mul_(self.halves[1]) if self.c.gated else y
+        side.down[step].onto(self.x, y)
+
+    def feed_both(self, layer: Layer, audio: Tensor, step: int) -> None:
+        """`feed` where text and audio columns stand side by side: both networks run, each column keeps its own."""
+        before = self.x.clone()
+        self.feed(layer.sides[0], step)
+        text = self.x.clone()
+        self.x.copy_(before)
+        self.feed(layer.sides[1], step)
+        self.x.copy_(torch.where(audio, self.x, text))
 
     def turn(self, angles: Tensor | tuple[Tensor, Tensor]) -> None:
         """RoPE of the queries and keys."""
@@ -161,6 +239,9 @@ class ColumnStep:
             torch.mul(self.pairs, cos.unsqueeze(2), out=self.turned)
             new_a.addcmul_(b, sin, value=-1)
             new_b.addcmul_(a, sin)
+        elif self.raw.is_cuda:
+            tables = tuple(table.unsqueeze(2) for table in angles)                       # (B, 1, 1, head / 2)
+            self.qk.copy_(rope(self.raw.unsqueeze(2), tables, self.c.rope_interleaved).squeeze(2))
         else:
             self.qk.copy_(turned(self.raw, rotation(angles, self.c.rope_interleaved)))
 
@@ -174,20 +255,24 @@ class Turns:
 
     def __call__(self, positions: Tensor, below: int) -> Tensor:
         """positions (B,), all of them < below -> (B, 1, head/2) complex, or (B, 1, 2, head/2): cosines, sines"""
+        self.reach(below)
+        return self.table.index_select(0, positions)
+
+    def reach(self, below: int) -> None:
+        """Have the angles of all positions < below."""
         if self.table is None or below > len(self.table):
             count = max(256, 2 * below)
             cos, sin = rope_tables(self.c.head, self.c.rope_theta, self.c.rope_scaling, torch.arange(count, device=self.device)[None])
             cos, sin = cos[0, 0][:, None], sin[0, 0][:, None]                            # (count, 1, head/2)
             self.table = torch.complex(cos, sin) if self.complex else torch.stack([cos, sin], 2)
-        return self.table.index_select(0, positions)
 
 
-def column_step(blocks: Sequence[nn.Module], c: Any, act: Callable[[Tensor], Tensor], cache: Cache, first: int = 0,
-                norm: nn.Module | None = None) -> ColumnStep | None:
+def column_step(blocks: Sequence[nn.Module], c: Any, cache: Cache, first: int = 0, norm: nn.Module | None = None) -> ColumnStep | None:
     """The fast way through a stack, or None when it must go block by block."""
     linears = [m for block in blocks for m in block.modules() if hasattr(m, "adapter")]
     adapted = any(m.adapter is not None and m.adapter.enabled and m.adapter.base is None for m in linears)
-    types = {p.dtype for block in blocks for p in block.parameters()}
+    packed = {id(m.weight) for m in linears if m.row_scale is not None}                  # in 8 bits
+    types = {p.dtype for block in blocks for p in block.parameters() if id(p) not in packed}
     sets = any(m.weight.dim() == 3 for m in linears)
     odd = any(block.skips_audio or block.listen is not None for block in blocks) or (sets and not c.packed) or (c.packed and c.qkv_bias)
-    return None if adapted or odd or types != {cache.store.dtype} else ColumnStep(blocks, c, act, cache, first, norm)
+    return None if adapted or odd or types != {cache.store.dtype} else ColumnStep(blocks, c, cache, first, norm)

@@ -1,6 +1,6 @@
 """Attention of one new column over a static cache: only the columns that it can see are read.
 
-    y = softmax(q . k[p] / sqrt(d)) v[p]      p = the last min(count, capacity, window) positions; position p lies in slot p % capacity
+    y = softmax(q . k[p] / sqrt(d)) v[p]      p = the last min(count, capacity, window) positions from `first` on, in slot p % capacity each
 
 `count` is a tensor on the device, the column being written included, so a captured graph replays at any length. The
 cache is linear while count <= capacity and a ring afterwards. The live range is cut into SPLITS parts that run side by
@@ -15,33 +15,38 @@ from kernels.choice import dot, full, fused, jit, power, tl
 SPLITS, KEYS = 16, 64        # parts of the live range, and keys of one tile
 
 
-def decode_attention_ref(q: Tensor, keys: Tensor, values: Tensor, count: Tensor, window: int = 0) -> Tensor:
-    """q (B, H, d), keys and values (B, H_kv, C, d), count (B,) of columns written -> (B, H, d); a count of 0 gives 0"""
+def decode_attention_ref(q: Tensor, keys: Tensor, values: Tensor, count: Tensor, window: int = 0, first: Tensor | None = None) -> Tensor:
+    """q (B, H, d), keys and values (B, H_kv, C, d), count (B,) of columns written -> (B, H, d); where nothing is seen, 0
+
+    `first` (B,) is the position that an item begins at: what lies before is padding.
+    """
     (B, H, d), (_, G, C, _) = q.shape, keys.shape
     last = count[:, None] - 1
     position = last - (last - torch.arange(C, device=q.device)) % C                      # the newest position in each slot
-    seen = (position >= 0) & (position > last - (window or C))
+    seen = (position >= (0 if first is None else first[:, None].clamp(min=0))) & (position > last - (window or C))
     s = torch.einsum("bghd,bgcd->bghc", full(q).view(B, G, H // G, d), full(keys)) * d**-0.5
     p = s.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1).nan_to_num(0.0)
     return torch.einsum("bghc,bgcd->bghd", p, full(values)).reshape(B, H, d).to(q.dtype)
 
 
 @jit
-def part_kernel(q, keys, values, count, parts, sums, H, G, C, D, W, kb, kg, kc, vb, vg, vc, scale, SPLITS: tl.constexpr,
-                KEYS: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr):
+def part_kernel(q, keys, values, count, first, parts, sums, H, G, C, D, W, kb, kg, kc, vb, vg, vc, scale,
+                PADDED: tl.constexpr, SPLITS: tl.constexpr, KEYS: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr):
     b, g, part = (tl.program_id(0) // G).to(tl.int64), (tl.program_id(0) % G).to(tl.int64), tl.program_id(1)
     group = H // G
     h, d = tl.arange(0, HEADS), tl.arange(0, BLOCK)
     query = tl.load(q + (b * H + g * group + h)[:, None] * D + d[None, :], mask=(h < group)[:, None] & (d < D)[None, :], other=0.0)
     end = tl.load(count + b)
     begin = tl.maximum(end - W, 0)
+    if PADDED:
+        begin = tl.maximum(begin, tl.load(first + b))
     share = tl.cdiv(tl.cdiv(end - begin, SPLITS), KEYS) * KEYS
-    first, stop = begin + part * share, tl.minimum(end, begin + (part + 1) * share)
+    start, stop = begin + part * share, tl.minimum(end, begin + (part + 1) * share)
     largest = tl.full([HEADS], -1e30, tl.float32)
     total = tl.zeros([HEADS], tl.float32)
     out = tl.zeros([HEADS, BLOCK], tl.float32)
-    for step in range(0, tl.cdiv(tl.maximum(stop - first, 0), KEYS)):
-        p = first + step * KEYS + tl.arange(0, KEYS)
+    for step in range(0, tl.cdiv(tl.maximum(stop - start, 0), KEYS)):
+        p = start + step * KEYS + tl.arange(0, KEYS)
         slot = (p % C).to(tl.int64)
         inside = (p < stop)[:, None] & (d < D)[None, :]
         k = tl.load(keys + b * kb + g * kg + slot[:, None] * kc + d[None, :], mask=inside, other=0.0)
@@ -72,16 +77,17 @@ def join_kernel(parts, sums, y, H, G, D, SPLITS: tl.constexpr, HEADS: tl.constex
     tl.store(y + (b * H + h) * D + d, (out / tl.where(total > 0, total, 1.0)).to(y.dtype.element_ty), mask=d < D)
 
 
-def decode_attention(q: Tensor, keys: Tensor, values: Tensor, count: Tensor, window: int = 0) -> Tensor:
+def decode_attention(q: Tensor, keys: Tensor, values: Tensor, count: Tensor, window: int = 0, first: Tensor | None = None) -> Tensor:
     """`decode_attention_ref`; no length is read on the host"""
     if not fused(q):
-        return decode_attention_ref(q, keys, values, count, window)
+        return decode_attention_ref(q, keys, values, count, window, first)
     (B, H, d), (_, G, C, _) = q.shape, keys.shape
     heads, block = power(H // G, least=16), power(d, least=16)
     parts = torch.empty(B * G * SPLITS * heads, block, device=q.device)
     sums, y = torch.empty(B * G * SPLITS * heads, 2, device=q.device), torch.empty_like(q.contiguous())
-    live = min(window or C, C)
-    part_kernel[(B * G, SPLITS)](q.contiguous(), keys, values, count.contiguous(), parts, sums, H, G, C, d, live, *keys.stride()[:3],
-                                 *values.stride()[:3], d**-0.5, SPLITS, KEYS, heads, block)
+    live, count = min(window or C, C), count.contiguous()
+    begins = count if first is None else first.contiguous()                      # count is not read there
+    part_kernel[(B * G, SPLITS)](q.contiguous(), keys, values, count, begins, parts, sums, H, G, C, d, live, *keys.stride()[:3],
+                                 *values.stride()[:3], d**-0.5, first is not None, SPLITS, KEYS, heads, block)
     join_kernel[(B * H,)](parts, sums, y, H, G, d, SPLITS, heads, block)
     return y

@@ -1,72 +1,156 @@
-"""Drawing tokens: temperature, top-k, top-p, min-p, then a Gumbel-max draw.
+"""Drawing a token of every row in one kernel: temperature, top-k, top-p, min-p, Gumbel noise, argmax.
 
-    argmax_v  l_v / T - log(-log u_v)      with l_v = -inf for what the rules drop, u_v uniform; T = 0 is plain argmax
+    kept v:   #{u: l_u > l_v} < k   and   sum of p_u over kept-so-far u with l_u > l_v  <= top_p   and   p_v >= min_p max p
+    id = argmax over kept v of  l_v / T - log(-log u_v)        T = 0: the likeliest        p = softmax(l / T)
 
-Every row of logits has rules of its own. The uniform numbers are counted, not consumed, so a draw repeats exactly.
+Equal logits share their fate, so no sort is needed: both thresholds are found by bisection over the 32 bits of a
+float's order. Noise is counted, not consumed: u_v depends on (seed, step, v) alone, so each row brings a seed of its own.
+Seed and step lie on the device: a captured graph draws anew at every replay, and a run repeats exactly.
 """
 
-import hashlib
-from dataclasses import dataclass
-from typing import NamedTuple
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from kernels.choice import fused, jit, power, tl
 
-@dataclass(frozen=True)
-class Noise:
-    """Uniform numbers that depend on seed, item, column and row alone: a batch draws what its items draw alone."""
-
-    seed: int
-    items: int
-    column: int
-    device: torch.device
-
-    def __call__(self, rows: slice, V: int, again: bool = False) -> Tensor:
-        """For rows `rows`, a second time where a draw is repeated   -> (B, R, V)"""
-        words = [f"{self.seed + b} {self.column} {rows.start} {again}".encode() for b in range(self.items)]
-        seeds = [int.from_bytes(hashlib.blake2b(word, digest_size=7).digest(), "big") for word in words]
-        count = rows.stop - rows.start
-        return torch.stack([torch.rand(count, V, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(self.device)
+GOLDEN, MIX1, MIX2 = 0x9E3779B9, 0x85EBCA6B, 0xC2B2AE35      # odd constants of the finaliser of MurmurHash3
+COLD, WIDEST = 1e-5, 1 << 16     # least temperature to divide by; vocabularies above go through the reference: a program holds a whole row
+Rule = Tensor | float | int | None
 
 
-class Rules(NamedTuple):
-    """How each of R rows is drawn, (R, 1) each; `plain`: nothing but temperatures."""
-
-    temperature: Tensor
-    top_k: Tensor
-    top_p: Tensor
-    min_p: Tensor
-    plain: bool = False
+def mixed(x: Tensor) -> Tensor:
+    """32 bits, well mixed.   int64 in [0, 2^32) -> the same range"""
+    for shift, factor in ((16, MIX1), (13, MIX2)):
+        x = (x ^ (x >> shift)).mul_(factor).bitwise_and_(0xFFFFFFFF)
+    return x.bitwise_xor_(x >> 16)
 
 
-def sample(logits: Tensor, rules: Rules, noise: Noise, rows: slice, history: Tensor | None = None,
-           repeats: int = 0) -> Tensor:
-    """Draw one id for each row.   logits (B, R, V) fp32 -> (B, R)
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def scattered(V: int, device: torch.device) -> Tensor:
+    """A word for each of V places, made once."""
+    return (torch.arange(V, device=device) * GOLDEN) & 0xFFFFFFFF
 
-    Repetition-aware (VALL-E 2): an id seen `repeats` times in its row's `history` (B, R, n) is drawn again, without rules.
+
+def counted_noise(seed: Tensor, step: Tensor, V: int) -> Tensor:
+    """Uniform numbers in (0, 1), 24 bits each.   seed (R,) and step () int64 -> (R, V) fp32"""
+    word = mixed((seed ^ (seed >> 32) * MIX1 ^ step * GOLDEN) & 0xFFFFFFFF)
+    bits = mixed(word[:, None] ^ scattered(V, seed.device))
+    return (bits >> 8).float().add_(0.5).mul_(2.0**-24)
+
+
+def kept(logits: Tensor, top_k: Rule = None, top_p: Rule = None, min_p: Rule = None) -> Tensor:
+    """What the rules leave of logits / T.   (R, V), rules as in `sample`, those of rows (R, 1) -> (R, V) bool"""
+    V = logits.shape[-1]
+    if isinstance(top_k, int) and top_p is None:                      # no need to sort what is dropped
+        least = logits.topk(min(top_k or V, V)).values[:, -1:]
+    elif top_k is not None or top_p is not None:
+        ordered = logits.sort(-1, descending=True).values
+        k = torch.as_tensor(V if top_k is None else top_k, device=logits.device).expand(len(logits), 1)
+        least = ordered.gather(-1, torch.where(k > 0, k, V).clamp(max=V) - 1)
+        if top_p is not None:
+            p = ordered.masked_fill(ordered < least, -torch.inf).softmax(-1)
+            before, first = p.cumsum(-1) - p, torch.searchsorted(-ordered, -ordered)  # where the run of an equal logit begins
+            allowed = torch.as_tensor(top_p, device=logits.device)
+            last = ((before.gather(-1, first) <= allowed) | (allowed >= 1)).sum(-1, keepdim=True).clamp(min=1)
+            least = torch.maximum(least, ordered.gather(-1, last - 1))
+    else:
+        least = -torch.inf
+    left = logits >= least
+    return left if min_p is None else left & ((logits - logits.amax(-1, keepdim=True)).exp() >= min_p)
+
+
+def sample_ref(logits: Tensor, temperature: Rule, top_k: Rule, top_p: Rule, min_p: Rule, seed: Tensor, step: Tensor) -> Tensor:
+    """logits (R, V), seed (R,), step () -> (R,) int64
+
+    A rule is a number, or one for each row (R,); top_k 0, top_p 1 and min_p 0 drop nothing, and neither does None.
     """
-    shaped = logits / rules.temperature.clamp(min=1e-5) if rules.plain else shape_logits(logits, *rules[:4])
-    chosen = pick(shaped, rules.temperature, noise(rows, logits.shape[-1]))
-    if history is not None and history.shape[-1]:
-        seen = (history == chosen[..., None]).sum(-1)
-        again = pick(logits, torch.ones_like(rules.temperature), noise(rows, logits.shape[-1], again=True))
-        chosen = torch.where(seen >= repeats, again, chosen)
-    return chosen
+    t, *rules = (rule[:, None] if isinstance(rule, Tensor) else rule for rule in (temperature, top_k, top_p, min_p))
+    noise = counted_noise(seed, step, logits.shape[1]).log_().neg_().log_()
+    if isinstance(t, Tensor):
+        warm = logits.float() / t.clamp(min=COLD)
+        noisy = torch.where(t > 0, warm - noise, warm)
+    else:
+        warm = logits.float() / max(t, COLD)
+        noisy = warm - noise if t > 0 else warm
+    if any(rule is not None for rule in rules):
+        noisy = noisy.masked_fill(~kept(warm, *rules), -torch.inf)
+    return noisy.argmax(-1)
 
 
-def shape_logits(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """Apply the rules, in this order; what is dropped becomes -inf.   (B, R, V), rules (R, 1) -> (B, R, V)"""
-    logits = logits / temperature.clamp(min=1e-5)
-    ordered, places = logits.sort(dim=-1, descending=True)
-    rank = torch.arange(logits.shape[-1], device=logits.device)
-    dropped = (top_k > 0) & (rank >= top_k)
-    p = ordered.masked_fill(dropped, -torch.inf).softmax(-1)
-    dropped = dropped | (p.cumsum(-1) - p > top_p) | (p < min_p * p[..., :1])
-    return logits.masked_fill(torch.zeros_like(dropped).scatter(-1, places, dropped), -torch.inf)
+@jit
+def mix(x):
+    x = (x ^ (x >> 16)) * 0x85EBCA6B
+    x = (x ^ (x >> 13)) * 0xC2B2AE35
+    return x ^ (x >> 16)
 
 
-def pick(logits: Tensor, temperature: Tensor, noise: Tensor) -> Tensor:
-    """Gumbel-max draw where the temperature is positive, argmax where it is 0.   (B, R, V) -> (B, R)"""
-    gumbel = -(-noise.clamp(1e-20, 1 - 1e-7).log()).log()
-    return torch.where(temperature > 0, logits + gumbel, logits).argmax(-1)
+@jit
+def order(x):
+    """Unsigned numbers that sort as floats do."""
+    bits = x.to(tl.uint32, bitcast=True)
+    return tl.where(bits >= 0x80000000, ~bits, bits | 0x80000000)
+
+
+@jit
+def sample_kernel(logits, temperature, top_k, top_p, min_p, seed, step, out, V, stride, TOP_K: tl.constexpr, TOP_P: tl.constexpr,
+                  MIN_P: tl.constexpr, BLOCK: tl.constexpr):
+    r = tl.program_id(0).to(tl.int64)
+    t = tl.load(temperature + r)
+    v = tl.arange(0, BLOCK)
+    x = tl.load(logits + r * stride + v, mask=v < V, other=-float("inf")).to(tl.float32) / tl.maximum(t, 1e-5)
+    key = tl.where(v < V, order(x), 0)                                  # 0 lies below every float
+    floor = tl.full([], 1, tl.uint32)
+    if TOP_K:
+        k = tl.load(top_k + r)
+        if (k > 0) & (k < V):                                          # the largest key that k or more reach
+            floor = tl.full([], 0, tl.uint32)
+            probe = tl.full([], 0x80000000, tl.uint32)
+            for _ in range(0, 32):
+                higher = floor | probe
+                probe = probe >> 1
+                floor = tl.where(tl.sum((key >= higher).to(tl.int32), axis=0) >= k, higher, floor)
+    high = tl.max(x, axis=0)
+    if TOP_P:
+        share = tl.load(top_p + r)
+        if share < 1:                                                  # the largest key with more than top_p above it
+            e = tl.where(key >= floor, tl.exp(x - high), 0.0)
+            limit = share * tl.sum(e, axis=0)
+            below = tl.full([], 0, tl.uint32)
+            probe = tl.full([], 0x80000000, tl.uint32)
+            for _ in range(0, 32):
+                higher = below | probe
+                probe = probe >> 1
+                below = tl.where(tl.sum(tl.where(key > higher, e, 0.0), axis=0) > limit, higher, below)
+            floor = tl.maximum(floor, below + 1)
+    left = (key >= floor) & (v < V)
+    if MIN_P:
+        left &= tl.exp(x - high) >= tl.load(min_p + r)
+    number = tl.load(seed + r)
+    now = tl.load(step)
+    word = mix(((number ^ (number >> 32) * 0x85EBCA6B ^ now * 0x9E3779B9) & 0xFFFFFFFF).to(tl.uint32))
+    u = ((mix(word ^ (v.to(tl.uint32) * 0x9E3779B9)) >> 8).to(tl.float32) + 0.5) * 5.9604644775390625e-08
+    x = tl.where(t > 0, x - tl.log(-tl.log(u)), x)
+    tl.store(out + r, tl.argmax(tl.where(left, x, -float("inf")), axis=0).to(tl.int64))
+
+
+@lru_cache(maxsize=256)
+@torch.inference_mode(False)
+def spread(rule: float, R: int, device: torch.device) -> Tensor:
+    """One number for all of R rows, made once."""
+    return torch.full((R,), rule, device=device)
+
+
+def sample(logits: Tensor, temperature: Rule, top_k: Rule, top_p: Rule, min_p: Rule, seed: Tensor, step: Tensor) -> Tensor:
+    """`sample_ref`; nothing is read on the host"""
+    (R, V), logits = logits.shape, logits if logits.stride(-1) == 1 else logits.contiguous()
+    if not fused(logits) or V > WIDEST:
+        return sample_ref(logits, temperature, top_k, top_p, min_p, seed, step)
+    out, block = torch.empty(R, dtype=torch.int64, device=logits.device), power(V)
+    given = [rule is not None for rule in (top_k, top_p, min_p)]
+    rules = [rule if isinstance(rule, Tensor) else spread(rule or 0.0, R, logits.device) for rule in (temperature, top_k, top_p, min_p)]
+    if R:
+        sample_kernel[(R,)](logits, *rules, seed, step, out, V, logits.stride(0), *given, block, num_warps=power(block // 512, 1, 16))
+    return out

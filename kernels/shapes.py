@@ -41,7 +41,7 @@ def cases(device: torch.device, dtype: torch.dtype, rows: int, width: int) -> di
         "embed_sum": ((ids(2048, 1, 17, rows), made(17 * 2048, D), offsets), {}),
         "depth_attention": (tuple(x.unflatten(-1, (-1, 16)) for x in packed), {}),
         "decode_attention": ((made(1, heads, head, grad=False), *store, torch.tensor([750], device=device)), {"window": 3000}),
-        "draw": ((made(9, 2048, grad=False).float(), *rules, ids(1 << 30, 9), torch.zeros((), dtype=torch.long, device=device)), {}),
+        "sample": ((made(9, 2048, grad=False).float(), *rules, ids(1 << 30, 9), torch.zeros((), dtype=torch.long, device=device)), {}),
         "int8_linear": ((made(1, D, grad=False), *quantize_rows(weight)), {}),
         "route": ((made(rows, D), order, order.argsort()), {}),
     }

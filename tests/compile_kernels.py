@@ -41,8 +41,8 @@ choice.MODE, choice.INTERPRET = "triton", True                # the ops take CPU
 import test_kernels  # noqa: E402
 
 for name in sys.argv[1:] or PAIRS:
-    if name == "draw":
-        PAIRS[name][0](*test_kernels.draw_inputs(2048, 3))
+    if name == "sample":
+        PAIRS[name][0](*test_kernels.sample_inputs(2048, 3))
     else:
         for made in test_kernels.CASES[name]:
             test_kernels.results(PAIRS[name][0], made(test_kernels.Made(0, torch.bfloat16, "cpu")), None)

@@ -268,11 +268,11 @@ def test_fused_weights_are_the_models_own(tmp_path):
     """Generation joins q, k, v in memory: training afterwards changes what the next generation uses, and nothing is held twice."""
     model = peers.build("qwen", 32)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    first = model.cache(1, 8).fast[0].layers[0].qkv[0].mT
+    first = model.cache(1, 8).fast[0].layers[0].qkv[0].weight
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters()) and not any(p.is_inference() for p in model.parameters())
     with torch.no_grad():
         model.temporal.layers[0].attn.k.weight.fill_(7.0)
-    again = model.cache(1, 8).fast[0].layers[0].qkv[0].mT
+    again = model.cache(1, 8).fast[0].layers[0].qkv[0].weight
     assert again.data_ptr() == first.data_ptr() and float(again[32:48].min()) == 7.0
     read = load(save(model, tmp_path))                                       # views of one storage are saved and read as any others
     assert all(torch.equal(p, read.get_parameter(n)) for n, p in model.named_parameters() if n != "text_head.weight")

@@ -17,14 +17,13 @@ import sample
 from audio import load_codec
 from audio.wav import load_wav, resample
 from checkpoint import load
-from drawing import draw
-from kernels.sample import Noise
+from drawing import Noise, draw
 from lora import LoraConfig, adapters, inject
 from model import HIGGS_V2_3B, ModelConfig, MultistreamLM, StackConfig
 from options import run_config
 from sample import SampleConfig, generate, speak_long
 from streams import Example, Undelay, lay_out
-from turns import start_state
+from turns import heard_before
 
 CONFIGS = {name: ROOT / f"configs/{name}.py" for name in ("higgs_ar", "higgs_full")}
 
@@ -91,12 +90,11 @@ def test_greedy_columns_equal_transformers_through_the_end(tmp_path: Path, colum
 def test_repetition_looks_back_over_speech_alone() -> None:
     """boson counts start and end ids and the prompt's clips, transformers neither start nor end ids."""
     prompt, _ = grid(CHAT.prompt("x", [("r", codes(1, 8))]), TINY)
-    state = start_state(prompt[None], TINY, 7)
     clip = prompt[1:][:, (prompt[1:] >= 0).all(0)]
-    assert clip.shape[1] == 1 + 8 + 1 and torch.equal(state.heard[0], clip[:, -7:])
+    assert clip.shape[1] == 1 + 8 + 1 and torch.equal(heard_before(prompt[None], TINY, 7)[0], clip[:, -7:])
     logits, stuck = torch.tensor([[[5.0, 4.9, 0.0]]]), torch.zeros(1, 1, 7, dtype=torch.long)
     config, cpu = SampleConfig(temperature=0, ras_window=7), torch.device("cpu")
-    drawn = [draw(logits, config, slice(0, 1), Noise(seed, 1, 0, cpu), stuck) for seed in range(80)]
+    drawn = [draw(logits, config, slice(0, 1), Noise(seed, 1, 1, cpu), stuck) for seed in range(80)]
     assert 0.3 < torch.cat(drawn).float().mean() < 0.7
 
 

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from kernels import PAIRS, choice
 from kernels.cross_entropy import multistream_ce, multistream_ce_ref, row_nll, row_nll_ref
-from kernels.draw import counted_noise, draw, draw_ref
 from kernels.embed_sum import embed_sum
 from kernels.int8 import dequantize_rows, quantize_rows
+from kernels.sample import counted_noise, sample, sample_ref
 from kernels.swiglu import swiglu
 from lora import LoraConfig, inject
 from model import MultistreamLM
@@ -94,10 +94,11 @@ def depth_case(m: Made, T: int, N: int, H: int, G: int, d: int) -> Case:
     return tuple(x.unflatten(-1, (-1, d)) for x in packed.split([H * d, G * d, G * d], -1)), {}
 
 
-def decode_case(m: Made, B: int, H: int, G: int, C: int, d: int, counts: tuple[int, ...], window: int = 0) -> Case:
+def decode_case(m: Made, B: int, H: int, G: int, C: int, d: int, counts: tuple[int, ...], window: int = 0,
+                first: tuple[int, ...] = ()) -> Case:
     store = m.grad(B, 2 * G, C, d).detach()
     q, count = m.grad(B, H, d).detach(), torch.tensor(counts, device=m.device)
-    return (q, *store.split(G, 1), count), {"window": window}
+    return (q, *store.split(G, 1), count), {"window": window, "first": torch.tensor(first, device=m.device) if first else None}
 
 
 def int8_case(m: Made, N: int, inputs: int, outputs: int, steps: int = 0) -> Case:
@@ -165,6 +166,7 @@ CASES: dict[str, list[Callable[[Made], Case]]] = {
     "decode_attention": [partial(decode_case, B=2, H=6, G=2, C=21, d=10, counts=(1, 20)),
                          partial(decode_case, B=3, H=3, G=3, C=13, d=5, counts=(14, 13, 100)),
                          partial(decode_case, B=2, H=4, G=1, C=70, d=6, counts=(69, 700), window=66),
+                         partial(decode_case, B=3, H=2, G=1, C=70, d=6, counts=(69, 700, 40), window=66, first=(60, 650, 40)),
                          partial(decode_case, B=1, H=1, G=1, C=9, d=3, counts=(0,))],
     "int8_linear": [partial(int8_case, N=5, inputs=37, outputs=19), partial(int8_case, N=70, inputs=9, outputs=67),
                     partial(int8_case, N=3, inputs=11, outputs=6, steps=4), partial(int8_case, N=0, inputs=7, outputs=3)],
@@ -371,7 +373,7 @@ def test_gradient_of_embeddings_repeats_bit_by_bit(triton: None) -> None:
 
 # ---- drawing ----
 
-def draw_inputs(V: int, seed: int, rows: int = 12, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[Tensor, ...]:
+def sample_inputs(V: int, seed: int, rows: int = 12, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[Tensor, ...]:
     """Rules that differ from row to row; bf16 makes equal logits common."""
     m = Made(seed, dtype, device)
     logits = m.grad(rows, V, scale=2.0).detach()
@@ -384,9 +386,17 @@ def draw_inputs(V: int, seed: int, rows: int = 12, dtype: torch.dtype = torch.fl
 @DEVICES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("V", [5, 1026])
-def test_draw_equals_its_reference(V: int, dtype: torch.dtype, device: str, triton: None) -> None:
-    inputs = draw_inputs(V, V, dtype=dtype, device=device)
-    assert torch.equal(draw(*inputs), draw_ref(*inputs))
+def test_sample_equals_its_reference(V: int, dtype: torch.dtype, device: str, triton: None) -> None:
+    inputs = sample_inputs(V, V, dtype=dtype, device=device)
+    assert torch.equal(sample(*inputs), sample_ref(*inputs))
+    for dropped in ((2,), (3, 4), (2, 3, 4)):                                # rules that no row has
+        some = [None if n in dropped else x for n, x in enumerate(inputs)]
+        assert torch.equal(sample(*some), sample_ref(*some))
+    for rules in ((0.7, 3, None, None), (1.3, 0, 0.6, 0.1), (0.0, 2, None, 0.0)):         # one number for all rows
+        same = [torch.full((len(inputs[0]),), 0 if rule is None else rule, device=device) for rule in rules]
+        same[2] = torch.ones_like(same[2]) if rules[2] is None else same[2]
+        drawn = [f(inputs[0], *those, *inputs[5:]) for f in (sample, sample_ref) for those in (rules, same)]
+        assert all(torch.equal(drawn[0], x) for x in drawn)
 
 
 def test_draws_keep_to_the_rules_and_follow_the_distribution() -> None:
@@ -395,7 +405,7 @@ def test_draws_keep_to_the_rules_and_follow_the_distribution() -> None:
     drawn = {}
     for name, k, p, least in (("free", 0, 1.0, 0.0), ("top_k", 2, 1.0, 0.0), ("top_p", 0, 0.6, 0.0), ("min_p", 0, 1.0, 0.25)):
         rules = (torch.full((rows,), x) for x in (1.0, k, p, least))
-        ids = draw_ref(logits.expand(rows, 5), *rules, torch.arange(rows), torch.tensor(0))
+        ids = sample_ref(logits.expand(rows, 5), *rules, torch.arange(rows), torch.tensor(0))
         drawn[name] = torch.bincount(ids, minlength=5) / rows
     assert torch.allclose(drawn["free"], logits.exp(), atol=0.03)
     assert torch.allclose(drawn["top_k"], torch.tensor([5 / 7, 2 / 7, 0, 0, 0]), atol=0.03)
@@ -405,9 +415,9 @@ def test_draws_keep_to_the_rules_and_follow_the_distribution() -> None:
 
 def test_noise_depends_on_seed_step_and_place_alone() -> None:
     seeds, step = torch.tensor([5, 6, 5 + 2**32]), torch.tensor(7)
-    noise = counted_noise(seeds, step, 3, 4000)
-    assert torch.equal(noise[1:2], counted_noise(seeds[1:2], step, 1, 4000)) and torch.equal(noise[:, :9], counted_noise(seeds, step, 3, 9))
-    others = [noise[1], noise[2], counted_noise(seeds[:1], step + 1, 1, 4000)[0]]
+    noise = counted_noise(seeds, step, 4000)
+    assert torch.equal(noise[1:2], counted_noise(seeds[1:2], step, 4000)) and torch.equal(noise[:, :9], counted_noise(seeds, step, 9))
+    others = [noise[1], noise[2], counted_noise(seeds[:1], step + 1, 4000)[0]]
     assert all(abs(torch.corrcoef(torch.stack([noise[0], x]))[0, 1]) < 0.05 for x in others)
     assert 0 < noise.min() and noise.max() < 1 and abs(noise.mean() - 0.5) < 0.01 and abs(noise.std() - math.sqrt(1 / 12)) < 0.01
 
@@ -483,4 +493,4 @@ def test_every_kernel_compiles_for_a_gpu(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "tests/compile_kernels.py"], env=env, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     compiled = {line.split()[0].split(".")[1] for line in done.stdout.splitlines() if "bytes shared" in line}
-    assert compiled == set("rms_norm rope swiglu embed_sum depth_attention decode_attention draw int8 cross_entropy".split())
+    assert compiled == set("rms_norm rope swiglu embed_sum depth_attention decode_attention sample int8 cross_entropy".split())

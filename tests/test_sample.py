@@ -4,8 +4,8 @@ import pytest
 import torch
 from tables import CONFIGS, END, START, aligned_table, clone_table, example, grid, sequential_example
 
-from drawing import draw
-from kernels.sample import shape_logits
+from drawing import Noise, draw
+from kernels.sample import kept
 from model import ModelConfig, MultistreamLM, StackConfig
 from sample import SampleConfig, generate, pad_left
 from streams import Example, StreamTable, WordFeed, lay_out, undelay
@@ -30,9 +30,11 @@ def frames(model: MultistreamLM, grid: torch.Tensor, config: SampleConfig = GREE
 # ---- rules ----
 
 def one(logits: list[float], **rules: float) -> list[bool]:
-    defaults = {"temperature": 1.0, "top_k": 0.0, "top_p": 1.0, "min_p": 0.0} | rules
-    shaped = shape_logits(torch.tensor(logits)[None, None], *(torch.tensor([[v]]) for v in defaults.values()))
-    return (shaped[0, 0] > -torch.inf).tolist()
+    """What the rules keep, as one number for all rows and as a number for each."""
+    row = torch.tensor(logits)[None]
+    left = kept(row, **rules)
+    assert torch.equal(left, kept(row, **{name: torch.tensor([[value]]) for name, value in rules.items()}))
+    return left[0].tolist()
 
 
 def test_top_k_keeps_the_k_likeliest() -> None:
@@ -54,8 +56,7 @@ def test_rules_combine_top_k_before_top_p() -> None:
 
 def test_draws_follow_the_tempered_distribution() -> None:
     logits = torch.tensor([0.7, 0.2, 0.1]).log()[None, None].expand(20000, 1, 3)
-    g = torch.Generator().manual_seed(0)
-    drawn = draw(logits, SampleConfig(temperature=2.0), slice(0, 1), lambda rows, V: torch.rand(20000, 1, V, generator=g))
+    drawn = draw(logits, SampleConfig(temperature=2.0), slice(0, 1), Noise(0, 20000, 1, torch.device("cpu")))
     share = drawn.flatten().bincount(minlength=3) / 20000
     expected = torch.tensor([0.7, 0.2, 0.1]).sqrt()
     assert torch.allclose(share, expected / expected.sum(), atol=0.015)
@@ -63,8 +64,7 @@ def test_draws_follow_the_tempered_distribution() -> None:
 
 def test_a_rule_may_differ_between_streams() -> None:
     logits = torch.tensor([[[0.0, 1.0], [0.0, 1.0]]]).expand(500, 2, 2)
-    g = torch.Generator().manual_seed(0)
-    drawn = draw(logits, SampleConfig(temperature=(9.0, 0.0, 5.0)), slice(1, 3), lambda rows, V: torch.rand(500, 2, V, generator=g))
+    drawn = draw(logits, SampleConfig(temperature=(9.0, 0.0, 5.0)), slice(1, 3), Noise(0, 500, 3, torch.device("cpu")))
     assert drawn[:, 0].eq(1).all() and 0.2 < drawn[:, 1].float().mean() < 0.8
 
 
@@ -75,10 +75,8 @@ def test_a_rule_of_the_wrong_length_is_named() -> None:
 
 def test_repetition_aware_sampling_redraws_what_was_drawn_too_often() -> None:
     logits = torch.tensor([5.0, 4.9, 0.0]).expand(400, 1, 3)
-    g = torch.Generator().manual_seed(0)
-    config = SampleConfig(temperature=0.0, ras_window=4, ras_repeats=2)
+    config, noise = SampleConfig(temperature=0.0, ras_window=4, ras_repeats=2), Noise(0, 400, 1, torch.device("cpu"))
     stuck, fresh = torch.zeros(400, 1, 6, dtype=torch.long), torch.tensor([0, 0, 1, 1, 1, 0]).expand(400, 1, 6)
-    noise = lambda rows, V, again=False: torch.rand(400, 1, V, generator=g)     # noqa: E731
     assert draw(logits, config, slice(0, 1), noise, fresh).eq(0).all()
     assert 0.3 < draw(logits, config, slice(0, 1), noise, stuck).float().mean() < 0.7
 

@@ -56,17 +56,17 @@ class SampleConfig:
         assert self.max_frames > 0, f"max_frames {self.max_frames} is not positive"
 
 
-@lru_cache(maxsize=256)
-def rules_of(config: SampleConfig, start: int, stop: int, items: int, device: torch.device) -> Rules:
+@lru_cache(maxsize=None)         # a captured graph reads these tensors where they lie
+@torch.inference_mode(False)
+def rules_of(given: tuple[Rule, Rule, Rule, Rule], start: int, stop: int, items: int, device: torch.device) -> Rules:
     """Temperature, top-k, top-p and min-p of the predicted streams start..stop-1, as kernels/sample.py takes them, made once."""
-    rules, given = [], (config.temperature, config.top_k, config.top_p, config.min_p)
+    rules: list[float | Tensor | None] = []
     for rule, nothing, kind in zip(given, (None, 0, 1, 0), (float, int, float, float), strict=True):
         values = [kind(v) for v in (rule[start:stop] if isinstance(rule, tuple) else (rule,) * (stop - start))]
         if len(values) != stop - start:
             raise ValueError(f"a sampling rule has {len(rule)} values, the model predicts more streams; give one value or one for each")
-        with torch.inference_mode(False):
-            rules.append(None if set(values) == {nothing} else values[0] if len(set(values)) == 1
-                         else torch.tensor(values * items, device=device))
+        same = len(set(values)) == 1
+        rules.append(None if same and values[0] == nothing else values[0] if same else torch.tensor(values * items, device=device))
     return tuple(rules)
 
 
@@ -77,17 +77,25 @@ class Noise:
     """
 
     def __init__(self, seed: int, items: int, streams: int, device: torch.device) -> None:
-        self.step = torch.zeros((), dtype=torch.int64, device=device)
-        words = torch.arange(1, 2 * streams + 1).view(streams, 2) << 32
-        self.seeds = (((torch.arange(items) + seed) & 0xFFFFFFFF)[:, None, None] | words).to(device)       # (B, streams, 2)
-        self.made: dict[tuple[int, int, bool], Tensor] = {}
+        self.step, self.items = torch.zeros((), dtype=torch.int64, device=device), items
+        self.words = torch.arange(1, 2 * streams + 1).view(streams, 2) << 32
+        self.parts: dict[tuple[int, int, bool], Tensor] = {}
+        self.start(seed)
+
+    def start(self, seed: int) -> None:
+        """Begin anew, in the same memory. Item i draws from seed + i."""
+        numbers = (torch.arange(self.items) + seed) & 0xFFFFFFFF
+        self.seeds = (numbers[:, None, None] | self.words).to(self.step.device)                              # (B, streams, 2)
+        self.step.zero_()
+        for (first, last, again), part in self.parts.items():
+            part.copy_(self.seeds[:, first:last, int(again)].flatten())
 
     def of(self, rows: slice, again: bool = False) -> Tensor:
         """Seeds of the predicted streams `rows` of all items.   -> (B * R,)"""
         key = rows.start, rows.stop, again
-        if key not in self.made:
-            self.made[key] = self.seeds[:, rows, int(again)].flatten()
-        return self.made[key]
+        if key not in self.parts:
+            self.parts[key] = self.seeds[:, rows, int(again)].flatten()
+        return self.parts[key]
 
 
 def draw(logits: Tensor, config: SampleConfig, rows: slice, noise: Noise, history: Tensor | None = None) -> Tensor:
@@ -98,7 +106,8 @@ def draw(logits: Tensor, config: SampleConfig, rows: slice, noise: Noise, histor
     if config.temperature == 0 and not config.ras_window:
         return logits.argmax(-1)                                              # the rules keep the likeliest
     (B, R, _), flat = logits.shape, logits.flatten(0, 1)
-    drawn = sample(flat, *rules_of(config, rows.start, rows.stop, B, logits.device), noise.of(rows), noise.step).view(B, R)
+    rules = rules_of((config.temperature, config.top_k, config.top_p, config.min_p), rows.start, rows.stop, B, logits.device)
+    drawn = sample(flat, *rules, noise.of(rows), noise.step).view(B, R)
     if history is None or not config.ras_window:
         return drawn
     seen = (history[..., -config.ras_window :] == drawn[..., None]).sum(-1)
@@ -127,7 +136,7 @@ class Writer:
                  voice: Tensor | None = None) -> None:
         """prompt (B, K, S) on the model's device, padded on the left; room for `columns` columns."""
         B, table, device = len(prompt), model.table, prompt.device
-        self.model, self.table, self.config = model, table, config
+        self.model, self.table, self.config, self.columns = model, table, config, columns
         self.feed = feed.to(device) if hasattr(feed, "to") else feed
         self.guide = Guidance(config, table)
         sides = 2 * B if self.guide.on else B                                 # rows that the model reads
@@ -136,14 +145,16 @@ class Writer:
         self.noise = Noise(config.seed, B, len(table.text_out) + len(table.audio_out), device)
         out = table.audio_out or [0]
         self.rows, self.end = slice(out[0], out[-1] + 1), table.streams[out[0]].end          # the predicted audio rows
-        self.heard = heard_before(prompt, table, config.ras_window) if config.ras_window else None
-        self.begin(prompt)
+        self.begin(prompt, config.seed)
 
-    def begin(self, prompt: Tensor) -> None:
-        """Read the prompt."""
-        padding = (prompt < 0).all(1).cumprod(1).sum(1)                       # columns of -1 on the left
-        self.position = (prompt.shape[2] - padding)[:, None]                  # (B, 1) of the column that is read next
-        self.h = prefill(self.model, prompt, padding, self.cache, self.guide)
+    def begin(self, prompt: Tensor, seed: int) -> None:
+        """Read a prompt of the same batch size, from the start."""
+        self.padding = (prompt < 0).all(1).cumprod(1).sum(1)                  # (B,) columns of -1 on the left
+        self.position = (prompt.shape[2] - self.padding)[:, None]             # (B, 1) of the column that is read next
+        self.heard = heard_before(prompt, self.table, self.config.ras_window) if self.config.ras_window else None
+        self.noise.start(seed)
+        self.cache.clear()
+        self.h = prefill(self.model, prompt, self.padding, self.cache, self.guide)
 
     def draw(self, known: Tensor, kind: Kind, free: bool = False) -> Tensor:
         """The next column (B, K).   known (B, K) as in turns.py, `free`: every id that is drawn is free"""

@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import replay
 from audio import load_codec
 from audio.wav import load_wav
 from cache import encode
 from chatml import chunks
 from data import DataConfig, load_tokenizer, prompt_example
 from dialogue import mean, measure_file, write_reply
-from drawing import Direct, Feed, SampleConfig, Writer, complete
+from drawing import Feed, SampleConfig, complete
 from duplex import UserFeed, moshi_rules
 from model import MultistreamLM
 from options import edge
@@ -49,11 +50,11 @@ def generate(model: MultistreamLM, prompt: Tensor, config: SampleConfig | None =
     config, table, training = config or SampleConfig(), model.table, model.training
     model.eval()
     prompt = (prompt[None] if prompt.dim() == 2 else prompt).to(model.temporal.layers[0].attn.o.weight.device)
-    B, K, S = prompt.shape
+    K = prompt.shape[1]
     if K != len(table):
         raise ValueError(f"the prompt has {K} rows, the model's table {len(table)}: {[s.name for s in table.streams]}")
     state = start_state(prompt, table, config.closing, config.max_speech)
-    runner = Direct(Writer(model, prompt, config, S + config.max_frames, feed, voice))
+    runner = replay.start(model, prompt, config, feed, voice)
     try:
         for n in range(config.max_frames):
             column = runner(state, given[..., n].cpu() if given is not None and n < given.shape[-1] else None)
@@ -64,6 +65,7 @@ def generate(model: MultistreamLM, prompt: Tensor, config: SampleConfig | None =
             if all(turn.done for turn in state.turns):
                 break
     finally:                                                                  # also when the caller stops listening
+        replay.finish(model, runner)
         model.train(training)
 
 

@@ -159,7 +159,7 @@ class Cache:
     def clear(self) -> None:
         """Begin again in the same memory."""
         self.positions.fill_(-1)
-        self.count, self.live, self.plain, self.side = 0, 0, True, None
+        self.count, self.live, self.plain, self.side, self.counter = 0, 0, True, None, None
 
     def reserve(self, positions: Tensor, audio: Tensor | None) -> None:
         """Take slots for the next columns.   positions (B, n), audio (B, n) or None where nobody will ask"""

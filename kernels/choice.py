@@ -76,7 +76,7 @@ def installed() -> bool:
     return triton is not None
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=None)         # a captured graph reads them where they lie
 @torch.inference_mode(False)
 def numbers(values: tuple[int, ...], device: torch.device) -> Tensor:
     """A few numbers of the host as a tensor, sent once: sending waits for the device."""

@@ -1,6 +1,6 @@
 """Attention of one new column over a static cache: only the columns that it can see are read.
 
-    y = softmax(q . k[p] / sqrt(d)) v[p]      p = the last min(count, capacity, window) positions from `first` on, in slot p % capacity each
+    y = softmax(q . k[p] / sqrt(d)) v[p]      p = the last min(count, capacity, window) positions from `first` on, each in slot p % capacity
 
 `count` is a tensor on the device, the column being written included, so a captured graph replays at any length. The
 cache is linear while count <= capacity and a ring afterwards. The live range is cut into SPLITS parts that run side by

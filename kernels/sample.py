@@ -27,7 +27,7 @@ def mixed(x: Tensor) -> Tensor:
     return x.bitwise_xor_(x >> 16)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=None)
 @torch.inference_mode(False)
 def scattered(V: int, device: torch.device) -> Tensor:
     """A word for each of V places, made once."""
@@ -136,7 +136,7 @@ def sample_kernel(logits, temperature, top_k, top_p, min_p, seed, step, out, V, 
     tl.store(out + r, tl.argmax(tl.where(left, x, -float("inf")), axis=0).to(tl.int64))
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=None)
 @torch.inference_mode(False)
 def spread(rule: float, R: int, device: torch.device) -> Tensor:
     """One number for all of R rows, made once."""

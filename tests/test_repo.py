@@ -30,7 +30,7 @@ FLOORS = {                                                      # imports run do
     "data": 3, "official": 3, "drawing": 3,
     "config": 4, "checkpoint": 4,
     "curriculum": 4.5,
-    "measure": 1, "chat": 4.5, "sample": 5, "peers": 5, "cases": 5.5,
+    "measure": 1, "chat": 4.5, "replay": 4, "sample": 5, "peers": 5, "cases": 5.5,
     "cli": 5.2,
     "quality": 5.5, "report": 5.5, "probes": 5.5, "latent": 5.5,
     "train": 6, "bench": 6, "evaluate": 6, "sae": 6, "sweep": 6}

@@ -60,6 +60,7 @@ class Job(SampleConfig):
     adapter: str = ""            # checkpoint folder of an adapter to put on top
     device: str = "cpu"          # cpu or cuda
     dtype: str = "fp32"          # fp32, bf16 or fp16
+    quantize: str = ""           # "int8": weights of 8 bits, half the bytes of bf16 to read for each column
     stream: bool = False         # write the wav while it grows
     batch: int = 16              # texts spoken at once
 
@@ -69,6 +70,7 @@ class Job(SampleConfig):
         assert min(self.chunk_words, self.chunk_buffer) >= 0, "chunk_words and chunk_buffer are not negative"
         assert self.reply in ("", "text", "speech"), f"reply {self.reply!r} is neither text nor speech"
         assert self.batch > 0, f"batch {self.batch} is not positive"
+        assert self.quantize in ("", "int8"), f"quantize {self.quantize!r} is neither empty nor int8"
         assert self.dtype in DTYPES, f"dtype {self.dtype!r} is none of {', '.join(DTYPES)}"
         assert self.device in ("cpu", "cuda"), f"device {self.device!r} is neither cpu nor cuda"
 
@@ -83,6 +85,9 @@ def load_for_sampling(job: Job) -> tuple[MultistreamLM, DataConfig]:
     found = lora.norms(model)
     applied = f"adapter applied: {2 * len(found)} tensors, |BA|/|W| up to {max(found.values()):.2g}" if found else "no adapter"
     print(f"{job.adapter or model.extras.folder}: step {model.extras.step}, {applied}")
+    lora.strip(model)                                # merged adapters go the fast way
+    if job.quantize:
+        lora.quantize(model.requires_grad_(False))
     folder = Path(model.extras.folder)
     facts = dict(model.extras.data or OFFICIAL.get(model.table.layout, {}) | official_files(folder))
     facts |= {key: getattr(job, key) for key in ("codec", "tokenizer", "normaliser") if getattr(job, key)}

@@ -9,7 +9,7 @@ turns.py; how a row of logits becomes an id is kernels/sample.py. Next: sample.p
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -56,7 +56,7 @@ class SampleConfig:
         assert self.max_frames > 0, f"max_frames {self.max_frames} is not positive"
 
 
-@lru_cache(maxsize=None)         # a captured graph reads these tensors where they lie
+@cache         # a captured graph reads these tensors where they lie
 @torch.inference_mode(False)
 def rules_of(given: tuple[Rule, Rule, Rule, Rule], start: int, stop: int, items: int, device: torch.device) -> Rules:
     """Temperature, top-k, top-p and min-p of the predicted streams start..stop-1, as kernels/sample.py takes them, made once."""

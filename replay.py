@@ -216,7 +216,7 @@ def start(model: MultistreamLM, prompt: Tensor, config: SampleConfig, feed: Feed
     return made.begin(B)
 
 
-def finish(model: MultistreamLM, runner: Direct | Replay) -> None:
+def keep(model: MultistreamLM, runner: Direct | Replay) -> None:
     """Keep graphs for the next prompt."""
     if isinstance(runner, Replay) and runner.writer.feed is None:
         model.__dict__["replay"] = runner

@@ -65,7 +65,8 @@ def generate(model: MultistreamLM, prompt: Tensor, config: SampleConfig | None =
             if all(turn.done for turn in state.turns):
                 break
     finally:                                                                  # also when the caller stops listening
-        replay.finish(model, runner)
+        if not training:                                                      # between steps of training memory is wanted elsewhere
+            replay.keep(model, runner)
         model.train(training)
 
 

@@ -11,7 +11,7 @@ them: row numbers are int64 before they are multiplied, and matrix products go t
 import os
 import warnings
 from contextlib import nullcontext
-from functools import lru_cache
+from functools import cache, lru_cache
 from types import SimpleNamespace
 
 import torch
@@ -76,7 +76,7 @@ def installed() -> bool:
     return triton is not None
 
 
-@lru_cache(maxsize=None)         # a captured graph reads them where they lie
+@cache         # a captured graph reads them where they lie
 @torch.inference_mode(False)
 def numbers(values: tuple[int, ...], device: torch.device) -> Tensor:
     """A few numbers of the host as a tensor, sent once: sending waits for the device."""

@@ -58,11 +58,12 @@ def product(a: Tensor, q: Tensor, scale: Tensor, back: bool) -> Tensor:
     rows, (qn, qk) = a if steps else a.view(1, -1, a.shape[-1]), q.stride()[-2:]
     (T, M, K), N = rows.shape, q.shape[-1] if back else q.shape[-2]
     y = torch.empty(T, M, N, dtype=a.dtype, device=a.device)
-    tile, columns = power(M, least=16, most=64), 64
+    tile = power(M, least=16, most=64)
+    columns, inner = (16, 256) if M <= 16 else (64, 64)              # few rows wait for the bytes of q: many programs
     if M:
         product_kernel[(-(-M // tile), -(-N // columns), T)](
             rows, q, scale, y, M, N, K, M * K, K, q.stride(0) if steps else 0, *((qk, qn) if back else (qn, qk)),
-            scale.stride(0) if steps else 0, back, tile, columns, 64)
+            scale.stride(0) if steps else 0, back, tile, columns, inner)
     return y.view(*a.shape[:-1], N)
 
 

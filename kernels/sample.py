@@ -8,7 +8,7 @@ float's order. Noise is counted, not consumed: u_v depends on (seed, step, v) al
 Seed and step lie on the device: a captured graph draws anew at every replay, and a run repeats exactly.
 """
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ def mixed(x: Tensor) -> Tensor:
     return x.bitwise_xor_(x >> 16)
 
 
-@lru_cache(maxsize=None)
+@cache
 @torch.inference_mode(False)
 def scattered(V: int, device: torch.device) -> Tensor:
     """A word for each of V places, made once."""
@@ -136,7 +136,7 @@ def sample_kernel(logits, temperature, top_k, top_p, min_p, seed, step, out, V, 
     tl.store(out + r, tl.argmax(tl.where(left, x, -float("inf")), axis=0).to(tl.int64))
 
 
-@lru_cache(maxsize=None)
+@cache
 @torch.inference_mode(False)
 def spread(rule: float, R: int, device: torch.device) -> Tensor:
     """One number for all of R rows, made once."""

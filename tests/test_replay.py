@@ -5,20 +5,20 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tables import CONFIGS, END, aligned_table, example
+from tables import CONFIGS, END, example, random_ids
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import replay
-from drawing import Writer
+import drawing
+from drawing import Kind, Writer
 from duplex import UserFeed
 from lora import LoraConfig, inject, merge, quantize
-from model import ModelConfig, MultistreamLM, StackConfig
+from model import MultistreamLM
 from peers import build
+from replay import Replay, why_not
 from sample import SampleConfig, generate, pad_left
 from streams import Example, WordFeed, lay_out
-
-LOOKS = ("_local_scalar_dense", "nonzero", "item", "is_nonzero", "lift_fresh", "equal", "masked_select", "unique")
+from turns import FREE
 
 
 class Tape(TorchDispatchMode):
@@ -63,9 +63,8 @@ def tapes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tape]]:
         made.append(tape)
         return tape
 
-    why = replay.why_not
-    monkeypatch.setattr(replay, "capture", record)
-    monkeypatch.setattr(replay, "why_not", lambda model, device, feed: why(model, torch.device("cuda"), feed))
+    monkeypatch.setattr("replay.capture", record)
+    monkeypatch.setattr("replay.why_not", lambda model, device, feed: why_not(model, torch.device("cuda"), feed))
     yield made
 
 
@@ -91,17 +90,51 @@ def both(model: MultistreamLM, grid: Tensor, config: SampleConfig, feed: Callabl
     return torch.stack(again, -1)
 
 
-@pytest.mark.parametrize("rules", [{"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 1.2, "top_k": 9, "min_frames": 6},
-                                   {"temperature": 0.5, "ras_window": 4, "ras_repeats": 1, "closing": "hf"},
-                                   {"temperature": 1.0, "closing": "boson", "max_speech": 7}],
-                         ids=["greedy", "drawn", "early", "ras", "limit"])
+RULES = {"greedy": {"temperature": 0.0}, "drawn": {"temperature": 1.0}, "early": {"temperature": 1.2, "top_k": 9, "min_frames": 6},
+         "ras": {"temperature": 0.5, "ras_window": 4, "ras_repeats": 1, "closing": "hf"},
+         "limit": {"temperature": 1.0, "closing": "boson", "max_speech": 7}}
+
+
+@pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
 @pytest.mark.parametrize("name", ["clone", "dual", "dual_list", "tails", "depth"])
-@pytest.mark.parametrize("count", [1, 3])
-def test_graphs_make_the_frames_that_are_made_without(name: str, rules: dict, count: int, tapes: list[Tape]) -> None:
+def test_graphs_make_the_frames_that_are_made_without(name: str, rules: dict, tapes: list[Tape], monkeypatch: pytest.MonkeyPatch) -> None:
+    decided, decide, kinds = [], Replay.decide, set()
+    monkeypatch.setattr(Replay, "decide", lambda self, *rest: decided.append(1) or decide(self, *rest))
     model = make(name)
-    for seed in range(3):
+    for count, seed in ((1, 0), (1, 1), (3, 0), (3, 1)):
         both(model, pad_left(prompts(model, count)), SampleConfig(max_frames=40, seed=seed, **rules))
-    assert tapes                                   # something was recorded, and played
+        kinds |= model.replay.graphs.keys()
+    assert tapes                                     # something was recorded, and played
+    assert rules["temperature"] == 0 or len(decided) >= 3 and len(kinds) >= 2, (len(decided), kinds)       # something ended
+
+
+@pytest.mark.parametrize("name", ["qwen", "mha", "llama3", "window", "depth_schedule", "text"])
+def test_every_kind_of_stack_is_captured(name: str, tapes: list[Tape]) -> None:
+    model = make(name)
+    both(model, pad_left(prompts(model, 2)), SampleConfig(temperature=0.9, top_p=0.8, max_frames=24))
+    assert tapes
+
+
+def test_a_ring_goes_round(tapes: list[Tape], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, cache = make("duplex"), MultistreamLM.cache
+    monkeypatch.setattr(MultistreamLM, "cache", lambda self, batch, columns: cache(self, batch, columns, chunk=8))
+    capacity = model.cache(1, 2000).capacity
+    rules = SampleConfig(temperature=1.0, max_frames=capacity + 30)
+    start = model.table.column("start")[None].expand(2, -1, -1)
+    frames = both(model, start, rules, lambda: UserFeed(random_ids(16, (2, 2, capacity + 29), 3), model.table))
+    assert frames.shape[-1] > capacity and len(tapes) == 1
+
+
+def test_what_is_given_and_guided(tapes: list[Tape]) -> None:
+    model = make("duplex")
+    start = model.table.column("start")[None]
+    given = torch.full((1, len(model.table), 5), FREE)
+    given[:, 0] = random_ids(40, (1, 5), 1)
+    given[:, 2, 3] = 7
+    frames = both(model, start, SampleConfig(temperature=1.0, max_frames=14), given=given)
+    assert frames[0, 0, :5].tolist() == given[0, 0].tolist() or frames[0, 0, 1:5].tolist() == given[0, 0, 1:].tolist()
+    both(model, start, SampleConfig(temperature=1.0, max_frames=14, cfg=2.0, cfg_no_text=True, cfg_hide=3))
+    assert tapes
 
 
 def test_graphs_serve_the_next_prompt_of_their_size_class(tapes: list[Tape]) -> None:
@@ -109,22 +142,102 @@ def test_graphs_serve_the_next_prompt_of_their_size_class(tapes: list[Tape]) -> 
     grids = prompts(model, 5)
     for n, grid in enumerate([pad_left(grids[:3]), pad_left(grids[1:5]), pad_left(grids[2:5])]):
         both(model, grid, SampleConfig(temperature=1.0, max_frames=20 + n, seed=n))
-    kinds = {id(t) for t in model.replay.graphs.values()}
-    assert len(tapes) == len(kinds) and len(model.replay.known) == 4                # one runner, filled up to four items
+    runner = model.replay
+    assert len(tapes) == sum(tape is not None for tape in runner.graphs.values()) and len(runner.known) == 4     # filled up to four
+    both(model, grids[0], SampleConfig(temperature=1.0, max_frames=9))
+    assert model.replay is not runner                                                # another size class
     runner = model.replay
     with torch.no_grad():
-        model.text_head.weight = torch.nn.Parameter(model.text_head.weight.clone())
+        model.temporal.layers[0].attn.o.weight = torch.nn.Parameter(model.temporal.layers[0].attn.o.weight * 2)
     both(model, grids[0], SampleConfig(temperature=1.0, max_frames=9))
-    assert model.replay is not runner
+    assert model.replay is not runner                                                # weights lie elsewhere
+    stream = generate(model, grids[0], SampleConfig(temperature=1.0, max_frames=9, graphs="on"))
+    next(stream)
+    both(model, grids[1], SampleConfig(temperature=1.0, max_frames=9))               # while another one has the buffers
+    stream.close()
+    both(model, grids[2], SampleConfig(temperature=1.0, max_frames=9))
 
 
 def test_words_and_users_are_fed_on_the_device(tapes: list[Tape]) -> None:
     model = make("words")
-    ex = example(model.table, 3)
-    both(model, lay_out(Example(ex.text), model.table)[0], SampleConfig(temperature=1.0, max_frames=30), lambda: WordFeed([ex.text], model.table))
+    words = [example(model.table, seed).text for seed in (3, 5, 6)]
+    start = torch.stack([lay_out(Example(ids), model.table)[0] for ids in words])
+    both(model, start, SampleConfig(temperature=1.0, max_frames=60), lambda: WordFeed(words, model.table))
     moshi = build("moshi", 32).eval()
-    user = torch.randint(0, 1000, (2, 8, 20), generator=torch.Generator().manual_seed(1))
+    user = random_ids(1000, (2, 8, 20), 1)
     start = moshi.table.column("start")[None].expand(2, -1, -1)
     rules = SampleConfig(temperature=(0.7, *[0.8] * 8), top_k=(25.0, *[250.0] * 8), max_frames=21)
     both(moshi, start, rules, lambda: UserFeed(user, moshi.table))
     assert len(tapes) == 2
+
+
+@pytest.mark.parametrize("name", ["dual", "duplex", "tails", "depth", "qwen"])
+def test_weights_of_8_bits_go_the_fast_way(name: str, tapes: list[Tape], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = quantize(make(name).requires_grad_(False))
+    start = model.table.column("start")[None] if name == "duplex" else pad_left(prompts(model, 2))
+    rules = SampleConfig(temperature=0.0, max_frames=20)
+    frames = both(model, start, rules)
+    assert model.cache(1, 4).fast is not None and tapes
+    monkeypatch.setattr("kernels.attention.Cache.single", lambda self, S: False)     # block by block, as the model is defined
+    slow = torch.stack(list(generate(model, start, replace(rules, graphs="off"))), -1)
+    assert torch.equal(slow, frames)
+
+
+def test_why_there_is_no_graph() -> None:
+    model = make("dual")
+    start, rules = prompts(model, 1)[0], SampleConfig(max_frames=3, graphs="on")
+    with pytest.raises(ValueError, match="graphs=on: the model is not on a CUDA device; use graphs=auto"):
+        next(generate(model, start, rules))
+    cuda = torch.device("cuda")
+    assert why_not(model, cuda, None) == "" and "what feeds it" in why_not(model, cuda, lambda column: column)
+    inject(model, LoraConfig(rank=2, targets=("attn.*",)))
+    assert "merge the adapters" in why_not(model, cuda, None)
+    assert why_not(merge(model), cuda, None) == "" and "not plain" in why_not(make("fast_forward"), cuda, None)
+    with pytest.raises(AssertionError, match="none of auto, on, off"):
+        SampleConfig(graphs="yes")
+
+
+class Watch(TorchDispatchMode):
+    """No operation may read or make a tensor of the host."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        assert all(t.device.type == "meta" for t in tensors([args, list((kwargs or {}).values()), out])), func
+        return out
+
+
+@pytest.mark.parametrize("cfg", [1.0, 2.0])
+@pytest.mark.parametrize("name", ["dual", "tails", "duplex", "words", "depth", "text"])
+def test_a_column_looks_at_no_value_and_needs_nothing_of_the_host(name: str, cfg: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device there is no value to look at: `.item()`, `nonzero` and the like raise."""
+    model = make(name).to("meta")
+    table, prompt = model.table, torch.zeros(2, len(model.table), 5, dtype=torch.long, device="meta")
+    feeds = {"words": lambda: WordFeed([torch.tensor([3, 4])] * 2, table), "duplex": lambda: UserFeed(random_ids(16, (2, 2, 9), 1), table)}
+    config = SampleConfig(temperature=0.8, top_k=5, top_p=0.9, min_p=0.01, ras_window=3, min_frames=3, closing="hf", cfg=cfg, cfg_hide=2)
+    states = torch.zeros(4 if cfg != 1 else 2, 1, model.config.temporal.dim, device="meta")
+    monkeypatch.setattr(drawing, "prefill", lambda *_: (states, states))
+    monkeypatch.setattr(drawing, "heard_before", lambda prompt, table, n: prompt.new_zeros(2, len(table.audio_out), n))
+    with torch.inference_mode():
+        runner = Replay(Writer(model, prompt, config, 64, feeds.get(name, lambda: None)())).begin(2)
+        kinds = [Kind(bool(table.text_out), bool(table.audio_out), True)]
+        if not table.aligned:
+            kinds = [Kind(True, False, False)] + [Kind(False, True, True), Kind(True, True, None)] * bool(table.audio_out)
+        for kind in kinds:
+            runner.step(kind)                        # constants are sent once
+            with Watch():
+                runner.step(kind)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["dual", "tails", "depth", "qwen"])
+def test_captured_graphs_on_cuda(name: str) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    model = make(name).cuda()
+    for count in (1, 3):
+        for temperature in (0.0, 1.0):
+            both(model, pad_left(prompts(model, count)), SampleConfig(temperature=temperature, max_frames=40))
+    moshi = build("moshi", 32).eval().cuda()
+    user = random_ids(1000, (2, 8, 20), 1)
+    start = moshi.table.column("start")[None].expand(2, -1, -1)
+    both(moshi, start, SampleConfig(temperature=0.0, max_frames=21), lambda: UserFeed(user, moshi.table))

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from guidance import Guidance
 from kernels.attention import Cache
-from kernels.choice import numbers
-from kernels.sample import sample
+from kernels.choice import fused, numbers
+from kernels.sample import gumbel, sample
 from model import MultistreamLM
 from turns import FREE, DecodeState, heard_before, mode, settle, wanted
 
@@ -80,12 +80,13 @@ class Noise:
         self.step, self.items = torch.zeros((), dtype=torch.int64, device=device), items
         self.words = torch.arange(1, 2 * streams + 1).view(streams, 2) << 32
         self.parts: dict[tuple[int, int, bool], Tensor] = {}
+        self.ready: dict[int, Tensor] = {}                  # noise (B, V) of streams that one column draws one after the other
         self.start(seed)
 
     def start(self, seed: int) -> None:
         """Begin anew, in the same memory. Item i draws from seed + i."""
-        numbers = (torch.arange(self.items) + seed) & 0xFFFFFFFF
-        self.seeds = (numbers[:, None, None] | self.words).to(self.step.device)                              # (B, streams, 2)
+        own = (torch.arange(self.items) + seed) & 0xFFFFFFFF
+        self.seeds = (own[:, None, None] | self.words).to(self.step.device)                              # (B, streams, 2)
         self.step.zero_()
         for (first, last, again), part in self.parts.items():
             part.copy_(self.seeds[:, first:last, int(again)].flatten())
@@ -97,6 +98,11 @@ class Noise:
             self.parts[key] = self.seeds[:, rows, int(again)].flatten()
         return self.parts[key]
 
+    def prepare(self, rows: slice, V: int) -> None:
+        """Make the noise of several streams at once: a dozen operations that each would need by itself."""
+        made = gumbel(self.of(rows), self.step, V).view(self.items, -1, V).unbind(1)
+        self.ready = dict(zip(range(rows.start, rows.stop), made, strict=True))
+
 
 def draw(logits: Tensor, config: SampleConfig, rows: slice, noise: Noise, history: Tensor | None = None) -> Tensor:
     """Draw one id for each row.   logits (B, R, V) fp32, `rows` the places of R among the predicted streams -> (B, R)
@@ -107,7 +113,7 @@ def draw(logits: Tensor, config: SampleConfig, rows: slice, noise: Noise, histor
         return logits.argmax(-1)                                              # the rules keep the likeliest
     (B, R, _), flat = logits.shape, logits.flatten(0, 1)
     rules = rules_of((config.temperature, config.top_k, config.top_p, config.min_p), rows.start, rows.stop, B, logits.device)
-    drawn = sample(flat, *rules, noise.of(rows), noise.step).view(B, R)
+    drawn = sample(flat, *rules, noise.of(rows), noise.step, noise.ready.pop(rows.start, None)).view(B, R)
     if history is None or not config.ras_window:
         return drawn
     seen = (history[..., -config.ras_window :] == drawn[..., None]).sum(-1)
@@ -210,6 +216,8 @@ class Writer:
             out.copy_(self.kept(drawn, held, free))
             return
         greedy = config.temperature == 0 and not config.ras_window and may_end is None and end < 0
+        if not greedy and not fused(h):
+            self.noise.prepare(slice(first, first + Q), model.depth.head.weight.shape[-2])
         token = column[:, table.text[0] : table.text[0] + model.depth.texts]
         written = table.aligned and model.depth.texts == 1 and table.text[:1] == table.text_out       # the model wrote that row itself
         for k in range(Q):

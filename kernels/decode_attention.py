@@ -83,8 +83,8 @@ def decode_attention(q: Tensor, keys: Tensor, values: Tensor, count: Tensor, win
         return decode_attention_ref(q, keys, values, count, window, first)
     (B, H, d), (_, G, C, _) = q.shape, keys.shape
     heads, block = power(H // G, least=16), power(d, least=16)
-    parts = torch.empty(B * G * SPLITS * heads, block, device=q.device)
-    sums, y = torch.empty(B * G * SPLITS * heads, 2, device=q.device), torch.empty_like(q.contiguous())
+    parts, sums = (torch.empty(B * G * SPLITS * heads, n, dtype=torch.float32, device=q.device) for n in (block, 2))
+    y = torch.empty_like(q.contiguous())
     live, count = min(window or C, C), count.contiguous()
     begins = count if first is None else first.contiguous()                      # count is not read there
     part_kernel[(B * G, SPLITS)](q.contiguous(), keys, values, count, begins, parts, sums, H, G, C, d, live, *keys.stride()[:3],

@@ -16,7 +16,7 @@ from torch import Tensor
 from kernels.choice import fused, jit, power, tl
 
 GOLDEN, MIX1, MIX2 = 0x9E3779B9, 0x85EBCA6B, 0xC2B2AE35      # odd constants of the finaliser of MurmurHash3
-COLD, WIDEST = 1e-5, 1 << 16     # least temperature to divide by; vocabularies above go through the reference: a program holds a whole row
+COLD, WIDEST = 1e-5, 1 << 15     # least temperature to divide by; vocabularies above go through the reference: a program holds a whole row
 Rule = Tensor | float | int | None
 
 
@@ -41,6 +41,11 @@ def counted_noise(seed: Tensor, step: Tensor, V: int) -> Tensor:
     return (bits >> 8).float().add_(0.5).mul_(2.0**-24)
 
 
+def gumbel(seed: Tensor, step: Tensor, V: int) -> Tensor:
+    """What the reference takes off the logits: log(-log u).   -> (R, V) fp32"""
+    return counted_noise(seed, step, V).log_().neg_().log_()
+
+
 def kept(logits: Tensor, top_k: Rule = None, top_p: Rule = None, min_p: Rule = None) -> Tensor:
     """What the rules leave of logits / T.   (R, V), rules as in `sample`, those of rows (R, 1) -> (R, V) bool"""
     V = logits.shape[-1]
@@ -62,13 +67,15 @@ def kept(logits: Tensor, top_k: Rule = None, top_p: Rule = None, min_p: Rule = N
     return left if min_p is None else left & ((logits - logits.amax(-1, keepdim=True)).exp() >= min_p)
 
 
-def sample_ref(logits: Tensor, temperature: Rule, top_k: Rule, top_p: Rule, min_p: Rule, seed: Tensor, step: Tensor) -> Tensor:
+def sample_ref(logits: Tensor, temperature: Rule, top_k: Rule, top_p: Rule, min_p: Rule, seed: Tensor, step: Tensor,
+               noise: Tensor | None = None) -> Tensor:
     """logits (R, V), seed (R,), step () -> (R,) int64
 
-    A rule is a number, or one for each row (R,); top_k 0, top_p 1 and min_p 0 drop nothing, and neither does None.
+    A rule is a number, or one for each row (R,); top_k 0, top_p 1 and min_p 0 drop nothing, and neither does None. `noise`
+    is `gumbel` of these seeds where somebody has made it already.
     """
     t, *rules = (rule[:, None] if isinstance(rule, Tensor) else rule for rule in (temperature, top_k, top_p, min_p))
-    noise = counted_noise(seed, step, logits.shape[1]).log_().neg_().log_()
+    noise = gumbel(seed, step, logits.shape[1]) if noise is None else noise
     if isinstance(t, Tensor):
         warm = logits.float() / t.clamp(min=COLD)
         noisy = torch.where(t > 0, warm - noise, warm)
@@ -95,12 +102,20 @@ def order(x):
 
 
 @jit
+def unorder(key):
+    """The float that `order` made a number of."""
+    return tl.where(key >= 0x80000000, key & 0x7FFFFFFF, ~key).to(tl.float32, bitcast=True)
+
+
+@jit
 def sample_kernel(logits, temperature, top_k, top_p, min_p, seed, step, out, V, stride, TOP_K: tl.constexpr, TOP_P: tl.constexpr,
                   MIN_P: tl.constexpr, BLOCK: tl.constexpr):
+    """One row. Only the keys are kept from step to step: a row of 32,768 then fits the registers of 32 warps."""
     r = tl.program_id(0).to(tl.int64)
     t = tl.load(temperature + r)
     v = tl.arange(0, BLOCK)
     x = tl.load(logits + r * stride + v, mask=v < V, other=-float("inf")).to(tl.float32) / tl.maximum(t, 1e-5)
+    high = tl.max(x, axis=0)
     key = tl.where(v < V, order(x), 0)                                  # 0 lies below every float
     floor = tl.full([], 1, tl.uint32)
     if TOP_K:
@@ -112,19 +127,19 @@ def sample_kernel(logits, temperature, top_k, top_p, min_p, seed, step, out, V, 
                 higher = floor | probe
                 probe = probe >> 1
                 floor = tl.where(tl.sum((key >= higher).to(tl.int32), axis=0) >= k, higher, floor)
-    high = tl.max(x, axis=0)
     if TOP_P:
         share = tl.load(top_p + r)
         if share < 1:                                                  # the largest key with more than top_p above it
-            e = tl.where(key >= floor, tl.exp(x - high), 0.0)
-            limit = share * tl.sum(e, axis=0)
+            limit = share * tl.sum(tl.where(key >= floor, tl.exp(unorder(key) - high), 0.0), axis=0)
             below = tl.full([], 0, tl.uint32)
             probe = tl.full([], 0x80000000, tl.uint32)
             for _ in range(0, 32):
                 higher = below | probe
                 probe = probe >> 1
-                below = tl.where(tl.sum(tl.where(key > higher, e, 0.0), axis=0) > limit, higher, below)
+                above = tl.sum(tl.where((key > higher) & (key >= floor), tl.exp(unorder(key) - high), 0.0), axis=0)
+                below = tl.where(above > limit, higher, below)
             floor = tl.maximum(floor, below + 1)
+    x = tl.where(v < V, unorder(key), -float("inf"))
     left = (key >= floor) & (v < V)
     if MIN_P:
         left &= tl.exp(x - high) >= tl.load(min_p + r)
@@ -143,14 +158,15 @@ def spread(rule: float, R: int, device: torch.device) -> Tensor:
     return torch.full((R,), rule, device=device)
 
 
-def sample(logits: Tensor, temperature: Rule, top_k: Rule, top_p: Rule, min_p: Rule, seed: Tensor, step: Tensor) -> Tensor:
-    """`sample_ref`; nothing is read on the host"""
+def sample(logits: Tensor, temperature: Rule, top_k: Rule, top_p: Rule, min_p: Rule, seed: Tensor, step: Tensor,
+           noise: Tensor | None = None) -> Tensor:
+    """`sample_ref`; nothing is read on the host, and the kernel makes its own noise"""
     (R, V), logits = logits.shape, logits if logits.stride(-1) == 1 else logits.contiguous()
     if not fused(logits) or V > WIDEST:
-        return sample_ref(logits, temperature, top_k, top_p, min_p, seed, step)
+        return sample_ref(logits, temperature, top_k, top_p, min_p, seed, step, noise)
     out, block = torch.empty(R, dtype=torch.int64, device=logits.device), power(V)
     given = [rule is not None for rule in (top_k, top_p, min_p)]
     rules = [rule if isinstance(rule, Tensor) else spread(rule or 0.0, R, logits.device) for rule in (temperature, top_k, top_p, min_p)]
     if R:
-        sample_kernel[(R,)](logits, *rules, seed, step, out, V, logits.stride(0), *given, block, num_warps=power(block // 512, 1, 16))
+        sample_kernel[(R,)](logits, *rules, seed, step, out, V, logits.stride(0), *given, block, num_warps=power(block // 512, 1, 32))
     return out

@@ -249,3 +249,13 @@ def test_a_run_with_a_base_of_8_bits_trains_and_resumes(tiny_run, tmp_path) -> N
     assert len(losses) == 4 and losses[-1] < losses[0]
     rc, _, err = call("train.py", tiny_run.parent / "tiny_run.py", "--quantize=int8", f"--out={tmp_path}/x")
     assert rc == 2 and "add adapters" in err
+
+
+def test_a_run_speaks_with_weights_of_8_bits(tiny_run, tmp_path) -> None:
+    options = (f"--ckpt={tiny_run}", "--text=one two", f"--out={tmp_path}/x.wav", "--max_frames=6")
+    rc, said, wrong = call("sample.py", *options, "--quantize=int8")
+    assert rc == 0 and "x.wav" in said and (tmp_path / "x.wav").is_file(), said + wrong
+    rc, _, wrong = call("sample.py", *options, "--quantize=int4")
+    assert rc == 2 and "neither empty nor int8" in wrong
+    rc, _, wrong = call("sample.py", *options, "--graphs=on")
+    assert rc == 2 and "graphs=on: the model is not on a CUDA device; use graphs=auto" in wrong

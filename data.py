@@ -287,7 +287,7 @@ def check_command(argv: list[str]) -> None:
 def show_command(argv: list[str]) -> None:
     words, options = split_arguments(argv, ("smoke", "help"))
     number = options.pop("index", "0")
-    config = load_config(words + [f"--{key}={value}" for key, value in options.items()])
+    config = load_config(words + [f"--{key}={value}" for key, value in options.items()], kind="TrainConfig")
     index, table = open_cache(config.data, config.model.table), config.model.table
     shown = [n for n, entry in enumerate(index.entries) if entry.split]
     if not number.isdecimal() or int(number) >= len(shown):
@@ -308,7 +308,7 @@ def main(argv: list[str] | None = None) -> None:
     elif command == "check":
         check_command(rest)
     elif command == "prepare":
-        config = load_config(rest)
+        config = load_config(rest, kind="TrainConfig")
         prepare(config.data, config.model.table)
     elif command == "show":
         show_command(rest)

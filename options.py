@@ -215,7 +215,7 @@ def split_arguments(argv: list[str], flags: tuple[str, ...] = (), many: tuple[st
     return words, pairs | {key: repr(tuple(values)) for key, values in lists.items()}
 
 
-def load_config(argv: list[str], usage: str = "", flags: tuple[str, ...] = ("help", "smoke"), kind: type | None = None) -> Any:
+def load_config(argv: list[str], usage: str = "", flags: tuple[str, ...] = ("help", "smoke"), kind: str = "") -> Any:
     """Run a config file and apply the overrides behind it: `configs/tiny.py --lr=1e-3 --smoke`; ValueError when it makes no `kind`.
 
     `--preset=NAME` takes another value that the file defines; `--smoke` is `--preset=smoke`.
@@ -231,8 +231,8 @@ def load_config(argv: list[str], usage: str = "", flags: tuple[str, ...] = ("hel
         raise ValueError(f"unexpected word {words[1]!r} after {path}; overrides look like --key=value")
     preset = pairs.pop("preset", "config")
     config = run_config(path, "smoke" if pairs.pop("smoke", "false") != "false" else preset)
-    if kind and type(config).__name__ != kind.__name__:         # by name: what a config imports from a running script is another class
-        raise ValueError(f"{path} makes a {type(config).__name__}, wanted a {kind.__name__}; its first lines show its command")
+    if kind and type(config).__name__ != kind:                  # by name: what a config imports from a running script is another class
+        raise ValueError(f"{path} makes a {type(config).__name__}, wanted a {kind}; its first lines show its command")
     if "help" in pairs:
         print(help_text(config, usage or f"options of {path}"))
         raise SystemExit(0)

@@ -150,7 +150,7 @@ def restore(path: Path, sae: Sae, optimizer: torch.optim.Optimizer) -> int:
 
 
 def main() -> None:
-    config: SaeConfig = load_config(sys.argv[1:], "python sae.py configs/dsaa_ae.py [--key=value ...] [--smoke]", kind=SaeConfig)
+    config: SaeConfig = load_config(sys.argv[1:], "python sae.py configs/dsaa_ae.py [--key=value ...] [--smoke]", kind="SaeConfig")
     folder, told = Path(config.run) / "sae", {}
     for name, x in gather(config).items():
         told[name] = fit(x, config, folder / f"{name.replace(' ', '_')}.safetensors")

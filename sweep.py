@@ -80,7 +80,7 @@ def main() -> None:
         raise SystemExit(0 if "help" in pairs else 2)
     common = [word for key, text in pairs.items() if not key.startswith(PREFIX) and key != "out"
               for word in ([f"--{key}={text}"] if text else [f"--{key}"])]
-    config: TrainConfig = load_config([*words, *common], kind=TrainConfig)
+    config: TrainConfig = load_config([*words, *common], kind="TrainConfig")
     out, runs = Path(pairs.get("out") or f"{config.out}_sweep"), runs_of(words[0], pairs)
     for run in runs:                                        # a misspelt option ends here, not after an hour
         load_config([*words, *common, *(f"--{key}={text}" for key, text in run.items())])

@@ -40,7 +40,7 @@ from parallel import all_sum, barrier
 exit_on_error()                                  # a ValueError or OSError from here on is one line and exit code 2
 
 # ---- 1. config ----
-config: TrainConfig = load_config(sys.argv[1:], "python train.py configs/NAME.py [--key=value ...] [--smoke]", kind=TrainConfig)
+config: TrainConfig = load_config(sys.argv[1:], "python train.py configs/NAME.py [--key=value ...] [--smoke]", kind="TrainConfig")
 out, table = Path(config.out), config.model.table
 
 # ---- 2. runtime: rank, device, precision, seed ----

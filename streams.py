@@ -15,7 +15,7 @@ function builds the training grid and the prompt. Next: model.py.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -257,7 +257,12 @@ def chat_grid(example: Example, table: StreamTable) -> Grid:
 
 MAX_AGE = 63        # frames since the word began, clamped
 NO_WORD = 0         # id in the word rows where there is no next or previous word
-AROUND = torch.tensor([[2], [3], [1]])      # where `word_rows` finds a word, the next and the previous one
+
+
+@cache
+def around(device: torch.device) -> Tensor:
+    """Where `word_rows` finds a word, the next and the previous one; sent to a device once."""
+    return torch.tensor([[2], [3], [1]], device=device)
 
 
 def word_rows(words: Tensor, index: Tensor, age: Tensor) -> Tensor:
@@ -267,7 +272,7 @@ def word_rows(words: Tensor, index: Tensor, age: Tensor) -> Tensor:
     -> (..., 4, T). Training calls it with whole rows, the sampler with one frame.
     """
     padded = torch.constant_pad_nd(words, (2, 1), NO_WORD).unsqueeze(-2)     # index -1 and its previous word read NO_WORD
-    place = index.unsqueeze(-2) + AROUND
+    place = index.unsqueeze(-2) + around(index.device)
     return torch.cat([padded.expand(*place.shape[:-1], -1).gather(-1, place), age.clamp(max=MAX_AGE).unsqueeze(-2)], dim=-2)
 
 

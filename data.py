@@ -284,10 +284,18 @@ def check_command(argv: list[str]) -> None:
         print(*cover((row["text"] for row in kept), tokenizer, options.get("normaliser", "none")).lines(), sep="\n")
 
 
+def load_run(argv: list[str]) -> Any:
+    """A config that says what is trained on what."""
+    config = load_config(argv)
+    if not hasattr(config, "data"):
+        raise ValueError(f"{argv[0]} makes a {type(config).__name__}, which names no data; give the config of a run, as configs/tiny.py")
+    return config
+
+
 def show_command(argv: list[str]) -> None:
     words, options = split_arguments(argv, ("smoke", "help"))
     number = options.pop("index", "0")
-    config = load_config(words + [f"--{key}={value}" for key, value in options.items()], kind="TrainConfig")
+    config = load_run(words + [f"--{key}={value}" for key, value in options.items()])
     index, table = open_cache(config.data, config.model.table), config.model.table
     shown = [n for n, entry in enumerate(index.entries) if entry.split]
     if not number.isdecimal() or int(number) >= len(shown):
@@ -308,7 +316,7 @@ def main(argv: list[str] | None = None) -> None:
     elif command == "check":
         check_command(rest)
     elif command == "prepare":
-        config = load_config(rest, kind="TrainConfig")
+        config = load_run(rest)
         prepare(config.data, config.model.table)
     elif command == "show":
         show_command(rest)

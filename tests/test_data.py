@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from conftest import ROOT
 from corpus import ALIGNED, BYTES, DUPLEX, FakeCodec, composed, fake_data
 
 import data
@@ -223,6 +224,12 @@ def test_the_prompt_is_the_training_grid_without_speech(tmp_path, config):
 
 
 # ---- command line ----
+
+def test_a_config_that_names_no_data_is_told() -> None:
+    for command in ("prepare", "show"):
+        with pytest.raises(ValueError, match="dsaa_ae.py makes a SaeConfig, which names no data"):
+            data.main([command, str(ROOT / "configs/dsaa_ae.py")])
+
 
 def test_command_line(tmp_path, config, capsys):
     (tmp_path / "c.py").write_text(f"""

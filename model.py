@@ -395,6 +395,7 @@ class MultistreamLM(nn.Module):
         self.reset_parameters()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MultistreamLM":
+        self.__dict__.pop("replay", None)              # graphs that read the weights where they lay (replay.py)
         if self.tower is not None:                     # moves and casts with the model that it is no part of
             self.tower.body._apply(fn, recurse)
         return super()._apply(fn, recurse)

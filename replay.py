@@ -69,6 +69,9 @@ class Replay:
         self.graphs: dict[Kind, Callable[[], None] | None] = {}
         self.count, self.ahead = 0, deque()
 
+    def __deepcopy__(self, memo: Any) -> None:
+        """A copy of a model captures graphs of its own."""
+
     def places(self) -> Tensor:
         """Columns in the cache and columns of padding, of all rows that the model reads.   -> (2, B')"""
         writer = self.writer

@@ -1,5 +1,6 @@
 """Generation by graphs: a tape that records a column's operations stands for the CUDA graph, and must make the same frames."""
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -156,6 +157,8 @@ def test_graphs_serve_the_next_prompt_of_their_size_class(tapes: list[Tape]) -> 
     both(model, grids[1], SampleConfig(temperature=1.0, max_frames=9))               # while another one has the buffers
     stream.close()
     both(model, grids[2], SampleConfig(temperature=1.0, max_frames=9))
+    assert copy.deepcopy(model).replay is None and model.replay is not None
+    assert not hasattr(model.double(), "replay")                                     # a model that moves leaves them behind
 
 
 def test_words_and_users_are_fed_on_the_device(tapes: list[Tape]) -> None:

@@ -20,25 +20,30 @@ COLD, WIDEST = 1e-5, 1 << 15     # least temperature to divide by; vocabularies 
 Rule = Tensor | float | int | None
 
 
+def signed(word: int) -> int:
+    """32 bits as the int32 that holds them."""
+    return word - (1 << 32) if word >> 31 else word
+
+
 def mixed(x: Tensor) -> Tensor:
-    """32 bits, well mixed.   int64 in [0, 2^32) -> the same range"""
-    for shift, factor in ((16, MIX1), (13, MIX2)):
-        x = (x ^ (x >> shift)).mul_(factor).bitwise_and_(0xFFFFFFFF)
-    return x.bitwise_xor_(x >> 16)
+    """32 bits, well mixed.   int32 -> int32, whose products wrap and whose shifts drag the sign along"""
+    x = (x ^ ((x >> 16) & 0xFFFF)).mul_(signed(MIX1))
+    x.bitwise_xor_((x >> 13).bitwise_and_(0x7FFFF)).mul_(signed(MIX2))
+    return x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
 
 
 @cache
 @torch.inference_mode(False)
 def scattered(V: int, device: torch.device) -> Tensor:
     """A word for each of V places, made once."""
-    return (torch.arange(V, device=device) * GOLDEN) & 0xFFFFFFFF
+    return (torch.arange(V, device=device) * GOLDEN).to(torch.int32)
 
 
 def counted_noise(seed: Tensor, step: Tensor, V: int) -> Tensor:
     """Uniform numbers in (0, 1), 24 bits each.   seed (R,) and step () int64 -> (R, V) fp32"""
-    word = mixed((seed ^ (seed >> 32) * MIX1 ^ step * GOLDEN) & 0xFFFFFFFF)
+    word = (seed ^ (seed >> 32) * MIX1 ^ step * MIX2).to(torch.int32)
     bits = mixed(word[:, None] ^ scattered(V, seed.device))
-    return (bits >> 8).float().add_(0.5).mul_(2.0**-24)
+    return (bits >> 8).bitwise_and_(0xFFFFFF).float().add_(0.5).mul_(2.0**-24)
 
 
 def gumbel(seed: Tensor, step: Tensor, V: int) -> Tensor:
@@ -50,7 +55,7 @@ def kept(logits: Tensor, top_k: Rule = None, top_p: Rule = None, min_p: Rule = N
     """What the rules leave of logits / T.   (R, V), rules as in `sample`, those of rows (R, 1) -> (R, V) bool"""
     V = logits.shape[-1]
     if isinstance(top_k, int) and top_p is None:                      # no need to sort what is dropped
-        least = logits.topk(min(top_k or V, V)).values[:, -1:]
+        least = logits.topk(min(top_k or V, V), sorted=False).values.amin(-1, keepdim=True)
     elif top_k is not None or top_p is not None:
         ordered = logits.sort(-1, descending=True).values
         k = torch.as_tensor(V if top_k is None else top_k, device=logits.device).expand(len(logits), 1)
@@ -83,7 +88,7 @@ def sample_ref(logits: Tensor, temperature: Rule, top_k: Rule, top_p: Rule, min_
         warm = logits.float() / max(t, COLD)
         noisy = warm - noise if t > 0 else warm
     if any(rule is not None for rule in rules):
-        noisy = noisy.masked_fill(~kept(warm, *rules), -torch.inf)
+        noisy.masked_fill_(~kept(warm, *rules), -torch.inf)
     return noisy.argmax(-1)
 
 
@@ -145,7 +150,7 @@ def sample_kernel(logits, temperature, top_k, top_p, min_p, seed, step, out, V, 
         left &= tl.exp(x - high) >= tl.load(min_p + r)
     number = tl.load(seed + r)
     now = tl.load(step)
-    word = mix(((number ^ (number >> 32) * 0x85EBCA6B ^ now * 0x9E3779B9) & 0xFFFFFFFF).to(tl.uint32))
+    word = ((number ^ (number >> 32) * 0x85EBCA6B ^ now * 0xC2B2AE35) & 0xFFFFFFFF).to(tl.uint32)
     u = ((mix(word ^ (v.to(tl.uint32) * 0x9E3779B9)) >> 8).to(tl.float32) + 0.5) * 5.9604644775390625e-08
     x = tl.where(t > 0, x - tl.log(-tl.log(u)), x)
     tl.store(out + r, tl.argmax(tl.where(left, x, -float("inf")), axis=0).to(tl.int64))

@@ -237,15 +237,15 @@ class UserFeed:
         delays = [table.delays[k] for k in self.rows]
         self.columns = delay(user[..., int(exact_moshi) :], delays, table.column("start", self.rows), tail=-1)      # (B, Q, S)
         self.place = slice(self.rows[0], self.rows[-1] + 1)
-        self.state = [torch.tensor([column])]                                   # number of the column that comes next
+        self.column = column                                                    # number of the column that comes next
 
-    def to(self, device: torch.device) -> "UserFeed":
-        self.columns, self.state = self.columns.to(device), [self.state[0].to(device)]
-        return self
+    def ahead(self, n: int) -> Tensor:
+        """What he says in the n-th column from now, the next being 0.   -> (B, Q)"""
+        return self.columns[..., min(self.column + n, self.columns.shape[-1] - 1)]
 
     def __call__(self, column: Tensor) -> Tensor:
-        column[:, self.place] = self.columns.index_select(-1, self.state[0].clamp(max=self.columns.shape[-1] - 1))[..., 0]
-        self.state[0].add_(1)
+        column[:, self.place] = self.ahead(0).to(column)
+        self.column += 1
         return column
 
 

@@ -78,9 +78,9 @@ class Replay:
         padding = writer.guide.twice(writer.padding)
         return torch.stack([torch.full_like(padding, writer.cache.count), padding])
 
-    def begin(self, items: int) -> "Replay":
-        """Take over what the writer made of a prompt; the first `items` of the batch are wanted."""
-        writer, self.items = self.writer, items
+    def begin(self, items: int, feed: Feed | None = None) -> "Replay":
+        """Take over what the writer made of a prompt; the first `items` of the batch are wanted, and hear what `feed` knows ahead."""
+        writer, self.items, self.feed, self.made = self.writer, items, feed, 0
         made = [t for t in (*writer.h, writer.position, writer.heard, self.places()) if t is not None]
         for kept, t in zip(self.kept, made, strict=True):
             kept.copy_(t)
@@ -136,12 +136,16 @@ class Replay:
             column = self.decide(state, column, given)
         elif state.ends:
             settle(state, column[:, self.writer.rows])
+        self.made += 1
         return column
 
     def launch(self, state: DecodeState, known: Tensor, kind: Kind) -> None:
         """Put a column behind those that the device has to do."""
-        slot = self.slots[self.count % SLOTS]
+        slot, heard = self.slots[self.count % SLOTS], self.feed and self.feed.ahead(self.made + len(self.ahead))
         self.count += 1
+        if heard is not None:
+            known = known.clone()
+            known[:, self.feed.place] = torch.where(known[:, self.feed.place] == FREE, heard, known[:, self.feed.place])
         slot.known.copy_(self.filled(known))
         self.known.copy_(slot.known, non_blocking=True)
         if kind not in self.graphs:                  # the first column of a kind runs as it is: libraries make their plans
@@ -188,8 +192,8 @@ def why_not(model: MultistreamLM, device: torch.device, feed: Feed | None) -> st
         return "the model is not on a CUDA device"
     if model.tower is not None:
         return "a text tower beside the model steps by itself"
-    if feed is not None and not hasattr(feed, "state"):
-        return "what feeds it does not lie on the device"
+    if feed is not None and not hasattr(feed, "state") and not hasattr(feed, "ahead"):
+        return "what feeds it does not lie on the device, and is not known ahead"
     if model.cache(1, 1).fast is None:
         return "its blocks are not plain: merge the adapters (lora.merge), hold all weights in one type"
     return ""
@@ -204,6 +208,7 @@ def start(model: MultistreamLM, prompt: Tensor, config: SampleConfig, feed: Feed
         raise ValueError(f"graphs=on: {reason}; use graphs=auto to generate without them")
     if reason:
         return Direct(Writer(model, prompt, config, S + config.max_frames, feed, voice))
+    ahead, feed = (feed, None) if hasattr(feed, "ahead") else (None, feed)       # told to the graphs, or captured with them
     columns = -(-(S + config.max_frames) // ROOM) * ROOM
     plain = SampleConfig(**{f.name: getattr(config, f.name) for f in fields(SampleConfig)})
     batch = B if feed is not None else power(B)
@@ -212,11 +217,11 @@ def start(model: MultistreamLM, prompt: Tensor, config: SampleConfig, feed: Feed
     key, kept = (size, weights_of(model)), model.__dict__.pop("replay", None)
     if feed is None and kept is not None and kept.key == key:
         kept.writer.begin(filled, config.seed)
-        return kept.begin(B)
+        return kept.begin(B, ahead)
     kept = None                                      # its memory first
     made = Replay(Writer(model, filled, config, columns, feed, voice))
     made.key = size, weights_of(model)               # the writer joins weights in memory
-    return made.begin(B)
+    return made.begin(B, ahead)
 
 
 def keep(model: MultistreamLM, runner: Direct | Replay) -> None:

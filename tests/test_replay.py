@@ -161,7 +161,7 @@ def test_graphs_serve_the_next_prompt_of_their_size_class(tapes: list[Tape]) -> 
     assert not hasattr(model.double(), "replay")                                     # a model that moves leaves them behind
 
 
-def test_words_and_users_are_fed_on_the_device(tapes: list[Tape]) -> None:
+def test_words_are_fed_on_the_device_and_users_are_told_ahead(tapes: list[Tape]) -> None:
     model = make("words")
     words = [example(model.table, seed).text for seed in (3, 5, 6)]
     start = torch.stack([lay_out(Example(ids), model.table)[0] for ids in words])
@@ -171,6 +171,8 @@ def test_words_and_users_are_fed_on_the_device(tapes: list[Tape]) -> None:
     start = moshi.table.column("start")[None].expand(2, -1, -1)
     rules = SampleConfig(temperature=(0.7, *[0.8] * 8), top_k=(25.0, *[250.0] * 8), max_frames=21)
     both(moshi, start, rules, lambda: UserFeed(user, moshi.table))
+    assert len(tapes) == 2
+    both(moshi, start, rules, lambda: UserFeed(user.flip(-1), moshi.table, True))                   # who talks next finds the graph there
     assert len(tapes) == 2
 
 
@@ -215,13 +217,13 @@ def test_a_column_looks_at_no_value_and_needs_nothing_of_the_host(name: str, cfg
     """On the meta device there is no value to look at: `.item()`, `nonzero` and the like raise."""
     model = make(name).to("meta")
     table, prompt = model.table, torch.zeros(2, len(model.table), 5, dtype=torch.long, device="meta")
-    feeds = {"words": lambda: WordFeed([torch.tensor([3, 4])] * 2, table), "duplex": lambda: UserFeed(random_ids(16, (2, 2, 9), 1), table)}
+    feed = WordFeed([torch.tensor([3, 4])] * 2, table) if name == "words" else None
     config = SampleConfig(temperature=0.8, top_k=5, top_p=0.9, min_p=0.01, ras_window=3, min_frames=3, closing="hf", cfg=cfg, cfg_hide=2)
     states = torch.zeros(4 if cfg != 1 else 2, 1, model.config.temporal.dim, device="meta")
     monkeypatch.setattr(drawing, "prefill", lambda *_: (states, states))
     monkeypatch.setattr(drawing, "heard_before", lambda prompt, table, n: prompt.new_zeros(2, len(table.audio_out), n))
     with torch.inference_mode():
-        runner = Replay(Writer(model, prompt, config, 64, feeds.get(name, lambda: None)())).begin(2)
+        runner = Replay(Writer(model, prompt, config, 64, feed)).begin(2)
         kinds = [Kind(bool(table.text_out), bool(table.audio_out), True)]
         if not table.aligned:
             kinds = [Kind(True, False, False)] + [Kind(False, True, True), Kind(True, True, None)] * bool(table.audio_out)

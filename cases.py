@@ -18,7 +18,9 @@ import lora
 import peers
 from checkpoint import DTYPES, export
 from columns import make_plan
+from drawing import prefill
 from duplex import UserFeed
+from guidance import Guidance
 from lora import LoraConfig
 from loss import LossConfig, loss_scale
 from measure import Side
@@ -209,14 +211,11 @@ def floor_bytes(model: MultistreamLM, batch: int, positions: float) -> float:
 
 
 def prefill_side(model: MultistreamLM, batch: int, context: int) -> Side:
-    tokens, device = peers.frames(model, batch, context), peers.like(model).device
-    tokens, places = tokens.to(device), torch.arange(context, device=device).expand(batch, -1)
+    tokens = peers.frames(model, batch, context).to(peers.like(model).device)
+    padding, guide = tokens.new_zeros(batch), Guidance(SampleConfig(), model.table)
 
     @torch.inference_mode()
     def side() -> Tensor:
-        cache = model.cache(batch, context)
-        for at in range(0, context, 256):
-            h = model.hidden(tokens[..., at : at + 256], places[:, at : at + 256], cache=cache)
-        return h[1]
+        return prefill(model, tokens, padding, model.cache(batch, context), guide)[1]
 
     return side

@@ -39,7 +39,7 @@ class Plan:
 
 
 def make_plan(c: ModelConfig, tokens: Tensor, weights: Tensor | None = None, positions: Tensor | None = None,
-          segments: Tensor | None = None) -> Plan:
+              segments: Tensor | None = None) -> Plan:
     """Plan of a batch that is trained on: tokens and weights (B, K, S), positions and segments (B, S) or None."""
     cut = [None if t is None else t[:, :-1] for t in (positions, segments)]
     plan = read(c, is_audio(tokens[..., :-1], c.table), *cut)

@@ -20,7 +20,7 @@ from kernels.attention import Cache
 from kernels.choice import fused, numbers
 from kernels.sample import gumbel, sample
 from model import MultistreamLM
-from turns import FREE, DecodeState, heard_before, mode, settle, wanted
+from turns import FREE, DecodeState, heard_before, mode, settled, wanted
 
 Feed = Callable[[Tensor], Tensor]
 Rule = float | tuple[float, ...]
@@ -149,17 +149,20 @@ class Writer:
         self.cache, self.depth = model.cache(sides, columns), model.depth.cache(sides) if model.config.depth else None
         self.cache.voice = self.guide.heard(model, voice)
         self.noise = Noise(config.seed, B, len(table.text_out) + len(table.audio_out), device)
-        out = table.audio_out or [0]
-        self.rows, self.end = slice(out[0], out[-1] + 1), table.streams[out[0]].end          # the predicted audio rows
-        self.begin(prompt, config.seed)
+        self.end = table.streams[table.audio_out[0]].end if table.audio_out else -1
+        self.begin(prompt)
 
-    def begin(self, prompt: Tensor, seed: int) -> None:
-        """Read a prompt of the same batch size, from the start."""
+    def again(self, prompt: Tensor, seed: int) -> None:
+        """Start over, in the same memory, behind a prompt of the same batch size."""
+        self.noise.start(seed)
+        self.cache.clear()
+        self.begin(prompt)
+
+    def begin(self, prompt: Tensor) -> None:
+        """Read the prompt."""
         self.padding = (prompt < 0).all(1).cumprod(1).sum(1)                  # (B,) columns of -1 on the left
         self.position = (prompt.shape[2] - self.padding)[:, None]             # (B, 1) of the column that is read next
         self.heard = heard_before(prompt, self.table, self.config.ras_window) if self.config.ras_window else None
-        self.noise.start(seed)
-        self.cache.clear()
         self.h = prefill(self.model, prompt, self.padding, self.cache, self.guide)
 
     def draw(self, known: Tensor, kind: Kind, free: bool = False) -> Tensor:
@@ -193,7 +196,7 @@ class Writer:
     def draw_audio(self, h: Tensor, column: Tensor, known: Tensor, free: bool) -> None:
         """Fill the predicted audio rows of a column in place: all at once, or step by step through the depth transformer."""
         model, table, config, end = self.model, self.table, self.config, self.end
-        out, held, first, history = column[:, self.rows], known[:, self.rows], len(table.text_out), self.heard      # views
+        out, held, first, history = column[:, self.table.spoken], known[:, self.table.spoken], len(table.text_out), self.heard      # views
         predicted = [table.streams[k] for k in table.audio_out]
         Q, may_end = len(predicted), getattr(self.feed, "may_end", lambda: None)()
         if history is not None and config.closing == "hf":                    # start and end ids do not count as repetition
@@ -228,8 +231,8 @@ class Writer:
     def read(self, column: Tensor, kind: Kind, moves: Tensor | bool = True) -> None:
         """Let the model read a column (B, K); with `moves` false () nothing of it remains."""
         if self.heard is not None and kind.audio:
-            newer = torch.cat([self.heard[..., 1:], column[:, self.rows, None]], -1)
-            spoken = (column[:, self.rows] >= 0).any(1)[:, None, None] & moves
+            newer = torch.cat([self.heard[..., 1:], column[:, self.table.spoken, None]], -1)
+            spoken = (column[:, self.table.spoken] >= 0).any(1)[:, None, None] & moves
             self.heard.copy_(torch.where(spoken, newer, self.heard))
         at, self.cache.side = self.position, kind.side
         h = self.model.hidden(self.guide.both(column[..., None], at), self.guide.twice(at), cache=self.cache)
@@ -251,9 +254,7 @@ class Direct:
             writer.read(*self.drawn)
         (known, free), kind = wanted(state, given), kind_of(state, given is not None)
         column = writer.draw(known.to(writer.position.device), kind, free).cpu()
-        if state.ends and settle(state, column[:, writer.rows]):
-            known, _ = wanted(state, given)                                   # a row below the one that ended ends with it
-            column = torch.where(known == FREE, column, known)
+        column = settled(state, column, given)
         self.drawn = column.to(writer.position.device), kind
         return column
 

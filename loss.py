@@ -53,6 +53,7 @@ class Sums:
     quiet: Tensor | None = None     # (4,) what of them is padding in the text row, where that is told apart
     places: Tensor | None = None    # (N,) weighted nll of each position, over its streams; carries the gradient too, but with a scale
     contrast: Tensor | None = None  # the contrastive term, summed over its samples
+    paired: Tensor | None = None    # () how many samples those are
     total: Tensor | None = None     # () the loss, where the scale of each stream was known: it carries the gradient then
 
     def add(self, rows: Sequence[int], part: "Sums", at: Tensor) -> "Sums":

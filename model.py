@@ -30,7 +30,7 @@ from dsaa import Affine, Projector, TextTower
 from kernels.attention import Cache, attend
 from kernels.choice import numbers
 from kernels.cross_entropy import Head
-from kernels.decode import ColumnStep, Ring, Turns, column_step, per_step
+from kernels.decode import ColumnStep, Ring, Turns, column_step, per_step, plain
 from kernels.depth_attention import depth_attention
 from kernels.embed_sum import embed_row, embed_sum
 from kernels.lora_linear import linear
@@ -245,12 +245,19 @@ class Temporal(nn.Module):
         h = [t(h, places, context.turn, context.mask)[:, None] for t, places in zip(tails, others, strict=True)] or [h[:, None]]
         return h[0], h[-1]
 
-    def columns(self, cache: Cache) -> list[ColumnStep] | None:
-        """What `column` runs: the shared layers, then the tails; None when columns must go block by block."""
+    def parts(self) -> list[tuple[nn.ModuleList, int, RMSNorm | None]]:
+        """The shared layers, then the tails: blocks, the number of the first, and the norm behind the last."""
         c, n = self.c, len(self.layers)
-        parts = [(self.layers, 0, None if c.tail else self.norm)]
-        parts += [(self.text_tail, n, self.text_norm), (self.audio_tail, n + c.tail, self.audio_norm)] if c.tail else []
-        steps = [column_step(blocks, c.temporal, cache, *rest) for blocks, *rest in parts]
+        tails = [(self.text_tail, n, self.text_norm), (self.audio_tail, n + c.tail, self.audio_norm)] if c.tail else []
+        return [(self.layers, 0, None if c.tail else self.norm), *tails]
+
+    def plain(self) -> bool:
+        """Whether a column can go the fast way."""
+        return all(plain(blocks, self.c.temporal, self.layers[0].attn_norm.weight.dtype) for blocks, *_ in self.parts())
+
+    def columns(self, cache: Cache) -> list[ColumnStep] | None:
+        """What `column` runs, of each part; None when columns must go block by block."""
+        steps = [column_step(blocks, self.c.temporal, cache, *rest) for blocks, *rest in self.parts()]
         return None if None in steps else steps
 
 
@@ -263,13 +270,7 @@ class Embedding(nn.Module):
     def __init__(self, vocabularies: list[int], dim: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(sum(vocabularies), dim))
-        self.offsets, self.kept = [sum(vocabularies[:n]) for n in range(len(vocabularies))], None
-
-    def starts(self, device: torch.device) -> Tensor:
-        """The offsets on a device."""
-        if self.kept is None or self.kept.device != device:
-            self.kept = torch.tensor(self.offsets, device=device)
-        return self.kept
+        self.offsets = tuple(sum(vocabularies[:n]) for n in range(len(vocabularies)))
 
     def row(self, n: int, ids: Tensor) -> Tensor:
         """Embed one row.   ids (...) -> (..., D)"""
@@ -277,7 +278,7 @@ class Embedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         if ids.shape[2] == 1 and self.weight.dtype == torch.float32 and not torch.is_grad_enabled():
-            vectors = F.embedding((ids[..., 0] + self.starts(ids.device)).clamp_(min=0), self.weight)
+            vectors = F.embedding((ids[..., 0] + numbers(self.offsets, ids.device)).clamp_(min=0), self.weight)
             return torch.bmm((ids >= 0).mT.to(vectors.dtype), vectors)         # one column: (B, 1, n) (B, n, D)
         return embed_sum(ids, self.weight, self.offsets)
 
@@ -437,7 +438,8 @@ class MultistreamLM(nn.Module):
         if weights is not None:
             sums = self.sums(h_text, h_audio, targets, weights[..., 1:], plan, scale, z_loss)
             if speakers is not None:
-                sums.contrast = info_nce(h_audio, pairs(inputs, weights[..., :-1], cut[1], speakers[:, :-1], self.table))
+                found = pairs(inputs, weights[..., :-1], cut[1], speakers[:, :-1], self.table)
+                sums.contrast, sums.paired = info_nce(h_audio, found), found.count
             return sums
         text = self.text_head(h_text) if self.table.text_out else None
         audio = None

@@ -89,7 +89,7 @@ class Contrast(Likelihood):
     def sums(self, net: Net, tensors: Sequence[Tensor], plan: Plan | None = None, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
         found = net(*tensors[:4], speakers=tensors[4], plan=plan, scale=None if scale is None else scale[:-1], z_loss=self.config.z_loss)
         numbers = F.pad(found.stacked(), (0, 0, 0, 1))
-        numbers[4, :2] = torch.stack([found.contrast.detach(), self.count(tensors[1], tensors[3], tensors[0], tensors[4])[-1]])
+        numbers[4, :2] = torch.stack([found.contrast.detach(), found.paired])
         if scale is None:
             return torch.cat([found.nll, found.contrast[None]]), numbers
         return found.total + scale[-1] * found.contrast, numbers

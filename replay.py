@@ -23,7 +23,7 @@ from torch import Tensor
 from drawing import Direct, Feed, Kind, SampleConfig, Writer, kind_of
 from kernels.choice import numbers, power
 from model import MultistreamLM
-from turns import FREE, DecodeState, foresee, settle, wanted
+from turns import FREE, DecodeState, foresee, settled, wanted
 
 ROOM, SLOTS = 256, 4        # columns are allocated in multiples of ROOM; launches whose results the host may still read
 
@@ -62,7 +62,7 @@ class Replay:
         self.result = torch.zeros(B, K + 1, dtype=torch.int64, device=device)
         self.stalled = torch.zeros((), dtype=torch.bool, device=device)
         self.real = torch.ones(B, 1, dtype=torch.bool, device=device)         # items that are wanted
-        self.kept = [t.clone() for t in (*writer.h, writer.position, writer.heard, self.places()) if t is not None]
+        self.kept = [t.clone() for t in self.fresh()]
         cuda = device.type == "cuda"
         self.slots = [Slot(torch.empty(B, K, dtype=torch.int64, pin_memory=cuda), torch.empty(B, K + 1, dtype=torch.int64, pin_memory=cuda),
                            torch.cuda.Event() if cuda else None) for _ in range(SLOTS)]
@@ -72,17 +72,17 @@ class Replay:
     def __deepcopy__(self, memo: Any) -> None:
         """A copy of a model captures graphs of its own."""
 
-    def places(self) -> Tensor:
-        """Columns in the cache and columns of padding, of all rows that the model reads.   -> (2, B')"""
+    def fresh(self) -> list[Tensor]:
+        """What the writer knows behind a prompt: states, position, what was heard; columns and padding in the cache (2, B')."""
         writer = self.writer
         padding = writer.guide.twice(writer.padding)
-        return torch.stack([torch.full_like(padding, writer.cache.count), padding])
+        heard = [] if writer.heard is None else [writer.heard]
+        return [*writer.h, writer.position, *heard, torch.stack([torch.full_like(padding, writer.cache.count), padding])]
 
     def begin(self, items: int, feed: Feed | None = None) -> "Replay":
         """Take over what the writer made of a prompt; the first `items` of the batch are wanted, and hear what `feed` knows ahead."""
         writer, self.items, self.feed, self.made = self.writer, items, feed, 0
-        made = [t for t in (*writer.h, writer.position, writer.heard, self.places()) if t is not None]
-        for kept, t in zip(self.kept, made, strict=True):
+        for kept, t in zip(self.kept, self.fresh(), strict=True):
             kept.copy_(t)
         *writer.h, writer.position = self.kept[:3]
         writer.heard = None if writer.heard is None else self.kept[3]
@@ -113,7 +113,7 @@ class Replay:
         special = column.new_zeros((), dtype=torch.bool)
         if table.audio_out and writer.end >= 0:
             ends = numbers(tuple(table.streams[k].end for k in table.audio_out), column.device)
-            special = special | ((column[:, writer.rows] == ends) & (self.known[:, writer.rows] == FREE) & self.real).any()
+            special = special | ((column[:, table.spoken] == ends) & (self.known[:, table.spoken] == FREE) & self.real).any()
         if table.text_out and not table.aligned:
             row, ids = table.text_out[0], tuple(id for id in (*table.stop, table.audio_start) if id >= 0)
             drawn = torch.where(self.known[:, row] == FREE, column[:, row], -1)
@@ -132,10 +132,9 @@ class Replay:
                 self.launch(behind, wanted(behind)[0], kind_of(behind))
         this = self.ahead.popleft()
         column, stalled = self.wait(this.slot)
+        column = settled(state, column, given)
         if stalled:
-            column = self.decide(state, column, given)
-        elif state.ends:
-            settle(state, column[:, self.writer.rows])
+            self.decide(state, column, kind_of(state, given is not None))
         self.made += 1
         return column
 
@@ -166,17 +165,12 @@ class Replay:
         result = slot.result[: self.items]
         return result[:, :-1].clone(), bool(result[0, -1])
 
-    def decide(self, state: DecodeState, column: Tensor, given: Tensor | None) -> Tensor:
-        """Something was drawn that ends or begins something: hold the column as it must be, and have it read."""
-        kind = kind_of(state, given is not None)
-        if state.ends and settle(state, column[:, self.writer.rows]):
-            known, _ = wanted(state, given)
-            column = torch.where(known == FREE, column, known)
+    def decide(self, state: DecodeState, column: Tensor, kind: Kind) -> None:
+        """Something was drawn that ends or begins something: have the column read as it must be."""
         self.ahead.clear()
         self.stalled.fill_(False)
         self.launch(state, column, kind)
         self.ahead.clear()                           # nothing is drawn in it; what comes next is not known before `finish`
-        return column
 
     def filled(self, rows: Tensor) -> Tensor:
         """Rows of the wanted items, and copies of the first for the rest of the batch."""
@@ -194,7 +188,7 @@ def why_not(model: MultistreamLM, device: torch.device, feed: Feed | None) -> st
         return "a text tower beside the model steps by itself"
     if feed is not None and not hasattr(feed, "state") and not hasattr(feed, "ahead"):
         return "what feeds it does not lie on the device, and is not known ahead"
-    if model.cache(1, 1).fast is None:
+    if not model.temporal.plain():
         return "its blocks are not plain: merge the adapters (lora.merge), hold all weights in one type"
     return ""
 
@@ -216,7 +210,7 @@ def start(model: MultistreamLM, prompt: Tensor, config: SampleConfig, feed: Feed
     filled = torch.cat([prompt, prompt[:1].expand(batch - B, -1, -1)])
     key, kept = (size, weights_of(model)), model.__dict__.pop("replay", None)
     if feed is None and kept is not None and kept.key == key:
-        kept.writer.begin(filled, config.seed)
+        kept.writer.again(filled, config.seed)
         return kept.begin(B, ahead)
     kept = None                                      # its memory first
     made = Replay(Writer(model, filled, config, columns, feed, voice))

@@ -86,6 +86,11 @@ class StreamTable:
         return [i for i in self.audio if self.streams[i].classes]
 
     @cached_property
+    def spoken(self) -> slice:
+        """The predicted audio rows, which lie together."""
+        return slice(self.audio_out[0], self.audio_out[-1] + 1) if self.audio_out else slice(0, 0)
+
+    @cached_property
     def delays(self) -> list[int]:
         return [s.delay for s in self.streams]
 

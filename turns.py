@@ -103,6 +103,14 @@ def settle(state: DecodeState, codes: Tensor) -> bool:
                 for turn, row in zip(state.turns, codes.tolist(), strict=True)])
 
 
+def settled(state: DecodeState, column: Tensor, given: Tensor | None = None) -> Tensor:
+    """Note what ends in a drawn column (B, K) -> the column as it must be: a row below the one that ended ends with it."""
+    if not state.ends or not settle(state, column[:, state.table.spoken]):
+        return column
+    known, _ = wanted(state, given)
+    return torch.where(known == FREE, column, known)
+
+
 def held_rows(state: DecodeState, turn: Turn) -> list[int] | None:
     """What the predicted audio rows of an item that speaks must hold: start ids before a row begins, end ids once the audio is closed.
 
@@ -149,7 +157,7 @@ def foresee(state: DecodeState, column: Tensor) -> DecodeState:
     """The state behind a column (B, K) of `wanted`, if nothing that is drawn in it ends or begins anything."""
     after = replace(state, turns=[replace(turn) for turn in state.turns])
     if state.ends:
-        settle(after, column[:, state.table.audio_out])
+        settle(after, column[:, state.table.spoken])
     finish(after, column)
     return after
 

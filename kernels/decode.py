@@ -267,12 +267,17 @@ class Turns:
             self.table = torch.complex(cos, sin) if self.complex else torch.stack([cos, sin], 2)
 
 
-def column_step(blocks: Sequence[nn.Module], c: Any, cache: Cache, first: int = 0, norm: nn.Module | None = None) -> ColumnStep | None:
-    """The fast way through a stack, or None when it must go block by block."""
+def plain(blocks: Sequence[nn.Module], c: Any, dtype: torch.dtype) -> bool:
+    """Whether a stack can go the fast way."""
     linears = [m for block in blocks for m in block.modules() if hasattr(m, "adapter")]
     adapted = any(m.adapter is not None and m.adapter.enabled and m.adapter.base is None for m in linears)
     packed = {id(m.weight) for m in linears if m.row_scale is not None}                  # in 8 bits
     types = {p.dtype for block in blocks for p in block.parameters() if id(p) not in packed}
     sets = any(m.weight.dim() == 3 for m in linears)
     odd = any(block.skips_audio or block.listen is not None for block in blocks) or (sets and not c.packed) or (c.packed and c.qkv_bias)
-    return None if adapted or odd or types != {cache.store.dtype} else ColumnStep(blocks, c, cache, first, norm)
+    return not adapted and not odd and types == {dtype}
+
+
+def column_step(blocks: Sequence[nn.Module], c: Any, cache: Cache, first: int = 0, norm: nn.Module | None = None) -> ColumnStep | None:
+    """The fast way through a stack, or None when it must go block by block."""
+    return ColumnStep(blocks, c, cache, first, norm) if plain(blocks, c, cache.store.dtype) else None

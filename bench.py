@@ -32,15 +32,16 @@ from typing import Any
 import torch
 from torch import nn
 
-import parallel
-import peers
-from cases import LORA, Job, decode_models, decode_sides, floor_bytes, prefill_side, train_case, useful_flops
+from benchmarks import peers
+from benchmarks.measure import GIB, ON_GPU, alternate, check, compare, extra_memory, frame_times, origin, per_frame, show, spread, syncs
+from benchmarks.workloads import LORA, Job, decode_models, decode_sides, floor_bytes, prefill_side, train_case, useful_flops
 from checkpoint import DTYPES
-from data import Loader, prepare
+from corpus.index import prepare
+from data import Loader
 from kernels import PAIRS, shapes
-from measure import GIB, ON_GPU, alternate, check, compare, extra_memory, frame_times, origin, per_frame, show, spread, syncs
 from model import MultistreamLM
 from options import apply, edge, help_text, run_config, split_arguments
+from training import parallel
 
 BYTES, FLOPS = 4.3e12, 790e12      # an H200: bytes a second of a copy, bf16 operations a second of a product, both measured
 RATES = {"higgs": 25.0, "moshi": 12.5, "moss": 12.5, "tiny": 25.0}           # frames of a second of speech

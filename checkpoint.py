@@ -8,12 +8,11 @@
     out/NAME/ckpt/latest -> step_000500              best -> step_000400
 
 A checkpoint is written into a temporary folder and renamed: it is there whole or not at all. Only safetensors and
-JSON, never pickle. Official layouts are read and written through official.py, which holds their tables of names;
-nobody else imports it.
+JSON, never pickle. Official layouts are read and written through families/, each in the file of its family. What a run
+needs to resume is written by training/run_state.py. One file because what is saved and what is loaded is one contract.
 """
 
 import json
-import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -26,20 +25,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import chatml
-import dsaa
 import lora
-import official
 from audio import hub
-from duplex import expand_depth, official_files, trim_depth
+from corpus.swap_tokenizer import swap_tokenizer
+from families.adapters import adapter_formats
+from families.family import choose_format, every, export_model, recognise_format
+from families.formats import AdapterFormat, Conversion, Format, lost, official_files, read_config, to_ours
+from layers.architecture import ModelConfig
+from layers.fusion import as_stored, fingerprint
 from lora import LoraConfig
-from model import MOSS_9B, QWEN2_5_1_5B, FusionConfig, ModelConfig, MultistreamLM
-from options import FULL, apply, edge, from_json, read_json, replace_file, split_arguments, to_json, unknown, write_json
-from parallel import barrier, place, whole
-from replies import split_tails
+from model import MultistreamLM
+from options import FULL, edge, from_json, read_json, replace_file, split_arguments, to_json, unknown, write_json
 from streams import StreamTable
-from text import load_tokenizer, tokenizer_file
-from vocabulary import swap_tokenizer
+from text.tokenizers import load_tokenizer, tokenizer_file
+from training.parallel import place, whole
 
 FORMAT, VERSION = "multistream", 1
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -86,6 +85,7 @@ class Extras:
     data: dict[str, Any] | None = None      # codec, tokenizer, normaliser, as DataConfig fields
     base: str = ""                          # where the weights under an adapter come from
     folder: str = ""                        # where it was loaded from
+    source: str = ""                        # what was asked for: a folder, a file or a hub id
 
 
 def save(model: nn.Module, dir: str | Path, extras: Extras | None = None, write: bool = True) -> Path:
@@ -102,7 +102,7 @@ def save(model: nn.Module, dir: str | Path, extras: Extras | None = None, write:
         idle = idle if len(idle) < len(list(lora.adapters(model))) else []     # one that was never trained stays refused
         write_tensors(folder / "adapter.safetensors", tensors, write)
     else:
-        write_tensors(folder / "model.safetensors", weights(model), write)
+        write_tensors(folder / "model.safetensors", model.weights(), write)
     if not write:
         return folder
     data = dict(extras.data or {})
@@ -120,14 +120,6 @@ def copy_file(source: Path, folder: Path) -> str:
     return source.name
 
 
-def weights(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict, each shared tensor once."""
-    tensors = model.state_dict()
-    if model.config.tied:
-        tensors.pop("text_head.weight")
-    return tensors
-
-
 def load(path: str | Path, device: str = "cpu", dtype: str | torch.dtype | None = None, adapter: str | Path | None = None,
          config: ModelConfig | None = None) -> MultistreamLM:
     """Load a model: a run folder, a checkpoint folder, an official one, a file with its config beside it, or a hub id.
@@ -138,7 +130,7 @@ def load(path: str | Path, device: str = "cpu", dtype: str | torch.dtype | None 
     consumed and every parameter filled. The result carries `extras` and `lora`.
     """
     if not path and config is not None:
-        return furnish(MultistreamLM(config)).to(device, DTYPES.get(dtype, dtype))
+        return load_text_tower(MultistreamLM(config)).to(device, DTYPES.get(dtype, dtype))
     folder = resolve(path)
     dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype
     layout = recognise(folder)
@@ -150,35 +142,39 @@ def load(path: str | Path, device: str = "cpu", dtype: str | torch.dtype | None 
     if data and ((folder / data["tokenizer"]).is_file() or 
                  (Path(data["tokenizer"]).suffix and not Path(data["tokenizer"]).exists() and not hub.is_id(data["tokenizer"]))):
         data["tokenizer"] = str(folder / data["tokenizer"])
-    extras = Extras(about["step"], data, about["base"], str(folder))
+    extras = Extras(about["step"], data, about["base"], str(folder), str(path))
     if about["base"]:
         model = load(resolve_base(about["base"], folder), config=config)
         fill_adapter(model, folder, about)
     else:
         model = build(about, folder, config)
-        furnish(model, folder)
+        load_text_tower(model, folder)
     model.extras = extras
     return put_adapter(model, adapter).to(device, dtype).eval()
 
 
 def put_adapter(model: MultistreamLM, adapter: str | Path | None) -> MultistreamLM:
-    """Put the adapter of a folder onto a loaded model: ours, PEFT's or moshi's. None leaves the model as it is."""
+    """Put the adapter of a folder onto a loaded model: ours or another library's. None leaves the model as it is."""
     if adapter is None:
         return model
-    extras, folder = model.extras, Path(adapter)
-    if (folder / "adapter_config.json").is_file():
-        fill_official_adapter(model, folder, "adapter_config.json", "adapter_model.safetensors", official.import_peft)
-        step = 0
-    elif (folder / "lora.safetensors").is_file():
-        fill_official_adapter(model, folder, "config.json", "lora.safetensors", official.import_moshi_lora)
-        step = 0
+    extras, folder, step = model.extras, Path(adapter), 0
+    if form := adapter_format(folder):
+        config, tensors = form.read(model, read_json(folder / form.config_file), read_tensors(folder / form.weight_file), str(folder))
+        lora.inject(model, config)
+        lora.load_state(model, config, tensors, str(folder), idle=tensors)      # these libraries write every pair, trained or not
     else:
         folder = resolve(adapter)
         about = read_about(folder)
         fill_adapter(model, folder, about)
         step = about["step"]
-    model.extras = Extras(step, extras.data, extras.folder, str(folder))
+    model.extras = Extras(step, extras.data, extras.folder, str(folder), extras.source)
     return model
+
+
+def adapter_format(folder: Path) -> AdapterFormat | None:
+    """The library whose adapter a folder holds, None when it is ours or nobody's."""
+    found = [form for form in adapter_formats() if all((folder / name).is_file() for name in (form.config_file, form.weight_file))]
+    return found[0] if found else None
 
 
 def read_about(folder: Path) -> dict[str, Any]:
@@ -220,7 +216,7 @@ def build(about: dict[str, Any], folder: Path, config: ModelConfig | None = None
 @torch.no_grad()
 def fill(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
     """Copy tensors into a model, strictly: ValueError lists what is missing, unexpected or of another shape."""
-    wanted = weights(model)
+    wanted = model.weights()
     missing, unexpected = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
     if missing or unexpected:
         raise ValueError(f"{source} does not fit this model: {len(missing)} tensors missing {missing[:3]}, {len(unexpected)} unexpected "
@@ -235,8 +231,8 @@ def fill(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
 def base_of(adapter: str) -> str:
     """Where the weights under an adapter are; ValueError where it does not say."""
     folder = Path(adapter)
-    if (folder / "adapter_config.json").is_file():
-        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path") or ""
+    if form := adapter_format(folder):
+        base = read_json(folder / form.config_file).get("base_model_name_or_path") or ""
     else:
         folder = resolve(adapter)
         base = read_about(folder)["base"] if recognise(folder) is None else ""
@@ -245,37 +241,34 @@ def base_of(adapter: str) -> str:
     return resolve_base(base, folder)
 
 
-def recognise(folder: Path) -> official.Layout | None:
+def recognise(folder: Path) -> Format | None:
     """The official layout of a folder, None when it is ours or nobody's."""
     about = read_json(folder / "config.json")
-    return official.recognise(about) if isinstance(about, dict) and about.get("format") != FORMAT else None
+    return recognise_format(about) if isinstance(about, dict) and about.get("format") != FORMAT else None
 
 
-def build_official(layout: official.Layout, folder: Path, config: ModelConfig | None = None, dtype: torch.dtype | None = None,
+def build_official(form: Format, folder: Path, config: ModelConfig | None = None, dtype: torch.dtype | None = None,
                    file: Path | None = None) -> MultistreamLM:
     """Make the model of an official config.json and fill it from its weights, one file or sharded."""
     about = read_json(folder / "config.json")
-    tensors = read_official(folder, file if file is not None and file.is_file() else folder / about.get("moshi_name", "model.safetensors"))
+    tensors = read_official(folder, file if file is not None and file.is_file() else folder / form.weight_file(about))
     if (folder / "generation_config.json").is_file():             # it knows all ids that end a text, config.json often one
         about |= {k: v for k, v in read_json(folder / "generation_config.json").items() if k == "eos_token_id" and v is not None}
-    if layout.name == "moshi" and "text_projector.alpha" in tensors:
-        raise ValueError(f"{folder}/config.json names no text model; add \"text_llm\": {{\"hf_repo_id\": the one it was made with}}")
-    if layout.name == "dsaa" and "model" not in about["text_llm"]:
-        about["text_llm"]["model"] = to_json(load(about["text_llm"].get("hf_repo_id", "")).config)
-    stored = official.read_config(layout, about, tensors, str(folder))
-    changed = official.lost(stored, replace(config, table=stored.table)) if config is not None else []
+    about = form.complete(about, tensors, str(folder), lambda name: load(name).config)
+    stored = read_config(form, about, tensors, str(folder))
+    changed = lost(stored, replace(config, table=stored.table)) if config is not None else []
     if changed:
         raise ValueError(f"{folder} has another architecture than the config's model: {'; '.join(changed[:3])}")
     with torch.device("meta"):
         model = MultistreamLM(config or stored).to(dtype)
     model.to_empty(device="cpu")
     tie(model)
-    fill(model, official.to_ours(layout, weights(model), stored, tensors, str(folder)), str(folder))
-    model.extras = Extras(folder=str(folder))
-    return furnish(model, folder)
+    fill(model, to_ours(form, model.weights(), stored, tensors, str(folder)), str(folder))
+    model.extras = Extras(folder=str(folder), source=str(file or folder))
+    return load_text_tower(model, folder)
 
 
-def furnish(model: MultistreamLM, folder: Path = Path(".")) -> MultistreamLM:
+def load_text_tower(model: MultistreamLM, folder: Path = Path(".")) -> MultistreamLM:
     """Give a model that has a text tower that tower's weights, from where its config says (DSAA)."""
     fusion = model.config.fusion
     if fusion is None:
@@ -284,30 +277,13 @@ def furnish(model: MultistreamLM, folder: Path = Path(".")) -> MultistreamLM:
         body = load(resolve_base(fusion.source, folder))
     except (FileNotFoundError, ValueError) as error:
         raise ValueError(f"the text model beside {folder} cannot be read: {error}; name its place with --model.fusion.source") from None
-    found = dsaa.fingerprint(weights(body))
-    if official.lost(body.config, dsaa.as_stored(fusion.tower, body.config)) or fusion.revision not in ("", found):
+    found = fingerprint(body.weights())
+    if lost(body.config, as_stored(fusion.tower, body.config)) or fusion.revision not in ("", found):
         raise ValueError(f"{fusion.source} is not the text model that {folder} was made with (fingerprint {found}, not {fusion.revision}); "
                          + "name that one with --model.fusion.source")
     body.config = fusion.tower
     model.tower.body = body.requires_grad_(False).eval()
     return model
-
-
-def setup_dsaa(moshi: str | Path, text_llm: str | Path, out: str | Path, padding: str = "own", **choices: Any) -> Path:
-    """New weights from plain Moshi and any text model, begun where both were; `choices` are fields of FusionConfig."""
-    ears, body = load(moshi), load(text_llm)
-    if body.config.table.audio or body.config.fusion:
-        raise ValueError(f"{text_llm} is no plain text model: it has audio rows; give a Qwen checkpoint")
-    source = str(Path(text_llm).resolve()) if Path(text_llm).exists() else str(text_llm)
-    files = official_files(Path(body.extras.folder)) | dict(body.extras.data or {})
-    tokenizer = load_tokenizer(files["tokenizer"]) if "tokenizer" in files else None
-    ids = dsaa.special_ids(body.config, tokenizer, padding)
-    fusion = FusionConfig(body.config, source, dsaa.fingerprint(weights(body)), **choices)
-    model = MultistreamLM(dsaa.design(ears.config, fusion, *ids))
-    model.tower.body = body
-    dsaa.warm_start(model, weights(ears))
-    data = {**(ears.extras.data or official_files(Path(ears.extras.folder))), **({"tokenizer": files["tokenizer"]} if tokenizer else {})}
-    return save(model, out, Extras(data=data if "tokenizer" in data else None))
 
 
 def tie(model: MultistreamLM) -> None:
@@ -337,13 +313,6 @@ def read_official(folder: Path, file: Path) -> dict[str, Tensor]:
     for name in names:
         tensors |= read_tensors(folder / name)
     return tensors
-
-
-def fill_official_adapter(model: MultistreamLM, folder: Path, config: str, file: str, read: Any) -> None:
-    """Put an adapter of another library onto a model that has none."""
-    adapter, tensors = read(model, read_json(folder / config), read_tensors(folder / file), str(folder))
-    lora.inject(model, adapter)
-    lora.load_state(model, adapter, tensors, str(folder), idle=tensors)      # these libraries write every pair, trained or not
 
 
 def fill_adapter(model: MultistreamLM, folder: Path, about: dict[str, Any]) -> None:
@@ -389,164 +358,18 @@ def from_hub(name: str) -> Path:
     return hub.snapshot(name, ["*.json", "*.safetensors", "*.model"])
 
 
-# ---- run state: everything that exact resume needs ----
-
-@dataclass
-class RunState:
-    """The mutable facts of a run, as they stand before update `step`."""
-
-    step: int = 0
-    best: float = float("inf")
-    bad_evals: int = 0
-    skips: int = 0                      # in a row
-    skipped: int = 0                    # in all; the learning rate waits for them
-    evaluated: int = -1                 # the step that was evaluated last
-    loader: dict[str, Any] | None = None
-    scaler: dict[str, Any] | None = None
-
-
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """AdamW's moments under the parameters' names."""
-    return {f"{key}:{name}": torch.as_tensor(value) for name, p in model.named_parameters() if p in optimizer.state
-            for key, value in optimizer.state[p].items()}
-
-
-def fill_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], source: str) -> None:
-    state: dict[nn.Parameter, dict[str, Tensor]] = {}
-    parameters = dict(model.named_parameters())
-    for name, value in tensors.items():
-        key, _, path = name.partition(":")
-        if path not in parameters:
-            raise ValueError(f"{source}: optimizer state of unknown parameter {path}; the model has changed, "
-                             + "start with --resume=never in a new --out")
-        p = parameters[path]
-        if key != "step" and value.shape != p.shape:
-            found = f"optimizer state of {path} is {tuple(value.shape)}, the model has {tuple(p.shape)}"
-            raise ValueError(f"{source}: {found}; use another checkpoint")
-        fused = optimizer.defaults.get("fused")
-        state.setdefault(p, {})[key] = place(value, p) if key != "step" else value.to(p.device) if fused else value
-    for p, values in state.items():
-        optimizer.state[p] = values
-
-
-def save_run(out: Path, model: MultistreamLM, optimizer: torch.optim.Optimizer, run: RunState, config: Any, extras: Extras,
-             ema: dict[str, Tensor] | None, rank: int) -> Path:
-    """Write out/ckpt/step_N; every rank calls it, rank 0 writes the model, each rank its RNG."""
-    folder = out / "ckpt" / f"step_{run.step:06d}"
-    temporary = out / "ckpt" / f".writing_{run.step:06d}"
-    if rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        (temporary / "state").mkdir(parents=True)
-    barrier()
-    try:
-        write_tensors(temporary / "state" / f"rng_rank{rank}.safetensors", rng_state())
-        save(model, temporary, extras, rank == 0)
-        write_tensors(temporary / "state" / "optimizer.safetensors", optimizer_tensors(model, optimizer), rank == 0)
-        if ema:
-            write_tensors(temporary / "ema.safetensors", ema, rank == 0)
-        if rank == 0:
-            write_json(temporary / "state" / "run.json", {**to_json(run), "config": to_json(config)})
-        barrier()
-        if rank == 0:
-            aside = folder.with_name(f".old_{folder.name}")
-            if folder.exists():                           # the same step again: never a moment without a whole copy
-                os.rename(folder, aside)
-            os.rename(temporary, folder)
-            shutil.rmtree(aside, ignore_errors=True)
-            point(out / "ckpt" / "latest", folder.name)
-    except OSError:
-        shutil.rmtree(temporary, ignore_errors=True)      # a full disk: give the space back, older checkpoints stay
-        raise
-    barrier()
-    return folder
-
-
-def latest(out: Path) -> Path:
-    """The newest checkpoint of a run; puts back the copy that a kill in the middle of replacing it left aside."""
-    link = out / "ckpt" / "latest"
-    if link.is_symlink() and not link.exists():
-        aside = link.with_name(f".old_{os.readlink(link)}")
-        if not aside.is_dir():
-            raise FileNotFoundError(f"{link} points to {os.readlink(link)}, which is gone; point it to another step or choose a new --out")
-        os.rename(aside, link.with_name(os.readlink(link)))
-    return link
-
-
-def rng_state() -> dict[str, Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
-
-
-def load_run(folder: Path, model: MultistreamLM, optimizer: torch.optim.Optimizer, rank: int) -> tuple[RunState, dict[str, Tensor] | None]:
-    """Fill model and optimizer from a checkpoint and set this rank's RNG; returns the run state and averaged weights."""
-    about = read_state(folder)
-    config = getattr(model, "lora", None)
-    if config is not None and (folder / "adapter.safetensors").is_file():
-        lora.load_state(model, config, read_tensors(folder / "adapter.safetensors"), str(folder), idle=lora.state(model, config))
-    else:
-        fill(model, read_tensors(folder / "model.safetensors"), str(folder))
-    fill_optimizer(model, optimizer, read_tensors(folder / "state" / "optimizer.safetensors"), str(folder))
-    rng = folder / "state" / f"rng_rank{rank}.safetensors"
-    if rank == 0 or rng.is_file():                        # fewer ranks then than now: the new ones keep their seeds
-        states = read_tensors(rng)
-        torch.set_rng_state(states["cpu"])
-        if "cuda" in states and torch.cuda.is_available():
-            torch.cuda.set_rng_state(states["cuda"])
-    ema = folder / "ema.safetensors"
-    return RunState(**about), read_tensors(ema) if ema.is_file() else None
-
-
-def read_state(folder: Path) -> dict[str, Any]:
-    """The fields of the RunState in a checkpoint folder."""
-    path = folder / "state" / "run.json"
-    if not path.is_file():
-        other = f"use another folder of out/NAME/ckpt, or --init={folder} with another --out"
-        raise FileNotFoundError(f"{path} is missing: {folder} cannot be resumed; {other}")
-    about = read_json(path)
-    fields = to_json(RunState()).keys() | {"config"}
-    if not isinstance(about, dict) or about.keys() != fields or not isinstance(about["step"], int):
-        raise ValueError(f"{path} is damaged: it should hold {', '.join(sorted(fields))}; use another checkpoint")
-    return {key: about[key] for key in fields - {"config"}}
-
-
-def point(link: Path, target: str) -> None:
-    """Make `link` point to `target` in one step."""
-    temporary = link.with_name(f".{link.name}.new")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(target)
-    os.replace(temporary, link)
-
-
-def prune(out: Path, keep: int) -> None:
-    """Delete all but the last `keep` checkpoints, the latest and the best, and what an interrupted save left behind."""
-    folder = out / "ckpt"
-    named = {(folder / link).resolve() for link in ("latest", "best")}
-    old = sorted(folder.glob("step_*"))[: -keep or None]
-    for path in [p for p in old if p.resolve() not in named] + list(folder.glob(".writing_*")):
-        shutil.rmtree(path)
-
-
-def settle(out: Path, folder: Path, best: bool, keep: int, consolidated: str, dtype: torch.dtype) -> None:
-    """After a checkpoint was written: name it the best if it is, delete old ones, and write it in moshi's layout if asked to."""
-    if best:
-        point(out / "ckpt" / "best", folder.name)
-    prune(out, keep)
-    if consolidated:
-        consolidate(out, folder, consolidated, keep, dtype)
-
-
 # ---- import, export, merge ----
 
 def export(model_or_dir: MultistreamLM | str | Path, dir: str | Path, to: str = "multistream",
            tell: Callable[[str], Any] = lambda line: None) -> Path:
     """Write a model in another layout, adapters merged in fp32; only `peft` and `moshi-lora` write the adapter alone.
 
-    to: "multistream" (a plain checkpoint of ours), "hf" (Qwen, Higgs, Moshi, MOSS-Speech for transformers), "boson" (Higgs,
-    first release), "moshi", "peft" (adapter with the names of "hf"), "moshi-lora". Weights keep the model's type. What was
+    to: "multistream" (a plain checkpoint of ours), "hf" (for transformers), "peft" (an adapter with the names of "hf"), or
+    another official layout of the model's family (python -m families). Weights keep the model's type. What was
     merged is compared with the adapted model; `tell` gets a line about it, too large a difference is a ValueError.
     """
     model = model_or_dir if isinstance(model_or_dir, nn.Module) else load(model_or_dir)
-    if to in ("peft", "moshi-lora"):
+    if to in {form.to for form in adapter_formats()}:
         return export_adapter(model, Path(dir), to)
     if model.config.tied and any(path == "text_head" for path, *_ in lora.adapters(model)):
         raise ValueError("an adapter on a tied text head cannot be merged: it would change the embedding too; export --to=peft")
@@ -562,8 +385,8 @@ def export(model_or_dir: MultistreamLM | str | Path, dir: str | Path, to: str = 
             raise ValueError(f"{about}; the merged model is another one, keep the adapter apart or load with dtype fp32")
         tell(f"{about} (on 3 fixed grids, {str(dtype).removeprefix('torch.')})")
     if to != FORMAT:
-        about, tensors = official.export_model(merged.config, weights(merged), to, str(dtype).removeprefix("torch."))
-        write_tensors(Path(dir) / about.get("moshi_name", "model.safetensors"), tensors)
+        about, tensors = export_model(merged.config, merged.weights(), to, str(dtype).removeprefix("torch."))
+        write_tensors(Path(dir) / choose_format(merged.config, to).weight_file(about), tensors)
         write_json(Path(dir) / "config.json", about)
         return Path(dir)
     extras = getattr(model, "extras", None) or Extras()
@@ -591,36 +414,12 @@ def export_adapter(model: MultistreamLM, folder: Path, to: str) -> Path:
     if getattr(model, "lora", None) is None:
         raise ValueError(f"--to={to} writes an adapter, this model has none; give a checkpoint of a LoRA run")
     extras = getattr(model, "extras", None) or Extras()
-    if to == "peft":
-        base = resolve_base(extras.base, Path(extras.folder)) if extras.base and extras.folder else extras.base or extras.folder
-        about, tensors = official.export_peft(model, base)
-        write_tensors(folder / "adapter_model.safetensors", tensors)
-        write_json(folder / "adapter_config.json", about)
-    else:
-        about, tensors = official.export_moshi_lora(model, str(next(model.parameters()).dtype))
-        write_tensors(folder / "lora.safetensors", tensors)
-        write_json(folder / "config.json", about)
+    form = next(form for form in adapter_formats() if form.to == to)
+    base = resolve_base(extras.base, Path(extras.folder)) if extras.base and extras.folder else extras.base or extras.folder
+    about, tensors = form.write(model, base, str(next(model.parameters()).dtype))
+    write_tensors(folder / form.weight_file, tensors)
+    write_json(folder / form.config_file, about)
     return folder
-
-
-def consolidate(out: Path, folder: Path, to: str, keep: int, dtype: torch.dtype) -> Path:
-    """Write a checkpoint of ours once more as moshi-finetune lays it out, for scripts that look there; keep the newest.
-
-    out/checkpoints/checkpoint_000500/consolidated/config.json and lora.safetensors (to="moshi-lora") or
-    consolidated.safetensors (to="moshi", adapters merged), in `dtype`.
-    """
-    target = out / "checkpoints" / folder.name.replace("step", "checkpoint")
-    temporary = target.with_name(f".writing_{target.name}")
-    for litter in target.parent.glob(".writing_*"):
-        shutil.rmtree(litter)
-    written = export(load(folder, dtype=dtype), temporary / "consolidated", to)
-    if to == "moshi":
-        os.rename(written / "model.safetensors", written / "consolidated.safetensors")
-    shutil.rmtree(target, ignore_errors=True)
-    os.rename(temporary, target)
-    for old in sorted(target.parent.glob("checkpoint_*"))[: -keep or None]:
-        shutil.rmtree(old)
-    return target / "consolidated"
 
 
 def load_copy(model: MultistreamLM) -> MultistreamLM:
@@ -629,14 +428,8 @@ def load_copy(model: MultistreamLM) -> MultistreamLM:
     copy.tower = model.tower
     if getattr(model, "lora", None) is not None:
         lora.inject(copy, model.lora)
-    fill(copy, weights(model), "the model in memory")
+    fill(copy, model.weights(), "the model in memory")
     return copy
-
-
-def rebuild(path: str, dir: str | Path, change: Any) -> Path:
-    """Load a model, `change` its config and tensors, and write what comes of it."""
-    model = plain_model(path)
-    return save(changed(model, *change(model.config, weights(model))), dir, model.extras)
 
 
 def plain_model(path: str) -> MultistreamLM:
@@ -662,7 +455,7 @@ def swap_command(path: str, pairs: dict[str, str]) -> str:
     data = official_files(Path(model.extras.folder)) | dict(model.extras.data or {})
     if "from" not in pairs and "tokenizer" not in data:
         raise ValueError(f"{path} does not say which tokenizer it was trained with; name it with --from=FILE")
-    config, tensors, kept = swap_tokenizer(model.config, weights(model), load_tokenizer(pairs.get("from", data.get("tokenizer"))), new)
+    config, tensors, kept = swap_tokenizer(model.config, model.weights(), load_tokenizer(pairs.get("from", data.get("tokenizer"))), new)
     known = "codec" in data or not config.table.audio                 # of official weights the codec may lie elsewhere
     extras = replace(model.extras, data=data | {"tokenizer": pairs["tokenizer"]} if known else None)
     folder = save(changed(model, config, tensors), pairs["out"], extras)
@@ -670,57 +463,52 @@ def swap_command(path: str, pairs: dict[str, str]) -> str:
     return f"wrote {folder}: {kept} of {new.size} pieces kept their rows"
 
 
-def setup_command(pairs: dict[str, str]) -> None:
-    """`checkpoint.py setup-dsaa`: two models and an output folder, the rest are choices."""
-    pairs = {key.replace("-", "_"): value for key, value in pairs.items()}
-    for name in ("moshi", "text_llm", "out"):
+def converted(name: str, *sources: str | Path | MultistreamLM, **options: Any) -> MultistreamLM:
+    """The model that a family's conversion makes of checkpoints or models; `options` are those of its command."""
+    found = next(c for family in every() for c in family.conversions if c.name == name)
+    models = [source if isinstance(source, nn.Module) else load(str(source)) for source in sources]
+    for model, source in zip(models, sources, strict=True):
+        if getattr(model, "lora", None) is not None:
+            raise ValueError(f"{'the model' if model is source else source} has an adapter; merge it first (python checkpoint.py merge)")
+        model.extras = getattr(model, "extras", None) or Extras()
+    config, tensors, data = found.make(*models, **options)
+    made = changed(models[0], config, tensors).eval()
+    made.extras = Extras(data=data)
+    return made
+
+
+def convert(name: str, dir: str | Path, *sources: str | Path | MultistreamLM, **options: Any) -> Path:
+    """Run a family's conversion (`python -m families` lists them): checkpoints, or models, in; a folder out."""
+    return save(converted(name, *sources, **options), dir)
+
+
+def convert_command(found: Conversion, words: list[str], pairs: dict[str, str]) -> str:
+    """A conversion from the command line."""
+    unknown_options(pairs, ("out", *found.sources, *found.options))
+    for name in found.sources:
         if not pairs.get(name):
-            wanted = "a folder to write" if name == "out" else "a checkpoint or hub id"
-            raise ValueError(f"setup-dsaa needs --{name.replace('_', '-')}, {wanted}")
-    given = {key: value for key, value in pairs.items() if key not in ("moshi", "text_llm", "out", "padding")}
-    typed = apply(FusionConfig(QWEN2_5_1_5B), given)
-    choices = {key: getattr(typed, key) for key in given}
-    print(f"wrote {setup_dsaa(pairs['moshi'], pairs['text_llm'], pairs['out'], pairs.get('padding', 'own'), **choices)}")
+            raise ValueError(f"{found.name} needs --{name.replace('_', '-')}, a checkpoint or hub id")
+    if not pairs.get("out"):
+        raise ValueError(f"{found.name} needs --out, a folder to write")
+    if len(words) != (not found.sources):
+        raise ValueError(f"{found.name} takes {'no word but its options' if found.sources else 'one checkpoint'}, got {words}")
+    sources = [pairs[name] for name in found.sources] or words
+    return f"wrote {convert(found.name, pairs['out'], *sources, **{k: v for k, v in pairs.items() if k in found.options})}"
 
 
-def split_from_qwen(model_or_ckpt: MultistreamLM | str | Path, tail: int = 4, codes: int = 16384, words: int = 0,
-                    tokenizer: str | Path = "", seed: int = 0) -> MultistreamLM:
-    """Make a speech model of the shape of MOSS-Speech out of any Qwen text model; its text logits stay what they were.
+COMMANDS = ("import", "export", "merge", "show")
+USAGE = """python checkpoint.py COMMAND
 
-    The last `tail` layers are doubled, `codes` is the size of the codec's table, `words` keeps so many text ids (0 = all).
-    The id that opens speech is read off `tokenizer`, by default the one that lies with the checkpoint, else as Qwen has it.
-    """
-    model = model_or_ckpt if isinstance(model_or_ckpt, nn.Module) else load(model_or_ckpt)
-    if getattr(model, "lora", None) is not None:
-        raise ValueError("the model has an adapter; merge it first (python checkpoint.py merge)")
-    extras = getattr(model, "extras", None) or Extras()
-    beside = [(extras.data or {}).get("tokenizer", ""), Path(extras.folder) / "tokenizer.json"] if extras.folder else []
-    tokenizer = tokenizer or next((path for path in beside if Path(path).is_file()), "")
-    start = chatml.resolve(load_tokenizer(tokenizer), (chatml.SOSP,), "Qwen")[chatml.SOSP] if tokenizer else MOSS_9B.table.audio_start
-    config, tensors = split_tails(model.config, weights(model), tail, codes, start, words, seed)
-    made = MultistreamLM(config)
-    fill(made, tensors, "the split model")
-    made.extras = Extras(data={"tokenizer": str(tokenizer)} if tokenizer else None)
-    return made.eval()
+import OFFICIAL --out=DIR         read an official folder, file or hub id and write ours
+export CKPT --to=LAYOUT --out=DIR    multistream, hf, peft or another layout of its family (python -m families); adapters merged in fp32
+merge CKPT --out=DIR              export --to=multistream: the adapter becomes part of the model
+swap-tokenizer CKPT --tokenizer=FILE --out=DIR    another language: shared pieces keep their rows; --from=FILE names the old one
+show CKPT                         what a checkpoint holds
+"""
 
 
-def whole_number(pairs: dict[str, str], name: str, default: int) -> int:
-    if not pairs.get(name, "0").isdecimal():
-        raise ValueError(f"--{name}={pairs[name]} is no whole number; give one")
-    return int(pairs.get(name, default))
-
-
-COMMANDS = ("import", "export", "merge", "expand-depth", "trim-depth", "swap-tokenizer", "split-from-qwen", "show")
-USAGE = """python checkpoint.py import OFFICIAL --out=DIR                   read an official folder, file or hub id and write ours; knows
-                                                                 Qwen2, Qwen3, Higgs Audio v2 (both layouts), Moshi, MOSS-Speech
-python checkpoint.py export CKPT --to=LAYOUT --out=DIR           multistream, hf, boson, moshi (adapters merged in fp32), peft, moshi-lora
-python checkpoint.py merge CKPT --out=DIR                        export --to=multistream
-python checkpoint.py expand-depth CKPT --out=DIR                 Moshi: predict the user's codebooks too; trim-depth undoes it
-python checkpoint.py swap-tokenizer CKPT --tokenizer=F --out=DIR   another language: shared pieces keep their rows; --from=F, the old one
-python checkpoint.py setup-dsaa --moshi=M --text-llm=L --out=DIR   new DSAA weights; --rate, --padding=own|space and fields of FusionConfig
-python checkpoint.py split-from-qwen CKPT --out=DIR              a speech model of MOSS-Speech's shape; --tail=4 layers each, --codes=16384,
-                                                                 --words=N keeps the first text ids, --tokenizer=FILE
-python checkpoint.py show CKPT                                   what a checkpoint holds"""
+def usage() -> str:
+    return USAGE + "\n".join(c.usage for family in every() for c in family.conversions)
 
 
 def unknown_options(pairs: dict[str, str], known: tuple[str, ...]) -> None:
@@ -730,28 +518,27 @@ def unknown_options(pairs: dict[str, str], known: tuple[str, ...]) -> None:
 
 def main() -> None:
     words, pairs = split_arguments(sys.argv[1:], ("help",))
-    if words[:1] == ["swap-tokenizer"] and len(words) == 2 and "help" not in pairs:
+    pairs = {key.replace("-", "_"): value for key, value in pairs.items()}
+    if "help" in pairs or not words:
+        print(usage())
+        return
+    command, *words = words
+    conversions = {c.name: c for family in every() for c in family.conversions}
+    if command in conversions:
+        return print(convert_command(conversions[command], words, pairs))
+    if command not in (*COMMANDS, "swap-tokenizer"):
+        raise ValueError(unknown(command, [*COMMANDS, "swap-tokenizer", *conversions], "command"))
+    if len(words) != 1:
+        raise ValueError(f"{command} takes one checkpoint, got {' '.join(words) or 'none'}; python checkpoint.py --help shows the commands")
+    path = words[0]
+    if command == "swap-tokenizer":
         unknown_options(pairs, ("tokenizer", "from", "out"))
-        print(swap_command(words[1], pairs))
-        return None
-    if words == ["setup-dsaa"] and "help" not in pairs:
-        return setup_command(pairs)
-    if "help" in pairs or len(words) != 2:
-        print(USAGE)
-        raise SystemExit(0 if "help" in pairs else 2)
-    command, path = words
-    unknown_options(pairs, ("out", "tail", "codes", "words", "tokenizer") if command == "split-from-qwen" else ("out", "to"))
-    if command not in COMMANDS:
-        raise ValueError(f"unknown command {command!r}; it is one of {', '.join(COMMANDS)}")
+        return print(swap_command(path, pairs))
+    unknown_options(pairs, ("out", "to"))
     if command != "show" and "out" not in pairs:
         raise ValueError(f"{command} needs --out=DIR, the folder to write")
     if command in ("import", "export", "merge"):
         print(f"wrote {export(path, pairs['out'], pairs.get('to', FORMAT), print)}")
-    elif command in ("expand-depth", "trim-depth"):
-        print(f"wrote {rebuild(path, pairs['out'], expand_depth if command == 'expand-depth' else trim_depth)}")
-    elif command == "split-from-qwen":
-        tail, codes, kept = (whole_number(pairs, *named) for named in (("tail", 4), ("codes", 16384), ("words", 0)))
-        print(f"wrote {save(split_from_qwen(path, tail, codes, kept, pairs.get('tokenizer', '')), pairs['out'])}")
     else:
         model = load(path)
         found = lora.norms(model)

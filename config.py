@@ -7,16 +7,28 @@ options.py. Next: train.py.
 import math
 from dataclasses import dataclass, field
 
-from data import DataConfig
+from corpus.data_config import DataConfig
+from families.family import consolidated_files, family_of
+from layers.architecture import ModelConfig
 from lora import LoraConfig
 from loss import LossConfig
-from model import ModelConfig
-from objective import DpoConfig
 from options import check_types
 
 __all__ = ["DataConfig", "DpoConfig", "LoraConfig", "LossConfig", "ModelConfig", "Stage", "TrainConfig", "first_beta", "learning_rate"]
 
 SCHEDULES = ("constant", "linear", "cosine", "wsd", "onecycle")
+
+
+@dataclass(frozen=True)
+class DpoConfig:
+    """How a preference is learnt."""
+
+    beta: float = 0.1                # how dear it is to leave the reference: large stays near it
+    label_smoothing: float = 0.0     # share of pairs that may be the wrong way round
+
+    def __post_init__(self) -> None:
+        assert self.beta > 0, f"beta {self.beta} is not positive"
+        assert 0 <= self.label_smoothing < 0.5, f"label_smoothing {self.label_smoothing} is outside [0, 0.5)"
 
 
 @dataclass(frozen=True)
@@ -75,7 +87,7 @@ class TrainConfig:
     listen: int = 0                        # held-out recordings said again and measured as well
     save_every: int = 0                    # steps between checkpoints, 0 = only at the end
     keep: int = 2                          # checkpoints kept beside the best
-    consolidated: str = ""                 # each also as checkpoints/checkpoint_N/consolidated: moshi (merged) or moshi-lora
+    consolidated: str = ""                 # each also as checkpoints/checkpoint_N/consolidated, for another trainer's scripts
     max_minutes: float = 0.0               # stop and save after this long, 0 = no limit
     max_skips: int = 10                    # consecutive steps with a non-finite gradient before giving up
     log_every: int = 10                    # steps between lines of metrics.jsonl
@@ -104,10 +116,14 @@ class TrainConfig:
         assert not (self.stages and self.epochs), "stages count steps; leave epochs at 0"
         assert all(s.steps > 0 and min(s.text, s.audio) >= 0 < s.text + s.audio for s in self.stages), "a stage lasts and trains something"
         assert all(factor >= 0 for _, factor in self.rates), f"rates {self.rates} has a negative factor"
-        heard = self.model.table.layout in ("words", "clone", "chatml")
-        assert heard or not self.listen, f"listen says texts again, layout {self.model.table.layout!r} is no text to speech"
-        known = ("", "moshi", "moshi-lora") if self.lora else ("", "moshi")
-        assert self.consolidated in known, f"consolidated {self.consolidated!r} is none of {known}"
+        try:
+            family_of(self.model.table)
+        except ValueError as error:
+            raise AssertionError(error) from None
+        assert not self.listen or family_of(self.model.table).reads_aloud, (
+            f"listen speaks texts again, layout {self.model.table.layout!r} is no text to speech; leave it at 0")
+        known = [name for name in consolidated_files(self.model) if self.lora or not name.endswith("-lora")]
+        assert self.consolidated in ("", *known), f"consolidated {self.consolidated!r} is none of {known}"
         unknown = set(self.trackers) - {"tensorboard", "wandb", "trackio"}
         assert not unknown, f"trackers {sorted(unknown)} are none of tensorboard, wandb, trackio"
 

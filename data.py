@@ -1,14 +1,15 @@
 """Data: cached examples -> packed batches, and the commands that prepare and show them.
 
     python data.py check FOLDER [--write DIR]          what a source holds, what is wrong with it, and how to mend it;
-                         [--tokenizer=T]           how well a tokenizer knows its texts (letters.py)
+                         [--tokenizer=T]           how well a tokenizer covers its texts (text/coverage.py)
     python data.py prepare configs/X.py [--data.x=y]   encode once what is not cached yet; training never runs a codec
     python data.py show configs/X.py [--index 0]       one example as the model sees it
     python data.py fix-alignments FOLDER --out=DIR     copies of alignments without words that last too long
     python data.py annotate FOLDER [--shard i/n]       words and times of stereo dialogues, by Whisper; --help lists options
+    python data.py calls FOLDER --out=DIR              stereo phone calls -> turns and conversations
 
-A source is a manifest (manifest.py says what may stand in it) or anything that it converts; text.py turns words into
-ids, cache.py keeps ids and codes. `show` prints an example, here two clips joined by a compose rule (`*`: a target):
+A source is a manifest (corpus/manifest.py says what may stand in it) or any layout that corpus/ converts. `show` prints
+an example, here two clips joined by a compose rule (`*`: a target):
 
     digits+0/500  train  'eight five'
     word          -1    106    106    106    106    120 ...     the word that is spoken, held for its whole length
@@ -32,18 +33,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import annotate
-import manifest
-import repair
-from cache import DataConfig, build_example, clip_example, open_cache, prepare, prompt_example, source_weight
-from letters import cover
-from options import apply, edge, help_text, load_config, split_arguments
-from streams import Grid, StreamTable, lay_out, show
-from text import load_tokenizer, normalise
-
-__all__ = ["Batch", "DataConfig", "Loader", "build_example", "clip_example", "load_tokenizer", "normalise", "open_cache", "prepare",
-           "prompt_example"]
-
+from corpus import annotate, manifest, phone_calls
+from corpus.annotate import fix_alignments
+from corpus.checks import check_source
+from corpus.data_config import DataConfig
+from corpus.examples import build_example
+from corpus.index import open_cache, prepare, source_weight
+from families.family import lay_out
+from options import apply, edge, help_text, load_config, split_arguments, unknown
+from streams import Grid, StreamTable, show
+from text.coverage import measure_coverage
+from text.tokenizers import load_tokenizer
 
 # ---- packing ----
 
@@ -279,9 +279,9 @@ def check_command(argv: list[str]) -> None:
                          + f"--normaliser; got {argv}")
     tokenizer = load_tokenizer(options["tokenizer"]) if "tokenizer" in options else None
     limits = apply(DataConfig(), {key: text for key, text in options.items() if key.endswith("_seconds")})
-    kept = manifest.check(words[0], options.get("write", ""), "allow_outside" in options, (limits.min_seconds, limits.max_seconds))
+    kept = check_source(words[0], options.get("write", ""), "allow_outside" in options, (limits.min_seconds, limits.max_seconds))
     if tokenizer is not None:
-        print(*cover((row["text"] for row in kept), tokenizer, options.get("normaliser", "none")).lines(), sep="\n")
+        print(*measure_coverage((row["text"] for row in kept), tokenizer, options.get("normaliser", "none")).lines(), sep="\n")
 
 
 def load_run(argv: list[str]) -> Any:
@@ -305,7 +305,7 @@ def show_command(argv: list[str]) -> None:
     print(show(*lay_out(build_example(index, shown[int(number)], table), table), table))
 
 
-COMMANDS = {"annotate": annotate.main, "fix-alignments": repair.main}
+COMMANDS = {"annotate": annotate.main, "fix-alignments": fix_alignments, "calls": phone_calls.main}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -323,7 +323,7 @@ def main(argv: list[str] | None = None) -> None:
     elif command in COMMANDS:
         COMMANDS[command](rest)
     else:
-        raise ValueError(f"unknown command {command!r}; give check, prepare, show, annotate or fix-alignments (python data.py --help)")
+        raise ValueError(unknown(command, ["check", "prepare", "show", *COMMANDS], "command") + " (python data.py --help)")
 
 
 if __name__ == "__main__":

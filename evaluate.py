@@ -26,17 +26,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import dialogue
-import latent
-import probes
 from audio.wav import load_wav, resample
-from latent import Geometry
-from metrics import cer, wer
-from monitor import read_metrics
+from evaluation import duplex_measures, minimal_pairs, representations, sparse_autoencoder
+from evaluation.html_page import blank_figure, save_figure
+from evaluation.metrics import cer, wer
+from evaluation.minimal_pairs import Probe, compare
+from evaluation.report import Evaluation, report
+from evaluation.representations import Geometry
 from options import apply, edge, help_text, read_rows, split_arguments, write_json
-from page import blank_figure, save_figure
-from probes import Probe, compare
-from report import Evaluation, report
+from training.monitor import read_metrics
 
 RATE = 16_000
 
@@ -131,7 +129,7 @@ def plot(metrics: Path, target: Path) -> None:
     save_figure(target, figure)
 
 
-def look(folder: Path, recogniser: str = "") -> None:
+def evaluate_run(folder: Path, recogniser: str = "") -> None:
     """Everything that can be said of a run folder; what is not installed is named and passed over."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} does not exist; train first, or name a run folder or a samples.jsonl")
@@ -148,7 +146,7 @@ def look(folder: Path, recogniser: str = "") -> None:
         else:
             make(source)
             print(f"{folder / made}: written")
-    if dialogue.report(folder):
+    if duplex_measures.report(folder):
         print(f"{folder / 'dialogues.json'}: written")
     elif not found:
         raise FileNotFoundError(f"{folder} holds no metrics.jsonl, samples.jsonl or stereo wav; train or sample into it first")
@@ -158,7 +156,7 @@ NEEDS = {"curves.png": ("matplotlib",), "wer.json": ("faster_whisper", "meeting_
 
 
 def probe(made: type, run: Callable[..., object]) -> Callable[[list[str], dict[str, str]], None]:
-    """A command of probes.py or latent.py: one run folder, and the options of a dataclass."""
+    """A command of evaluation/: one run folder, and the options of a dataclass."""
     def command(words: list[str], pairs: dict[str, str]) -> None:
         if len(words) != 1:
             raise ValueError(f"give one run folder, got {' '.join(words) or 'none'}; python evaluate.py --help shows the commands")
@@ -172,11 +170,14 @@ def compare_command(words: list[str], pairs: dict[str, str]) -> None:
     compare(*map(Path, words))
 
 
-PROBES = {"pairs": probe(Probe, probes.pairs), "choices": probe(Probe, probes.choices), "latent": probe(Geometry, latent.latent),
-          "landscape": probe(Geometry, latent.landscape), "compare": compare_command}
+PROBES = {"pairs": probe(Probe, minimal_pairs.pairs), "choices": probe(Probe, minimal_pairs.choices), "compare": compare_command,
+          "representations": probe(Geometry, representations.compare_representations), 
+          "landscape": probe(Geometry, representations.landscape)}
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["sae"]:
+        return sparse_autoencoder.main(sys.argv[2:])
     words, pairs = split_arguments(sys.argv[1:], ("help",))
     if "help" in pairs or not words:
         print(__doc__, help_text(Evaluation(), "python evaluate.py report RUN [--key=value ...]"), sep="\n")
@@ -192,7 +193,7 @@ def main() -> None:
     elif Path(path).is_file():
         print_scores(Path(path), job.recogniser)
     else:
-        look(Path(path), job.recogniser)
+        evaluate_run(Path(path), job.recogniser)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ A column is an audio column when any of its audio rows is >= 0: dual FFNs and sp
 `model(tokens)` reads columns 0..S-2 and predicts columns 1..S-1. Published architectures are constants in
 architectures.py.
 Sources: Llama (arXiv:2302.13971), RoPE (2104.09864), Moshi (2410.00037), Higgs Audio v2, MOSS-Speech (2510.00499).
-Next: loss.py.
+Next: loss.py. One file because it is read as one: every switch stands beside the block that it changes.
 """
 
 import math
@@ -23,10 +23,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from architectures import HIGGS_V2_3B, MOSHI_7B, MOSS_9B, QWEN2_5_1_5B, FusionConfig, ModelConfig, StackConfig, codebooks  # noqa: F401
-from columns import Context, Plan, counted_context, make_plan, temporal_context
-from contrast import info_nce, pairs
-from dsaa import Affine, Projector, TextTower
 from kernels.attention import Cache, attend
 from kernels.choice import numbers
 from kernels.cross_entropy import Head
@@ -39,8 +35,12 @@ from kernels.rms_norm import rms_norm
 from kernels.rope import rope
 from kernels.route import route
 from kernels.swiglu import ACTIVATIONS, swiglu
+from layers.architecture import FusionConfig, ModelConfig, StackConfig
+from layers.batch_plan import Context, Plan, counted_context, make_plan, temporal_context
+from layers.conditioning import ConditionEmbedding, ProjectedEmbedding, VoiceAttention, VoiceConditioner
+from layers.contrastive import contrastive_pairs, info_nce
+from layers.fusion import Affine, Projector, TextTower
 from loss import Sums, cross_entropy_sums
-from projected import Condition, Listen, Projected, Voice
 from streams import StreamTable, is_audio
 
 
@@ -158,7 +158,7 @@ class Block(nn.Module):
     def __init__(self, c: StackConfig, dropout: float = 0.0, dual: bool = False, skips_audio: bool = False, listens: bool = False) -> None:
         super().__init__()
         self.attn_norm, self.attn = RMSNorm(c.dim, c.norm_eps), Attention(c)
-        self.listen = Listen(c.dim, c.heads) if listens else None
+        self.listen = VoiceAttention(c.dim, c.heads) if listens else None
         self.ffn_norm, self.ffn = RMSNorm(c.dim, c.norm_eps), FeedForward(c)
         self.dropout, self.dual, self.skips_audio = dropout, dual, skips_audio
         if dual:
@@ -298,12 +298,12 @@ class Depth(nn.Module):
         sets = {"sets": len(set(c.schedule)) or c.steps, "schedule": c.schedule}
         if fusion is None:
             self.input = Linear(width, c.dim, **sets)
-            self.text = Projected(text, **narrow, shared=demux) if demux or c.low_rank else Embedding(text, c.dim)
+            self.text = ProjectedEmbedding(text, **narrow, shared=demux) if demux or c.low_rank else Embedding(text, c.dim)
         else:
             parts = (fusion.tower.temporal.dim, width, c.dim)
             self.input = Projector(fusion.depth, parts, fusion.hidden, c.dim, fusion.dropout, fusion.split_norm, c.steps)
             self.text, self.text_map = Embedding(text, parts[0]), Affine(parts[0], c.dim)      # the text model's width -> ours
-        self.audio = None if not audio else Projected(audio, **narrow) if c.low_rank else Embedding(audio, c.dim)
+        self.audio = None if not audio else ProjectedEmbedding(audio, **narrow) if c.low_rank else Embedding(audio, c.dim)
         self.layers = nn.ModuleList(Block(c) for _ in range(c.layers))
         self.head = Linear(c.dim, table.streams[table.audio_out[0]].classes, sets=c.steps)
 
@@ -372,9 +372,9 @@ class MultistreamLM(nn.Module):
         kinds, fusion = {"text": [] if config.fusion else self.table.text, "audio": self.table.audio}, config.fusion
         self.embed = nn.ModuleDict({kind: Embedding([streams[i].vocab for i in rows], D) for kind, rows in kinds.items() if rows})
         if config.demux:
-            self.embed["text"] = Projected([streams[i].vocab for i in kinds["text"]], D, D, Linear, shared=True)
+            self.embed["text"] = ProjectedEmbedding([streams[i].vocab for i in kinds["text"]], D, D, Linear, shared=True)
         for s in (streams[i] for i in self.table.conditions):
-            self.embed[f"condition_{s.name}"] = Condition(s.vocab, s.rank, D, Linear)
+            self.embed[f"condition_{s.name}"] = ConditionEmbedding(s.vocab, s.rank, D, Linear)
         self.temporal = Temporal(config)
         self.tower, self.remembered, spoken = None, None, D
         if fusion is not None:
@@ -384,7 +384,7 @@ class MultistreamLM(nn.Module):
             self.feed_text = Affine(spoken, D, bias=False, start=0.0) if fusion.feed_text else None
         if self.table.text_out:
             self.text_head = Linear(spoken, streams[self.table.text_out[0]].classes)
-        self.voice = Voice(config.voice, D, Linear, config.voice_places) if config.voice else None
+        self.voice = VoiceConditioner(config.voice, D, Linear, config.voice_places) if config.voice else None
         if config.extra_heads:
             self.extra_head = Linear(D, config.extra_classes, sets=config.extra_heads).requires_grad_(False)      # no loss reaches it
         if config.tied:
@@ -438,7 +438,7 @@ class MultistreamLM(nn.Module):
         if weights is not None:
             sums = self.sums(h_text, h_audio, targets, weights[..., 1:], plan, scale, z_loss)
             if speakers is not None:
-                found = pairs(inputs, weights[..., :-1], cut[1], speakers[:, :-1], self.table)
+                found = contrastive_pairs(inputs, weights[..., :-1], cut[1], speakers[:, :-1], self.table)
                 sums.contrast, sums.paired = info_nce(h_audio, found), found.count
             return sums
         text = self.text_head(h_text) if self.table.text_out else None
@@ -562,6 +562,13 @@ class MultistreamLM(nn.Module):
         cache.fast, cache.turns = self.temporal.columns(cache), Turns(c.temporal, weight)
         cache.tower = self.tower and self.tower.cache(batch, columns)
         return cache
+
+    def weights(self) -> dict[str, Tensor]:
+        """The state dict, each shared tensor once."""
+        tensors = self.state_dict()
+        if self.config.tied:
+            tensors.pop("text_head.weight")
+        return tensors
 
     def count_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())

@@ -19,7 +19,7 @@ import tempfile
 import traceback
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,10 +93,15 @@ def _kind_name(kind: Any) -> str:
     return kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)
 
 
-def unknown(name: str, known: list[str]) -> str:
-    """The message for a name that does not exist, with its nearest neighbour."""
-    near = difflib.get_close_matches(name, known, 1, 0.0)
-    return f"unknown option {name}; nearest is {near[0]}" if near else f"unknown option {name}"
+RENAMED = {"exact_moshi": "skip_first_frame"}        # options by their old names
+
+
+def unknown(name: str, known: Sequence[str], what: str = "option") -> str:
+    """The message for a name that does not exist: what it is called now, or its nearest neighbour."""
+    if (bare := name.removeprefix("--")) in RENAMED:
+        return f"option {name} is now called {name.replace(bare, RENAMED[bare])}"
+    near, shown = difflib.get_close_matches(name, known, 1, 0.0), name if what == "option" else repr(name)
+    return f"unknown {what} {shown}; nearest is {near[0]}" if near else f"unknown {what} {shown}"
 
 
 # ---- overrides ----

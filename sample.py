@@ -8,11 +8,12 @@
 
 `generate` yields one frame (B, K) at a time, already un-delayed: text rows as they come, audio rows as soon as every
 codebook of a frame exists. Writing a file, streaming and live chat all consume it. The prompt is built by the layout
-function that built the training grids. Next: checkpoint.py.
+function that built the training grids. The options of the command line are generation/command_line.py. Next: checkpoint.py.
 """
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,21 +21,26 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import replay
 from audio import load_codec
-from audio.wav import load_wav
-from cache import encode
-from chatml import chunks
-from data import DataConfig, load_tokenizer, prompt_example
-from dialogue import mean, measure_file, write_reply
-from drawing import Feed, SampleConfig, complete
-from duplex import UserFeed, moshi_rules
+from audio.wav import WavWriter, load_wav, save_wav
+from corpus.cache import encode
+from corpus.data_config import DataConfig
+from corpus.examples import prompt_example, reply_example
+from families.family import closings, family_of, lay_out
+from generation import cuda_graphs
+from generation.command_line import Job, load_for_sampling, pair_voices, usual_rules
+from generation.conversation import ChatConfig, chat_in_terminal
+from generation.decode_step import Feed, SampleConfig, completed_frame
+from generation.dialogue import UserFeed, conversation_input, write_reply
+from generation.reply_stream import print_reply
+from generation.turns import advance, start_state
+from layers.conditioning import condition_column
 from model import MultistreamLM
-from options import edge
-from streams import FEEDS, Example, delay, lay_out
-from turns import finish, start_state
+from options import apply, edge, help_text, read_lines, split_arguments, write_rows
+from streams import Example, delay
+from text.conversation import chunks
+from text.tokenizers import load_tokenizer
 
-# ---- the generator ----
 
 @torch.inference_mode()
 def generate(model: MultistreamLM, prompt: Tensor, config: SampleConfig | None = None, feed: Feed | None = None,
@@ -53,24 +59,22 @@ def generate(model: MultistreamLM, prompt: Tensor, config: SampleConfig | None =
     K = prompt.shape[1]
     if K != len(table):
         raise ValueError(f"the prompt has {K} rows, the model's table {len(table)}: {[s.name for s in table.streams]}")
-    state = start_state(prompt, table, config.closing, config.max_speech)
-    runner = replay.start(model, prompt, config, feed, voice)
+    state = start_state(prompt, table, closings()[config.closing], config.max_speech)
+    runner = cuda_graphs.start_runner(model, prompt, config, feed, voice)
     try:
         for n in range(config.max_frames):
             column = runner(state, given[..., n].cpu() if given is not None and n < given.shape[-1] else None)
-            frame = complete(state, column)
-            finish(state, column)
+            frame = completed_frame(state, column)
+            advance(state, column)
             if frame is not None:
                 yield frame
             if all(turn.done for turn in state.turns):
                 break
     finally:                                                                  # also when the caller stops listening
         if not training:                                                      # between steps of training memory is wanted elsewhere
-            replay.keep(model, runner)
+            cuda_graphs.keep_graphs(model, runner)
         model.train(training)
 
-
-# ---- text to speech ----
 
 @dataclass
 class Speech:
@@ -99,7 +103,8 @@ def speak_examples(model: MultistreamLM, examples: Sequence[Example], config: Sa
     """Speak prompts, examples without codes, as one batch."""
     table = model.table
     prompt = pad_left([lay_out(example, table)[0] for example in examples])
-    feed = FEEDS[table.layout]([e.text for e in examples], table) if table.layout in FEEDS else None
+    feed = family_of(table).feed
+    feed = feed and feed([e.text for e in examples], table)
     frames: list[Tensor] = []
     decoder, heard = codec.stream() if on_audio else None, False
     bar = tqdm(total=config.max_frames, unit="frame", disable=not (progress and sys.stderr.isatty()))
@@ -122,8 +127,9 @@ def speak_long(model: MultistreamLM, text: str, data: DataConfig, config: Sample
                voices: Sequence[tuple[str, str]] = (), on_audio: Callable[[Tensor], None] | None = None, keep: int = 1) -> Speech:
     """Speak a text in pieces of `limit` words, or of speakers' turns; in a conversation each goes on from the last `keep` of them."""
     spoken: list[tuple[str, Speech]] = []
+    keep = keep if family_of(model.table).template else 0
     for piece in chunks(text, limit):
-        last = [(said, speech.codes) for said, speech in spoken[len(spoken) - min(keep, len(spoken)) :] if model.table.layout == "chatml"]
+        last = [(said, speech.codes) for said, speech in spoken[len(spoken) - min(keep, len(spoken)) :]]
         spoken.append((piece, *speak(model, [piece], data, config, codec, voices, on_audio, progress=True, before=last)))
     speeches = [speech for _, speech in spoken]
     codes = torch.cat([speech.codes for speech in speeches], dim=1)
@@ -148,15 +154,13 @@ def pad_left(grids: Sequence[Tensor]) -> Tensor:
     return torch.stack([torch.nn.functional.pad(g, (S - g.shape[1], 0), value=-1) for g in grids])
 
 
-# ---- conversation ----
-
-def reply(model: MultistreamLM, user: Tensor | None, config: SampleConfig, exact_moshi: bool = False, conditions: Tensor | None = None,
+def reply(model: MultistreamLM, user: Tensor | None, config: SampleConfig, skip_first_frame: bool = False, conditions: Tensor | None = None,
           given: Tensor | None = None, before: Tensor | None = None) -> Tensor:
     """Talk with a recorded user: hear codes (B, Q, T) frame by frame.   -> frames (B, K, T), both sides and the text
 
     `before` (B, K, t) are the first frames of all rows: the model goes on from there, and `user` is None when it speaks
     for both (max_frames says how long). `conditions` (C, 1) or (B, C, 1) are the ids of the condition rows, `given` as in
-    `generate`. `exact_moshi`: as moshi's generator, which never hears the first frame and gives fewer.
+    `generate`. `skip_first_frame`: as the official generator, which never hears the first frame and gives fewer.
     """
     table, lag = model.table, max(model.table.delays)
     before = torch.empty(len(user), len(table), 0, dtype=torch.long) if before is None else before
@@ -165,22 +169,101 @@ def reply(model: MultistreamLM, user: Tensor | None, config: SampleConfig, exact
         prompt[:, table.conditions] = conditions
     feed, columns = None, config.max_frames + lag
     if user is not None:
-        feed, columns = UserFeed(user, table, exact_moshi, prompt.shape[-1]), user.shape[-1] - before.shape[-1] + lag * (not exact_moshi)
+        feed, columns = UserFeed(user, table, skip_first_frame, prompt.shape[-1]), user.shape[-1] - before.shape[-1]
+        columns += lag * (not skip_first_frame)
     bar = tqdm(generate(model, prompt, replace(config, max_frames=columns), feed, given), total=columns, unit="frame", disable=None)
     return torch.cat([before[..., : max(before.shape[-1] - lag, 0)], torch.stack([frame.cpu() for frame in bar], dim=-1)], -1)
 
 
-def answer(model: MultistreamLM, recordings: Sequence[str], data: DataConfig, codec: object, folder: Path) -> dict[str, float]:
-    """Answer recordings, of a stereo one its right side, into wavs of `folder`; returns how the conversations went (dialogue.py)."""
-    tokenizer, rows = load_tokenizer(data.tokenizer), []
-    for path in recordings:
-        user = load_wav(path, codec.sample_rate, None)[0][-1:]
-        frames = reply(model, encode(codec, user)[None], SampleConfig(**moshi_rules(len(model.table.audio_out))))[0]
-        write_reply(folder / f"{Path(path).stem}.wav", frames, user, codec, tokenizer, model.table)
-        rows.append(measure_file(folder / f"{Path(path).stem}.wav"))
-    return mean(rows)
+# ---- the command line ----
+
+def chat(job: Job, given: Collection[str]) -> None:
+    """Hold a conversation at the terminal."""
+    if said := [name for name in ("text", "texts", "user", "prompt") if getattr(job, name)]:
+        raise ValueError(f"--chat reads what is said line by line; leave --{said[0]} out")
+    model, data = load_for_sampling(job)
+    job = replace(job, **usual_rules(model.table, given))
+    chat_in_terminal(model.table, data, job.chat, lambda prompt: generate(model, prompt, job), job.reply, job.out)
+
+
+def answer_recording(job: Job, given: Collection[str]) -> None:
+    """Answer the recording job.user, or go on with the dialogue job.prompt: both sides as a stereo wav, and a transcript.
+
+    `given` are the options that the user chose; other sampling rules are the family's own.
+    """
+    model, data = load_for_sampling(job)
+    table, family = model.table, family_of(model.table)
+    if family.listens == "turns" and job.user:
+        codec, tokenizer = load_codec(data.codec), load_tokenizer(data.tokenizer)
+        codes = encode(codec, load_wav(job.user, codec.sample_rate)[0])
+        asked = {"role": "user", "content": [{"type": "audio", "audio_url": job.user}]}
+        prompt = lay_out(reply_example([asked], [codes], data, tokenizer, table, job.reply), table)[0]
+        job = replace(job, **usual_rules(table, given))
+        return print_reply(generate(model, prompt, job), table, tokenizer, "" if job.reply == "text" else job.out, codec)
+    if family.listens != "duplex":
+        option, what = ("--user", "listens") if job.user else ("--prompt", "hears both sides at once")
+        raise ValueError(f"{option} needs a model that {what}, {job.ckpt} is a {family.name} model; give it --text")
+    job = replace(job, **usual_rules(table, given))
+    codec, tokenizer = load_codec(data.codec), load_tokenizer(data.tokenizer)
+    before, user, wav = conversation_input(job, codec, tokenizer, table, data)
+    job = replace(job, max_frames=round(job.seconds * codec.frame_rate))
+    frames = reply(model, user, job, job.skip_first_frame, condition_column(table, job.condition), before=before)[0]       # (K, T)
+    print(write_reply(job.out, frames, None if job.prompt else wav, codec, tokenizer, table))
+
+
+def speak_texts(job: Job, texts: list[str], voices: Sequence[tuple[str, str]] = (), given: Collection[str] = ()) -> None:
+    """Speak texts, a batch at a time, into job.out: one wav, or with --texts a folder of them and samples.jsonl."""
+    model, data = load_for_sampling(job)
+    if family_of(model.table).listens == "duplex":
+        raise ValueError(f"{job.ckpt} talks with somebody; give it a recording with --user=in.wav instead of a text")
+    job = replace(job, **usual_rules(model.table, given))
+    if not model.table.audio_out or job.reply == "text":
+        tokenizer = load_tokenizer(data.tokenizer)
+        for text in texts:
+            prompt = lay_out(prompt_example(text, data, tokenizer, table=model.table, reply="text"), model.table)[0]
+            print_reply(generate(model, prompt, job), model.table, tokenizer)
+        return
+    codec, rows = load_codec(data.codec), []
+    for at in range(0, len(texts), job.batch):
+        part = texts[at : at + job.batch]
+        with WavWriter(job.out, codec.sample_rate) if job.stream else nullcontext() as writer:
+            hear = writer and writer.append
+            long = job.chunk_words and [speak_long(model, text, data, job, codec, job.chunk_words, voices, hear, job.chunk_buffer)
+                                        for text in part]
+            spoken = long or speak(model, part, data, job, codec, voices, hear, progress=True)
+        for n, (text, speech) in enumerate(zip(part, spoken, strict=True), at):
+            path = Path(job.out) / f"{n:03d}.wav" if job.texts else Path(job.out)
+            if not job.stream:
+                save_wav(path, speech.wav, codec.sample_rate)
+            rows.append({"text": text, "wav": str(path.resolve()), "seconds": speech.frames / codec.frame_rate, "ended": speech.ended})
+            print(f"{path}: {rows[-1]['seconds']:.1f} s, {'ended by itself' if speech.ended else 'cut at --max_frames'}: {text}")
+    if job.texts:
+        write_rows(Path(job.out) / "samples.jsonl", rows)
+        print(f"{job.out}/samples.jsonl: {len(rows)} recordings")
+
+
+def main() -> None:
+    words, pairs = split_arguments(sys.argv[1:], ("help", "stream", "chat"), ("ref", "ref_text"))
+    if "help" in pairs:
+        print(help_text(Job(), "python sample.py --ckpt out/demo --text 'four nine two seven' --out x.wav"))
+        return
+    if words:
+        raise ValueError(f"unexpected word {words[0]!r}; options look like --text=\"...\"")
+    if pairs.get("stream") == "":
+        pairs["stream"] = "true"
+    job = apply(Job(chat=ChatConfig() if pairs.pop("chat", "false") != "false" else None), pairs)
+    if job.chat is not None:
+        return chat(job, pairs.keys())
+    if job.user or job.prompt:
+        return answer_recording(job, pairs.keys())
+    texts = read_lines(job.texts) if job.texts else [job.text]
+    if not any(text.strip() for text in texts):
+        raise ValueError("nothing to say; add --text=\"...\" or --texts=FILE with one text a line")
+    voices = pair_voices(job.ref, job.ref_text, texts)
+    if job.stream and job.texts:
+        raise ValueError("--stream writes one growing wav; use it with --text, not with --texts")
+    speak_texts(job, texts, voices, pairs.keys())
 
 
 if __name__ == "__main__":
-    from cli import main  # the command line stands one floor up, and is all that this file is as a script
     edge(main)

@@ -9,13 +9,13 @@
 `weights (K, S)` says how much the token at the same place counts as a target; 0 is never trained. There are no
 labels: the model reads columns 0..S-2 and predicts columns 1..S-1, and nobody else shifts anything.
 
-A family is a `StreamTable` (which rows there are) and a layout function (how an example becomes a grid). The same
-function builds the training grid and the prompt. Next: model.py.
+A family is a `StreamTable` (which rows there are) and a layout function (how an example becomes a grid), both in its file
+in families/, built of the blocks below. The same function builds the training grid and the prompt. Next: model.py.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property, lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -41,16 +41,15 @@ class StreamTable:
     """The rows of a family's grid and the text ids that steer it."""
 
     streams: tuple[Stream, ...]  # text rows, conditions, then the agent's codebooks, then the user's
-    layout: str                  # a name in LAYOUTS, "" = none yet
+    layout: str                  # names the family that lays examples out (families/family.py), "" = none yet
     aligned: bool = False        # text and audio share columns; otherwise they take turns
     audio_start: int = -1        # sequential: the text id after which audio columns begin
     audio_end: int = -1          # sequential: the text id that follows the last audio column (-1: sampled)
     stop: tuple[int, ...] = ()   # text ids that end generation
-    pad: int = 3                 # duplex: the text id of a frame in which nothing is said (Moshi's <pad>)
-    epad: int = 0                # duplex: the text id of the frame before a word (Moshi's <unk>)
+    pad: int = 3                 # inner monologue: the text id of a frame in which nothing is said (Moshi's <pad>)
+    epad: int = 0                # inner monologue: the text id of the frame before a word (Moshi's <unk>)
 
     def __post_init__(self) -> None:
-        assert self.layout in ("", *LAYOUTS), f"layout {self.layout!r} is none of {', '.join(LAYOUTS)}"
         kinds = [s.kind for s in self.streams]
         assert kinds == sorted(kinds, reverse=True), f"text rows come first, then conditions: {kinds}"
         assert len({s.classes for s in self.streams if s.kind == "audio" and s.classes}) <= 1, "one head shape for audio"
@@ -86,6 +85,11 @@ class StreamTable:
         return [i for i in self.audio if self.streams[i].classes]
 
     @cached_property
+    def monologue(self) -> bool:
+        """Whether row 0 is an inner monologue: the model writes an id into every frame, words and padding."""
+        return self.aligned and self.text_out == [0]
+
+    @cached_property
     def spoken(self) -> slice:
         """The predicted audio rows, which lie together."""
         return slice(self.audio_out[0], self.audio_out[-1] + 1) if self.audio_out else slice(0, 0)
@@ -106,12 +110,17 @@ class StreamTable:
         return torch.tensor([getattr(self.streams[i], field) for i in rows], dtype=torch.long)[:, None]
 
 
+def codebooks(count: int, vocab: int, classes: int, start: int, end: int = -1, delays: range | tuple[int, ...] | None = None,
+              name: str = "cb") -> tuple[Stream, ...]:
+    """A run of audio streams of one speaker; classes 0 = read, never predicted."""
+    delays = delays if delays is not None else (0,) * count
+    return tuple(Stream(f"{name}{k + 1}", "audio", vocab, classes, delays[k], start, end) for k in range(count))
+
+
 def is_audio(tokens: Tensor, table: StreamTable) -> Tensor:
     """Tell audio columns, those in which any audio row is >= 0.   (..., K, S) -> (..., S) bool"""
     return (tokens[..., table.lead :, :] >= 0).any(-2)
 
-
-# ---- delay: frames <-> columns ----
 
 def delay(frames: Tensor, delays: Sequence[int], start: Tensor | int, tail: Tensor | int | None = None) -> Tensor:
     """Shift row k right by delays[k] behind one column of start ids.   (..., K, T) -> (..., K, S)
@@ -166,8 +175,6 @@ class Undelay:
     def newest(self) -> Tensor:
         return self.columns[self.next - 1]
 
-
-# ---- layouts: example -> (tokens, weights) ----
 
 @dataclass
 class Example:
@@ -238,127 +245,9 @@ def text_grid(example: Example, table: StreamTable) -> Grid:
     return join([text_block(example.text, 1.0, table)])
 
 
-def clone_grid(example: Example, table: StreamTable) -> Grid:
-    """Reference transcript, reference speech, transcript, speech (tiny_clone: the Higgs turn order in small).
-
-    Only the last speech and the id that ends it are targets. Without `codes` the grid is the prompt: it ends with
-    `audio_start`, after which the model speaks.
-    """
-    begin, finish = torch.tensor([table.audio_start]), torch.tensor([table.audio_end])
-    blocks = []
-    for part, weight in ((example.reference, 0.0), (example, 1.0)):
-        if part is None:
-            continue
-        blocks += [text_block(torch.cat([part.text, begin]), 0.0, table)]
-        if part.codes is not None:
-            blocks += [audio_block(part.codes, weight, table), text_block(finish, weight, table)]
-    return join(blocks)
-
-
 def chat_grid(example: Example, table: StreamTable) -> Grid:
-    """A conversation as chatml.py wrote it (Higgs Audio, Qwen, MOSS-Speech): text and speech take turns, each with its weight."""
+    """A conversation as text/conversation.py wrote it: text and speech take turns, each with its weight."""
     return join([(text_block if part.dim() == 1 else audio_block)(part, weight, table) for part, weight in example.segments])
-
-
-MAX_AGE = 63        # frames since the word began, clamped
-NO_WORD = 0         # id in the word rows where there is no next or previous word
-
-
-@cache
-def around(device: torch.device) -> Tensor:
-    """Where `word_rows` finds a word, the next and the previous one; sent to a device once."""
-    return torch.tensor([[2], [3], [1]], device=device)
-
-
-def word_rows(words: Tensor, index: Tensor, age: Tensor) -> Tensor:
-    """The four text rows that an aligned word layout reads: word, next, previous, age.
-
-    words (..., n) ids; index (..., T) which word is spoken, -1 before the first; age (..., T) frames since it began.
-    -> (..., 4, T). Training calls it with whole rows, the sampler with one frame.
-    """
-    padded = torch.constant_pad_nd(words, (2, 1), NO_WORD).unsqueeze(-2)     # index -1 and its previous word read NO_WORD
-    place = index.unsqueeze(-2) + around(index.device)
-    return torch.cat([padded.expand(*place.shape[:-1], -1).gather(-1, place), age.clamp(max=MAX_AGE).unsqueeze(-2)], dim=-2)
-
-
-def words_grid(example: Example, table: StreamTable) -> Grid:
-    """Word-aligned text to speech (tiny): rows word, next, previous, age, advance, then the codebooks.
-
-    `advance` is 1 in the frame where a word begins and is trained wherever the sampler will have to decide: after the
-    first word began and while another one is left. Audio rows trail the text by their delays and end with one EOS each.
-    Without `codes` the grid is the prompt: the start column.
-    """
-    if example.codes is None:
-        return table.column("start"), torch.zeros(len(table), 1)
-    tokens, weights = audio_columns(example.codes, 1.0, table)
-    frames, starts = torch.arange(tokens.shape[1] - 1), example.starts.tolist()
-    begun = torch.searchsorted(example.starts, frames, right=True)               # (S - 1,) words that have begun
-    age = frames - torch.cat([frames[:1], example.starts]).index_select(0, begun)
-    tokens[:4, 1:] = word_rows(example.text, begun - 1, age)
-    tokens[4, 1:] = (age == 0) & (begun > 0)
-    weights[4, starts[0] + 2 : starts[-1] + 2] = 1
-    return tokens, weights
-
-
-class WordFeed:
-    """Fill the word rows while sampling: a predicted `advance` moves an item on to its next word.
-
-    words: ids (n,) of each of the B items. A word is left after MAX_AGE frames even when the model would stay. `state` is
-    what a column changes, in place.
-    """
-
-    def __init__(self, words: Sequence[Tensor], table: StreamTable) -> None:
-        self.words = torch.nn.utils.rnn.pad_sequence(list(words), batch_first=True, padding_value=NO_WORD)   # (B, n)
-        self.last = torch.tensor([len(w) - 1 for w in words])
-        self.state = [torch.full_like(self.last, -1), torch.zeros_like(self.last)]                           # index and age (B,)
-
-    def to(self, device: torch.device) -> "WordFeed":
-        self.words, self.last, *self.state = (t.to(device) for t in (self.words, self.last, *self.state))
-        return self
-
-    def __call__(self, column: Tensor) -> Tensor:
-        """Complete a column (B, K) whose `advance` row holds what was sampled."""
-        index, age = self.state
-        moved = ((column[:, 4] == 1) | (index < 0) | (age >= MAX_AGE)) & (index < self.last)
-        index.add_(moved)
-        age.add_(1).masked_fill_(moved, 0)
-        column[:, :4] = word_rows(self.words, index[:, None], age[:, None])[..., 0]
-        column[:, 4] = moved
-        return column
-
-    def may_end(self) -> Tensor:
-        """Which items (B,) have begun their last word: only they may close their audio rows."""
-        return self.state[0] == self.last
-
-
-def duplex_grid(example: Example, table: StreamTable) -> Grid:
-    """Two speakers at once (Moshi, DSAA): in a frame one text id, the agent's codes and the user's, delayed and cut at T.
-
-    example.text and .weights are (T,). Rows that are only read never count. Without `codes` the grid is the prompt: the
-    start column; a chunk from the middle of a dialogue starts with a column of what was before instead.
-    """
-    start = table.column("start")
-    if example.conditions is not None:
-        start[table.conditions] = example.conditions[:, None]
-    if example.codes is None:
-        return start, torch.zeros(start.shape)
-    held = start[1 : table.lead].expand(-1, example.codes.shape[-1])             # conditions hold one id throughout
-    frames = torch.cat([part for part in (example.text[None], held, example.codes, example.user) if part is not None])      # (K, T)
-    counts = ((frames >= 0) & (table.column("classes") > 0)).float()
-    counts[0] *= 1.0 if example.weights is None else example.weights
-    tokens, weights = delay(frames, table.delays, start), delay(counts, table.delays, 0.0)
-    weights[:, example.before] = 0
-    return tokens[:, example.before :], weights[:, example.before :]
-
-
-LAYOUTS = {"text": text_grid, "clone": clone_grid, "words": words_grid, "duplex": duplex_grid,
-           **dict.fromkeys(("chatml", "qwen2", "qwen3", "moss"), chat_grid)}
-FEEDS = {"words": WordFeed}
-
-
-def lay_out(example: Example, table: StreamTable) -> Grid:
-    """Build the grid of an example, or its prompt, with the family's layout function."""
-    return LAYOUTS[table.layout](example, table)
 
 
 def show(tokens: Tensor, weights: Tensor, table: StreamTable, columns: int = 16) -> str:

@@ -21,23 +21,25 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import dsaa
 import lora
-import monitor
-import parallel
-import quality
 from audio.wav import load_wav
-from checkpoint import DTYPES, Extras, RunState, base_of, latest, load, load_run, put_adapter, resolve, save, save_run, settle
-from columns import make_plan
+from checkpoint import DTYPES, Extras, base_of, load, put_adapter, resolve, save
 from config import TrainConfig, first_beta, learning_rate
-from curriculum import Curriculum, prepare_all
 from data import Batch, Loader
+from layers.batch_plan import make_plan
+from layers.fusion import remember
 from model import Block, MultistreamLM
-from objective import Contrast, Likelihood, Preference
 from options import difference, exit_on_error, from_json, load_config, read_json, write_json
-from parallel import all_sum, barrier
+from training import evaluation_samples, monitor, parallel, sweep
+from training.curriculum import Curriculum, prepare_all
+from training.objective import Contrast, Likelihood, Preference
+from training.parallel import all_sum, barrier
+from training.run_state import RunState, after_save, latest, load_run, save_run
 
 exit_on_error()                                  # a ValueError or OSError from here on is one line and exit code 2
+if sys.argv[1:2] == ["sweep"]:                   # several runs, each by this script
+    sweep.main(sys.argv[2:])
+    raise SystemExit
 
 # ---- 1. config ----
 config: TrainConfig = load_config(sys.argv[1:], "python train.py configs/NAME.py [--key=value ...] [--smoke]", kind="TrainConfig")
@@ -76,7 +78,7 @@ if config.epochs:
 held_out = Loader(config.data, table, "held-out", config.batch_size, rank, world, pairs=config.dpo is not None)
 if config.eval_every and not any(held_out.sources):
     say("no row is held out: only training losses are told, none is best; --data.split=hash --data.held_out=0.1 holds some out")
-for path in config.prompts if table.layout == "duplex" else ():      # recordings: better told now than at the first evaluation
+for path in config.prompts if table.monologue else ():      # recordings: better told now than at the first evaluation
     load_wav(path)
 
 # ---- 4. model: weights -> adapters -> precision ----
@@ -94,7 +96,7 @@ elif config.lora is not None:
     lora.inject(raw, config.lora)
 factors = lora.rate_factors(raw, config.rates)
 if config.model.fusion and config.model.fusion.remember:
-    raw.remembered = dsaa.remember(raw, config.model.fusion.remember)
+    raw.remembered = remember(raw, config.model.fusion.remember)
 raw.train().to(device)
 for p in raw.parameters():                       # what is trained has fp32 masters, what is frozen has none
     p.data = p.data.float() if p.requires_grad else p.data.to(dtype)
@@ -168,8 +170,8 @@ def evaluate() -> dict[str, float]:
             total += forward(raw, batch)[1].cpu()
         if (config.prompts or config.listen) and rank == 0:
             with autocast:
-                heard = quality.listen(raw, config, held_out.index, out / "samples" / f"step_{run.step:06d}")
-            say(f"step {run.step}: {quality.told(heard)}")
+                heard = evaluation_samples.speak_samples(raw, config, held_out.index, out / "samples" / f"step_{run.step:06d}")
+            say(f"step {run.step}: {evaluation_samples.summary_line(heard)}")
     trade_averages()
     raw.train()
     return (goal.report(all_sum(total, device)) if any(held_out.sources) else {}) | heard
@@ -179,7 +181,7 @@ def checkpoint(best: bool = False) -> None:
     run.scaler, extras.step = scaler.state_dict(), run.step
     folder = save_run(out, raw, optimizer, run, config, extras, ema, rank)
     if rank == 0:
-        settle(out, folder, best, config.keep, config.consolidated, dtype)
+        after_save(out, folder, best, config.keep, config.consolidated, dtype)
 
 
 # ---- 8. when to stop ----
@@ -262,7 +264,7 @@ while True:
     if run.step % config.log_every == 0 or run.step == config.steps - 1:
         numbers = goal.report(all_sum(total, device))
         if run.step == 0 and config.init:
-            say(*monitor.alarm(numbers, table, config.init))
+            say(*monitor.check_first_loss(numbers, table, config.init))
         speeds = meter.read(run.step)
         log(run.step, {f"train/{k}": v for k, v in numbers.items()} | {"grad_norm": norm, "lr": rate} | speeds)
         bar.set_postfix_str(f"loss {numbers['loss']:.3f}, {monitor.pace(speeds)}")

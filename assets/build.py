@@ -36,7 +36,7 @@ sys.path.insert(0, str(ROOT))
 from audio.tiny import EDGE, FRAME, STACK, TinyCodec, fit_tables, log_mel  # noqa: E402  (the root has to be on the path first)
 from audio.wav import load_wav, resample  # noqa: E402
 from evaluate import prepare, recogniser  # noqa: E402
-from metrics import normalise  # noqa: E402
+from evaluation.metrics import normalise  # noqa: E402
 
 SPEECH = ROOT / "assets" / "speech"
 PACKAGES = ("asterisk-core-sounds-en", "asterisk-core-sounds-en-g722")      # transcripts, recordings

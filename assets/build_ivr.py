@@ -20,8 +20,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from calls import CATEGORIES, SYSTEM, figures, lookup_turn, ungrounded  # noqa: E402  (the root has to be on the path first)
-from manifest import fraction  # noqa: E402
+from corpus.manifest import fraction  # noqa: E402
+from corpus.phone_calls import CATEGORIES, SYSTEM, figures, lookup_turn, ungrounded  # noqa: E402
 from options import apply, edge, split_arguments, write_rows  # noqa: E402
 
 HERE = ROOT / "assets" / "ivr"

@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from calls import ungrounded  # noqa: E402  (the root has to be on the path first)
+from corpus.phone_calls import ungrounded  # noqa: E402
 from options import apply, edge, read_rows, split_arguments, write_rows  # noqa: E402
 
 HERE = ROOT / "assets" / "ivr"

@@ -28,13 +28,16 @@ from pathlib import Path
 
 import torch
 
-from architectures import MOSHI_7B, QWEN2_5_3B, FusionConfig, ModelConfig, StackConfig, codebooks
-from checkpoint import load, save, setup_dsaa
-from config import DataConfig, Stage, TrainConfig
-from dsaa import design
-from duplex import demo_dialogues
+from checkpoint import convert, load, save
+from config import Stage, TrainConfig
+from corpus.bundled import demo_dialogues
+from corpus.data_config import DataConfig
+from families.dsaa import design
+from families.moshi import MOSHI_7B
+from families.qwen import QWEN2_5_3B
+from layers.architecture import FusionConfig, ModelConfig, StackConfig
 from model import MultistreamLM
-from streams import Stream, StreamTable
+from streams import Stream, StreamTable, codebooks
 
 WEIGHTS = (1.0, 100.0, *[1.0] * 7, *[0.0] * 8)              # text, semantic codebook, acoustic ones; the user is only heard
 RATES = (("temporal.*", 0.0), ("embed.*", 0.0), ("text_projector", 1.0), ("depth.input", 1.0), ("text_head", 0.05), ("depth.*", 0.05))
@@ -63,7 +66,7 @@ def smoke() -> TrainConfig:
         torch.manual_seed(0)
         save(MultistreamLM(moshi), parts / "moshi")
         save(MultistreamLM(text), parts / "llm")
-        setup_dsaa(parts / "moshi", parts / "llm", parts / "new", hidden=48, split_norm=True)
+        convert("setup-dsaa", parts / "new", parts / "moshi", parts / "llm", hidden=48, split_norm=True)
     model, words = load(parts / "new").config, folder.replace("dialogues.jsonl", "words.json")
     return replace(
         config, init=str(parts / "new"), model=replace(model, fusion=replace(model.fusion, remember=64)), out="out/smoke_dsaa",

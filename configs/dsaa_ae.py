@@ -9,7 +9,7 @@ input with (1024, 8), six epochs at 1e-3; its validation read batches that were 
 
 from dataclasses import replace
 
-from sae import SaeConfig
+from evaluation.sparse_autoencoder import SaeConfig
 
 config = SaeConfig(run="out/dsaa", states=("state", "projected text"), width=2048, k=16)
 smoke = replace(config, run="out/smoke_dsaa", columns=600, width=64, k=4, epochs=3, batch=64)

@@ -10,11 +10,15 @@ Sized for 8 x 80 GB or more. Expect: not yet measured on the released weights.
 from dataclasses import replace
 from pathlib import Path
 
-from chatml import steered
-from config import DataConfig, LoraConfig, LossConfig, TrainConfig
-from model import HIGGS_V2_3B, ModelConfig, StackConfig, codebooks
-from streams import Stream, StreamTable
-from text import load_tokenizer
+from config import TrainConfig
+from corpus.data_config import DataConfig
+from families.family import steered
+from families.higgs import HIGGS_V2_3B
+from layers.architecture import ModelConfig, StackConfig
+from lora import LoraConfig
+from loss import LossConfig
+from streams import Stream, StreamTable, codebooks
+from text.tokenizers import load_tokenizer
 
 BASE, CODEC = "bosonai/higgs-audio-v2-generation-3B-base", "bosonai/higgs-audio-v2-tokenizer"
 TINY = "assets/tiny_tokenizer.json"

@@ -16,11 +16,14 @@ texts are; manifest.py shows both. Moshi: leave first-codebook weights at 1 (--d
 from dataclasses import replace
 from pathlib import Path
 
-from chatml import steered
-from config import DataConfig, DpoConfig, LoraConfig, TrainConfig
-from model import QWEN2_5_1_5B, ModelConfig, StackConfig
+from config import DpoConfig, TrainConfig
+from corpus.data_config import DataConfig
+from families.family import steered
+from families.qwen import QWEN2_5_1_5B
+from layers.architecture import ModelConfig, StackConfig
+from lora import LoraConfig
 from streams import Stream, StreamTable
-from text import load_tokenizer
+from text.tokenizers import load_tokenizer
 
 BASE = "models/ivr_qwen"
 TINY = "assets/tiny_qwen_tokenizer.json"

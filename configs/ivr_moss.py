@@ -21,12 +21,16 @@ from noise, its words cannot. Its calls are bundled digits, read by a synthetic 
 from dataclasses import replace
 from pathlib import Path
 
-from chatml import steered
-from config import DataConfig, LoraConfig, LossConfig, TrainConfig
-from model import MOSS_9B, ModelConfig, StackConfig, codebooks
-from replies import demo_calls
-from streams import Stream, StreamTable
-from text import load_tokenizer
+from config import TrainConfig
+from corpus.bundled import demo_calls
+from corpus.data_config import DataConfig
+from families.family import steered
+from families.moss import MOSS_9B
+from layers.architecture import ModelConfig, StackConfig
+from lora import LoraConfig
+from loss import LossConfig
+from streams import Stream, StreamTable, codebooks
+from text.tokenizers import load_tokenizer
 
 BASE, CODEC = "models/MOSS-Speech", "models/MOSS-Speech-Codec"
 TINY = "assets/tiny_qwen_tokenizer.json"

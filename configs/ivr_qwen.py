@@ -18,11 +18,15 @@ Bundled dialogues teach style only: 58 families of calls. Expect: not yet measur
 from dataclasses import replace
 from pathlib import Path
 
-from chatml import steered
-from config import DataConfig, LoraConfig, LossConfig, TrainConfig
-from model import QWEN2_5_1_5B, ModelConfig, StackConfig
+from config import TrainConfig
+from corpus.data_config import DataConfig
+from families.family import steered
+from families.qwen import QWEN2_5_1_5B
+from layers.architecture import ModelConfig, StackConfig
+from lora import LoraConfig
+from loss import LossConfig
 from streams import Stream, StreamTable
-from text import load_tokenizer
+from text.tokenizers import load_tokenizer
 
 BASE = "models/Qwen2.5-1.5B-Instruct"                       # seed: the plain 1.5B, which does not know how to end a turn
 TINY = "assets/tiny_qwen_tokenizer.json"

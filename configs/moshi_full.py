@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from config import TrainConfig
-from duplex import predict_user
+from families.moshi import predict_user
 from options import run_config
 
 beside = Path(__file__).with_name("moshi_lora.py")

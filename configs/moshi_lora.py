@@ -39,10 +39,13 @@ tells reply latency, overlap and PAD ratio of what was spoken.
 from dataclasses import replace
 from pathlib import Path
 
-from config import DataConfig, LoraConfig, TrainConfig
-from duplex import demo_dialogues
-from model import MOSHI_7B, ModelConfig, StackConfig, codebooks
-from streams import Stream, StreamTable
+from config import TrainConfig
+from corpus.bundled import demo_dialogues
+from corpus.data_config import DataConfig
+from families.moshi import MOSHI_7B
+from layers.architecture import ModelConfig, StackConfig
+from lora import LoraConfig
+from streams import Stream, StreamTable, codebooks
 
 WEIGHTS = (1.0, 100.0, *[1.0] * 7, *[0.0] * 8)              # text, semantic codebook, acoustic ones; the user is only heard
 

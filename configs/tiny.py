@@ -8,9 +8,12 @@ it predicts eight codebooks and when to advance to the next word. It composes wo
 
 from dataclasses import replace
 
-from config import DataConfig, LossConfig, TrainConfig
-from model import ModelConfig, StackConfig, codebooks
-from streams import MAX_AGE, Stream, StreamTable
+from config import TrainConfig
+from corpus.data_config import DataConfig
+from families.tiny import MAX_AGE
+from layers.architecture import ModelConfig, StackConfig
+from loss import LossConfig
+from streams import Stream, StreamTable, codebooks
 
 WORDS, LEAD = 1024, 2                                       # rows of the word embeddings; frames that text leads audio by
 table = StreamTable(

@@ -8,9 +8,10 @@ columns go through a feed-forward network of their own.
 
 from dataclasses import replace
 
-from config import DataConfig, TrainConfig
-from model import ModelConfig, StackConfig, codebooks
-from streams import Stream, StreamTable
+from config import TrainConfig
+from corpus.data_config import DataConfig
+from layers.architecture import ModelConfig, StackConfig
+from streams import Stream, StreamTable, codebooks
 
 AUDIO_START, AUDIO_END = 256, 257                           # text ids behind the 256 bytes
 table = StreamTable((Stream("text", "text", 258, 258), *codebooks(8, 258, 258, 256, 257, range(8))),

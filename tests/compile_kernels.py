@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE / "kernels"), str(HERE.parent)]
 
 import torch  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402

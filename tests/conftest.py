@@ -22,14 +22,16 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+sys.path += [str(path) for path in sorted((ROOT / "tests").iterdir()) if path.is_dir()]      # some tests lend others their grids
 
 WORDS = "one two three four".split()
 CONFIG = '''"""The smallest run: one layer, twelve clips of noise."""
 from pathlib import Path
 
 from config import DataConfig, TrainConfig
-from model import ModelConfig, StackConfig, codebooks
-from streams import MAX_AGE, Stream, StreamTable
+from families.tiny import MAX_AGE
+from model import ModelConfig, StackConfig
+from streams import Stream, StreamTable, codebooks
 
 here = Path(__file__).parent
 table = StreamTable((*(Stream(name, "text", 8) for name in ("word", "next", "previous")), Stream("age", "text", MAX_AGE + 1),

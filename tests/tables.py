@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import torch
 
-from model import ModelConfig, StackConfig, codebooks
-from streams import Example, Stream, StreamTable, lay_out
+from families.family import lay_out
+from layers.architecture import ModelConfig, StackConfig
+from streams import Example, Stream, StreamTable, codebooks
 
 CODES, START, END = 16, 16, 17                # codes 0..15, then the start and end ids
 STACK = StackConfig(dim=24, layers=3, heads=3, kv_heads=1, head_dim=6, ffn=40)

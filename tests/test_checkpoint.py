@@ -11,11 +11,13 @@ from tables import CONFIGS, grid
 
 import checkpoint
 import lora
-from checkpoint import Extras, RunState, export, latest, load, load_run, point, prune, resolve, save, save_run
+from checkpoint import Extras, export, load, resolve, save
+from generation.decode_step import SampleConfig
 from lora import LoraConfig, inject
 from model import MultistreamLM
 from options import read_json, write_json
-from sample import SampleConfig, generate
+from sample import generate
+from training.run_state import RunState, latest, load_run, point, prune, save_run
 
 CONFIG = LoraConfig(rank=2, alpha=3.0, targets=("attn.*",), dora=True)
 
@@ -213,7 +215,7 @@ def test_a_save_that_fails_leaves_the_older_checkpoint_and_no_litter(tmp_path: P
             raise OSError(28, "No space left on device")
         original(path, tensors, write)
 
-    monkeypatch.setattr(checkpoint, "write_tensors", full)
+    monkeypatch.setattr("training.run_state.write_tensors", full)
     with pytest.raises(OSError, match="No space left"):
         write_run(tmp_path, 2, model, optimizer)
     assert sorted(p.name for p in (tmp_path / "ckpt").iterdir()) == ["latest", "step_000001"] and load(tmp_path).extras.step == 0

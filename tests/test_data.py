@@ -11,13 +11,17 @@ import pytest
 import soundfile
 import torch
 from conftest import ROOT
-from corpus import ALIGNED, BYTES, DUPLEX, FakeCodec, composed, fake_data
+from fake_corpus import ALIGNED, BYTES, DUPLEX, FakeCodec, composed, fake_data
 
 import data
-from cache import source_weight
-from data import Loader, build_example, clip_example, load_tokenizer, pack, prefetch, prepare, prompt_example
-from model import ModelConfig, MultistreamLM, StackConfig
-from streams import Stream, StreamTable, is_audio, lay_out
+from corpus.examples import build_example, clip_example, prompt_example
+from corpus.index import prepare, source_weight
+from data import Loader, pack, prefetch
+from families.family import lay_out
+from layers.architecture import ModelConfig, StackConfig
+from model import MultistreamLM
+from streams import Stream, StreamTable, is_audio
+from text.tokenizers import load_tokenizer
 
 
 @pytest.fixture
@@ -235,7 +239,7 @@ def test_command_line(tmp_path, config, capsys):
     (tmp_path / "c.py").write_text(f"""
 from dataclasses import dataclass
 from data import DataConfig
-from corpus import BYTES
+from fake_corpus import BYTES
 @dataclass(frozen=True)
 class Model:
     layers: int = 1

@@ -9,9 +9,11 @@ from conftest import call
 from tables import CONFIGS, grid
 
 import lora
+from families.qwen import QWEN2_5_1_5B
+from generation.decode_step import SampleConfig
 from lora import LoraConfig, adapters, inject, load_state, matches, merge, norms, quantize, state, strip, unmerge
-from model import QWEN2_5_1_5B, MultistreamLM
-from sample import SampleConfig, generate
+from model import MultistreamLM
+from sample import generate
 
 EVERYWHERE = LoraConfig(rank=3, alpha=7.0, targets=("attn.*", "*ffn.*", "*head"))
 

@@ -11,7 +11,7 @@ from tables import CONFIGS, aligned_table, clone_table, grid
 from kernels import cross_entropy
 from loss import LossConfig, cross_entropy_sums, loss_scale
 from model import MultistreamLM
-from monitor import report
+from training.monitor import report
 
 
 def case(N: int, D: int, Q: int, V: int, seed: int) -> tuple[torch.Tensor, ...]:

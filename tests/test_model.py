@@ -11,10 +11,15 @@ from conftest import ROOT
 from tables import CONFIGS, STACK, grid
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from columns import make_plan
+from families.higgs import HIGGS_V2_3B
+from families.moshi import MOSHI_7B
+from families.moss import MOSS_9B
+from families.qwen import QWEN2_5_1_5B
 from kernels.attention import Runs
 from kernels.rope import rope, rope_tables
-from model import HIGGS_V2_3B, MOSHI_7B, MOSS_9B, QWEN2_5_1_5B, ModelConfig, MultistreamLM, StackConfig
+from layers.architecture import ModelConfig, StackConfig
+from layers.batch_plan import make_plan
+from model import MultistreamLM
 from options import from_json, to_json
 
 NAMES = list(CONFIGS)
@@ -245,7 +250,7 @@ def test_runs_of_packed_rows_equal_a_mask_over_all_pairs(name: str, monkeypatch:
         model = make(name)
         if runs:
             monkeypatch.undo()
-            monkeypatch.setattr("columns.attention_mask", None)
+            monkeypatch.setattr("layers.batch_plan.attention_mask", None)
         else:
             monkeypatch.setattr(Runs, "of", lambda *_: None)
         sums = model(tokens, weights, positions, segments)

@@ -12,7 +12,8 @@ from conftest import ROOT, call, cli
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from config import LoraConfig, TrainConfig
+from config import TrainConfig
+from lora import LoraConfig
 from options import (
     FULL,
     apply,

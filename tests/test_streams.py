@@ -7,23 +7,9 @@ import torch
 from tables import aligned_table, clone_table, example, sequential_example
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from streams import (
-    MAX_AGE,
-    Example,
-    Stream,
-    StreamTable,
-    Undelay,
-    WordFeed,
-    audio_block,
-    delay,
-    is_audio,
-    join,
-    lay_out,
-    show,
-    text_block,
-    undelay,
-    word_rows,
-)
+from families.family import lay_out
+from families.tiny import MAX_AGE, WordFeed, word_rows
+from streams import Example, Stream, StreamTable, Undelay, audio_block, delay, is_audio, join, show, text_block, undelay
 
 CASES = range(25)
 

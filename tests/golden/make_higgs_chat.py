@@ -4,7 +4,7 @@
 
 For each conversation below: its ids, labels, delayed codes and audio labels out of `prepare_chatml_sample` and
 `HiggsAudioSampleCollator`. Then a tiny random model, prompts, and the columns that its greedy `generate` drew: the start
-columns, delays and ends are its own. Read by test_chatml.py and test_higgs.py; the tokenizer is assets/tiny_tokenizer.json.
+columns, delays and ends are its own. Read by test_conversation.py and test_higgs.py; the tokenizer is assets/tiny_tokenizer.json.
 """
 
 import json

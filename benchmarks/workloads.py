@@ -1,0 +1,221 @@
+"""What bench.py measures of a model: a training step, a generation; the work that each needs at least.
+
+    Job -> a small model with random weights, or one as published -> our side, and that of a peer (peers.py)
+
+Next: bench.py.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import lora
+from benchmarks import peers
+from benchmarks.measure import Side
+from checkpoint import DTYPES, export
+from generation.decode_step import SampleConfig, prefill
+from generation.dialogue import UserFeed
+from generation.guidance import Guidance
+from layers.batch_plan import make_plan
+from lora import LoraConfig
+from loss import LossConfig, loss_scale
+from model import MultistreamLM
+from sample import generate
+from streams import delay, is_audio
+
+LORA = {"higgs": ("attn.*", "audio_ffn.*"), "moshi": ("*",), **dict.fromkeys(("qwen", "tiny", "moss"), ("attn.*", "ffn.*"))}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is measured, and how long."""
+
+    model: str = "tiny"        # tiny, higgs, moshi, moss or qwen
+    preset: str = "tiny"       # tiny: small shapes, fp32; full: the published shape with random weights, bf16
+    peer: bool = False         # also run the peer, alternately
+    width: int = 128           # of the tiny preset, a multiple of 32; at 256 more is memory traffic, which both sides share
+    dtype: str = ""            # fp32 or bf16, where not the preset's
+    batch: int = 0             # sequences at once, 0 = 1 in generation, in training 2 of moshi and 4 of others
+    columns: int = 256         # train: of a sequence
+    packed: bool = False       # train: uneven sequences of that length on average, ours packed into one row, the peer's padded
+    codec: bool = False        # train: moshi encodes its recordings in every step, as moshi-finetune does
+    rank: int = 16             # train: of the adapters
+    checkpoint: int = 0        # train: model.checkpoint, 0 to 4; above 0 the peer makes everything again
+    compile: bool = False      # train: torch.compile our blocks
+    context: int = 0           # decode: columns of the prompt of single frames, 0 = 32; aligned families: 1
+    frames: int = 0            # decode: frames timed one by one, behind a tenth as many that are not; 0 = 50, on CUDA 500
+    quantize: str = ""         # decode: "int8" holds every Linear in 8 bits
+    pairs: int = 9             # timed repetitions of each side
+    threads: int = 1           # threads of an operator
+    json: bool = False         # print the JSON lines only
+
+    def __post_init__(self) -> None:
+        assert self.model in LORA, f"model {self.model!r} is none of {', '.join(LORA)}"
+        assert self.preset in ("tiny", "full"), f"preset {self.preset!r} is neither tiny nor full"
+        assert self.dtype in ("", "fp32", "bf16"), f"dtype {self.dtype!r} is neither fp32 nor bf16"
+        assert self.quantize in ("", "int8"), f"quantize {self.quantize!r} is neither empty nor int8"
+        assert not self.packed or self.model not in ("moshi", "tiny"), "packed is for families whose text and audio take turns"
+        assert not self.codec or self.model == "moshi", "codec is for moshi"
+        assert self.pairs > 0 and self.threads > 0 and self.width % 32 == 0 < self.width, "pairs and threads are at least 1, width is 32 n"
+        assert min(self.batch, self.context, self.frames) >= 0 < min(self.columns - 1, self.rank), "columns are at least 2, rank 1"
+
+    @property
+    def half(self) -> bool:
+        return (self.dtype or {"tiny": "fp32", "full": "bf16"}[self.preset]) == "bf16"
+
+
+class Pair(NamedTuple):
+    """What is compared: two sides, or ours alone, and what of them is equal or why there is no peer."""
+
+    ours: Side
+    peer: Side | None
+    told: str
+    model: MultistreamLM
+    tokens: Tensor             # (B, K, S) of ours
+    weights: Tensor
+    lengths: Sequence[int]     # columns of its sequences
+
+
+def write(job: Job, folder: Path) -> tuple[MultistreamLM, str]:
+    """The model, written in the peer's layout when that is to be measured; and why it is not."""
+    dtype, why = DTYPES["bf16" if job.half else "fp32"], peers.missing(job.model)
+    model = peers.build(job.model, job.width if job.preset == "tiny" else 0, dtype, job.checkpoint)
+    why = why or ("" if job.peer else "not measured: add --peer")
+    if not why:
+        export(model, folder, "moshi" if job.model == "moshi" else "hf")
+    return model, why
+
+
+# ---- one training step ----
+
+def uneven(count: int, columns: int) -> list[int]:
+    """Lengths of a log-normal distribution, `columns` on average."""
+    share = (0.6 * torch.randn(count, generator=torch.Generator().manual_seed(3))).exp()
+    lengths = (share / share.sum() * count * columns).int().clamp(min=4)
+    lengths[lengths.argmax()] += count * columns - lengths.sum()
+    return lengths.tolist()
+
+
+def pack(tokens: Tensor, weights: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """All sequences in one row. Their first columns are nobody's target.   -> tokens, weights (1, K, S), positions, segments (1, S)"""
+    tokens, weights = (torch.cat([row[:, :n] for row, n in zip(grid, lengths, strict=True)], 1)[None] for grid in (tokens, weights))
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    segments = torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)])[None]
+    return tokens, weights.masked_fill(positions[:, None] == 0, 0.0), positions, segments
+
+
+def train_case(job: Job, folder: Path) -> Pair:
+    model, why = write(job, folder)
+    lora.inject(model, LoraConfig(rank=job.rank, alpha=2.0 * job.rank, targets=LORA[job.model])).train()
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(p, std=0.01)                     # not zero: every adapter has a gradient from the start
+    device, batch = peers.like(model).device, job.batch or (2 if job.model == "moshi" else 4)
+    lengths = uneven(batch, job.columns) if job.packed else [job.columns] * batch
+    padded = peers.training_batch(model, lengths)
+    grid = pack(*padded, lengths) if job.packed else padded
+    plan, weights = make_plan(model.config, *grid).to(device), grid[1]     # on the host, as train.py does
+    # transformers adds up the means of eight codebooks, the others take one mean over all of them
+    config = LossConfig(audio=float(len(model.table.audio_out)) if job.model == "higgs" else 1.0)
+    scale, peer = loss_scale(weights[..., 1:].sum((0, 2)), model.table, config).to(device), None
+    padded, grid = ([t.to(device) for t in tensors] for tensors in (padded, grid))
+    if not why:
+        export(model, folder / "adapter", "moshi-lora" if job.model == "moshi" else "peft")
+        training = partial(peers.moshi_training, codec=job.codec) if job.model == "moshi" else peers.transformers_training
+        peer = peers.training_side(*training(folder, model, *padded))
+    for block in model.temporal.layers if job.compile else ():
+        block.compile()
+
+    def loss() -> Tensor:
+        with peers.autocast(model):
+            return model(*grid, scale=scale, plan=plan).total
+
+    return Pair(peers.training_side(model, loss), peer, why or "losses of three updates", model, *grid[:2], lengths)
+
+
+def useful_flops(pair: Pair) -> float:
+    """Operations of the products of a step: 2 for a weight and column forward, 2 for what the column hands back, 2 more for a weight
+    that is trained; causal attention. What is made again in the backward is no use."""
+    c, table, wanted = pair.model.config, pair.model.table, pair.weights[..., 1:] != 0
+    audio = is_audio(pair.tokens[..., :-1], table)                         # (B, S)
+    both, spoken = audio.numel(), int(audio.sum())
+    texts, sounds = (int(wanted[:, rows].any(1).sum()) if rows else 0 for rows in (table.text_out, table.audio_out))
+    special = {"embed": texts if c.tied else 0, "text_head": texts, "audio_head": sounds, "depth": sounds}
+
+    def columns(name: str) -> int:
+        """How many of them meet a weight."""
+        if name.startswith(("depth.text.", "depth.audio.")):               # looked up
+            return 0
+        dual = {".ffn.": both - spoken, ".audio_ffn.": spoken} if c.dual_ffn else {}
+        return special.get(name.partition(".")[0], next((n for part, n in dual.items() if part in name), both))
+
+    products = sum((6 if p.requires_grad else 4) * p.numel() * columns(name) for name, p in pair.model.named_parameters() if p.dim() > 1)
+    return products + 6 * sum(n * n for n in pair.lengths) * c.temporal.heads * c.temporal.head * (c.temporal.layers + 2 * c.tail)
+
+
+# ---- decoding ----
+
+def decode_models(job: Job, folder: Path) -> tuple[MultistreamLM, nn.Module | None, str]:
+    """Ours, the peer's network, and why there is none."""
+    model, why = write(replace(job, peer=job.peer and not job.quantize), folder)
+    net = None if why else (peers.moshi_model if job.model == "moshi" else peers.transformers_model)(folder, model).eval()
+    if job.quantize:
+        lora.quantize(model.requires_grad_(False))
+    return model, net, "not measured: 8 bits have no peer" if job.quantize and job.peer else why
+
+
+def decode_sides(model: MultistreamLM, net: nn.Module | None, batch: int, context: int, longest: int,
+                 top_k: int) -> tuple[Side, Side | None]:
+    """Both sides behind a prompt of `context` columns, which LMGen makes by itself; `longest` columns at most, greedy where top_k is 0."""
+    table, device = model.table, peers.like(model).device
+    given = peers.frames(model, batch, context + longest)
+    read = [k for k in table.audio if k not in table.audio_out]
+    prompt = delay(given, table.delays, table.column("start"))[..., :context]
+    if not table.aligned:
+        prompt = torch.full_like(prompt, -1)
+        prompt[:, 0] = given[:, 0, :context]
+        prompt[:, 0, -1] = table.audio_start if table.audio else prompt[:, 0, -1]
+    rows = [*table.text_out, *table.audio_out] if table.aligned else table.audio or table.text
+
+    def ours(columns: int, tick: Callable[[], None] | None = None) -> Tensor:
+        config = SampleConfig(temperature=peers.WARM if top_k else 0.0, top_k=top_k, max_frames=columns, min_frames=columns if top_k else 0)
+        feed = UserFeed(given[:, read], table, True, context) if read else None            # as LMGen, which drops the first frame
+        made = []
+        for frame in generate(model, prompt, config, feed):
+            made.append(frame)
+            if tick:
+                tick()
+        kept = torch.stack(made, -1)[:, rows]
+        return kept[..., (kept >= 0).any(1)[0]]
+
+    if net is None:
+        return ours, None
+    if table.aligned:
+        return ours, peers.moshi_decoding(net, given[:, read].to(device), top_k)
+    return ours, peers.transformers_decoding(net, model, prompt.to(device), top_k)
+
+
+def floor_bytes(model: MultistreamLM, batch: int, positions: float) -> float:
+    """Bytes that a speaking column reads at least: each weight it meets once, keys and values of `positions` for each of the batch."""
+    c, stack = model.config, model.config.temporal
+    passed = ["depth.text.", "depth.audio."] + ["embed."] * (not c.tied) + [".ffn."] * bool(c.dual_ffn)
+    passed += ["text_head", "text_tail"] if model.table.audio and not model.table.aligned else []
+    weights = sum(p.nbytes for name, p in model.named_parameters() if not any(part in name for part in passed))
+    width = model.temporal.layers[0].attn_norm.weight.element_size()      # of what the cache holds
+    return weights + batch * min(positions, stack.window or positions) * 2 * (stack.layers + c.tail) * stack.kv * stack.head * width
+
+
+def prefill_side(model: MultistreamLM, batch: int, context: int) -> Side:
+    tokens = peers.frames(model, batch, context).to(peers.like(model).device)
+    padding, guide = tokens.new_zeros(batch), Guidance(SampleConfig(), model.table)
+
+    @torch.inference_mode()
+    def side() -> Tensor:
+        return prefill(model, tokens, padding, model.cache(batch, context), guide)[1]
+
+    return side

@@ -1,0 +1,159 @@
+"""Examples: entries of an index, or a text and a voice, -> what a layout function needs.
+
+`build_example` makes the example of an entry, `prompt_example` what sampling starts from. Next: data.py.
+"""
+
+import random
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from audio.wav import resample
+from corpus.cache import encode, name_warnings
+from corpus.checks import usable_clip
+from corpus.data_config import DataConfig
+from corpus.index import Index, new_chat
+from families.family import family_of
+from streams import Example, StreamTable
+from text.conversation import Segment
+from text.normalisers import normalise
+from text.tokenizers import Tokenizer, load_tokenizer
+from text.word_times import text_weights
+
+
+def clip_example(index: Index, number: int, version: int, aligned: bool) -> Example:
+    """One variant of a clip, or a text without audio."""
+    entry, text = index.entries[number], index.text(number)
+    if not entry.key:
+        return Example(text[0], name=entry.id)
+    return Example(text[0], index.codes(number, version), text[1 + version] if aligned else None, name=entry.id)
+
+
+def joined_example(index: Index, number: int, versions: Sequence[int], aligned: bool) -> Example:
+    """Clips joined: codes one behind the other (frames of the codec are local), words with the frames before them added."""
+    entry = index.entries[number]
+    clips = [clip_example(index, part, version, aligned) for part, version in zip(entry.parts, versions, strict=True)]
+    codes = torch.cat([clip.codes for clip in clips], dim=1)                    # (Q, T1) ... -> (Q, T)
+    if not aligned:
+        return Example(index.text(number)[0], codes, name=entry.id)
+    before = accumulate((clip.codes.shape[1] for clip in clips), initial=0)     # frames
+    starts = torch.cat([clip.starts + frames for clip, frames in zip(clips, before, strict=False)])
+    return Example(torch.cat([clip.text for clip in clips]), codes, starts, name=entry.id)
+
+
+def build_example(index: Index, number: int, table: StreamTable, draw: random.Random | None = None, reference: int = -1) -> Example:
+    """Example of an entry: variants drawn with `draw`, or the clips as they are. Its own reference goes before a drawn one."""
+    entry = index.entries[number]
+    if index.chat is not None:
+        return chat_example(index, number, draw, reference)
+    if entry.chunk:
+        return dialogue_example(index, number, draw_version(index, number, draw), max(table.delays) + 1)
+    versions = [draw_version(index, n, draw) for n in entry.parts or [number]]
+    example = (joined_example(index, number, versions, table.aligned) if entry.parts
+               else clip_example(index, number, versions[0], table.aligned))
+    if index.info["duplex"] and example.codes is not None:
+        example.codes, example.user = example.codes.chunk(2)                    # left is the agent, right the user
+    reference = entry.reference if entry.reference >= 0 else reference
+    if reference >= 0:
+        example.reference = build_example(index, reference, table, draw)
+    return example
+
+
+def draw_version(index: Index, number: int, draw: random.Random | None) -> int:
+    return draw.randrange(max(1, len(index.entries[number].frames))) if draw else 0
+
+
+def dialogue_example(index: Index, number: int, version: int, context: int) -> Example:
+    """A chunk of a dialogue, with `context` frames of what was before where there is something: left agent, right user."""
+    entry = index.entries[number]
+    n, chunks = entry.chunk
+    T, at = entry.frames[version], sum(entry.frames[:version])
+    begin, end = T * n // chunks, T * (n + 1) // chunks
+    first = max(0, begin - context)
+    agent, user = index.codes(number, version)[:, first:end].chunk(2)
+    text = index.text(number - n)[0, at + first : at + end]             # all chunks share the row of the first
+    codes = {"codes": user, "user": agent} if entry.swapped else {"codes": agent, "user": user}
+    told = torch.tensor(entry.conditions, dtype=torch.long) if entry.conditions else None
+    weights = text_weights(text, *index.padding)
+    return Example(text, **codes, weights=weights, conditions=told, before=begin - first, name=entry.id)
+
+
+def chat_example(index: Index, number: int, draw: random.Random | None, reference: int) -> Example:
+    """An entry as a conversation: its own messages, or the official clone prompt around its transcript and recording."""
+    def codes(n: int) -> Tensor:
+        return torch.cat([index.codes(part, draw_version(index, part, draw)) for part in index.entries[n].parts or [n]], dim=1)
+
+    entry = index.entries[number]
+    if entry.messages:
+        return chat_of(index.chat.segments(entry.messages, [codes(n) for n in entry.clips], entry.start), entry.id)
+    if index.chat.template.clone_prompt is None:
+        return chat_of(index.chat.plain(entry.text), entry.id)
+    own, reference = codes(number), entry.reference if entry.reference >= 0 else reference
+    references = [(index.entries[reference].text, codes(reference))] if reference >= 0 else []
+    return chat_of(index.chat.spoken(entry.text, own, references, entry.scene), entry.id)
+
+
+def chat_of(segments: list[Segment], name: str) -> Example:
+    return Example(torch.zeros(0, dtype=torch.long), segments=segments, name=name)
+
+
+def prompt_example(text: str, config: DataConfig, tokenizer: Tokenizer, codec: Any = None, voices: Sequence[tuple[str, str]] = (),
+                   table: StreamTable | None = None, before: Sequence[tuple[str, Tensor]] = (), reply: str = "") -> Example:
+    """Build what sampling starts from: a text and, for cloning, `voices`: (wav file, its transcript), or ("", "profile:...").
+
+    `table` tells aligned rows and conversations from plain sequences; a conversation goes on behind `before`, pairs of
+    text and codes that were spoken already. `reply` asks for "text" or "speech" where a model has both.
+    """
+    aligned, chat = table is not None and table.aligned, new_chat(config, tokenizer, table)
+
+    def ids(text: str) -> Tensor:
+        words = normalise(text, config.normaliser)
+        if not words.strip():
+            raise ValueError(f"text {text!r} is empty under normaliser {config.normaliser}; give it some words")
+        return torch.tensor([i for part in (words.split() if aligned else [words]) for i in tokenizer.encode(part)])
+
+    example = Example(ids(text), name="prompt")
+    nothing = torch.zeros(0, 0, dtype=torch.long)
+    found = [(said, reference_codes(name, said, config, codec) if name else nothing) for name, said in voices]
+    if chat is not None:
+        return chat_of(chat.prompt(text, found, before=before, reply=reply), "prompt")
+    most = 1 if table is None else family_of(table).references
+    if len(voices) > most or any(not name for name, _ in voices):
+        raise ValueError(f"{len(voices)} voices were given, a prompt of this model holds {most or 'none'}; leave --ref out"
+                         + (" but for one recording" if most else ""))
+    for said, codes in found:
+        example.reference = Example(ids(said), codes, name=voices[0][0])
+    return example
+
+
+def spoken_prompt(index: Index, number: int, voice: int, config: DataConfig, table: StreamTable) -> Example:
+    """The prompt that asks for what an entry says, in the voice of another entry (-1 = none)."""
+    entry = index.entries[number]
+    if index.chat is not None:
+        voices = [(index.entries[voice].text, index.codes(voice, 0))] if voice >= 0 else []
+        return chat_of(index.chat.prompt(entry.text, voices, entry.scene), entry.id)
+    example = prompt_example(entry.text, config, load_tokenizer(config.tokenizer), table=table)
+    example.reference = clip_example(index, voice, 0, table.aligned) if voice >= 0 else None
+    return example
+
+
+def reply_example(messages: list[dict[str, Any]], codes: Sequence[Tensor], config: DataConfig, tokenizer: Tokenizer, table: StreamTable,
+                  reply: str = "") -> Example:
+    """Build what a reply to messages starts from; `codes` (Q, T) of their recordings, `reply` "text" or "speech" ("" = if it can)."""
+    chat = new_chat(config, tokenizer, table)
+    if chat is None:
+        raise ValueError(f"{family_of(table).name} knows no conversation; give it --text")
+    return chat_of(chat.segments(messages, codes, reply=reply or ("speech" if chat.template.speak else "text")), "prompt")
+
+
+def reference_codes(name: str, said: str, config: DataConfig, codec: Any) -> Tensor:
+    """Codes (Q, T) of a reference recording; ValueError when it cannot serve as one."""
+    name_warnings([{"id": name, "file": name}])
+    try:
+        wav, rate = usable_clip({"file": name, "text": said}, (config.min_seconds, config.max_seconds))
+    except ValueError as error:
+        raise ValueError(f"reference {name}: {'; '.join(error.args)}") from None
+    return encode(codec, resample(wav, rate, codec.sample_rate).clamp(-1, 1))

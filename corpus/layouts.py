@@ -1,0 +1,393 @@
+"""The layouts that speech comes in: each is recognised, read and converted to rows of a manifest.
+
+    stereo dialogues    {"path", "duration"} and a .json of alignments beside the wav (Moshi, J-Moshi, DailyTalkContiguous)
+    conversations       {"messages": [...]}, a json list or jsonl (Higgs ChatML, ms-swift, TRL)
+    cloning samples     {"samples": [{"audio_file", "ref_audio_file", ...}]} (train-higgs-audio)
+    tagged transcripts  {"file_path", "full_transcript"} with [S1], [S2] (MOSS-TTSD)
+    metadata            metadata.csv, LJSpeech, a csv or tsv with a header
+    wav + txt, wav + json    folders of pairs
+
+LAYOUTS says how each is read and made ours. Next: checks.py.
+"""
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from corpus.manifest import OURS, SOUNDS, Manifest, Row, Unusable, accept, compose, inside, readable
+from families.family import marks_of_turns
+from options import parse_row
+from text.conversation import Message, bare, checked, clips, parts, said
+from text.word_times import MAIN, as_json, parse_alignments, tidy_words
+
+MAX_MANIFEST = 1 << 30      # bytes; what is larger is not a manifest
+COLUMNS = {"audio": ("file_name", "audio", "path", "wav", "filename"),
+           "text": ("text", "transcription", "sentence", "transcript", "normalized_text"),
+           "speaker": ("speaker", "speaker_id", "source", "client_id")}
+
+
+def read_manifest(path: str | Path, allow_outside: bool = False, nested: bool = False, assistant_text: str = "drop") -> Manifest:
+    """Recognise a source and read its rows; rows that cannot be read are in `.bad`.
+
+    Raises FileNotFoundError without the source, ValueError when its layout is unknown.
+    """
+    kind, path = detect(Path(path))
+    m, virtual = Manifest(path, kind, allow_outside, assistant_text=assistant_text), []
+    read, convert = LAYOUTS[kind]
+    for where, row in read(m):
+        try:
+            row = pair(m, row, convert) if "rejected" in row else convert(m, row)
+            if "rejected" in row:
+                accept_pair(m, where, row)
+            elif {"parts", "compose", "manifest"} & row.keys():
+                virtual.append((where, row))
+            else:
+                accept(m, where, row)
+        except Unusable as error:
+            m.reject(where, *error.args)
+    for where, row in [] if nested else virtual:        # a manifest that another one names lends its clips only
+        try:
+            add_virtual(m, where, row)
+        except Unusable as error:
+            m.reject(where, *error.args)
+    return m
+
+
+def detect(path: Path) -> tuple[str, Path]:
+    """Name the layout of a file or folder, and the file that lists its rows."""
+    if path.is_dir():
+        named = [path / n for n in ("manifest.jsonl", "metadata.csv", "metadata.jsonl", "metadata.tsv", "metadata.json")]
+        lists = [p for p in named if p.is_file()] or sorted(path.glob("*.jsonl"))
+        if not lists:
+            paired = any(p.with_suffix(".json").is_file() for p in path.rglob("*") if p.suffix.lower() in SOUNDS)
+            return ("wav + json" if paired else "wav + txt"), path
+        path = lists[0]
+    if not path.is_file():
+        raise FileNotFoundError(f"data source {path} does not exist; check the path")
+    if path.suffix in (".csv", ".tsv", ".txt"):
+        return "metadata", path
+    first = next((row for _, row in json_rows(Manifest(path))), {})
+    keys = (first | first["chosen"] if isinstance(first.get("chosen"), dict) else first).keys()
+    for kind, marks in (("manifest", ("audio", "parts", "compose", "manifest")), ("conversations", ("messages", "prompt")),
+                        ("cloning samples", ("samples", "audio_file")), ("tagged transcripts", ("full_transcript",)),
+                        ("stereo dialogues", ("path",)), ("metadata", ("file_name",)), ("manifest", ("text",))):
+        if keys & set(marks):
+            return kind, path
+    raise ValueError(f"{path} has no known layout (first row: {', '.join(keys) or 'none'}); see `python data.py --help`")
+
+
+def text_lines(m: Manifest, path: Path | None = None) -> Iterator[tuple[int, str]]:
+    """Yield the numbered lines of a UTF-8 file that are not blank; undecodable ones are rejected."""
+    path = path or m.path
+    if path.stat().st_size > MAX_MANIFEST:
+        raise ValueError(f"{path} has more than {MAX_MANIFEST} bytes; split it into several manifests")
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            text = raw.decode("utf-8-sig", errors="replace").rstrip("\r\n")     # U+FFFD marks what is not UTF-8
+            if "\ufffd" in text:
+                m.reject(f"{path.name} line {number}", "bad encoding", "save the file as UTF-8")
+            elif text.strip():
+                yield number, text
+
+
+def json_rows(m: Manifest) -> Iterator[tuple[str, Row]]:
+    """Yield the objects of a jsonl file, or of a json list, with the place where each stands."""
+    if m.path.suffix == ".json":
+        yield from json_list(m)
+        return
+    for number, text in text_lines(m):
+        try:
+            row = parse_row(text)
+        except ValueError as error:
+            m.reject(f"line {number}", "malformed json", f"mend it: {error}")
+            continue
+        yield f"line {number}", row
+
+
+def json_list(m: Manifest) -> Iterator[tuple[str, Row]]:
+    try:
+        found = json.loads("\n".join(line for _, line in text_lines(m)))
+    except (ValueError, RecursionError) as error:
+        m.reject(f"line {getattr(error, 'lineno', 1)}", "malformed json", f"mend it: {error}")
+        return
+    for i, row in enumerate(found if isinstance(found, list) else [found]):
+        if isinstance(row, dict):
+            yield f"item {i}", row
+        else:
+            m.reject(f"item {i}", "malformed json", "each item must be an object {...}")
+
+
+def metadata(m: Manifest) -> Iterator[tuple[str, Row]]:
+    """Read LJSpeech `id|text|normalised`, or a csv / tsv / jsonl with a header (datasets' AudioFolder, Common Voice)."""
+    if m.path.suffix == ".jsonl":
+        yield from ((where, renamed(row, m)) for where, row in json_rows(m))
+        return
+    lines = [text for _, text in text_lines(m)]
+    mark = next((c for c in "|\t" if lines and c in lines[0]), ",")
+    try:
+        table = list(csv.reader(lines, delimiter=mark, quoting=csv.QUOTE_NONE if mark == "|" else csv.QUOTE_MINIMAL))
+    except csv.Error as error:
+        raise ValueError(f"{m.path} is not a readable table ({error}); save it again as csv in UTF-8") from None
+    header = [name.strip().lower() for name in table[0]] if table else []
+    headed = any(name in header for name in COLUMNS["audio"])
+    if not headed and mark != "|":
+        raise ValueError(f"{m.path} has no column of audio (found: {', '.join(header)}); name one {' or '.join(COLUMNS['audio'])}")
+    if not headed:
+        m.notes.append("no header: read as LJSpeech id|text|normalised text")
+    for number, cells in enumerate(table[headed:], 1 + headed):
+        if headed:
+            yield f"row {number}", renamed(dict(zip(header, cells, strict=False)), m)
+        else:
+            places = [f"wavs/{cells[0]}.wav", f"wav/{cells[0]}.wav", f"{cells[0]}.wav"]
+            audio = next((p for p in places if (m.root / p).is_file()), places[0])
+            yield f"row {number}", {"id": cells[0], "audio": audio, "text": next(filter(None, reversed(cells[1:])), "")}
+
+
+def renamed(row: Row, m: Manifest) -> Row:
+    """Give the columns of other people's tables our names; say once which."""
+    found = {ours: next((n for n in names if n in row), "") for ours, names in COLUMNS.items()}
+    note = "columns: " + ", ".join(f"{theirs} -> {ours}" for ours, theirs in found.items() if theirs)
+    if note not in m.notes:
+        m.notes.append(note)
+    new = {ours: row[theirs] for ours, theirs in found.items() if theirs}
+    if "audio" in new and not (m.root / str(new["audio"])).is_file() and (m.root / "clips" / str(new["audio"])).is_file():
+        new["audio"] = f"clips/{new['audio']}"                # Common Voice
+    return {k: row[k] for k in ("id", "language", "split") if k in row} | new
+
+
+def pairs(m: Manifest) -> Iterator[tuple[str, Row]]:
+    """Read a folder of sound files that each have a .txt of the same name; a folder inside it is a speaker."""
+    for path in sorted(p for p in m.path.rglob("*") if p.suffix.lower() in SOUNDS):
+        name, transcript, before = path.relative_to(m.path), path.with_suffix(".txt"), len(m.bad)
+        if not transcript.is_file():
+            m.reject(str(name), "no transcript", f"write what is said into {transcript.name}, or run data.py annotate for dialogues")
+            continue
+        text = "\n".join(line for _, line in text_lines(m, transcript))
+        if len(m.bad) == before:
+            speaker = {} if name.parent == Path(".") else {"speaker": name.parts[0]}
+            yield str(name), {"id": name.with_suffix("").as_posix(), "audio": name.as_posix(), "text": text} | speaker
+
+
+TAG = "<audio>"                     # ms-swift's placeholder
+SEED_REQUEST = re.compile(r"\s*please generate speech for given text[^:]*:\s*", re.I)
+
+
+def chat_row(m: Manifest, sample: Row) -> Row:
+    """Conversations: the last assistant turn is the row, an earlier turn with audio its reference (chatml.py)."""
+    return readable(sample_row, readable(untagged, sample) if "audios" in sample else sample, m.assistant_text)
+
+
+def as_clone_request(messages: list[Message], assistant_text: str = "drop") -> list[Message]:
+    """Rewrite the one-turn request [text, audio, "Please generate speech for given text ...: X"] to the clone layout.
+
+    Its answer often repeats X before the speech: `assistant_text` "drop" leaves that out, as official prompts do.
+    """
+    *before, ask, answer = messages if len(messages) >= 2 else [{}, {}]
+    found = list(parts(ask["content"])) if ask.get("role") == "user" and answer.get("role") == "assistant" else []
+    if len(found) != 3 or not isinstance(found[1], dict) or not isinstance(found[2], str) or not SEED_REQUEST.match(found[2]):
+        return messages
+    said = list(parts(answer["content"])) if assistant_text == "keep" else clips(answer["content"])
+    turns = [("user", found[0]), ("assistant", found[1]), ("user", SEED_REQUEST.sub("", found[2], count=1)), ("assistant", said)]
+    return [*before, *({"role": role, "content": content} for role, content in turns)]
+
+
+def untagged(sample: Message) -> Message:
+    """An ms-swift sample, <audio> in its texts and the files apart in "audios", as a ChatML sample."""
+    messages, files = sample.get("messages"), sample["audios"] if isinstance(sample["audios"], list) else [sample["audios"]]
+    messages = messages if isinstance(messages, list) else []
+    texts = [m["content"] if isinstance(m, dict) and isinstance(m.get("content"), str) else "" for m in messages]
+    marks = sum(text.count(TAG) for text in texts)
+    if marks != len(files) or not all(isinstance(file, str) for file in files):
+        raise ValueError(f'wrong placeholder count; {marks} times {TAG} in the messages, {len(files)} names in "audios": name each once')
+    given, out = iter(files), []
+    for message, text in zip(messages, texts, strict=True):
+        if TAG in text:
+            first, *others = text.split(TAG)
+            content = [first, *(part for other in others for part in ({"type": "audio", "audio_url": next(given)}, other))]
+            message = message | {"content": [part for part in content if part != ""]}
+        out.append(message)
+    return {k: v for k, v in sample.items() if k != "audios"} | {"messages": out}
+
+
+def sample_row(sample: Message, assistant_text: str = "drop") -> Message:
+    """A ChatML sample as a manifest row: the last assistant turn with audio is the row, the audio before it its reference.
+
+    `clips` names the audio parts in reading order by a suffix to the row's id ("" is the row itself), `others` holds
+    those that are neither.
+    """
+    messages = as_clone_request(checked(sample.get("messages"), marks_of_turns()), assistant_text)
+    replies = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    last = max((i for i in replies if clips(messages[i]["content"])), default=replies[-1])
+    heard = [(i, part) for i, m in enumerate(messages) for part in clips(m["content"])]
+    own = max((n for n, (i, _) in enumerate(heard) if i == last), default=-1)
+    row = {k: sample[k] for k in ("id", "speaker", "language", "split", "group", "start_index") if sample.get(k) not in (None, "")}
+    row = {k: v for k, v in row.items() if v == v}                              # tables write NaN for what is missing
+    misc = sample.get("misc")
+    if "speaker" not in row and isinstance(misc, dict) and misc.get("speaker"):
+        row["speaker"] = misc["speaker"]
+    row |= {"text": said(messages, last), "messages": [bare(m) for m in messages], "clips": [], "others": {}}
+    for n, (i, part) in enumerate(heard):
+        about = {"text": said(messages, i), "audio": part.get("audio_url") or "(inline)"}
+        about |= {k: part[k] for k in ("offset", "duration", "raw_audio") if part.get(k) is not None}
+        row["clips"].append("" if n == own else "#reference" if n == own - 1 else f"#{n}")
+        if n == own:
+            row |= about | {"text": row["text"]}
+        elif n == own - 1:
+            row["reference"] = about
+        else:
+            row["others"][f"#{n}"] = about
+    return row
+
+
+def stereo_row(m: Manifest, item: Row) -> Row:
+    """Moshi's {"path", "duration"}: words and their times come from the .json beside the stereo file."""
+    name = str(item.get("path") or "(no path)")
+    side = inside(m, name).with_suffix(".json")
+    if not side.is_file():
+        form = '{"alignments": [[word, [start, end], speaker]]}'
+        raise Unusable("no alignment file", f"put {side.name} {form} beside {name}, or run data.py annotate")
+    text = "\n".join(line for _, line in text_lines(m, side))
+    try:
+        given = json.loads(text)
+        found, told = parse_alignments(given), given.get("text_conditions") if isinstance(given, dict) else None
+        if not (told is None or isinstance(told, dict) and all(v is None or isinstance(v, str) for v in told.values())):
+            raise ValueError(f"text_conditions is {str(told)[:60]}, wanted names with one word each")
+    except (ValueError, RecursionError) as error:
+        raise Unusable("malformed alignments", f"mend {side.name}: {error}") from None
+    words = [[word, start] for word, start, _, who in tidy_words(found)[0] if who == MAIN]
+    said = " ".join(word for word, _ in words)
+    kept = {key: item[key] for key in ("id", "speaker", "split") if key in item} | ({"text_conditions": told} if told else {})
+    return kept | {"audio": name, "stereo": True, "text": said, "words": words, "alignments": as_json(found)}
+
+
+def stereo_pairs(m: Manifest) -> Iterator[tuple[str, Row]]:
+    """Read a folder of sound files that each have a .json of alignments (DailyTalkContiguous without its list)."""
+    for path in sorted(p for p in m.path.rglob("*") if p.suffix.lower() in SOUNDS and p.with_suffix(".json").is_file()):
+        yield (name := path.relative_to(m.path).as_posix()), {"path": name}
+
+
+def clone_samples(m: Manifest) -> Iterator[tuple[str, Row]]:
+    """Read the list in train-higgs-audio's metadata.json, or lines of such samples."""
+    for where, row in json_rows(m):
+        items = row.get("samples", [row])
+        for i, item in enumerate(items if isinstance(items, list) else [items]):
+            name = f"sample {i}" if "samples" in row else where
+            if isinstance(item, dict):
+                yield name, item
+            else:
+                m.reject(name, "malformed json", "each sample must be an object {...}")
+
+
+def clone_sample(m: Manifest, item: Row) -> Row:
+    """train-higgs-audio: the words of a recording and of its reference stand in files, or beside them in the sample."""
+    row = {"audio": str(item.get("audio_file") or ""), "text": transcript_of(m, item, "transcript"),
+           "speaker": str(item.get("speaker_id") or item.get("speaker_name") or "")}
+    name = str(item.get("id") or item.get("audio_id") or "")
+    row |= {key: item[key] for key in ("language", "scene", "split", "offset") if item.get(key)} | ({"id": name} if name else {})
+    if item.get("ref_audio_file"):
+        row["reference"] = {"audio": str(item["ref_audio_file"]), "text": transcript_of(m, item, "ref_transcript")}
+    return row
+
+
+def transcript_of(m: Manifest, item: Row, key: str) -> str:
+    """What is said, from item[key] or from the file that item[key + "_file"] names; "" when there is neither."""
+    if isinstance(item.get(key), str) or not item.get(f"{key}_file"):
+        return str(item.get(key) or "")
+    path = inside(m, str(item[f"{key}_file"]))
+    if not path.is_file():
+        raise Unusable("no transcript", f"{path} does not exist: write into it what is said")
+    return "\n".join(line for _, line in text_lines(m, path))
+
+
+def tagged_row(m: Manifest, item: Row) -> Row:
+    """MOSS-TTSD: speakers are numbered from 1 and marked [S1], ours from 0 and [SPEAKER0]."""
+    text = re.sub(r"\[S(\d+)\]", lambda mark: f"[SPEAKER{int(mark[1]) - 1}] ", str(item.get("full_transcript") or ""))
+    return {k: v for k, v in item.items() if k not in ("file_path", "full_transcript")} | {"audio": item.get("file_path"), "text": text}
+
+
+def own_row(m: Manifest, row: Row) -> Row:
+    """A row of ours, or one that names its reference as MOSS-TTSD does."""
+    if "reference_audio" in row and "reference" not in row:
+        row["reference"] = {"audio": row.pop("reference_audio"), "text": row.pop("reference_text", "")}
+    return row
+
+
+def as_it_is(m: Manifest, row: Row) -> Row:
+    return row
+
+
+LAYOUTS = {"manifest": (json_rows, own_row), "metadata": (metadata, as_it_is), "wav + txt": (pairs, as_it_is),
+           "conversations": (json_rows, chat_row), "stereo dialogues": (json_rows, stereo_row),
+           "cloning samples": (clone_samples, clone_sample), "tagged transcripts": (json_rows, tagged_row),
+           "wav + json": (stereo_pairs, stereo_row)}                                           # how rows are read, and made ours
+
+
+def pair(m: Manifest, row: Row, convert: Callable[[Manifest, Row], Row]) -> Row:
+    """A preference row as the row of its better side, that of the other one under "rejected"."""
+    shared = {k: v for k, v in row.items() if k not in ("chosen", "rejected", "prompt")}
+    if "prompt" in row:
+        shared["messages"] = [{"role": "user", "content": row["prompt"]}] if isinstance(row["prompt"], str) else row["prompt"]
+    before = shared.get("messages") if "chosen" in row else None
+    if before is not None:
+        if not isinstance(before, list):
+            raise Unusable("malformed pair", '"messages" is the list of what was said before both replies')
+        asked = [[*before, *answer(row[name])] for name in ("chosen", "rejected")]
+        better, worse = (convert(m, shared | {"messages": messages}) for messages in asked)
+    elif isinstance(row["rejected"], dict) and isinstance(row.get("chosen", {}), dict) and "parts" not in row:
+        better = convert(m, shared | row.get("chosen", {}))
+        worse = convert(m, (shared if "chosen" in row else {}) | row["rejected"])
+    else:
+        raise Unusable("malformed pair", 'give "messages" and a "chosen" and "rejected" reply, or two objects that each name their audio')
+    for side in (better, worse) if "clips" in better and "clips" in worse else ():
+        side.setdefault("start_index", len(side["messages"]) - 1)       # all before the reply is the same on both sides
+    return better | {"rejected": worse}
+
+
+def answer(reply: Any) -> list[Row]:
+    """The turn of a reply: its content, or TRL's list of one message."""
+    if isinstance(reply, list) and reply and all(isinstance(part, dict) and "role" in part for part in reply):
+        return reply
+    return [{"role": "assistant", "content": reply}]
+
+
+def accept_pair(m: Manifest, where: str, row: Row) -> None:
+    """Add a preference row. Its rejected side lends what it holds, as a reference does; it is no row of its own."""
+    row["id"] = str(row.get("id") or where)
+    row["rejected"]["id"] = f"{row['id']}#rejected"
+    accept(m, where, row["rejected"])
+    if m.rows and m.rows[-1] is row["rejected"]:
+        m.rows.pop()
+        accept(m, where, row)
+
+
+def add_virtual(m: Manifest, where: str, row: Row) -> None:
+    """Resolve a "manifest" reference, then a "parts" row or a "compose" rule."""
+    clips = m.clips
+    if name := str(row.get("manifest") or ""):
+        if name not in m.named:
+            other = read_manifest(inside(m, name), m.allow_outside, nested=True)
+            m.named[name], m.bad = other.clips, m.bad + other.bad
+        clips = m.named[name]
+    if "compose" in row:
+        try:
+            rows = compose(row["compose"], clips)
+        except (KeyError, TypeError, ValueError) as error:
+            raise Unusable("malformed compose", f"{error}; see `python data.py --help`") from None
+        m.virtual.append(row)
+    elif isinstance(row.get("parts"), list) and all(isinstance(p, str) for p in row["parts"]):
+        rows = [row]
+    else:
+        raise Unusable("malformed parts", 'a virtual line has "parts": ["id", ...] or "compose": {...}')
+    for new in rows:
+        name = str(new.get("id") or where)
+        missing = [p for p in new["parts"] if p not in clips or not clips[p]["file"]]
+        if missing or not new["parts"] or name in m.clips:
+            m.reject(f"{where} {name}", "missing part or duplicate id", f"unknown parts: {missing[:3]}")
+            continue
+        m.clips |= {p: clips[p] for p in new["parts"] if p not in m.clips}
+        text = str(new.get("text") or " ".join(clips[p]["text"] for p in new["parts"]))
+        m.clips[name] = new | OURS | {"id": name, "text": text, "speaker": clips[new["parts"][0]]["speaker"]}
+        m.rows.append(m.clips[name])

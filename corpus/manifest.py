@@ -1,0 +1,238 @@
+"""Manifests: one list of rows, whatever layout speech comes in, and what a row must have.
+
+A manifest is a jsonl file, one object a line, audio paths relative to its folder and never leaving it:
+
+    {"id": "digits/4", "audio": "digits/4.opus", "text": "four", "speaker": "allison", "group": "digits", "words": [["four", 0.08]]}
+
+Also understood: language, synthetic, split ("train"; any other word is held out), offset and duration (seconds, a piece of a longer
+file), reference {"audio", "text"}, stereo (left = agent, right = user), alignments (words of both, see below). Without "audio" a row
+is text only.
+Two kinds of line are virtual: codes of clips joined, and a rule that writes such lines. "manifest" says in which other
+file the clips live (default: this one).
+
+    {"manifest": "manifest.jsonl", "id": "42", "parts": ["digits/4", "digits/2"], "text": "four two"}
+    {"manifest": "manifest.jsonl", "compose": {"group": "digits", "count": [1, 6], "rows": 4000, "seed": 0, "held_out": 0.1}}
+
+A dialogue has alignments [[word, [start, end], "SPEAKER_MAIN" or another], ...]; beside them may stand text_conditions
+{name: value} for a model that has some (Hibiki). Moshi's {"path", "duration"} takes them
+from the .json beside the wav ({"alignments": ...}, or J-Moshi's [{"speaker", "word", "start", "end"}]); a folder of such
+pairs needs no list.
+
+Other layouts are recognised and converted: wav + txt folders, metadata.csv / LJSpeech, stereo dialogues (jsonl), conversations
+(Higgs ChatML: a json list or jsonl of {"messages": [...]}, optional "speaker", "split", "group" and "start_index"; text alone,
+or recordings as {"type": "audio", "audio_url" or base64 "raw_audio", "text": what it says}; ms-swift: <audio> in the text, the files
+in "audios"),
+train-higgs-audio's metadata.json ({"samples": [{"audio_file", "transcript_file", "ref_audio_file", "ref_transcript", ...}]}), MOSS-TTSD
+({"file_path", "full_transcript"}, or "reference_audio" and "reference_text" beside "audio" and "text").
+A preference row has two sides (objective.py), replies to the same messages or whole recordings; TRL's "prompt" is "messages" too:
+
+    {"id": "7", "messages": [...], "chosen": "Your order is on its way.", "rejected": [{"type": "audio", "audio_url": "curt.wav"}]}
+    {"id": "8", "chosen": {"path": "good.wav"}, "rejected": {"path": "bad.wav"}}
+
+A bad row is named with its reason and its fix and left out. Next: layouts.py, which reads files.
+"""
+
+import base64
+import binascii
+import hashlib
+import io
+import os
+import random
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import soundfile
+
+from families.family import marks_of_turns
+from text.conversation import checked, clips
+
+SOUNDS = (".wav", ".flac", ".ogg", ".opus", ".mp3")
+MAX_ROWS = 10_000_000       # rows that one compose line may ask for, and clips in one of them
+MAX_PARTS = 1000
+MAX_INLINE = 64 << 20       # characters of base64 that one recording may have
+INLINE = "(inline)"         # file name of a recording that stands in the manifest itself
+ALLOW = "or allow it: check --allow-outside, --data.allow_outside=True"
+OURS = {"file": "", "mark": "", "key": "", "shard": ""}     # what cache.py fills in: nothing that a manifest could say
+Row = dict[str, Any]
+
+
+class Unusable(ValueError):
+    """A row that must be left out; args are the reason and the fix."""
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A row that is left out: where it stands, why, and what would mend it."""
+
+    where: str
+    reason: str
+    fix: str
+
+
+@dataclass
+class Manifest:
+    """The rows of one source. Every row has id, text, and `file` (its audio on this machine, "" for none)."""
+
+    path: Path
+    kind: str = "manifest"
+    allow_outside: bool = False
+    rows: list[Row] = field(default_factory=list)
+    clips: dict[str, Row] = field(default_factory=dict)     # by id: own rows and those of the manifests it names
+    named: dict[str, dict[str, Row]] = field(default_factory=dict)      # clips of those manifests, by file
+    virtual: list[Row] = field(default_factory=list)        # compose lines as they were written
+    bad: list[Bad] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    assistant_text: str = "drop"                            # of the one-turn clone requests that chatml.py rewrites
+
+    @property
+    def root(self) -> Path:
+        return self.path if self.path.is_dir() else self.path.parent
+
+    def reject(self, where: str, reason: str, fix: str) -> None:
+        self.bad.append(Bad(where, reason, fix))
+
+
+def inside(m: Manifest, name: str) -> Path:
+    """The file that a manifest names; Unusable when it is not in the manifest's folder."""
+    path, reason = m.root / name, ""
+    if "\0" in name:
+        reason = "malformed path"
+    elif not m.allow_outside and (os.path.isabs(name) or ".." in Path(name).parts):
+        reason = "path outside the folder"
+    elif not m.allow_outside and not path.resolve().is_relative_to(m.root.resolve()):
+        reason = "path outside the folder (symlink)"
+    if reason:
+        raise Unusable(reason, f"move {name} into {m.root}, {ALLOW}")
+    return path
+
+
+def is_time(value: Any) -> bool:
+    return isinstance(value, (int, float)) and 0 <= value < 1e6         # neither NaN nor infinite
+
+
+def accept(m: Manifest, where: str, row: Row) -> None:
+    """Add a row with its defaults and its reference clip; Unusable before its audio is opened when a field is wrong."""
+    beside = recordings_beside(row)
+    for part in (row, *beside.values()):
+        name = str(part.get("audio") or "")
+        if name == INLINE:
+            inline_bytes(part)
+        part |= OURS | {"file": name if name == INLINE else str(inside(m, name)) if name else ""}
+    start = f"@{row['offset']}" if row.get("offset") else ""
+    named = row.get("audio") and row["audio"] != INLINE
+    row["id"] = str(row.get("id") or (os.path.splitext(str(row["audio"]))[0] + start if named else where))
+    row["speaker"] = str(row.get("speaker") or "")
+    try:
+        check_fields(m, row, list(beside.values()))
+    except Unusable as error:
+        return m.reject(f"{where} {row['id']}", *error.args)
+    for suffix, part in beside.items():
+        m.clips[row["id"] + suffix] = {"id": row["id"] + suffix, "speaker": row["speaker"]} | part
+    m.clips[row["id"]] = row
+    m.rows.append(row)
+    return None
+
+
+def recordings_beside(row: Row) -> dict[str, Row]:
+    """The other recordings of a row by the suffix of their id: its reference, and what else its messages hold."""
+    reference, others = row.get("reference", {}), row.get("others", {})
+    if not isinstance(reference, dict) or not isinstance(others, dict):
+        raise Unusable("malformed field", 'a reference has "audio" and "text"')
+    found = ({"#reference": reference} if reference else {}) | others
+    if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in found.values()):
+        raise Unusable("malformed field", 'a reference has "audio" and "text"')
+    if "clips" not in row:
+        row.pop("messages", None)               # they belong to another tool: the row speaks for itself
+    elif not isinstance(row["clips"], list) or not all(name in ("", *found) for name in row["clips"]):
+        raise Unusable("malformed field", '"clips" names the recordings of "messages" by suffix')
+    else:
+        readable(checked, row.get("messages"), marks_of_turns())
+    return found
+
+
+def readable(read: Callable[..., Any], *given: Any) -> Any:
+    """Call a reader of chatml.py; its ValueError "reason; fix" becomes Unusable."""
+    try:
+        return read(*given)
+    except ValueError as error:
+        raise Unusable(*str(error).split("; ", 1)) from None
+
+
+def inline_bytes(part: Row) -> bytes:
+    """The sound file that a manifest holds as base64 in `raw_audio`; Unusable when it does not."""
+    text, fix = part.get("raw_audio"), "give raw_audio as base64 of a sound file, or name the file in audio_url"
+    if not isinstance(text, str) or not text or len(text) > MAX_INLINE:
+        raise Unusable("inline audio", fix)
+    try:
+        found = base64.b64decode(text.partition("base64,")[2] or text, validate=True)
+        soundfile.info(io.BytesIO(found))
+    except (binascii.Error, soundfile.LibsndfileError):
+        raise Unusable("inline audio", f"it is no base64 of a sound file: {fix}") from None
+    return found
+
+
+@contextmanager
+def opened(row: Row) -> Iterator[str]:
+    """A path at which the audio of a row can be read; one that stands in the manifest lies there for a moment."""
+    if row["file"] != INLINE:
+        yield row["file"]
+        return
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(inline_bytes(row))
+        file.flush()
+        yield file.name
+
+
+def check_fields(m: Manifest, row: Row, others: list[Row]) -> None:
+    words = row.get("words", [])
+    if not isinstance(row.get("text"), str) or not (row["text"].strip() or "alignments" in row or answers(row)):
+        raise Unusable("empty text", "write what is said, or remove the row")
+    if "\ufffd" in row["text"]:
+        raise Unusable("bad encoding", "the text holds U+FFFD: save it again as UTF-8 from its origin")
+    if row["id"] in m.clips:
+        raise Unusable("duplicate id", "ids must be unique in a manifest: rename one")
+    if not all(is_time(part.get(k, 0)) for k in ("offset", "duration") for part in (row, *others)):
+        raise Unusable("malformed field", "offset and duration are seconds")
+    if not isinstance(words, list) or not all(
+            isinstance(w, list) and len(w) == 2 and isinstance(w[0], str) and is_time(w[1]) for w in words):
+        raise Unusable("malformed field", 'words look like [["four", 0.08], ...]')
+
+
+def answers(row: Row) -> bool:
+    """A row that needs no transcript: the agent of a dialogue may only listen, and a spoken reply to speech speaks for itself."""
+    return "clips" in row and any(clips(m["content"]) for m in row["messages"] if m["role"] == "user")
+
+
+def fraction(*words: object) -> float:
+    """Hash words to a number in [0, 1): the same on every machine and in every run."""
+    return int.from_bytes(hashlib.sha256("\0".join(map(str, words)).encode()).digest()[:7], "big") / (1 << 56)
+
+
+def compose(rule: Row, clips: dict[str, Row]) -> list[Row]:
+    """Write `rows` rows of random clips of a group, or of the clips that `ids` lists, one speaker each. The split follows
+    from the text, so no string is on both sides; rows of one clip always train. Same rule, same clips: same rows."""
+    group, (low, high), count, seed = rule["group"], rule["count"], int(rule["rows"]), rule.get("seed", 0)
+    if not 0 < low <= high <= MAX_PARTS or not 0 <= count <= MAX_ROWS:
+        raise ValueError(f"count {rule['count']} or rows {count} make no sense")
+    voices: dict[str, list[str]] = {}
+    for name, clip in sorted(clips.items()):
+        wanted = name in rule["ids"] if "ids" in rule else clip.get("group") == group
+        wanted = wanted and clip.get("speaker", "") == rule.get("speaker", clip.get("speaker", ""))
+        if wanted and clip["file"] and clip.get("split", "train") == "train":
+            voices.setdefault(clip["speaker"], []).append(name)
+    if not voices:
+        raise ValueError(f"no clip has group {group!r}")
+    rows = []
+    for i in range(count):
+        draw = random.Random(f"{group}/{seed}/{i}")
+        names = voices[draw.choice(sorted(voices))]
+        parts = [draw.choice(names) for _ in range(draw.randint(low, high))]
+        text = " ".join(clips[p]["text"] for p in parts)
+        held = len(parts) > 1 and fraction(text) < rule.get("held_out", 0.0)
+        rows.append({"id": f"{group}+{seed}/{i}", "parts": parts, "text": text, "group": group, "composed": True,
+                     "split": "held-out" if held else "train"})
+    return rows

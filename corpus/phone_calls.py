@@ -1,0 +1,191 @@
+"""Phone calls: what a lookup answers, what the caller wants, what a reply may not make up, and recordings as conversations.
+
+    lookup_turn({"order": "48213", "status": "shipped"})     {"role": "system", "content": "lookup: order=48213; status=shipped"}
+    intent("where is my parcel")                             "order_tracking", by key words; "unknown" when none is there
+    ungrounded("It comes on 4 June.", "lookup: date=3 June") ["4"]: neither the call nor the lookup said so
+
+A reply may name an order, an amount, a date or a person only when the call or a lookup named it before. `entities` says
+what counts: figures, spelled or not, codes such as E42, and words with a capital inside a sentence. The first word of a
+sentence has its capital anyway and is not looked at, nor is the word "one" alone. Used by report.py and
+assets/build_ivr.py. Next: evaluate.py.
+
+    python data.py calls FOLDER_OR_WAV ... --out=DIR [--agent=right]     stereo recordings, one speaker a channel -> DIR/calls.jsonl
+
+cuts every call into its turns by loudness (audio/telephone.py), a wav each, and writes one conversation a call that
+train.py reads (speech in, speech out). Turns during which the other one speaks too are marked "crosstalk".
+"""
+
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from itertools import dropwhile
+from pathlib import Path
+from typing import Any
+
+from audio.telephone import turns
+from audio.wav import load_wav, save_wav
+from evaluation.metrics import ONES, spell
+from options import split_arguments, write_rows
+from text.normalisers import ARABIC
+
+SYSTEM = """You answer the phone for Harbour Supply. Reply in one or two short sentences. \
+Take figures, names and dates from the caller or from a lookup, never from anywhere else."""
+CATEGORIES = ("greetings", "order_tracking", "billing", "technical", "returns", "account", "shipping", "complaints", "closing")
+UNKNOWN = "unknown"
+Message = dict[str, str]
+
+
+def lookup_turn(facts: Mapping[str, str]) -> Message:
+    """The turn in which the order system answers, as training rows have it and a live call must write it."""
+    marked = [f"{name}={value}" for name, value in facts.items() if re.search(r"[;=\n]", f"{name}{value}")]
+    if marked:
+        raise ValueError(f"the lookup's {marked[0]!r} holds one of ; = or a line end; leave them out")
+    return {"role": "system", "content": "lookup: " + "; ".join(f"{name}={value}" for name, value in facts.items())}
+
+
+# ---- what the caller wants ----
+
+KEYWORDS = r"""
+greetings: hello|hi|hey|good (morning|afternoon|evening)|anyone there|hear me|customer service|help desk
+greetings: support|robot|machine|real person|speaking|مرحبا|السلام عليكم|صباح الخير
+order_tracking: where is (my|order|the)( order| parcel| package)?|track(ing)?( number)?|my (order|parcel|package)
+order_tracking: has .* been sent|was delivered|is late|overdue|carrier|order number|أين طلبي|أتابع الطلب
+order_tracking: إرسال الطلب
+billing: invoice|bill|charged?( twice)?|pay(ment)?( method)?|instal?ments|late fee|amount|total|الفاتورة|مبلغ
+technical: does not (turn on|work)|internet( is down)?|connection|router|error( \w+)?|crash(es)?|the app|update
+technical: version|technician|repair|warranty|slow|reset link|switch on|لا يعمل|لا يشتغل|تشغيل الجهاز
+returns: return(able)?( the| something| period)?|refund|money for|send back|exchange|swap|arrived broken|damaged
+returns: crack|wrong thing|cancel( order)?|got something else
+account: (my |an )?account( is locked)?|sign in|password|address|register|points|bonus balance|newsletter
+account: advertising|mailing list|hacked|حسابي
+shipping: deliver(y)? to|ship(ping)? to|express( delivery| parcel)?|pick-?up shop|neighbour|how fast|upstairs
+shipping: the box|what time will|narrow down the time
+complaints: complain(t)?|on hold|manager|supervisor|in charge|rude|unfriendly|bad quality|disappointed
+complaints: compensation|third time|you promised|hotline|my data|still not solved
+closing: (good)?bye|thank you|thanks|that (was|is) (all|everything)|nothing else|no more questions|wrong number
+closing: nice weekend|call (back )?(later|again)|hang up|شكرا|مع السلامة
+"""
+
+
+def patterns(table: str) -> dict[str, re.Pattern]:
+    """One expression a category from lines "category: word|word", whole words in either case."""
+    found: dict[str, list[str]] = {}
+    for line in table.split("\n")[1:-1]:
+        name, _, words = line.partition(": ")
+        found.setdefault(name, []).append(words)
+    return {name: re.compile(rf"(?<!\w)(?:{'|'.join(words)})(?!\w)", re.I) for name, words in found.items()}
+
+
+PATTERNS = patterns(KEYWORDS)
+
+
+def intent(text: str) -> str:
+    """The category whose longest key word is the longest of all; "unknown" without any."""
+    lengths = {name: max((len(m[0]) for m in pattern.finditer(text)), default=0) for name, pattern in PATTERNS.items()}
+    best = max(lengths, key=lambda name: lengths[name])
+    return best if lengths[best] else UNKNOWN
+
+
+# ---- what a reply names ----
+
+NUMBERS = {word: n for n, word in enumerate(ONES)} | {spell(n): n for n in range(20, 100, 10)}
+SCALES = {"hundred": 100, "thousand": 1000}
+FIGURE = re.compile(r"(?:(?<!\w)[A-Za-z]{1,3}-?)?\d[\d.,:/]*")
+NAME = re.compile(r"(?<![.!?:؟\n])(?<![.!?:؟] )(?<!^)\b[A-Z][a-z]\w*")
+
+
+def spelled(words: list[str]) -> list[str]:
+    """Figures among lower-case words: "four eight two" is 482, "thirty-one" 31; "one" alone is no figure."""
+    found: list[str] = []
+    run: list[str] = []
+    for word in [*words, ""]:
+        if word in NUMBERS or (run and word in SCALES):
+            run.append(word)
+        elif run:
+            if run != ["one"]:
+                found.append(value(run))
+            run = []
+    return found
+
+
+def value(run: list[str]) -> str:
+    """Number words as figures, digit by digit when all are digits and there are several."""
+    if len(run) > 1 and all(NUMBERS.get(word, 10) < 10 for word in run):
+        return "".join(str(NUMBERS[word]) for word in run)
+    total = part = 0
+    for word in run:
+        if word == "thousand":
+            total, part = total + max(part, 1) * 1000, 0
+        elif word == "hundred":
+            part = max(part, 1) * 100
+        else:
+            part += NUMBERS[word]
+    return str(total + part)
+
+
+def figures(text: str) -> list[str]:
+    """Every figure and code of a text in one writing: "4 8 2 1 3" and "48213", "38,50" and "38.50", "E-42" and "e42" are equal."""
+    text = re.sub(r"(?<!\d)\d(?:[ -]\d(?!\d)){2,}", lambda m: re.sub("[ -]", "", m[0]), text.translate(ARABIC))     # read digit by digit
+    found = [m[0].lower().rstrip(".,:/").replace(",", ".").replace("-", "") for m in FIGURE.finditer(text)]
+    return found + spelled(re.findall(r"[a-z]+", text.lower()))
+
+
+def entities(text: str) -> list[str]:
+    """What a text names: its figures and codes, and the names inside its sentences, in lower case."""
+    return figures(text) + [m[0].lower() for m in NAME.finditer(text)]
+
+
+def ungrounded(reply: str, context: str) -> list[str]:
+    """The entities of a reply that its context, everything said and looked up before, does not hold."""
+    known = set(figures(context)) | set(re.findall(r"\w+", context.lower()))
+    return [entity for entity in entities(reply) if entity not in known]
+
+
+# ---- recordings ----
+
+SIDES = ("left", "right")
+
+
+def cut(path: Path, folder: Path, agent: str = "left") -> dict[str, Any]:
+    """Cut a stereo call into turns, written into FOLDER/NAME; -> its conversation, which ends with what the agent says last.
+
+    ValueError names a channel that says nothing: half a call is a monologue, or both speakers are on the other channel.
+    """
+    wav, rate = load_wav(path, channels=2)
+    found = turns(wav, rate)
+    silent = [side for n, side in enumerate(SIDES) if all(turn.channel != n for turn in found)]
+    if silent:
+        role = "the agent" if silent[0] == agent else "the caller"
+        who = "both channels are" if len(silent) == 2 else f"the {silent[0]} channel, {role}, is"
+        raise ValueError(f"{path}: {who} silent; record each speaker on a channel of his own, or leave the call out")
+    messages: list[dict[str, Any]] = []
+    for n, turn in enumerate(found):
+        role = "assistant" if SIDES[turn.channel] == agent else "user"
+        name = f"{path.stem}/{n:03d}_{role}.wav"
+        save_wav(folder / name, wav[turn.channel : turn.channel + 1, round(turn.start * rate) : round(turn.end * rate)], rate)
+        part = {"type": "audio", "audio_url": name} | ({"crosstalk": True} if turn.crosstalk else {})
+        messages.append({"role": role, "content": [part]})
+    kept = list(dropwhile(lambda m: m["role"] != "assistant", reversed(messages)))[::-1]
+    return {"id": path.stem, "group": path.stem, "messages": kept}
+
+
+def main(argv: Sequence[str]) -> None:
+    words, pairs = split_arguments(list(argv), ("help",))
+    if "help" in pairs or not words or "out" not in pairs:
+        print(__doc__)
+        raise SystemExit(0 if "help" in pairs else 2)
+    agent, out = pairs.get("agent", "left"), Path(pairs["out"])
+    if agent not in SIDES or pairs.keys() - {"agent", "out"}:
+        raise ValueError(f"--agent is left or right, and --out a folder; got {' '.join(f'--{k}={v}' for k, v in pairs.items())}")
+    paths = [path for word in map(Path, words) for path in (sorted(word.rglob("*.wav")) if word.is_dir() else [word])]
+    rows, bad = [], 0
+    for path in paths:
+        try:
+            rows.append(cut(path, out, agent))
+        except (ValueError, FileNotFoundError) as error:
+            bad += 1
+            print(f"left out: {error}", file=sys.stderr)
+    if not rows:
+        raise ValueError(f"no usable call among {len(paths)} recordings; the lines above say why")
+    write_rows(out / "calls.jsonl", rows)
+    print(f"{out}/calls.jsonl: {len(rows)} calls, {sum(len(row['messages']) for row in rows)} turns, {bad} left out")

@@ -1,0 +1,10 @@
+"""What evaluate.py calls: read it when you want to know how good a run is.
+
+    metrics.py               WER, CER, BLEU, ROUGE, bootstrap
+    duplex_measures.py       latency, overlap and padding of full-duplex conversations
+    report.py                the evaluation report: losses, replies, slices
+    html_page.py             one HTML page with curves and players
+    minimal_pairs.py         likelihoods of pairs and spoken choices
+    representations.py       how states resemble each other, how the loss bends
+    sparse_autoencoder.py    sparse autoencoders of a model's states
+"""

@@ -1,0 +1,257 @@
+"""What a model finds likelier: the right one of a pair, or of several spoken answers; and two such evaluations compared.
+
+    python evaluate.py pairs out/dsaa --set=swuggy.jsonl       {"id": "7", "right": CLIP, "wrong": CLIP}, a line each
+    python evaluate.py choices out/dsaa --set=mmlu.jsonl       {"id": "7", "context": [CLIP, ...], "choices": [CLIP, ...], "answer": 2}
+    python evaluate.py compare a/pairs.jsonl b/pairs.jsonl     who is right where the other is not, and whether that is chance
+
+A CLIP is {"audio": "a.wav"}, {"text": "four nine"}, or both; in dialogues (Moshi, DSAA) "words" [["four", 0.31], ...] put
+the text into frames, and without them the text row is absent. The pair sets are those of sWUGGY, sBLIMP, spoken
+StoryCloze and contrast sets, the choices those of spoken multiple choice. An item is one line of the result, with its
+own scores: what is compared later is the item, never the average.
+
+    score of a clip    sum of w log p over its targets / sum of w         w of all: 100 on the semantic codebook, as trained
+    score of a choice  text_share * text + (1 - text_share) * speech      over the choice alone, given the context
+
+Every token is scored by the logits that predict it: the grid and the weights are delayed by one function.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from audio import load_codec
+from audio.wav import load_wav
+from corpus.cache import encode
+from corpus.data_config import DataConfig
+from generation.command_line import Job, load_for_sampling
+from model import MultistreamLM
+from options import check_types, read_rows, write_rows
+from streams import StreamTable, delay
+from text.normalisers import normalise
+from text.tokenizers import Tokenizer, load_tokenizer
+from text.word_times import MAIN, interleave, tokenise
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What `python evaluate.py pairs|choices RUN` does."""
+
+    set: str = ""                  # jsonl of items; its recordings lie in its folder or below
+    out: str = ""                  # jsonl of results, "" = RUN/pairs.jsonl or RUN/choices.jsonl
+    text_share: float = 0.9        # choices: how much the text counts beside the speech, where there is both
+    semantic: float = 100.0        # weight of the first codebook
+    limit: int = 0                 # items, 0 = all
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        assert 0 <= self.text_share <= 1 and self.semantic > 0 and self.limit >= 0, "text_share is in [0, 1], semantic positive, limit >= 0"
+
+
+# ---- likelihoods ----
+
+@torch.inference_mode()
+def log_probabilities(model: MultistreamLM, tokens: Tensor) -> Tensor:
+    """log p of each token given what the model saw of it, 0 where none is predicted.   tokens (K, S) -> (K, S)"""
+    text, audio = model(tokens[None])
+    table, found = model.table, torch.zeros(tokens.shape, dtype=torch.float64)
+    rows = [(k, text[0]) for k in table.text_out] + [(k, audio[0, n]) for n, k in enumerate(table.audio_out)]
+    for k, logits in rows:
+        target = tokens[k, 1:]
+        known = (target >= 0) & (target < logits.shape[-1])
+        chosen = logits.double().log_softmax(-1).gather(-1, target.clamp(0, logits.shape[-1] - 1)[:, None])[:, 0]
+        found[k, 1:] = torch.where(known, chosen, 0.0)
+    return found
+
+
+@dataclass
+class Clip:
+    """One clip, or several behind each other, ready to be scored: tokens (K, S) and which of them count, (K, S) of 0 and 1."""
+
+    tokens: Tensor
+    counts: Tensor
+
+
+def scores(model: MultistreamLM, clip: Clip, semantic: float) -> dict[str, float]:
+    """Mean log p: `speech` weighted as trained, `semantic` codebook alone, `plain` mean of all codes, `text`; NaN = nothing there."""
+    logs, counts, table = log_probabilities(model, clip.tokens), clip.counts.double(), model.table
+    first, audio = table.audio_out[:1], table.audio_out
+    heavy = counts.clone()
+    heavy[first] *= semantic
+
+    def mean(weights: Tensor, rows: Sequence[int]) -> float:
+        total = float(weights[rows].sum()) if rows else 0.0
+        return float((weights[rows] * logs[rows]).sum()) / total if total else math.nan
+
+    spoken = {"speech": mean(heavy, audio), "semantic": mean(counts, first), "plain": mean(counts, audio)}
+    return spoken | {"text": mean(counts, table.text_out)}
+
+
+# ---- clips -> grids ----
+
+@dataclass
+class Reader:
+    """Turns the clips of a set into grids of a model."""
+
+    table: StreamTable
+    codec: Any
+    tokenizer: Tokenizer
+    data: DataConfig
+    folder: Path
+
+    def clip(self, parts: Sequence[Row], scored: int, where: str) -> Clip:
+        """Lay parts behind each other; those from number `scored` on count. ValueError names `where`."""
+        for part in parts:
+            if not isinstance(part, dict) or not (part.get("audio") or part.get("text")):
+                raise ValueError(f"{where}: a clip is {{\"audio\": ...}} or {{\"text\": ...}}, got {json.dumps(part)[:60]}")
+        if self.table.monologue:
+            return self.dialogue(parts, scored, where)
+        if self.table.audio:
+            raise ValueError(f"pairs and choices know dialogues and plain text, this model has layout {self.table.layout!r}")
+        ids = [torch.tensor(self.tokenizer.encode(self.said(part)), dtype=torch.int64) for part in parts]
+        if empty := [part for part, found in zip(parts, ids, strict=True) if not len(found)]:
+            raise ValueError(f"{where}: this model reads text alone; add \"text\" to {json.dumps(empty[0])[:60]}")
+        tokens = torch.full((len(self.table), sum(map(len, ids))), -1)
+        tokens[0] = torch.cat(ids)
+        first = max(1, sum(map(len, ids[:scored])))                   # nothing predicts the first column
+        counts = torch.zeros(tokens.shape)
+        counts[0, first:] = 1
+        return Clip(tokens, counts)
+
+    def said(self, part: Row) -> str:
+        return normalise(str(part.get("text", "")), self.data.normaliser)
+
+    def dialogue(self, parts: Sequence[Row], scored: int, where: str) -> Clip:
+        """Frames of a dialogue: the clip is what the agent says, the user is silent or the right channel of a stereo file."""
+        agent, user, texts, context = [], [], [], 0
+        for n, part in enumerate(parts):
+            if not part.get("audio"):
+                raise ValueError(f"{where}: a dialogue model scores speech; add \"audio\" to {json.dumps(part)[:60]}")
+            codes = self.codes(part["audio"], where)
+            agent.append(codes[0])
+            user.append(codes[1])
+            texts.append(self.text_row(part, codes.shape[-1], where))
+            context += codes.shape[-1] * (n < scored)
+        Q = len(self.table.audio_out)
+        heard = len(self.table.audio) - Q
+        frames = torch.cat([torch.cat(texts)[None], torch.cat(agent, -1)[:Q], torch.cat(user, -1)[:heard]])
+        counts = ((frames >= 0) & (self.table.column("classes") > 0) & (torch.arange(frames.shape[1]) >= context)).float()
+        return Clip(delay(frames, self.table.delays, self.table.column("start")), delay(counts, self.table.delays, 0.0))
+
+    def codes(self, name: str, where: str) -> Tensor:
+        """Codes of both channels, (2, Q, T)."""
+        path = (self.folder / name).resolve()
+        if not path.is_relative_to(self.folder.resolve()):
+            raise ValueError(f"{where}: {name} lies outside {self.folder}; put the recordings beside the set")
+        wav, _ = load_wav(path, self.codec.sample_rate)
+        sides = wav[:2] if len(wav) == 2 else torch.cat([wav[:1], torch.zeros_like(wav[:1])])
+        return encode(self.codec, sides).unflatten(0, (2, -1))
+
+    def text_row(self, part: Row, frames: int, where: str) -> Tensor:
+        if "words" not in part:
+            return torch.full((frames,), -1)
+        try:
+            words = [(normalise(str(word), self.data.normaliser), float(at), float(at), MAIN) for word, at in part["words"]]
+        except (TypeError, ValueError):
+            raise ValueError(f"{where}: \"words\" is [[word, start in seconds], ...], got {json.dumps(part['words'])[:60]}") from None
+        timed = tokenise([w for w in words if w[0]], self.tokenizer)
+        return interleave(timed, frames, self.codec.frame_rate, pad=self.table.pad, epad=self.table.epad)
+
+
+# ---- commands ----
+
+def items(path: Path, wanted: dict[str, type], limit: int) -> list[Row]:
+    """Rows of a set, numbered by their line where they have no id."""
+    rows = [row | {"id": str(row.get("id", n))} for n, row in read_rows(path, "item of a set", **wanted)]
+    if not rows:
+        raise ValueError(f"{path} holds no item; add lines of JSON")
+    return rows[:limit] if limit else rows
+
+
+def pairs(run: str, job: Probe) -> dict[str, float]:
+    """Score the pairs of a set; writes an item a line, returns accuracies by speech, semantic codebook, plain mean and text."""
+    model, reader, target = begin(run, job, "pairs")
+    results = []
+    for item in tqdm(items(Path(job.set), {"right": dict, "wrong": dict}, job.limit), unit="pair", disable=None):
+        where = f"{job.set} item {item['id']}"
+        right, wrong = (scores(model, reader.clip([item[side]], 0, where), job.semantic) for side in ("right", "wrong"))
+        results.append({"id": item["id"], "right": verdict(right, wrong), "scores": {"right": right, "wrong": wrong}})
+    write_rows(target, results)
+    told = {name: share([r["scores"]["right"][name] > r["scores"]["wrong"][name] for r in results
+                         if not math.isnan(r["scores"]["right"][name] + r["scores"]["wrong"][name])])
+            for name in ("speech", "semantic", "plain", "text")}
+    print(f"{target}: {len(results)} pairs; right by " + ", ".join(f"{k} {v:.3f}" for k, v in told.items() if not math.isnan(v)))
+    return told
+
+
+def verdict(right: dict[str, float], wrong: dict[str, float]) -> bool:
+    """Whether the right one is likelier: by its speech, or by its text where there is none."""
+    name = "speech" if not math.isnan(right["speech"]) else "text"
+    return right[name] > wrong[name]
+
+
+def choices(run: str, job: Probe) -> float:
+    """Score spoken multiple choice; returns the accuracy."""
+    model, reader, target = begin(run, job, "choices")
+    results = []
+    for item in tqdm(items(Path(job.set), {"choices": list, "answer": int}, job.limit), unit="question", disable=None):
+        where, context = f"{job.set} item {item['id']}", item.get("context") or []
+        if not 0 <= item["answer"] < len(item["choices"]):
+            raise ValueError(f"{where}: answer {item['answer']} is none of {len(item['choices'])} choices, counted from 0")
+        found = [choice_score(scores(model, reader.clip([*context, choice], len(context), where), job.semantic), job.text_share)
+                 for choice in item["choices"]]
+        best = max(range(len(found)), key=found.__getitem__)
+        results.append({"id": item["id"], "right": best == item["answer"], "chosen": best, "scores": found})
+    write_rows(target, results)
+    accuracy = share([r["right"] for r in results])
+    print(f"{target}: {len(results)} questions, {accuracy:.3f} right")
+    return accuracy
+
+
+def choice_score(found: dict[str, float], text_share: float) -> float:
+    """Text and speech of a choice in one number; what is not there does not count."""
+    parts = [(text_share, found["text"]), (1 - text_share, found["plain"])]
+    known = [(w, x) for w, x in parts if not math.isnan(x)]
+    total = sum(w for w, _ in known)
+    return sum(w * x for w, x in known) / total if total else sum(x for _, x in known) / max(1, len(known))
+
+
+def begin(run: str, job: Probe, kind: str) -> tuple[MultistreamLM, Reader, Path]:
+    if not job.set:
+        raise ValueError(f"nothing to score; add --set=FILE.jsonl of {kind}")
+    model, data = load_for_sampling(Job(ckpt=run))
+    codec = load_codec(data.codec) if model.table.audio else None
+    target = Path(job.out) if job.out else Path(run) / f"{kind}.jsonl"
+    return model, Reader(model.table, codec, load_tokenizer(data.tokenizer), data, Path(job.set).parent), target
+
+
+def share(right: Sequence[bool]) -> float:
+    return sum(right) / len(right) if right else math.nan
+
+
+def compare(one: Path, other: Path) -> dict[str, Any]:
+    """Which items only one of two evaluations got right, and the exact two-sided p of McNemar's test that both are equal."""
+    verdicts = [{row["id"]: bool(row["right"]) for row in items(path, {"right": bool}, 0)} for path in (one, other)]
+    shared = verdicts[0].keys() & verdicts[1].keys()
+    if not shared:
+        raise ValueError(f"{one} and {other} share no item id; compare two evaluations of the same set")
+    only = [sorted(i for i in shared if a[i] and not b[i]) for a, b in (verdicts, verdicts[::-1])]
+    found = {"items": len(shared), "both": sum(verdicts[0][i] and verdicts[1][i] for i in shared), "only": only,
+             "p": mcnemar(len(only[0]), len(only[1]))}
+    print(f"{len(shared)} items: both right {found['both']}; only {one} {len(only[0])}: {', '.join(only[0][:8])}; "
+          + f"only {other} {len(only[1])}: {', '.join(only[1][:8])}; p = {found['p']:.4f}")
+    return found
+
+
+def mcnemar(a: int, b: int) -> float:
+    """Exact two-sided p of a against b discordant items: each falls to either side by a fair coin."""
+    n, k = a + b, min(a, b)
+    return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n) if n else 1.0

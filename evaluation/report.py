@@ -1,0 +1,467 @@
+"""Held-out evaluation of a run: numbers with intervals, and a page to look at and listen to.
+
+    python evaluate.py report out/ivr_qwen                                            the run's own held-out rows
+    python evaluate.py report out/ivr_qwen --sources=assets/ivr/test.jsonl            rows that no run has seen
+
+Every family: loss, perplexity and accuracy of each predicted stream, the adapter against its base (the same weights with the
+adapters switched off), the curves of the run, its spoken samples with their word and character error rates. Conversations in
+text, besides: replies to every held-out turn with BLEU, ROUGE and the share of figures and names that were made up, what
+callers want (key words, and a linear probe on hidden states), all by slice, and how much of general language was forgotten.
+
+An interval is a bootstrap over groups of rows (the wordings of one call are one group), seeded. Written whole into
+RUN/report: rows.jsonl (every row, every reply), summary.json, index.html. Next: page.py.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import lora
+from audio.wav import load_wav
+from checkpoint import DTYPES, base_of, load
+from config import TrainConfig
+from corpus.data_config import DataConfig
+from corpus.examples import build_example
+from corpus.index import Entry, Index, open_cache, prepare, source_weight
+from corpus.layouts import json_rows
+from corpus.manifest import Manifest
+from corpus.phone_calls import CATEGORIES, UNKNOWN, intent, ungrounded
+from corpus.phone_calls import entities as named
+from evaluation.html_page import Page, show
+from evaluation.metrics import ROUGE, LinearProbe, Resample, bleu_of, bleu_parts, cer, confusion, macro_f1, ratio, rouge_rows, wer
+from families.family import family_of, lay_out
+from generation.decode_step import SampleConfig
+from model import MultistreamLM
+from options import from_json, read_json, read_rows, write_json, write_rows
+from sample import generate, pad_left
+from streams import Example
+from text.conversation import clips
+from text.tokenizers import load_tokenizer
+from training.monitor import read_metrics
+
+ROOT = Path(__file__).resolve().parents[1]
+Row = dict[str, Any]
+Hear = Callable[[list[tuple[Tensor, int]]], list[str]]
+GENERIC, OUT_OF_SCOPE = "assets/ivr/generic.jsonl", "assets/ivr/out_of_scope.txt"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `python evaluate.py report RUN` does."""
+
+    sources: tuple[str, ...] = ()  # manifests to read instead of the run's own; rows whose split is "train" are left out
+    out: str = ""                  # folder to write, "" = RUN/report
+    base: str = ""                 # checkpoint to compare with, "" = what is under the adapter, or was before the run; "none" = nothing
+    generic: str = GENERIC         # general texts for the forgetting probe, "" = none
+    out_of_scope: str = OUT_OF_SCOPE   # what callers say that has no category, a line each
+    replies: int = 0               # conversations that are replied to, 0 = all
+    max_tokens: int = 96           # of a reply
+    temperature: float = 0.0       # of replies, 0 = the likeliest
+    batch: int = 16                # replies at once
+    rounds: int = 1000             # of the bootstrap
+    seed: int = 0                  # of the bootstrap and of replies
+    recogniser: str = ""           # module:function, list of (wav, rate) -> list of texts; "" = Whisper tiny.en
+    device: str = "cpu"            # cpu or cuda
+    dtype: str = "fp32"            # fp32, bf16 or fp16
+
+    def __post_init__(self) -> None:
+        assert min(self.batch, self.max_tokens, self.rounds) > 0 <= self.replies, "batch, max_tokens and rounds are at least 1, replies 0"
+        assert self.dtype in DTYPES, f"dtype {self.dtype!r} is none of {', '.join(DTYPES)}"
+
+
+@dataclass
+class Held:
+    """What is evaluated: held-out entries of an index, and their rows as the manifests have them."""
+
+    index: Index
+    numbers: list[int]
+    rows: list[Row]
+
+    @property
+    def groups(self) -> list[str]:
+        return [str(row.get("group") or row["id"]) for row in self.rows]
+
+
+@dataclass
+class Case:
+    """One reply that was asked for: what was said before, what should come, and what each model said."""
+
+    row: Row
+    before: list[Row]
+    reference: str
+    replies: dict[str, str] = field(default_factory=dict)
+    ended: dict[str, bool] = field(default_factory=dict)
+
+
+def report(run: Path, job: Evaluation, hear: Hear) -> Path:
+    """Evaluate a run folder or a checkpoint; returns the page."""
+    if job.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device=cuda: this machine shows no CUDA device; use --device=cpu")
+    model = load(run, job.device, job.dtype)
+    own, started = of_run(run, model)
+    data = replace(own, sources=job.sources, split="manifest") if job.sources else own
+    if not data.sources:
+        raise ValueError(f"{run} does not say what it was trained on; name held-out rows with --sources=FILE")
+    held = read_held(data, model)
+    out = Path(job.out) if job.out else run / "report"
+    models = compared(model, job, started)
+    told: dict[str, Any] = {"run": str(run), "step": model.extras.step, "models": list(models), "rows": len(held.rows)}
+    page = Page(f"{run}: step {model.extras.step}")
+    page.note(f"{len(held.rows)} held-out rows in {len(set(held.groups))} groups, from {', '.join(data.sources)}. "
+              + f"Intervals hold 95 % of {job.rounds} bootstrap rounds over groups, seed {job.seed}.")
+    rows = [{"id": row["id"], "group": group} for row, group in zip(held.rows, held.groups, strict=True)]
+    losses = tell_losses(models, held, job, told, page, rows)
+    if family_of(model.table).template and not model.table.audio:
+        rows += tell_calls(models, held, own, losses, job, told, page)
+        tell_forgetting(models, data, job, told, page)
+    tell_speech(run, hear, told, page)
+    tell_curves(run, page)
+    write_rows(out / "rows.jsonl", rows)
+    write_json(out / "summary.json", told)
+    page.write(out / "index.html")
+    return out / "index.html"
+
+
+# ---- what is evaluated, and against what ----
+
+def of_run(run: Path, model: MultistreamLM) -> tuple[DataConfig, str]:
+    """The data of a run with the tokenizer of its checkpoint, and what its weights started from."""
+    facts = model.extras.data or {}
+    if (run / "config.json").is_file() and "steps" in (about := read_json(run / "config.json")):
+        config = from_json(TrainConfig, about, f"{run}/config.json")
+        return replace(config.data, **{k: v for k, v in facts.items() if k == "tokenizer"}), config.init
+    return from_json(DataConfig, facts | {"split": "manifest"}, f"{run}: data"), ""
+
+
+def read_held(data: DataConfig, model: MultistreamLM) -> Held:
+    """Prepare and open the held-out rows; ValueError when there is none."""
+    prepare(data, model.table)
+    index = open_cache(data, model.table)
+    numbers = [n for n, entry in enumerate(index.entries) if entry.split == "held-out"]
+    if not numbers:
+        raise ValueError(f"{', '.join(data.sources)} has no held-out row; give rows a \"split\" other than train, or name --sources=FILE")
+    rows = raw_rows(data)
+    return Held(index, numbers, [row_of(index.entries[n], rows) for n in numbers])
+
+
+def raw_rows(data: DataConfig) -> dict[str, Row]:
+    """The rows of jsonl sources by id, with whatever else they say (category, language, slots)."""
+    found: dict[str, Row] = {}
+    for source in (Path(source_weight(s)[0]) for s in data.sources):
+        if source.suffix == ".jsonl":                       # prepare has named the lines that cannot be read
+            found |= {str(row["id"]): row for _, row in json_rows(Manifest(source)) if "id" in row}
+    return found
+
+
+def row_of(entry: Entry, rows: dict[str, Row]) -> Row:
+    row = rows.get(entry.id, {})
+    return row | {"id": entry.id, "group": row.get("group") or entry.group, "messages": entry.messages, "text": entry.text}
+
+
+Models = dict[str, Callable[[], Any]]           # name -> context manager that yields the model
+
+
+def compared(model: MultistreamLM, job: Evaluation, started: str) -> Models:
+    """The run's model and, where there is one, its base: adapters switched off, or the weights that the run started from."""
+    models: Models = {"run": lambda: same(model)}
+    name = job.base
+    if not name and getattr(model, "lora", None) is not None:
+        if not model.lora.train:
+            return models | {"base": lambda: lora.switched_off(model)}
+        name = base_of(model.extras.folder)
+    name = name or started
+    if name and name != "none":
+        base = load(name, job.device, job.dtype)
+        if base.table != model.table:
+            raise ValueError(f"{name} has another stream table than the run; compare with a checkpoint of the same family")
+        models["base"] = lambda: same(base)
+    return models
+
+
+@contextmanager
+def same(model: MultistreamLM) -> Iterator[MultistreamLM]:
+    yield model
+
+
+# ---- losses ----
+
+def sums_of(model: MultistreamLM, index: Index, numbers: Sequence[int]) -> np.ndarray:
+    """Sums of every row on its own.   (N, K, 4): weighted nll, weight, hits, count"""
+    found, device = [], model.temporal.layers[0].attn.o.weight.device
+    with torch.inference_mode():
+        for n in numbers:
+            tokens, weights = lay_out(build_example(index, n, model.table), model.table)
+            sums = model(tokens[None].to(device), weights[None].to(device))
+            found.append(torch.stack([t.double().cpu() for t in (sums.nll, sums.weight, sums.hits, sums.count)], -1))
+    return torch.stack(found).numpy()
+
+
+def perplexity(parts: np.ndarray) -> float:
+    return math.exp(min(ratio(parts), 700.0)) if parts[1] else math.nan
+
+
+def tell_losses(models: Models, held: Held, job: Evaluation, told: Row, page: Page, rows: list[Row]) -> dict[str, np.ndarray]:
+    """Loss, perplexity and accuracy of every predicted stream; -> per model the text or only group's (N, 2): nll, weight."""
+    found = {}
+    for name, use in models.items():
+        with use() as model:
+            found[name], table = sums_of(model, held.index, held.numbers), model.table
+    streams = {"text": table.text_out, "audio": table.audio_out} | {table.streams[k].name: [k] for k in [*table.text_out, *table.audio_out]}
+    shown, told["losses"] = [], []
+    for stream, ks in streams.items():
+        for name, sums in found.items():
+            part = sums[:, ks].sum(1)                                        # (N, K, 4) -> (N, 4)
+            if not part[:, 1].sum():
+                continue
+            draw = Resample(part, held.groups, job.rounds, job.seed)
+            loss, ppl, hits = draw(), draw(perplexity), draw(lambda s: ratio(s[2:]))
+            shown.append([stream, name, loss, ppl, hits, int(part[:, 3].sum())])
+            told["losses"].append({"stream": stream, "model": name, "loss": loss, "perplexity": ppl, "accuracy": hits})
+            for row, value in zip(rows, part, strict=True):
+                row[f"{name}/{stream}_loss"] = ratio(value)
+    page.heading("Held-out loss")
+    page.table(["stream", "model", "loss", "perplexity", "accuracy", "targets"], shown, "Loss in nats a target.")
+    for stream, name, loss, ppl, *_ in shown:
+        print(f"{stream} {name}: loss {show(loss)}, perplexity {show(ppl)}")
+    main = table.text_out or table.audio_out
+    return {name: sums[:, main].sum(1)[:, :2] for name, sums in found.items()}
+
+
+# ---- conversations ----
+
+def cases_of(held: Held, limit: int) -> list[Case]:
+    """Every assistant turn of the first `limit` conversations, with what was said before it."""
+    rows = [row for row in held.rows if row["messages"] and not any(clips(m["content"]) for m in row["messages"])]
+    return [Case(row, row["messages"][:n], str(m["content"])) for row in rows[: limit or None]
+            for n, m in enumerate(row["messages"]) if m["role"] == "assistant" and n and row["messages"][n - 1]["role"] != "assistant"]
+
+
+def reply_all(model: MultistreamLM, name: str, cases: list[Case], held: Held, data: DataConfig, job: Evaluation) -> None:
+    """Let a model reply to every case, a batch at a time."""
+    tokenizer, chat, table = load_tokenizer(data.tokenizer), held.index.chat, model.table
+    config = SampleConfig(temperature=job.temperature, max_frames=job.max_tokens, seed=job.seed)
+    for at in range(0, len(cases), job.batch):
+        part = cases[at : at + job.batch]
+        segments = [chat.segments(case.before, [], reply="text") for case in part]
+        prompt = pad_left([lay_out(Example(torch.zeros(0, dtype=torch.long), segments=s), table)[0] for s in segments])
+        drawn = torch.stack([frame[:, 0].cpu() for frame in generate(model, prompt, config)], -1)        # (B, n)
+        for case, ids in zip(part, drawn.tolist(), strict=True):
+            said = [i for i in ids if i >= 0]
+            case.ended[name] = any(i in table.stop for i in said)
+            case.replies[name] = tokenizer.decode([i for i in said if i not in table.stop]).strip()
+
+
+def made_up(cases: list[Case], replies: Sequence[str]) -> np.ndarray:
+    """(N, 2): entities of each reply that nothing before holds, and all its entities."""
+    before = ["\n".join(str(m["content"]) for m in case.before) for case in cases]
+    return np.array([[len(ungrounded(r, b)), len(named(r))] for r, b in zip(replies, before, strict=True)], dtype=float)
+
+
+def slices_of(row: Row) -> list[str]:
+    """The names of the slices that a conversation belongs to."""
+    asked = sum(m["role"] == "assistant" for m in row["messages"])
+    looked = any(m["role"] == "system" and str(m["content"]).startswith("lookup:") for m in row["messages"])
+    known = [f"{key}: {row[key]}" for key in ("category", "language") if row.get(key)]
+    return ["all", *known, "one exchange" if asked == 1 else "several exchanges", "with a lookup" if looked else "without a lookup"]
+
+
+def tell_calls(models: Models, held: Held, data: DataConfig, losses: dict[str, np.ndarray], job: Evaluation, told: Row,
+               page: Page) -> list[Row]:
+    """Replies, slices and intents; -> a row for every reply."""
+    cases = cases_of(held, job.replies)
+    if not cases:
+        return []
+    bleu_parts([], []), rouge_rows([], [])                  # a package that is missing is named before the long work
+    for name, use in models.items():
+        with use() as model:
+            reply_all(model, name, cases, held, data, job)
+    tell_replies(list(models), cases, job, told, page)
+    tell_slices(list(models), cases, held, losses, job, told, page)
+    tell_intents(models, held, data, job, told, page)       # the probe learns from the rows that the run learnt from
+    page.heading("Some replies")
+    page.table(["call", "caller", "should be", *models], [
+        [case.row["id"], str(case.before[-1]["content"]), case.reference, *case.replies.values()] for case in cases[:40]])
+    return [{"id": case.row["id"], "turn": len(case.before), "reference": case.reference, "replies": case.replies, "ended": case.ended}
+            for case in cases]
+
+
+def groups_of(cases: list[Case]) -> list[str]:
+    return [str(case.row.get("group") or case.row["id"]) for case in cases]
+
+
+def likeness(cases: list[Case], replies: Sequence[str], job: Evaluation) -> dict[str, tuple[float, float, float]]:
+    """BLEU-4 in percent, ROUGE F-measures, and the shares of what was made up, each with its interval."""
+    references, groups, one = [case.reference for case in cases], groups_of(cases), np.ones((len(cases), 1))
+    found = {"BLEU-4": Resample(bleu_parts(references, replies), groups, job.rounds, job.seed)(bleu_of)}
+    rouge = rouge_rows(references, replies)
+    found |= {name: Resample(np.hstack([rouge[:, [n]], one]), groups, job.rounds, job.seed)() for n, name in enumerate(ROUGE)}
+    wrong = made_up(cases, replies)
+    found["made-up entities"] = Resample(wrong, groups, job.rounds, job.seed)()
+    found["replies with one"] = Resample(np.hstack([wrong[:, :1] > 0, one]), groups, job.rounds, job.seed)()
+    return found
+
+
+def tell_replies(names: list[str], cases: list[Case], job: Evaluation, told: Row, page: Page) -> None:
+    said = {name: [case.replies[name] for case in cases] for name in names} | {"reference": [case.reference for case in cases]}
+    found = {name: likeness(cases, replies, job) for name, replies in said.items()}
+    told["replies"] = found | {"ended": {name: sum(case.ended[name] for case in cases) / len(cases) for name in names}}
+    page.heading("Replies")
+    page.table(["measure", *found], [[measure, *(found[name][measure] for name in found)] for measure in found["reference"]]
+               + [["ended by itself", *(told["replies"]["ended"][name] for name in names), "-"]],
+               f"{len(cases)} replies. BLEU by sacrebleu (13a, exponential smoothing), ROUGE by rouge-score (words of any script, no "
+               + "stemming). Made up: figures, codes and names of a reply that neither the call nor a lookup held before.")
+    for name in names:
+        print(f"replies of {name}: " + ", ".join(f"{measure} {show(value)}" for measure, value in found[name].items()))
+
+
+def tell_slices(names: list[str], cases: list[Case], held: Held, losses: dict[str, np.ndarray], job: Evaluation, told: Row,
+                page: Page) -> None:
+    """Loss and replies of every slice; the worst by the run's loss stands first."""
+    table = []
+    for name in dict.fromkeys(s for row in held.rows for s in slices_of(row)):
+        rows = [n for n, row in enumerate(held.rows) if name in slices_of(row)]
+        inside = [case for case in cases if name in slices_of(case.row)]
+        groups = [held.groups[n] for n in rows]
+        cells: Row = {"slice": name, "calls": len(rows)}
+        cells |= {f"{m} loss": Resample(losses[m][rows], groups, job.rounds, job.seed)() for m in names}
+        for m in names if inside else ():
+            replies = [case.replies[m] for case in inside]
+            parts = bleu_parts([case.reference for case in inside], replies)
+            cells[f"{m} BLEU-4"] = Resample(parts, groups_of(inside), job.rounds, job.seed)(bleu_of)
+            cells[f"{m} made up"] = ratio(made_up(inside, replies).sum(0))
+        table.append(cells)
+    table.sort(key=lambda cells: (cells["slice"] != "all", -cells[f"{names[0]} loss"][0]))
+    told["slices"] = table
+    page.heading("Slices, the worst first")
+    heads = list(max(table, key=len))
+    page.table(heads, [[cells.get(head, "") for head in heads] for cells in table],
+               "A slice that is one group of paraphrases has no interval: its wordings are not independent.")
+
+
+# ---- intents ----
+
+def first_words(row: Row) -> str:
+    return next((str(m["content"]) for m in row["messages"] if m["role"] == "user"), "")
+
+
+def features(model: MultistreamLM, index: Index, texts: Sequence[str]) -> Tensor:
+    """Mean last hidden state of what a caller says first.   N texts -> (N, D)"""
+    found, device = [], model.temporal.layers[0].attn.o.weight.device
+    with torch.inference_mode():
+        for text in texts:
+            segments = index.chat.segments([{"role": "user", "content": text}], [], reply="text")
+            tokens, _ = lay_out(Example(torch.zeros(0, dtype=torch.long), segments=segments), model.table)
+            found.append(model.hidden(tokens[None].to(device))[0].float().mean(1)[0].cpu())
+    return torch.stack(found)
+
+
+def tell_intents(models: Models, held: Held, data: DataConfig, job: Evaluation, told: Row, page: Page) -> None:
+    """What callers want, by their first words: key words, and a probe fitted on the training rows' hidden states."""
+    asked = [(first_words(row), str(row["category"]), group)
+             for row, group in zip(held.rows, held.groups, strict=True) if row.get("category")]
+    if not asked:
+        return
+    texts, truth, groups = zip(*asked, strict=True)
+    names = [*(c for c in CATEGORIES if c in truth), *sorted(set(truth) - set(CATEGORIES)), UNKNOWN]
+    guesses = {"key words": [intent(text) for text in texts]}
+    with models["run"]() as model:
+        learnt = training_rows(data, model)
+    for name, use in models.items() if len({str(row["category"]) for row in learnt}) > 1 else ():
+        with use() as model:
+            probe = LinearProbe(features(model, held.index, [first_words(row) for row in learnt]), [str(row["category"]) for row in learnt])
+            guesses[f"probe on {name}"] = probe(features(model, held.index, texts))
+    names += sorted({g for found in guesses.values() for g in found} - set(names))
+    tables = {name: confusion(truth, found, names) for name, found in guesses.items()}
+    scores = {}
+    for name, found in guesses.items():
+        cells = np.stack([confusion([t], [g], names).ravel() for t, g in zip(truth, found, strict=True)])
+        scores[name] = Resample(cells, groups, job.rounds, job.seed)(lambda s: macro_f1(s.reshape(len(names), -1)))
+    others = bundled(job.out_of_scope).read_text(encoding="utf-8").splitlines() if job.out_of_scope else []
+    refused = sum(intent(text) == UNKNOWN for text in others) / len(others) if others else math.nan
+    told["intents"] = {"macro F1": scores, "names": names, "confusion": {name: t.tolist() for name, t in tables.items()},
+                       "out of scope refused by key words": refused, "training rows": len(learnt)}
+    page.heading("What callers want")
+    page.table(["by", "macro F1"], [[name, score] for name, score in scores.items()],
+               f"By the first words of {len(texts)} calls. The probe is fitted on {len(learnt)} training rows. "
+               + f"Of {len(others)} questions that belong nowhere, key words refuse {show(refused)}.")
+    for name, table in tables.items():
+        page.note(name)
+        page.confusion(names, table.tolist())
+        print(f"intents by {name}: macro F1 {show(scores[name])}")
+
+
+def training_rows(data: DataConfig, model: MultistreamLM) -> list[Row]:
+    """The rows that a run has learnt from and that say their category; none where its files are gone."""
+    if not data.sources or not all(Path(source_weight(s)[0]).exists() for s in data.sources):
+        return []
+    prepare(data, model.table)
+    rows = raw_rows(data)
+    return [row_of(entry, rows) for entry in open_cache(data, model.table).entries
+            if entry.split == "train" and entry.messages and rows.get(entry.id, {}).get("category")]
+
+
+# ---- what was forgotten ----
+
+def bundled(name: str) -> Path:
+    """A file by its path, or the one of that name in this repository."""
+    path = Path(name) if Path(name).is_file() else ROOT / name
+    if not path.is_file():
+        raise FileNotFoundError(f"{name} does not exist; check the path, or leave it empty")
+    return path
+
+
+def tell_forgetting(models: Models, data: DataConfig, job: Evaluation, told: Row, page: Page) -> None:
+    """Loss on general texts that have nothing to do with calls."""
+    if not job.generic:
+        return
+    found = {}
+    for name, use in models.items():
+        with use() as model:
+            held = read_held(replace(data, sources=(str(bundled(job.generic)),), split="manifest"), model)
+            found[name] = sums_of(model, held.index, held.numbers)[:, model.table.text_out].sum(1)[:, :2]
+    draws = {name: Resample(parts, held.groups, job.rounds, job.seed) for name, parts in found.items()}
+    told["forgetting"] = {name: {"loss": draw(), "perplexity": draw(perplexity)} for name, draw in draws.items()}
+    page.heading("Forgetting")
+    rows = [[name, numbers["loss"], numbers["perplexity"]] for name, numbers in told["forgetting"].items()]
+    if "base" in found:
+        both = np.hstack([found["run"], found["base"]])
+        lost = Resample(both, held.groups, job.rounds, job.seed)(lambda s: ratio(s[:2]) - ratio(s[2:]))
+        told["forgetting"]["lost"] = lost
+        rows.append(["run - base", lost, ""])
+    page.table(["model", "loss", "perplexity"], rows, f"{len(held.rows)} general texts of {job.generic}; above 0 the run has lost some.")
+    print("general text: " + ", ".join(f"{name} {show(loss)}" for name, loss, _ in rows))
+
+
+# ---- speech and curves ----
+
+def tell_speech(run: Path, hear: Hear, told: Row, page: Page) -> None:
+    """Error rates of the recordings in samples.jsonl, with players."""
+    path = run / "samples.jsonl"
+    if not path.is_file():
+        return
+    rows = [row for _, row in read_rows(path, "row of text and wav", text=str, wav=str)]
+    heard = hear([load_wav(path.parent / row["wav"]) for row in rows])
+    told["speech"] = [{"text": row["text"], "heard": text, "wer": wer(row["text"], text), "cer": cer(row["text"], text)}
+                      for row, text in zip(rows, heard, strict=True)]
+    page.heading("Speech")
+    texts = [row["text"] for row in rows]
+    told |= {name: Resample([[row[name], 1] for row in told["speech"]], texts)() for name in ("wer", "cer")}
+    page.table(["text", "heard", "WER", "CER"], [[*row.values()] for row in told["speech"]] + [["mean", "", told["wer"], told["cer"]]])
+    for row in rows:
+        page.player(path.parent / row["wav"], row["text"])
+
+
+def tell_curves(run: Path, page: Page) -> None:
+    path = run / "metrics.jsonl"
+    if not path.is_file():
+        return
+    curves = read_metrics(path)
+    page.heading("Curves")
+    page.curves({name: curves[name] for name in ("train/loss", "val/loss") if name in curves})

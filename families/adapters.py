@@ -1,0 +1,176 @@
+"""Adapters in other libraries' files: PEFT's, for every family whose names it uses, and what readers of such files share.
+
+Import takes the rank from the tensors and keeps it; export writes official names. Source: peft 0.21.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+import lora
+from families.family import every
+from families.formats import About, AdapterFormat, Format, Tensors, join, lost, official_names, refuse
+from layers.architecture import ModelConfig
+from lora import LoraConfig
+from model import MultistreamLM
+
+PARTS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_magnitude": "lora_magnitude_vector"}
+PREFIX = "base_model.model."
+
+
+def theirs_of(model: MultistreamLM, layout: Format) -> dict[str, list[str]]:
+    """Official names of every parameter, adapters aside; a tied head has its own."""
+    shapes = {n: p.shape for n, p in model.named_parameters(remove_duplicate=False) if "lora_" not in n}
+    return {n: official_names(n, shape, model.config, layout) for n, shape in shapes.items()}
+
+
+def module(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def peft_formats(config: ModelConfig) -> list[Format]:
+    """The layouts whose names a PEFT adapter of this model may use."""
+    return [form for family in every() for form in family.formats if form.peft and form.fits(config)]
+
+
+def peft_layout(config: ModelConfig) -> Format:
+    """The layout whose names we write: the first that can express the model."""
+    head = {"text_lm_head.weight": torch.empty(0)} if config.table.text_out else {}
+    for form in peft_formats(config):
+        if not lost(config, form.read(form.write(config, "float32"), head)):
+            return form
+    raise ValueError("--to=peft needs official names, and no layout whose adapters PEFT knows has this model; export --to=multistream")
+
+
+def export_peft(model: MultistreamLM, base: str, dtype: str) -> tuple[About, Tensors]:
+    """adapter_config.json and tensors of a PEFT adapter with official names."""
+    layout, config = peft_layout(model.config), model.lora
+    names = {n: theirs for n, (theirs,) in theirs_of(model, layout).items()}
+    official = {path: module(names[f"{path}.weight"]) for path in lora.linears(model)}
+    found = {official[path]: adapter for path, _, adapter in lora.adapters(model)}
+    saved = sorted({module(names[n]) for n in lora.trained_parameters(model, config)})
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        path, _, part = name.partition(".adapter.")
+        if part or module(names[name]) in saved:
+            tensors[PREFIX + (f"{official[path]}.{PARTS[part]}" if part else names[name])] = parameter.detach()
+    about = {
+        "peft_type": "LORA", "task_type": layout.task_type,
+        "base_model_name_or_path": base, "revision": None, "inference_mode": True, "bias": "none", "fan_in_fan_out": False,
+        "init_lora_weights": True, "r": config.rank, "lora_alpha": config.alpha, "lora_dropout": config.dropout,
+        "use_rslora": config.rslora, "use_dora": config.dora, "modules_to_save": saved or None,
+        "target_modules": suffixes(set(found), set(official.values())),
+        "rank_pattern": {n: a.rank for n, a in found.items() if a.rank != config.rank},
+        "alpha_pattern": {n: a.alpha for n, a in found.items() if a.alpha != config.alpha}}
+    return about, tensors
+
+
+def suffixes(chosen: set[str], everything: set[str]) -> list[str]:
+    """The shortest endings, cut at dots, that select `chosen` and nothing else (PEFT's way of naming targets)."""
+    found = set()
+    for path in chosen:
+        parts = path.split(".")
+        endings = [".".join(parts[-n:]) for n in range(1, len(parts) + 1)]
+        found.add(next(e for e in endings if {p for p in everything if p == e or p.endswith(f".{e}")} <= chosen))
+    return sorted(found)
+
+
+PEFT_PLAIN = {"peft_type": ("LORA",), "bias": ("none",), "fan_in_fan_out": (False,), "lora_bias": (False,),
+              "trainable_token_indices": (None,), "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva", None)}     # not PiSSA
+PEFT_READ = """task_type auto_mapping peft_version base_model_name_or_path revision inference_mode r target_modules exclude_modules
+lora_alpha lora_dropout use_rslora modules_to_save layers_to_transform layers_pattern rank_pattern alpha_pattern megatron_core use_dora
+qalora_group_size ensure_weight_tying""".split()                   # read, told by the tensors, or without effect on the outcome
+
+
+def import_peft(model: MultistreamLM, about: About, tensors: Tensors, source: str) -> tuple[LoraConfig, Tensors]:
+    """Read a PEFT adapter, in either official naming of this model's family."""
+    refuse(about, PEFT_PLAIN | {key: (None, {}) for key in about if key.endswith("_config")})
+    strange = [key for key, value in about.items() if value and key not in PEFT_READ and key not in PEFT_PLAIN]
+    if strange:
+        raise ValueError(f"adapter {source} has {strange[0]} = {about[strange[0]]!r}, which this code does not know; "
+                         + "merge it with the library that wrote it, or train it again without")
+    bare = {peft_name(n): t for n, t in tensors.items()}
+    fitting = peft_formats(model.config)
+    if not fitting:
+        raise ValueError(f"{source}: PEFT has no names for models of this family; use its own kind of adapter")
+    layout = max(fitting, key=lambda x: len(adapter_keys(model, x).keys() & bare.keys()))
+    ours, names = take(model, layout, bare, source), theirs_of(model, layout)
+    paths = {module(module(n)) for n in ours if n.endswith("lora_A")}
+    official = {p: module(names[f"{p}.weight"][0]) for p in paths}
+    patterns, usually = about.get("alpha_pattern") or {}, float(about.get("lora_alpha", 8))
+    alphas = {p: next((float(v) for k, v in patterns.items() if re.fullmatch(rf"(.*\.)?({k})", official[p])), usually) for p in paths}
+    flags = (about.get("lora_dropout", 0.0), about.get("use_rslora", False), about.get("use_dora", False))
+    return adapter_config(model, ours, alphas, *flags), ours
+
+
+def peft_name(name: str) -> str:
+    """Without PEFT's prefix and adapter name; magnitudes are written with and without `.weight`."""
+    name = re.sub(r"\.(lora_[AB])\.default\.weight$", r".\1.weight", name.removeprefix(PREFIX))
+    return re.sub(r"\.lora_magnitude_vector(\.default)?(\.weight)?$", ".lora_magnitude_vector", name)
+
+
+def adapter_keys(model: MultistreamLM, layout: Format) -> dict[str, tuple[str, int, int]]:
+    """Official name -> (our name, number of the piece, how many pieces) of everything that an adapter may hold."""
+    keys = {}
+    linears = lora.linears(model)
+    for name, theirs in theirs_of(model, layout).items():
+        for k, official in enumerate(theirs):
+            keys[official] = (name, k, len(theirs))
+            if name.endswith(".weight") and module(name) in linears:
+                keys |= {f"{module(official)}.{b}": (f"{module(name)}.adapter.{a}", k, len(theirs)) for a, b in PARTS.items()}
+    return keys
+
+
+def take(model: MultistreamLM, layout: Format, tensors: Tensors, source: str) -> Tensors:
+    """Rename and join the tensors of an adapter file, strictly."""
+    keys, groups = adapter_keys(model, layout), {}
+    unknown = sorted(tensors.keys() - keys.keys())
+    if unknown:
+        raise ValueError(f"adapter {source}: {len(unknown)} tensors have no place in this model {unknown[:3]}; "
+                         + "it was made for another one, or adapts an embedding or a convolution")
+    for name, tensor in tensors.items():
+        ours, k, count = keys[name]
+        groups.setdefault(ours, [None] * count)[k] = tensor
+    broken = sorted(n for n, parts in groups.items() if any(p is None for p in parts))
+    if broken:
+        raise ValueError(f"adapter {source} lacks some steps of {broken[:3]}; it needs all of them")
+    shapes = {n: p.shape for n, p in model.named_parameters()}
+    sets = {path for path, linear in lora.linears(model).items() if linear.weight.dim() == 3}
+    return {n: (parts[0].view(shapes[n]) if n in shapes else parts[0]) if len(parts) == 1 and module(module(n)) not in sets else
+            join(parts, shapes.get(n, torch.Size((len(parts), 0, 0)))) for n, parts in groups.items()}
+
+
+def adapter_config(model: MultistreamLM, ours: Tensors, alphas: dict[str, float], dropout: float, rslora: bool, dora: bool) -> LoraConfig:
+    """The LoraConfig under which `inject` builds exactly the adapters of a file."""
+    ranks = {module(module(n)): t.shape[-2] for n, t in ours.items() if n.endswith("lora_A")}
+    if not ranks:
+        raise ValueError("the adapter file holds no lora_A; it adapts nothing")
+    (rank, rank_patterns), (alpha, alpha_patterns) = usual(ranks), usual({p: alphas[p] for p in ranks})
+    return LoraConfig(rank, alpha, globs(set(ranks), lora.linears(model)), dropout, rslora, dora,
+                      tuple(n for n in ours if "lora_" not in n), rank_patterns, alpha_patterns)
+
+
+def usual(values: dict[str, Any]) -> tuple[Any, tuple[tuple[str, Any], ...]]:
+    """The commonest value, and those that differ from it."""
+    common = Counter(values.values()).most_common(1)[0][0]
+    return common, tuple((path, value) for path, value in sorted(values.items()) if value != common)
+
+
+def globs(chosen: set[str], everything: Iterable[str]) -> tuple[str, ...]:
+    """Patterns for lora.py that select `chosen` and nothing else, layer numbers folded where all layers are in."""
+    found = set()
+    for path in chosen:
+        folded = re.sub(r"\.\d+\.", ".*.", path)
+        found.add(folded if all(p in chosen for p in everything if lora.matches(p, folded)) else path)
+    return tuple(sorted(found))
+
+
+PEFT = AdapterFormat("peft", "adapter_config.json", "adapter_model.safetensors", import_peft, export_peft)
+
+
+def adapter_formats() -> tuple[AdapterFormat, ...]:
+    """Adapters of other libraries that can be read and written."""
+    return (PEFT, *(form for family in every() for form in family.adapters))

@@ -1,0 +1,237 @@
+"""Official layouts: the engine that turns their names and configs into ours, and ours into theirs.
+
+A rule is (our name, their name). {n} {x} {p} stand for the same text on both sides; {k} on their side counts tensors
+that we keep in one, rows above each other or, in a depth transformer, stacked by step. Our parameters drive both ways:
+import looks up the names that a parameter is made of, export cuts the parameter into them, and what is left over on
+either side is an error. A config that its official layout cannot express is refused by name. The tables themselves stand
+in the file of each family. Sources: transformers 5.23, boson-multimodal 0.1.1, moshi 0.2.13, peft 0.21.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layers.architecture import ModelConfig, StackConfig
+from lora import LoraConfig
+from model import MultistreamLM
+from options import difference
+
+Rules = tuple[tuple[str, str], ...]
+Tensors = dict[str, Tensor]
+About = dict[str, Any]                  # what a config.json says
+BLOCK = (("attn_norm.weight", "input_layernorm.weight"), ("ffn_norm.weight", "post_attention_layernorm.weight"),
+         ("audio_attn_norm.weight", "audio_input_layernorm.weight"), ("audio_ffn_norm.weight", "audio_post_attention_layernorm.weight"),
+         ("attn.{x}.{p}", "self_attn.{x}_proj.{p}"), ("attn.{x}_norm.weight", "self_attn.{x}_norm.weight"),
+         ("ffn.{x}.weight", "mlp.{x}_proj.weight"), ("audio_ffn.{x}.weight", "audio_mlp.{x}_proj.weight"))
+
+
+def stack(ours: str, theirs: str, block: Rules = BLOCK) -> Rules:
+    return tuple((f"{ours}.{{n}}.{a}", f"{theirs}.{{n}}.{b}") for a, b in block)
+
+
+WILD = {"{n}": r"(?P<n>\d+)", "{x}": "(?P<x>[a-z]+)", "{c}": r"(?P<c>\w+)", "{p}": "(?P<p>weight|bias)"}
+
+
+# ---- what a family says of its official files ----
+
+@dataclass(frozen=True)
+class Format:
+    """An official file layout: its names and its config.json."""
+
+    name: str                                                   # what messages call it
+    to: str                                                     # what `export --to=` calls it
+    rules: Callable[[ModelConfig], Rules]                       # (our name, their name), the first that fits holds
+    read: Callable[[About, Tensors], ModelConfig]               # their config.json -> ours
+    write: Callable[[ModelConfig, str], About]                  # our config and the type of the weights -> theirs
+    fits: Callable[[ModelConfig], bool]                         # could a model be of this family?
+    recognise: Callable[[About], bool]                          # is this config.json of this layout?
+    tidy: Callable[[Tensors, ModelConfig], Tensors]             # every accepted spelling -> the one of the rules
+    finish: Callable[[Tensors, ModelConfig], Tensors] = lambda tensors, config: tensors
+    stacked: bool = False                                       # weights of all depth steps are one tensor, as ours are
+    peft: bool = False                                          # PEFT adapters of this family use its names
+    task_type: str | None = None                                # what PEFT calls the task
+    weight_file: Callable[[About], str] = lambda about: "model.safetensors"
+    complete: Callable[[About, Tensors, str, Callable[[str], ModelConfig]], About] = lambda about, tensors, source, config_of: about
+
+
+@dataclass(frozen=True)
+class AdapterFormat:
+    """An adapter as another library stores it: two files in a folder."""
+
+    to: str                                                     # what `export --to=` calls it
+    config_file: str
+    weight_file: str
+    read: Callable[[MultistreamLM, About, Tensors, str], tuple[LoraConfig, Tensors]]
+    write: Callable[[MultistreamLM, str, str], tuple[About, Tensors]]       # model, name of its base, type of the weights
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A command of checkpoint.py that makes a model out of others: `make` gets them loaded, and the options as text or values."""
+
+    name: str
+    usage: str                                                  # its lines of `checkpoint.py --help`
+    make: Callable[..., tuple[ModelConfig, Tensors, dict[str, Any] | None]]     # -> config, weights, DataConfig fields
+    sources: tuple[str, ...] = ()                               # options that name a checkpoint each; () = the word behind the command
+    options: tuple[str, ...] = ()                               # its other options
+
+
+# ---- the engine: one table of names, used in both directions ----
+
+def official_names(name: str, shape: torch.Size, config: ModelConfig, form: Format) -> list[str]:
+    """Their names of what one of our parameters is made of, in order."""
+    for ours, theirs in form.rules(config):
+        pattern = re.escape(ours).replace(r"\{", "{").replace(r"\}", "}")
+        for mark, group in WILD.items():
+            pattern = pattern.replace(mark, group)
+        if match := re.fullmatch(pattern, name):
+            named = theirs.format(**match.groupdict(), k="{k}", K="{K}")
+            codes = config.table.streams[config.table.audio[0]].vocab if config.table.audio else 1
+            whole = len(shape) == 3 and form.stacked
+            count = 1 if whole else shape[0] if len(shape) == 3 else shape[0] // codes if "{k}" in named else 1
+            return [named.format(k=k, K=k + 1) for k in range(count)]
+    raise ValueError(f"{name} has no counterpart in the layout {form.name}; the model is of another family")
+
+
+def split(tensor: Tensor, names: list[str], form: Format) -> list[Tensor]:
+    """Cut one of our parameters into their tensors."""
+    return list(tensor) if tensor.dim() == 3 and not form.stacked else list(tensor.chunk(len(names))) if tensor.dim() else [tensor]
+
+
+def join(parts: list[Tensor], shape: torch.Size) -> Tensor:
+    """Undo `split`."""
+    return torch.stack(parts) if parts[0].dim() < len(shape) else torch.cat(parts).view(shape) if shape else parts[0]
+
+
+def to_ours(form: Format, wanted: Tensors, config: ModelConfig, tensors: Tensors, source: str) -> Tensors:
+    """Rename and join official tensors into our parameters, strictly: ValueError lists what is missing, left over or misshapen."""
+    left, result, missing = form.tidy(tensors, config), {}, []
+    for name, target in wanted.items():
+        names = official_names(name, target.shape, config, form)
+        missing += [n for n in names if n not in left]
+        parts = [left.pop(n) for n in names if n in left]
+        for official, part, like in zip(names, parts, split(target, names, form), strict=len(parts) == len(names)):
+            if part.shape != like.shape:
+                raise ValueError(f"{source}: {official} is {tuple(part.shape)}, its config wants {tuple(like.shape)}; "
+                                 + "check that weights and config.json belong together")
+        if len(parts) == len(names):
+            result[name] = join(parts, target.shape)
+    if missing or left:
+        raise ValueError(f"{source} does not fit its config.json ({form.name}): {len(missing)} tensors missing {sorted(missing)[:3]}, "
+                         + f"{len(left)} unexpected {sorted(left)[:3]}; fetch all its files again")
+    return result
+
+
+def to_theirs(form: Format, tensors: Tensors, config: ModelConfig) -> Tensors:
+    """Cut our parameters into official tensors."""
+    result: Tensors = {}
+    for name, tensor in tensors.items():
+        names = official_names(name, tensor.shape, config, form)
+        result |= dict(zip(names, split(tensor, names, form), strict=True))
+    return form.finish(result, config)
+
+
+def by_model_type(*names: str) -> Callable[[About], bool]:
+    """Recognise a config.json by its "model_type"."""
+    return lambda about: about.get("model_type") in names
+
+
+# ---- what several layouts share ----
+
+def drop_buffers(tensors: Tensors, config: ModelConfig) -> Tensors:
+    """Leave out what transformers computes itself, and the head where it is the embedding."""
+    kept = {n: t for n, t in tensors.items() if not n.endswith("rotary_emb.inv_freq")}
+    if config.tied:
+        same(kept, "model.embed_tokens.weight", "lm_head.weight")
+    return kept
+
+
+def same(tensors: Tensors, name: str, copy: str) -> None:
+    """Forget a tensor that is written twice."""
+    if copy in tensors and name in tensors:
+        if not torch.equal(tensors[name], tensors[copy]):
+            raise ValueError(f"{copy} differs from {name}, its config says that they are one; fetch the files again")
+        del tensors[copy]
+
+
+def refuse(about: About, allowed: dict[str, tuple[Any, ...]]) -> None:
+    """ValueError when a field has a value that we cannot compute; the first allowed value stands for an absent field."""
+    for key, values in allowed.items():
+        if about.get(key, values[0]) not in values:
+            raise ValueError(f"config.json has {key} = {about[key]!r}, this code reads {' or '.join(map(repr, values))} only")
+
+
+PLAIN = {"attention_bias": (False,), "mlp_bias": (False,), "use_sliding_window": (False, None), "quantization_config": (None,)}
+
+
+def llama(about: About, layers: int, eps: float, **more: Any) -> StackConfig:
+    """Read the Llama-like stack of a transformers config, old or new way of writing RoPE; absent fields have their class defaults."""
+    refuse(about, PLAIN)
+    rope = about.get("rope_parameters") or about.get("rope_scaling") or {}
+    refuse({"rope_type": rope.get("rope_type", rope.get("type", "default"))}, {"rope_type": ("default", "llama3")})
+    scaling = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    heads, dim = about["num_attention_heads"], about["hidden_size"]
+    kv, head = about.get("num_key_value_heads") or heads, about.get("head_dim") or 0
+    return StackConfig(
+        dim=dim, layers=layers, heads=heads, kv_heads=kv if kv != heads else 0, head_dim=head if head * heads != dim else 0,
+        ffn=about["intermediate_size"], activation=about.get("hidden_act", "silu"), norm_eps=about.get("rms_norm_eps", eps),
+        rope_theta=float(rope.get("rope_theta", about.get("rope_theta", 10000.0))),
+        rope_scaling=tuple(float(rope[key]) for key in scaling) if "factor" in rope else (), **more)
+
+
+def write_llama(c: ModelConfig, layers: int, dtype: str) -> About:
+    """The fields that every transformers config of a Llama-like stack has, in the way that old and new versions read."""
+    s = c.temporal
+    names = ("rope_type", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    scaling = dict(zip(names, ("llama3", *s.rope_scaling[:3], int(s.rope_scaling[3])), strict=True)) if s.rope_scaling else None
+    return {"hidden_size": s.dim, "intermediate_size": s.ffn, "num_hidden_layers": layers, "num_attention_heads": s.heads,
+            "num_key_value_heads": s.kv, "head_dim": s.head, "hidden_act": s.activation, "rms_norm_eps": s.norm_eps,
+            "rope_theta": s.rope_theta, "rope_scaling": scaling, "tie_word_embeddings": c.tied, "vocab_size": c.table.streams[0].vocab,
+            "attention_bias": False, "attention_dropout": 0.0, "use_cache": True, "torch_dtype": dtype}
+
+
+def ids(value: int | list[int] | None) -> tuple[int, ...]:
+    return () if value is None else (value,) if isinstance(value, int) else tuple(value)
+
+
+def placeholder(official: int, vocab: int, place: int) -> int:
+    """A text id that never reaches our grid: the official one, or one from the end of a small vocabulary."""
+    return official if official < vocab else vocab - place
+
+
+def read_config(form: Format, about: About, tensors: Tensors, source: str) -> ModelConfig:
+    """Translate a config.json; ValueError names `source` and the field that is missing or cannot be computed."""
+    try:
+        return form.read(about, tensors)
+    except KeyError as error:
+        raise ValueError(f"{source}/config.json lacks {error}; restore the official one") from None
+    except (ValueError, AssertionError) as error:
+        raise ValueError(f"{source}: {error}") from None
+    except (TypeError, AttributeError, IndexError, ArithmeticError) as error:       # a field of another type than the official one
+        raise ValueError(f"{source}/config.json is damaged ({error}); restore the official one") from None
+
+
+def lost(config: ModelConfig, other: ModelConfig) -> list[str]:
+    """What differs between two architectures, one line each."""
+    return difference(plain(config), plain(other))
+
+
+def plain(config: ModelConfig) -> ModelConfig:
+    """A config without what no layout stores: names of rows, training switches, and numbers left to their default."""
+    s = config.temporal
+    fusion = config.fusion and replace(config.fusion, remember=0)
+    return replace(config, fusion=fusion, dropout=0.0, input_drop=0.0, text_drop=0.0, checkpoint=0,
+                   temporal=replace(s, kv_heads=s.kv, head_dim=s.head),
+                   table=replace(config.table, layout="", streams=tuple(replace(x, name="") for x in config.table.streams)))
+
+
+def official_files(folder: Path) -> dict[str, str]:
+    """The codec and the tokenizer that lie beside official weights, as DataConfig fields: Moshi's, or a tokenizer.json."""
+    patterns = {"codec": ("tokenizer-*.safetensors", "mimi-*.safetensors"), "tokenizer": ("tokenizer.json", "*.model")}
+    found = {name: [path for mark in marks for path in folder.glob(mark)] for name, marks in patterns.items()}
+    return {name: str(paths[0]) for name, paths in found.items() if paths}

@@ -1,0 +1,108 @@
+"""The command line of sample.py: its options, and the model and the data facts that they name.
+"""
+
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lora
+from checkpoint import DTYPES, load
+from corpus.data_config import DataConfig
+from families.family import family_of
+from families.formats import official_files
+from generation.conversation import ChatConfig
+from generation.decode_step import SampleConfig
+from model import MultistreamLM
+from options import from_json
+from streams import StreamTable
+
+
+@dataclass(frozen=True)
+class Job(SampleConfig):
+    """What `python sample.py` does."""
+
+    ckpt: str = ""               # run folder, checkpoint folder, file or hub id
+    text: str = ""               # what to say
+    texts: str = ""              # or a file with one text a line
+    out: str = "out/sample.wav"  # wav to write; with texts, a folder for wavs and samples.jsonl
+    user: str = ""               # or a recording to talk with: out becomes stereo (left the model), its words a .txt beside it
+    prompt: str = ""             # or a stereo dialogue to go on with, left the model; then it speaks with user, or for both
+    seconds: float = 20.0        # with prompt: go on for so long
+    condition: str = ""          # what Hibiki and its like are told: description=very_good
+    chat: ChatConfig | None = None  # --chat: converse at the terminal (chat.py), a line at a time
+    reply: str = ""              # conversations: "text", printed as it comes, or "speech"; "" = speech where there is any
+    system: str = ""             # conversations: system message, "" = as in training
+    skip_first_frame: bool = False    # with user: his first frame is never heard, as in the official generator
+    ref: tuple[str, ...] = ()    # recording of the voice to clone, or "profile:" and words; several are [SPEAKER0], [SPEAKER1]
+    ref_text: tuple[str, ...] = ()  # what each recording says
+    ref_in: str = "assistant"    # conversations: where it stands, in an "assistant" turn or in the "system" message
+    scene: str = ""              # conversations: scene description
+    chunk_words: int = 0         # speak a long text in pieces of so many words, or of speakers' turns; 0 = whole
+    chunk_buffer: int = 1        # pieces before that the next one goes on from, beside the references
+    codec: str = ""              # codec, tokenizer and normaliser where the checkpoint names none, as official ones do
+    tokenizer: str = ""          # by default the one in the checkpoint's folder
+    normaliser: str = ""
+    adapter: str = ""            # checkpoint folder of an adapter to put on top
+    device: str = "cpu"          # cpu or cuda
+    dtype: str = "fp32"          # fp32, bf16 or fp16
+    quantize: str = ""           # "int8": weights of 8 bits, half the bytes of bf16 to read for each column
+    stream: bool = False         # write the wav while it grows
+    batch: int = 16              # texts spoken at once
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        assert self.ref_in in ("assistant", "system"), "ref_in is assistant or system"
+        assert min(self.chunk_words, self.chunk_buffer) >= 0, "chunk_words and chunk_buffer are not negative"
+        assert self.reply in ("", "text", "speech"), f"reply {self.reply!r} is neither text nor speech"
+        assert self.batch > 0, f"batch {self.batch} is not positive"
+        assert self.quantize in ("", "int8"), f"quantize {self.quantize!r} is neither empty nor int8"
+        assert self.dtype in DTYPES, f"dtype {self.dtype!r} is none of {', '.join(DTYPES)}"
+        assert self.device in ("cpu", "cuda"), f"device {self.device!r} is neither cpu nor cuda"
+
+
+def load_for_sampling(job: Job) -> tuple[MultistreamLM, DataConfig]:
+    """Load the model and say what was loaded, the adapter included."""
+    if not job.ckpt:
+        raise ValueError("no checkpoint given; add --ckpt out/demo, or any run folder, file or hub id")
+    if job.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device=cuda: this machine shows no CUDA device; use --device=cpu")
+    model = load(job.ckpt, job.device, job.dtype, job.adapter or None)
+    found = lora.norms(model)
+    applied = f"adapter applied: {2 * len(found)} tensors, |BA|/|W| up to {max(found.values()):.2g}" if found else "no adapter"
+    print(f"{job.adapter or model.extras.folder}: step {model.extras.step}, {applied}")
+    lora.strip(model)                                # merged adapters go the fast way
+    if job.quantize:
+        lora.quantize(model.requires_grad_(False))
+    folder = Path(model.extras.folder)
+    facts = dict(model.extras.data or family_of(model.table).companions | official_files(folder))
+    facts |= {key: getattr(job, key) for key in ("codec", "tokenizer", "normaliser") if getattr(job, key)}
+    facts |= {"scene": job.scene, "reference_in": job.ref_in} | ({"system": job.system} if job.system else {})
+    return model, from_json(DataConfig, facts, f"{folder}/config.json data")
+
+
+def pair_voices(refs: Sequence[str], transcripts: Sequence[str], texts: Sequence[str]) -> list[tuple[str, str]]:
+    """(recording, transcript) of each voice, or ("", "profile:..."); ValueError when they do not fit each other or the texts."""
+    said = iter(transcripts)
+    voices = [("", ref) if ref.startswith("profile:") else (ref, next(said, "")) for ref in refs]
+    if any(not text.strip() for _, text in voices) or next(said, None) is not None:
+        found = f"{sum(bool(ref) for ref, _ in voices)} recordings, {len(transcripts)} transcripts"
+        raise ValueError(f"a reference needs both --ref=voice.wav and --ref_text=\"what it says\"; got {found}")
+    highest = max((int(n) for text in texts for n in re.findall(r"\[SPEAKER(\d+)\]", text)), default=0)
+    if voices and highest >= len(voices):
+        raise ValueError(f"the text names [SPEAKER{highest}], there are {len(voices)} voices; give a --ref and a --ref_text to each")
+    return voices
+
+
+def usual_rules(table: StreamTable, given: Collection[str]) -> dict[str, Any]:
+    """The sampling rules of a family's official script, those that the user gave left out; prints them."""
+    rules = {name: value for name, value in family_of(table).rules(table).items() if name not in given}
+    if rules:
+        print("sampling as the official example does: " + ", ".join(f"{name} {value}" for name, value in rules.items()))
+    return rules
+
+
+# How the official generation example draws; RAS looks back 7 columns and redraws what was there twice.

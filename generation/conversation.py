@@ -1,0 +1,435 @@
+"""Conversation: turns, what was looked up, what is said as it comes, what is kept of it, and a log without personal data.
+
+    python sample.py --ckpt out/ivr_qwen --chat --chat.lookup=orders.json
+    you: Where is order 48213?
+    Order 48213 was shipped and arrives on 3 June.
+
+A line is what the caller says or, where the model hears, the path of a sound file. `repeat` gives the last reply again, `agent`
+hands over to a person, `quit` hangs up; Ctrl-C while a reply is given cuts it off (barge-in).
+
+No figure is made up: numbers of five digits and more are looked up, and an unknown one gets a fixed sentence; a reply stops in
+front of a figure that neither the call nor a lookup named, and asks. Words are let through one by one, figures when they are
+whole. This reads text: what a spoken reply says is not checked, nor are numbers in a recording looked up.
+
+    history    every exchange, until the prompt has more than `budget` columns: then the oldest go, whole; the system turn stays.
+               Of a reply that was cut off it holds what was said, and no more.
+    log        a line a turn: what was said, masked; seconds to the first token, the first sound and the end
+
+The engine draws through `say`, a prompt grid (K, S) -> frames (B, K); sample.py binds `generate` to it.
+"""
+
+import json
+import re
+import signal
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor
+
+from audio import load_codec
+from audio.wav import WavWriter, load_wav
+from corpus.cache import encode
+from corpus.data_config import DataConfig
+from corpus.examples import reply_example
+from corpus.phone_calls import NUMBERS, SCALES, figures, lookup_turn
+from families.family import family_of, lay_out, marks_of_turns
+from generation.reply_stream import reply_pieces
+from options import read_json
+from streams import StreamTable
+from text.conversation import Message, text_of
+from text.tokenizers import load_tokenizer
+
+Say = Callable[[Tensor], Iterator[Tensor]]
+Lookup = Callable[[str], Mapping[str, str] | None]      # a number -> what is known of it; None = there is no such number
+Piece = tuple[str, str | Tensor]                        # "text", a str; "audio", samples (1, n)
+
+SENTENCES = {
+    "en": {"unknown": "I cannot find {numbers}. Please check the number and tell me again.",
+           "made up": "I cannot confirm that figure. Could you give me your order number, please?",
+           "agent": "I am connecting you with a colleague. Please hold the line.", "quit": "Goodbye.",
+           "repeat": "There is nothing to repeat yet."},
+    "ar": {"unknown": "لا أجد الرقم {numbers}. من فضلك تحقق من الرقم وأعده.",
+           "made up": "لا أستطيع تأكيد هذا الرقم. هل تعطيني رقم طلبك من فضلك؟",
+           "agent": "سأحولك إلى زميل. من فضلك انتظر.", "quit": "مع السلامة.", "repeat": "لا يوجد ما أكرره بعد."}}
+COMMANDS = ("repeat", "agent", "quit")
+SOUNDS = (".wav", ".flac", ".ogg", ".opus", ".mp3")
+NUMBER = re.compile(r"[a-z]{0,3}\d{5,}")                # what is looked up, as calls.figures writes it
+
+
+@dataclass(frozen=True)
+class ChatConfig:
+    """How a conversation is led."""
+
+    lookup: str = ""             # json file of what may be looked up: {"48213": {"order": "48213", "status": "shipped"}}
+    log: str = ""                # jsonl file to append to, "" = chat.jsonl beside --out
+    budget: int = 2048           # columns of a prompt; beyond, the oldest exchanges are forgotten whole
+    grounded: bool = True        # a figure that nobody named is not said
+    timeout: float = 0.0         # seconds after which a reply is cut off, 0 = never
+
+    def __post_init__(self) -> None:
+        assert self.budget > 0, f"budget {self.budget} is not positive"
+        assert self.timeout >= 0, f"timeout {self.timeout} is negative"
+
+
+def read_lookup(path: str) -> Lookup:
+    """A lookup in a json file: numbers, each with its facts; ValueError for anything else."""
+    found = read_json(path)
+    if not isinstance(found, dict) or not all(isinstance(facts, dict) for facts in found.values()):
+        raise ValueError(f'{path} is no table of facts; write {{"48213": {{"order": "48213", "status": "shipped"}}}}')
+    table = {figure: {str(k): str(v) for k, v in facts.items()} for key, facts in found.items() for figure in figures(key) or [key.lower()]}
+    for facts in table.values():
+        lookup_turn(facts)                              # what could not be written into a turn is told at once
+    return table.get
+
+
+# ---- what is not written down ----
+
+PERSONAL = ("name", "mail", "phone", "address", "street", "birth", "card", "iban")
+EMAIL = re.compile(r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+")
+DIGITS = re.compile(r"\+?\d(?:[ ().\-/]{0,2}\d){3,}")
+INTRODUCED = re.compile(r"((?:my name is|this is|i am|i'm)\s+)((?-i:[A-Z])[\w'-]+(?: (?-i:[A-Z])[\w'-]+)*)", re.I)
+SPELLED = re.compile(rf"\b(?:(?:{'|'.join(w for w, n in NUMBERS.items() if n < 10)}|oh)\b[\s,-]*){{4,}}", re.I)
+
+
+def masked(text: str, slots: Mapping[str, str]) -> str:
+    """The text without e-mail addresses, numbers of four digits and more (also spelled), personal slots such as names, and
+    the name with which a caller introduces himself in English."""
+    text = INTRODUCED.sub(lambda m: f"{m[1]}<name>", EMAIL.sub("<email>", text))
+    for slot, value in slots.items():
+        if any(word in slot.lower() for word in PERSONAL):
+            parts = [re.escape(part) for part in (value, *re.findall(r"\w{3,}", value))]
+            text = re.sub(rf"(?<!\w)(?:{'|'.join(parts)})(?!\w)", f"<{slot}>", text, flags=re.I)
+    text = SPELLED.sub(lambda m: "<number>" + m[0][len(m[0].rstrip(" ,-")) :], text)
+    return DIGITS.sub(lambda m: re.sub(r"\d", "#", m[0]), text)
+
+
+# ---- what is not said ----
+
+WORDS = "|".join((*NUMBERS, *SCALES))
+OPEN = re.compile(rf"(?:\S*\d\S*\s+|\b(?:{WORDS})\b\W+)*\S*$", re.I)         # a figure that may go on, or a word that has not ended
+
+
+class Guard:
+    """Lets a text through as it grows, up to the first figure that `context` does not hold."""
+
+    def __init__(self, context: str) -> None:
+        self.known = set(figures(context)) | set(re.findall(r"\w+", context.lower()))
+        self.text, self.told, self.caught = "", 0, ""
+
+    def push(self, piece: str) -> str:
+        self.text += piece
+        return self.release(OPEN.search(self.text).start())
+
+    def flush(self) -> str:
+        return self.release(len(self.text))
+
+    def release(self, end: int) -> str:
+        self.caught = self.caught or next((f for f in figures(self.text[:end]) if f not in self.known), "")
+        if self.caught or end <= self.told:
+            return ""
+        begin, self.told = self.told, end
+        return self.text[begin:end]
+
+
+# ---- the engine ----
+
+@dataclass
+class Exchange:
+    """What the caller said, what was looked up for it, and what was replied; codes (Q, T) of its recordings."""
+
+    messages: list[Message]
+    codes: list[Tensor] = field(default_factory=list)
+
+
+@dataclass
+class TurnLog:
+    """What a turn was like, for the log."""
+
+    outcome: str = "reply"       # or "unknown", "repeat", "agent", "quit", "error"
+    cut: str = ""                # "barge-in", "length" (max_frames), "timeout" or "made up"
+    said: str = ""
+    looked_up: int = 0
+    dropped: int = 0             # exchanges that left the history
+    columns: int = 0             # of the prompt
+    frames: int = 0              # drawn
+    samples: int = 0             # of speech
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class Session:
+    """A conversation with one caller."""
+
+    def __init__(self, table: StreamTable, data: DataConfig, config: ChatConfig, say: Say, lookup: Lookup | None = None,
+                 reply: str = "", log: Callable[[dict[str, Any]], None] = lambda row: None,
+                 clock: Callable[[], float] = time.perf_counter) -> None:
+        family = family_of(table)
+        if family.template is None:
+            fix = "give it a recording with --user=in.wav" if family.listens else "give it --text"
+            raise ValueError(f"{family.name} knows no turns; {fix} instead of --chat")
+        self.table, self.data, self.config, self.say, self.lookup, self.log, self.clock = table, data, config, say, lookup, log, clock
+        self.tokenizer = load_tokenizer(data.tokenizer)
+        self.codec = load_codec(data.codec) if table.audio else None
+        self.reply = reply or ("speech" if family.template.speak else "text")
+        if self.reply == "speech" and not family.template.speak:
+            raise ValueError(f"{family.name} does not speak; leave --reply=speech out")
+        self.exchanges: list[Exchange] = []
+        self.slots: dict[str, str] = {}
+        self.id, self.turns, self.language, self.last = uuid.uuid4().hex[:12], 0, "en", list[Piece]()
+        self.cancel = threading.Event()                 # set it, from anywhere, and the reply ends at once
+
+    def fixed(self, kind: str, **values: str) -> str:
+        return SENTENCES[self.language][kind].format(**values)
+
+    def hear(self, heard: str) -> Iterator[Piece]:
+        """Answer what the caller says, piece by piece. Ends early when `cancel` is set or the iterator is closed."""
+        turn, start = TurnLog(), self.clock()
+        self.turns += 1
+        self.cancel.clear()
+        command, said = heard.strip().lower(), list[Piece]()
+        if command not in COMMANDS and re.search("[\u0600-\u06ff]", heard):
+            self.language = "ar"
+        try:
+            given = self.obey(command, turn) if command in COMMANDS else self.answer(heard, turn, start)
+            with closing(given):
+                for piece in given:
+                    said.append(piece)
+                    yield piece
+        except GeneratorExit:                           # nobody listens any more
+            turn.cut = "barge-in"
+            raise
+        except (ValueError, OSError):
+            turn.outcome = "error"
+            raise
+        finally:
+            self.last = said if turn.outcome == "reply" and said else self.last
+            turn.said = "".join(piece for kind, piece in said if kind == "text")
+            turn.samples = sum(piece.shape[-1] for kind, piece in said if kind == "audio")
+            self.write(heard, turn, start)
+
+    def obey(self, command: str, turn: TurnLog) -> Iterator[Piece]:
+        turn.outcome = command
+        if command == "repeat" and self.last:
+            yield from self.last
+        else:
+            yield "text", self.fixed(command)
+
+    def answer(self, heard: str, turn: TurnLog, start: float) -> Iterator[Piece]:
+        """Look up what the caller names, and reply; what is said of the reply goes into the history."""
+        exchange = self.open(heard)
+        unknown = self.look_up(exchange, heard, turn)
+        self.exchanges.append(exchange)
+        if unknown:
+            turn.outcome, said = "unknown", self.fixed("unknown", numbers=", ".join(unknown))
+            exchange.messages.append({"role": "assistant", "content": said})
+            yield "text", said
+            return
+        parts: list[str | Tensor] = []
+        try:
+            prompt = self.prompt(turn)
+            with closing(self.drawn(prompt, turn, start)) as drawn:
+                for kind, piece in drawn:
+                    parts.append(piece)                 # before it is given: what the listener got, the history has
+                    yield from self.sound(piece, turn, start) if kind == "codes" else [("text", piece)]
+                if self.codec is not None and self.decoder is not None and turn.cut != "barge-in":
+                    yield "audio", self.decoder.flush()[0]
+        except ValueError:
+            self.exchanges.remove(exchange)             # a turn that could not be had leaves no trace
+            raise
+        finally:
+            self.keep(exchange, parts)
+
+    def open(self, heard: str) -> Exchange:
+        """The caller's side of an exchange: words, or the codes of a sound file."""
+        self.decoder = None
+        if not heard.strip().lower().endswith(SOUNDS):
+            return Exchange([{"role": "user", "content": heard.strip()}])
+        if self.codec is None:
+            raise ValueError(f"{heard.strip()}: this model reads text only; write what the caller says")
+        wav, _ = load_wav(heard.strip(), self.codec.sample_rate)
+        content = [{"type": "audio", "audio_url": Path(heard.strip()).name}]
+        return Exchange([{"role": "user", "content": content}], [encode(self.codec, wav)])
+
+    def look_up(self, exchange: Exchange, heard: str, turn: TurnLog) -> list[str]:
+        """Add a turn of facts for each number that is known; returns those that are not."""
+        unknown, numbers = [], list(dict.fromkeys(f for f in figures(heard) if NUMBER.fullmatch(f)))
+        for number in numbers if self.lookup is not None and not exchange.codes else ():
+            facts = self.lookup(number)
+            if facts is None:
+                unknown.append(number)
+                continue
+            turn.looked_up += 1
+            self.slots |= facts
+            exchange.messages.append(lookup_turn(facts))
+        return unknown
+
+    def prompt(self, turn: TurnLog) -> Tensor:
+        """The grid (K, S) of the history, cut to the budget; the exchange that is being had always stays."""
+        while True:
+            messages = [m for exchange in self.exchanges for m in exchange.messages]
+            codes = [c for exchange in self.exchanges for c in exchange.codes]
+            example = reply_example(messages, codes, self.data, self.tokenizer, self.table, self.reply)
+            tokens = lay_out(example, self.table)[0]
+            turn.columns = tokens.shape[1]
+            if turn.columns <= self.config.budget:
+                return tokens
+            if len(self.exchanges) == 1:
+                raise ValueError(f"this turn alone has {turn.columns} columns, chat.budget is {self.config.budget}; raise it, or say less")
+            self.exchanges.pop(0)
+            turn.dropped += 1
+
+    def drawn(self, prompt: Tensor, turn: TurnLog, start: float) -> Iterator[tuple[str, str | Tensor]]:
+        """Draw a reply: "text" as far as it may be said, "codes" as they come. Stops drawing once it is cut off."""
+        named = [text_of(message["content"]) for exchange in self.exchanges for message in exchange.messages]
+        context = "\n".join([*named, self.data.system, *self.slots.values()])
+        guard, mark = Guard(context), SENTENCES[self.language]["made up"]
+        with closing(self.frames(prompt, turn, start)) as frames:
+            for kind, piece in reply_pieces(frames, self.table, self.tokenizer):
+                if self.cancel.is_set():
+                    turn.cut = "barge-in"
+                    return
+                if kind == "cut":
+                    turn.cut = turn.cut or "length"
+                elif kind == "codes":
+                    yield kind, piece
+                elif text := guard.push(piece) if self.config.grounded else piece:
+                    yield kind, text
+                if guard.caught:
+                    break
+        if rest := "" if guard.caught else guard.flush():
+            yield "text", rest
+        if guard.caught:
+            turn.cut = "made up"
+            yield "text", (" " if guard.told and not guard.text[: guard.told].endswith((" ", "\n")) else "") + mark
+
+    def frames(self, prompt: Tensor, turn: TurnLog, start: float) -> Iterator[Tensor]:
+        """The frames of a reply, until it is cut off: not one is drawn behind that."""
+        with closing(self.say(prompt)) as drawn:
+            while not self.cancel.is_set() and (frame := next(drawn, None)) is not None:
+                past = self.clock() - start
+                turn.seconds.setdefault("first_token", past)
+                turn.frames += 1
+                yield frame
+                if 0 < self.config.timeout < past:
+                    turn.cut = "timeout"
+                    return
+
+    def sound(self, codes: Tensor, turn: TurnLog, start: float) -> Iterator[Piece]:
+        """Decode the next codes (Q, n) of a reply."""
+        if self.decoder is None:
+            self.decoder = self.codec.stream()
+        wav = self.decoder.decode(codes[None].clamp(max=self.codec.codebook_size - 1))[0]
+        if wav.shape[-1]:
+            turn.seconds.setdefault("first_audio", self.clock() - start)
+            yield "audio", wav
+
+    def keep(self, exchange: Exchange, parts: list[str | Tensor]) -> None:
+        """Put what was said into an exchange: text, and speech where there is any."""
+        content: list[Any] = []
+        for part in parts:
+            if isinstance(part, str) and content and isinstance(content[-1], str):
+                content[-1] += part
+            elif isinstance(part, str):
+                content.append(part)
+            elif content and isinstance(content[-1], dict):
+                exchange.codes[-1] = torch.cat([exchange.codes[-1], part], 1)
+            else:
+                content.append({"type": "audio", "audio_url": "(said)"})
+                exchange.codes.append(part)
+        content = [unmarked(part) if isinstance(part, str) else part for part in content]
+        if content:
+            spoken = any(isinstance(part, dict) for part in content)
+            exchange.messages.append({"role": "assistant", "content": content if spoken else content[0]})
+
+    def write(self, heard: str, turn: TurnLog, start: float) -> None:
+        """Log a turn, with its personal data masked."""
+        turn.seconds["total"] = self.clock() - start
+        rate = self.codec.sample_rate if self.codec is not None else 1
+        row = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "session": self.id, "turn": self.turns,
+               "heard": masked(heard.strip(), self.slots), "said": masked(turn.said, self.slots), "outcome": turn.outcome, "cut": turn.cut,
+               "looked_up": turn.looked_up, "dropped": turn.dropped, "columns": turn.columns, "frames": turn.frames,
+               "audio_seconds": round(turn.samples / rate, 3), "seconds": {k: round(v, 4) for k, v in turn.seconds.items()}}
+        self.log(row)
+
+
+def unmarked(text: str) -> str:
+    """A reply without the marks that no turn may hold: drawn as words, they would become structure when it is read again."""
+    for mark in marks_of_turns():
+        text = text.replace(mark, "")
+    return text
+
+
+# ---- the terminal ----
+
+@contextmanager
+def barge_in(cancel: threading.Event) -> Iterator[None]:
+    """Within, Ctrl-C sets `cancel` and does nothing else."""
+    before = signal.signal(signal.SIGINT, lambda *_: cancel.set())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def chat_in_terminal(table: StreamTable, data: DataConfig, config: ChatConfig, say: Say, reply: str = "", out: str = "out/sample.wav",
+         lines: TextIO | None = None) -> None:
+    """Talk with whoever sits at the terminal, or reads lines into it. Spoken replies are NAME_001.wav, ... beside `out`."""
+    lines = lines or sys.stdin
+    path = Path(config.log or Path(out).parent / "chat.jsonl")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        session = Session(table, data, config, say, read_lookup(config.lookup) if config.lookup else None, reply,
+                          lambda row: print(json.dumps(row, ensure_ascii=False), file=file, flush=True))
+        for heard in input_lines(lines):
+            wav = Path(out).with_name(f"{Path(out).stem}_{session.turns + 1:03d}.wav")
+            try:
+                with barge_in(session.cancel):
+                    print_turn(session.hear(heard), wav, session)
+            except (ValueError, OSError) as error:
+                if not lines.isatty():                  # a script must not go on as if it had been answered
+                    raise
+                print(f"error: {error}")
+            if heard.strip().lower() in ("agent", "quit"):
+                break
+    print(f"{path}: {session.turns} turns of session {session.id}")
+
+
+def input_lines(lines: TextIO) -> Iterable[str]:
+    """The lines of a caller that are not blank, to the end of the input or Ctrl-C."""
+    while True:
+        if lines.isatty():
+            print("you: ", end="", flush=True)
+        try:
+            line = lines.readline()
+        except KeyboardInterrupt:
+            print()
+            return
+        if not line:
+            return
+        if line.strip():
+            yield line
+
+
+def print_turn(said: Iterator[Piece], path: Path, session: Session) -> None:
+    """Print the text of a reply as it comes and write its speech to `path`."""
+    writer, samples = None, 0
+    try:
+        for kind, piece in said:
+            if kind == "text":
+                print(piece, end="", flush=True)
+                continue
+            writer = writer or WavWriter(path, session.codec.sample_rate)
+            writer.append(piece)
+            samples += piece.shape[-1]
+    finally:
+        if writer is not None:
+            writer.close()
+    print(f"[{path}: {samples / session.codec.sample_rate:.1f} s]" if writer else "")

@@ -1,0 +1,229 @@
+"""Generation on CUDA: a column is one graph, captured once and replayed, and nobody waits.
+
+    known (B, K) -> [ draw the column -> does something end or begin? -> read it ] -> column (B, K), stalled
+
+What must stand in a column (start ids, end ids, whose turn it is) is decided on the host by turns.py, and can be told
+one column ahead unless an id that is drawn ends or begins something. So the host launches the next column before it
+looks at this one: the device never idles. It says itself when such an id was drawn. Then it stalls: launches leave
+nothing behind, until the host has decided, holds the column as it must be, and launches it again. The states, the place
+in the cache, seeds and counters lie on the device; a graph is captured for each kind of column.
+
+Buffers and graphs stay with the model and serve the next prompt of the same size class: batches are filled up to a power
+of two by copies of their first item. Used by sample.py.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from generation.decode_step import ColumnKind, DecodeStep, EagerRunner, Feed, SampleConfig, column_kind
+from generation.turns import FREE, DecodeState, predicted_state, required_ids, with_endings
+from kernels.choice import numbers, power
+from model import MultistreamLM
+
+ROOM, SLOTS = 256, 4        # columns are allocated in multiples of ROOM; launches whose results the host may still read
+
+
+class Slot(NamedTuple):
+    """Pinned memory of one launch: what goes to the device and what comes back."""
+
+    known: Tensor               # (B, K)
+    result: Tensor              # (B, K + 1): the column, and whether the device has stalled
+    done: Any                   # torch.cuda.Event behind the copies; None on a CPU
+
+
+class Launch(NamedTuple):
+    slot: Slot
+    known: Tensor               # (B, K) on the host, as it was asked for
+    after: DecodeState          # the state behind it, if it does not stall
+
+
+def capture(step: Callable[[], None]) -> Callable[[], None]:
+    """Record what a step launches; the result launches it again."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        step()
+    return graph.replay
+
+
+class GraphRunner:
+    """Runs a writer by graphs. It is called as `Direct` is: once for each column."""
+
+    def __init__(self, writer: DecodeStep) -> None:
+        self.writer, cache = writer, writer.cache
+        (B, _), K, device = writer.position.shape, len(writer.table), writer.position.device
+        if cache.turns is not None and writer.model.config.temporal.rope_theta:
+            cache.turns.reach(writer.columns + SLOTS)
+        self.known = torch.full((B, K), FREE, device=device)
+        self.result = torch.zeros(B, K + 1, dtype=torch.int64, device=device)
+        self.stalled = torch.zeros((), dtype=torch.bool, device=device)
+        self.real = torch.ones(B, 1, dtype=torch.bool, device=device)         # items that are wanted
+        self.kept = [t.clone() for t in self.fresh()]
+        cuda = device.type == "cuda"
+        self.slots = [Slot(torch.empty(B, K, dtype=torch.int64, pin_memory=cuda), torch.empty(B, K + 1, dtype=torch.int64, pin_memory=cuda),
+                           torch.cuda.Event() if cuda else None) for _ in range(SLOTS)]
+        self.graphs: dict[ColumnKind, Callable[[], None] | None] = {}
+        self.count, self.ahead = 0, deque()
+
+    def __deepcopy__(self, memo: Any) -> None:
+        """A copy of a model captures graphs of its own."""
+
+    def fresh(self) -> list[Tensor]:
+        """What the writer knows behind a prompt: states, position, what was heard; columns and padding in the cache (2, B')."""
+        writer = self.writer
+        padding = writer.guide.twice(writer.padding)
+        heard = [] if writer.heard is None else [writer.heard]
+        return [*writer.h, writer.position, *heard, torch.stack([torch.full_like(padding, writer.cache.count), padding])]
+
+    def begin(self, items: int, feed: Feed | None = None) -> "GraphRunner":
+        """Take over what the writer made of a prompt; the first `items` of the batch are wanted, and hear what `feed` knows ahead."""
+        writer, self.items, self.feed, self.made = self.writer, items, feed, 0
+        for kept, t in zip(self.kept, self.fresh(), strict=True):
+            kept.copy_(t)
+        *writer.h, writer.position = self.kept[:3]
+        writer.heard = None if writer.heard is None else self.kept[3]
+        writer.cache.counter, writer.cache.padding = self.kept[-1]
+        self.stalled.fill_(False)
+        self.real[:, 0] = torch.arange(len(self.real)) < items
+        self.ahead.clear()
+        return self
+
+    # ---- the device's side ----
+
+    def step(self, kind: ColumnKind) -> None:
+        """Draw a column and read it, from the states in place to the states in place."""
+        writer, before = self.writer, [t.clone() for t in getattr(self.writer.feed, "state", ())]
+        column = writer.draw(self.known, kind)
+        self.stalled.logical_or_(self.turning(column))
+        moves = ~self.stalled
+        for t, old in zip(getattr(writer.feed, "state", ()), before, strict=True):
+            t.copy_(torch.where(moves, t, old))
+        self.result[:, :-1].copy_(column)
+        self.result[:, -1].copy_(self.stalled.expand(len(column)))
+        writer.read(column, kind, moves)
+        writer.cache.counter.add_(moves)
+
+    def turning(self, column: Tensor) -> Tensor:
+        """Whether an id that was drawn ends or begins something.   column (B, K) -> () bool"""
+        writer, table = self.writer, self.writer.table
+        special = column.new_zeros((), dtype=torch.bool)
+        if table.audio_out and writer.end >= 0:
+            ends = numbers(tuple(table.streams[k].end for k in table.audio_out), column.device)
+            special = special | ((column[:, table.spoken] == ends) & (self.known[:, table.spoken] == FREE) & self.real).any()
+        if table.text_out and not table.aligned:
+            row, ids = table.text_out[0], tuple(id for id in (*table.stop, table.audio_start) if id >= 0)
+            drawn = torch.where(self.known[:, row] == FREE, column[:, row], -1)
+            special = special | ((drawn[:, None] == numbers(ids, column.device)) & self.real).any()
+        return special
+
+    # ---- the host's side ----
+
+    def __call__(self, state: DecodeState, given: Tensor | None) -> Tensor:
+        """The next column (B, K), on the host."""
+        if not self.ahead:
+            self.launch(state, required_ids(state, given)[0], column_kind(state, given is not None))
+        if given is None and len(self.ahead) < 2:
+            behind = self.ahead[-1].after
+            if not all(turn.done for turn in behind.turns):
+                self.launch(behind, required_ids(behind)[0], column_kind(behind))
+        this = self.ahead.popleft()
+        column, stalled = self.wait(this.slot)
+        column = with_endings(state, column, given)
+        if stalled:
+            self.decide(state, column, column_kind(state, given is not None))
+        self.made += 1
+        return column
+
+    def launch(self, state: DecodeState, known: Tensor, kind: ColumnKind) -> None:
+        """Put a column behind those that the device has to do."""
+        slot, heard = self.slots[self.count % SLOTS], self.feed and self.feed.ahead(self.made + len(self.ahead))
+        self.count += 1
+        if heard is not None:
+            known = known.clone()
+            known[:, self.feed.place] = torch.where(known[:, self.feed.place] == FREE, heard, known[:, self.feed.place])
+        slot.known.copy_(self.filled(known))
+        self.known.copy_(slot.known, non_blocking=True)
+        if kind not in self.graphs:                  # the first column of a kind runs as it is: libraries make their plans
+            self.graphs[kind] = None
+            self.step(kind)
+        else:
+            self.graphs[kind] = self.graphs[kind] or capture(lambda: self.step(kind))
+            self.graphs[kind]()
+        slot.result.copy_(self.result, non_blocking=True)
+        if slot.done is not None:
+            slot.done.record()
+        self.ahead.append(Launch(slot, known, predicted_state(state, known)))
+
+    def wait(self, slot: Slot) -> tuple[Tensor, bool]:
+        """The column of a launch, and whether the device has stalled in it."""
+        if slot.done is not None:
+            slot.done.synchronize()
+        result = slot.result[: self.items]
+        return result[:, :-1].clone(), bool(result[0, -1])
+
+    def decide(self, state: DecodeState, column: Tensor, kind: ColumnKind) -> None:
+        """Something was drawn that ends or begins something: have the column read as it must be."""
+        self.ahead.clear()
+        self.stalled.fill_(False)
+        self.launch(state, column, kind)
+        self.ahead.clear()                           # nothing is drawn in it; what comes next is not known before `finish`
+
+    def filled(self, rows: Tensor) -> Tensor:
+        """Rows of the wanted items, and copies of the first for the rest of the batch."""
+        spare = len(self.known) - len(rows)
+        return rows if not spare else torch.cat([rows, rows[:1].expand(spare, *rows.shape[1:])])
+
+
+# ---- who runs what ----
+
+def why_not(model: MultistreamLM, device: torch.device, feed: Feed | None) -> str:
+    """Why generation cannot be captured; empty where it can."""
+    if device.type != "cuda":
+        return "the model is not on a CUDA device"
+    if model.tower is not None:
+        return "a text tower beside the model steps by itself"
+    if feed is not None and not hasattr(feed, "state") and not hasattr(feed, "ahead"):
+        return "what feeds it does not lie on the device, and is not known ahead"
+    if not model.temporal.plain():
+        return "its blocks are not plain: merge the adapters (lora.merge), hold all weights in one type"
+    return ""
+
+
+def start_runner(model: MultistreamLM, prompt: Tensor, config: SampleConfig, feed: Feed | None = None,
+          voice: Tensor | None = None) -> EagerRunner | GraphRunner:
+    """What runs a generation behind a prompt (B, K, S): graphs, those of the last one where they fit, or a writer directly."""
+    B, _, S = prompt.shape
+    reason = why_not(model, prompt.device, feed) if config.graphs != "off" else "off"
+    if config.graphs == "on" and reason:
+        raise ValueError(f"graphs=on: {reason}; use graphs=auto to generate without them")
+    if reason:
+        return EagerRunner(DecodeStep(model, prompt, config, S + config.max_frames, feed, voice))
+    ahead, feed = (feed, None) if hasattr(feed, "ahead") else (None, feed)       # told to the graphs, or captured with them
+    columns = -(-(S + config.max_frames) // ROOM) * ROOM
+    plain = SampleConfig(**{f.name: getattr(config, f.name) for f in fields(SampleConfig)})
+    batch = B if feed is not None else power(B)
+    size = batch, columns, prompt.device, replace(plain, seed=0, max_frames=1, max_speech=0)
+    filled = torch.cat([prompt, prompt[:1].expand(batch - B, -1, -1)])
+    key, kept = (size, weights_of(model)), model.__dict__.pop("replay", None)
+    if feed is None and kept is not None and kept.key == key:
+        kept.writer.again(filled, config.seed)
+        return kept.begin(B, ahead)
+    kept = None                                      # its memory first
+    made = GraphRunner(DecodeStep(model, filled, config, columns, feed, voice))
+    made.key = size, weights_of(model)               # the writer joins weights in memory
+    return made.begin(B, ahead)
+
+
+def keep_graphs(model: MultistreamLM, runner: EagerRunner | GraphRunner) -> None:
+    """Keep graphs for the next prompt."""
+    if isinstance(runner, GraphRunner) and runner.writer.feed is None:
+        model.__dict__["replay"] = runner
+
+
+def weights_of(model: MultistreamLM) -> int:
+    """Where the weights lie: captured graphs read them there."""
+    return hash(tuple((t.data_ptr(), t.dtype) for t in (*model.parameters(), *model.buffers())))

@@ -1,0 +1,117 @@
+"""A full-duplex conversation as files: what a model hears, what it goes on from, what both sides said.
+
+Left is the agent, right the user. `UserFeed` gives the model what the user says, frame by frame. How a conversation went
+is measured by evaluation/duplex_measures.py.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from audio.wav import load_wav, save_wav
+from options import read_json, write_text
+from streams import StreamTable, delay
+from text.normalisers import normalise
+from text.tokenizers import Tokenizer
+from text.word_times import (
+    MAIN,
+    Alignment,
+    as_json,
+    check_length,
+    interleave,
+    parse_alignments,
+    tidy_words,
+    timed_transcript,
+    timed_words,
+    tokenise,
+)
+
+BEHIND = 3.5                # seconds of silence after a recording whose words are written: they come up to 2.5 s late
+
+
+def dialogue_prompt(path: str | Path, codec: Any, tokenizer: Tokenizer, table: StreamTable, data: Any) -> Tensor:
+    """Frames (K, T) of a recorded dialogue to go on with, left the agent; his words are those of the .json beside it, if there."""
+    wav, rate = load_wav(path, codec.sample_rate, 2)
+    with torch.inference_mode():
+        sides = codec.encode(wav[:, None]).clone().cpu()                          # (2, Q, T)
+    beside, words = Path(path).with_suffix(".json"), list[Alignment]()
+    if beside.is_file():
+        try:
+            words = tidy_words(parse_alignments(read_json(beside)))[0]
+            check_length(words, wav.shape[1] / rate)
+        except ValueError as error:
+            raise ValueError(str(error) if str(beside) in str(error) else f"{beside}: {error}; mend it or move it away") from None
+    own = [(said, *rest) for word, *rest in words if rest[-1] == MAIN and (said := normalise(word, data.normaliser).strip())]
+    tokens = tokenise(own, tokenizer, data.contextual, data.spaces)
+    text = interleave(tokens, sides.shape[-1], codec.frame_rate, data.interleaver, table.pad, table.epad)
+    held = table.column("start")[1 : table.lead].expand(-1, len(text))
+    frames = torch.cat([text[None], held, *sides])
+    if len(frames) != len(table):
+        raise ValueError(f"two sides of {sides.shape[1]} codebooks are {2 * sides.shape[1]} rows, the model has {len(table.audio)}; "
+                         + "only a model that hears one side and speaks the other can go on with a dialogue")
+    return frames
+
+
+def conversation_input(job: Any, codec: Any, tokenizer: Tokenizer, table: StreamTable,
+                       data: Any) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """What a conversation starts from: frames (1, K, t) of the dialogue job.prompt or None, the user's codes (1, Q, T) from its
+    beginning on, None where the model speaks for both, and his wav (1, W): job.user, or silence for job.seconds."""
+    wav = load_wav(job.user, codec.sample_rate)[0] if job.user else torch.zeros(1, round(job.seconds * codec.sample_rate))
+    if not table.audio_out:
+        wav = torch.nn.functional.pad(wav, (0, round(BEHIND * codec.sample_rate)))
+    before = dialogue_prompt(job.prompt, codec, tokenizer, table, data)[None] if job.prompt else None
+    heard = [k for k in table.audio if k not in table.audio_out]
+    if not heard:
+        if job.user:
+            raise ValueError("this model speaks for both sides and hears nobody; leave --user out, or trim it (checkpoint.py trim-depth)")
+        return before, None, wav
+    with torch.inference_mode():
+        codes = codec.encode(wav[None]).clone().cpu()
+    return before, codes if before is None else torch.cat([before[:, heard], codes], -1), wav
+
+
+def write_reply(out: str | Path, frames: Tensor, user: Tensor | None, codec: Any, tokenizer: Tokenizer, table: StreamTable) -> str:
+    """Write a conversation, frames (K, T): a stereo wav, left the agent, right `user` (1, W) or what his rows say. Returns what was
+    written: beside the wav lie its words as .txt, and the text row with them as alignments, Moshi's sidecar, as .json."""
+    rows, text, rate, pads = table.audio, frames[0], codec.frame_rate, (table.pad, table.epad)
+    sides = [table.audio_out[: codec.num_codebooks], [] if user is not None else rows[len(rows) // 2 :]]
+    wavs = [codec.decode(frames[None, side].clamp(max=codec.codebook_size - 1))[0].cpu() for side in sides if side]
+    wavs += [user] if user is not None else []
+    length = max(wav.shape[1] for wav in wavs)
+    wavs = [torch.nn.functional.pad(wav, (0, length - wav.shape[1])) for wav in wavs]
+    if len(wavs) == 2:                                                           # a recogniser only writes
+        save_wav(out, torch.cat(wavs), codec.sample_rate)
+    row = {"alignments": as_json(timed_words(text, tokenizer, rate, *pads)), "frame_rate": rate, "text": text.tolist(), "pads": list(pads)}
+    for suffix, written in ((".txt", timed_transcript(text, tokenizer, rate, *pads)), (".json", json.dumps(row, ensure_ascii=False))):
+        write_text(Path(out).with_suffix(suffix), written)
+    seconds, txt = frames.shape[1] / rate, Path(out).with_suffix(".txt")
+    return f"{out}: {seconds:.1f} s, left the model; its words are in {txt.name} beside it" if len(wavs) == 2 else f"{txt}: {seconds:.1f} s"
+
+
+class UserFeed:
+    """Fill the user's rows while sampling with his codes (B, Q, T), frame by frame; behind their end stands nothing.
+
+    They are delayed by the function that lays out training grids. `skip_first_frame`: as in moshi's LMGen the first frame is
+    never heard, so that every other one comes a frame early.
+    """
+
+    def __init__(self, user: Tensor, table: StreamTable, skip_first_frame: bool = False, column: int = 1) -> None:
+        self.rows = [k for k in table.audio if k not in table.audio_out]
+        if user.shape[1] != len(self.rows):
+            raise ValueError(f"the codec gives {user.shape[1]} codebooks, the model hears {len(self.rows)}; use the codec it was made for")
+        delays = [table.delays[k] for k in self.rows]
+        self.columns = delay(user[..., int(skip_first_frame) :], delays, table.column("start", self.rows), tail=-1)      # (B, Q, S)
+        self.place = slice(self.rows[0], self.rows[-1] + 1)
+        self.column = column                                                    # number of the column that comes next
+
+    def ahead(self, n: int) -> Tensor:
+        """What he says in the n-th column from now, the next being 0.   -> (B, Q)"""
+        return self.columns[..., min(self.column + n, self.columns.shape[-1] - 1)]
+
+    def __call__(self, column: Tensor) -> Tensor:
+        column[:, self.place] = self.ahead(0).to(column)
+        self.column += 1
+        return column

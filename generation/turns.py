@@ -1,0 +1,185 @@
+"""Whose turn it is: where each item of a batch of generations stands between text and audio, column by column.
+
+    text ... audio_start | start column, codes, end ids | audio_end, text ... stop
+
+An audio segment closes when an end id was drawn. Codebook k trails the first by its delay, so what remains is settled
+then, by a `Closing` of families/family.py. K codebooks, codebook i drew its end id in column c:
+
+    frame     codebook k holds it from column c + k - i on: the place where training put it
+    grace 1   from column c + k - i + 1 on: the column before is still drawn freely
+    by row    from column c + k + 1 on, whichever i; over as soon as all rows of a column hold it
+
+A trained model draws those ids itself, and the three agree. Used by sample.py.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from families.family import FRAME, Closing
+from streams import StreamTable, Undelay, is_audio
+
+NEVER, FREE = 1 << 40, -2
+
+
+@dataclass
+class ItemState:
+    """Where one item of the batch stands, in plain numbers: a few comparisons a column cost less here than as tensors."""
+
+    speaking: bool              # the next column is an audio column
+    count: int                  # columns since its audio segment began, the start column being 0
+    closed: int = NEVER         # frame in which the audio ends, NEVER while it goes on
+    done: bool = False
+    owed: int = -1              # text id that must come next, -1 = none
+
+
+@dataclass
+class DecodeState:
+    """What generation remembers from column to column, on the host."""
+
+    table: StreamTable
+    turns: list[ItemState]
+    undelay: Undelay                                # columns in, frames out; remembers the newest columns
+    conditions: list[list[int]]                     # of each item, the ids of its condition rows
+    closing: Closing                                # how audio ends
+    limit: int = 0                                  # frames of speech that are closed then, 0 = when the model closes them
+    edges: list[tuple[int, int, int]] = field(init=False)      # start id, end id and delay of the predicted audio rows
+    ends: bool = field(init=False)                  # whether audio can end at all
+    last: tuple[Any, Any] = (None, None)            # what `wanted` made last, and of what
+
+    def __post_init__(self) -> None:
+        self.edges = [(s.start, s.end, s.delay) for s in (self.table.streams[k] for k in self.table.audio_out)]
+        self.ends = any(end >= 0 for _, end, _ in self.edges)
+        self.bare = bool(self.edges) and self.edges[0][0] < 0          # no start column: frames begin at once
+        self.begun = 1 + max((delay for _, _, delay in self.edges), default=0)      # count from which no start id is held
+
+
+def start_state(prompt: Tensor, table: StreamTable, closing: Closing = FRAME, limit: int = 0) -> DecodeState:
+    """Read off the prompt (B, K, S) what comes next: text, the first audio column, or more of a segment."""
+    prompt = prompt.cpu()
+    B, _, S = prompt.shape
+    audio = is_audio(prompt, table)
+    run = audio.flip(1).cumprod(1).sum(1).tolist()                               # audio columns at the end of the prompt
+    begins = [id == table.audio_start >= 0 for id in prompt[:, 0, -1].tolist()]
+    undelay = Undelay(table.delays, () if table.aligned else table.text)
+    for n in reversed(range(min(S, undelay.kept))):
+        undelay.remember(prompt[:, :, -1 - n])
+    state = DecodeState(table, [], undelay, prompt[:, table.conditions, -1].tolist(), closing, limit)
+    for codes, n, begin in zip(prompt[:, table.audio_out].transpose(1, 2).tolist(), run, begins, strict=True):
+        turn = ItemState(n > 0 or begin or table.aligned, S if table.aligned else n + state.bare)
+        state.turns.append(turn)
+        for column in range(S - n, S) if state.ends else ():      # a prompt that ends inside a closing segment goes on closing
+            note_ending(state, turn, codes[column], turn.count - S + column)
+    return state
+
+
+def recent_codes(prompt: Tensor, table: StreamTable, window: int) -> Tensor:
+    """The newest audio columns of a prompt (B, K, S), -1 before the first.   -> (B, Q, window)"""
+    audio, rows = is_audio(prompt, table), prompt[:, table.audio_out]
+    none = torch.full((rows.shape[1], window), -1, device=prompt.device)
+    return torch.stack([torch.cat([none, codes[:, spoken]], 1)[:, spoken.sum() :] for codes, spoken in zip(rows, audio, strict=True)])
+
+
+def note_ending(state: DecodeState, turn: ItemState, codes: Sequence[int], place: int) -> bool:
+    """Note an end id among the audio rows of a column: the lowest codebook that has one decides in which frame the audio ends.
+
+    Closing by row, codebook k ends k + 1 columns later, whichever had it, or all in the first column where all have drawn it.
+    -> whether that changed anything
+    """
+    before = turn.closed
+    ended = [delay for code, (_, end, delay) in zip(codes, state.edges, strict=True) if code == end >= 0 and place > delay]
+    if ended and turn.closed == NEVER:
+        turn.closed = place if state.closing.by_row else place - 1 - ended[0]
+    if len(ended) == len(state.edges) and state.closing.by_row:
+        turn.closed = min(turn.closed, place - state.begun)
+    return turn.closed != before
+
+
+def note_endings(state: DecodeState, codes: Tensor) -> bool:
+    """`settle_one` of every item that speaks.   codes (B, Q)"""
+    return any([turn.speaking and note_ending(state, turn, row, turn.count)
+                for turn, row in zip(state.turns, codes.tolist(), strict=True)])
+
+
+def with_endings(state: DecodeState, column: Tensor, given: Tensor | None = None) -> Tensor:
+    """Note what ends in a drawn column (B, K) -> the column as it must be: a row below the one that ended ends with it."""
+    if not state.ends or not note_endings(state, column[:, state.table.spoken]):
+        return column
+    known, _ = required_ids(state, given)
+    return torch.where(known == FREE, column, known)
+
+
+def forced_ids(state: DecodeState, turn: ItemState) -> list[int] | None:
+    """What the predicted audio rows of an item that speaks must hold: start ids before a row begins, end ids once the audio is closed.
+
+    FREE where they may hold any; None = all may.
+    """
+    if turn.closed == NEVER and turn.count >= state.begun:
+        return None
+    frame, closed = turn.count - 1, turn.closed + state.closing.grace
+    return [end if frame - delay >= closed and end >= 0 else start if frame < delay and start >= 0 else FREE
+            for start, end, delay in state.edges]
+
+
+def required_ids(state: DecodeState, given: Tensor | None = None) -> tuple[Tensor, bool]:
+    """What the next column (B, K) must hold, FREE where it is drawn or fed, and whether every id that is drawn is free.
+
+    `given` (B, K) goes before the rules; an item that is done holds nothing. The result is not to be written to.
+    """
+    table = state.table
+    facts = [(turn.done, turn.speaking, turn.owed, forced_ids(state, turn) if turn.speaking else None) for turn in state.turns]
+    if state.last[0] != facts:
+        rows = []
+        for (done, speaking, owed, held), conditions in zip(facts, state.conditions, strict=True):
+            ids = [FREE] * len(table)
+            for k, id in zip(table.conditions, conditions, strict=True):
+                ids[k] = id
+            for k in table.text_out:
+                ids[k] = -1 if done or speaking and not table.aligned else owed if owed >= 0 else FREE
+            for n, k in enumerate(table.audio_out):
+                ids[k] = -1 if done or not speaking else held[n] if held else FREE
+            rows.append(ids)
+        free = next_is_audio(state) is not None and not any(done or held or owed >= 0 for done, _, owed, held in facts)
+        state.last = facts, (torch.tensor(rows), free)
+    columns, free = state.last[1]
+    return (columns, free) if given is None else (torch.where(given == FREE, columns, given), False)
+
+
+def next_is_audio(state: DecodeState) -> bool | None:
+    """Whether the next column is an audio column: of all items that go on, or None where they differ."""
+    speaking = {turn.speaking for turn in state.turns if not turn.done}
+    return None if len(speaking) > 1 else True in speaking
+
+
+def predicted_state(state: DecodeState, column: Tensor) -> DecodeState:
+    """The state behind a column (B, K) of `wanted`, if nothing that is drawn in it ends or begins anything."""
+    after = replace(state, turns=[replace(turn) for turn in state.turns])
+    if state.ends:
+        note_endings(after, column[:, state.table.spoken])
+    advance(after, column)
+    return after
+
+
+def advance(state: DecodeState, column: Tensor) -> None:
+    """Move every item on: into audio after `audio_start`, out of it when all rows have ended, to the end after `stop`."""
+    table, lag = state.table, state.undelay.lag
+    text = [-1] * len(state.turns)
+    if table.text_out and not table.aligned and next_is_audio(state) is not True:
+        text = column[:, table.text_out[0]].tolist()
+    for turn, id in zip(state.turns, text, strict=True):
+        over = turn.speaking and turn.count - 1 - lag >= turn.closed
+        turn.owed = table.audio_end if over else -1
+        turn.count += 1
+        if table.aligned:
+            turn.done = turn.done or over
+            continue
+        begins = not turn.speaking and id == table.audio_start >= 0
+        turn.done = turn.done or (not turn.speaking and id in table.stop)
+        if begins:
+            turn.count, turn.closed = int(state.bare), NEVER
+        turn.speaking = turn.speaking and not over or begins
+        if state.ends and turn.speaking and turn.count > state.limit > 0:         # the next frame would be one too many
+            turn.closed = min(turn.closed, state.limit)

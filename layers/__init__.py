@@ -1,0 +1,8 @@
+"""Parts of a model that only some families have, and what the blocks of a stack share. Read it when model.py names one.
+
+    architecture.py    StackConfig, ModelConfig: a model in numbers
+    batch_plan.py      attention masks, positions and routing of a batch, computed once
+    conditioning.py    low-rank embeddings, conditions, voices (Moshi's relatives)
+    fusion.py          a frozen text model beside the temporal transformer (DSAA)
+    contrastive.py     the contrastive term for voice cloning
+"""

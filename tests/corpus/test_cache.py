@@ -1,0 +1,155 @@
+"""The token cache: nothing is encoded twice, nothing bad is kept, and no audio is on both sides of a split."""
+
+import json
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from fake_corpus import BYTES, FakeCodec, composed, fake_data, write_clips
+
+from audio import load_codec
+from corpus.cache import variant
+from corpus.index import open_cache, prepare
+from data import Loader
+from streams import Stream, StreamTable
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    return fake_data(tmp_path, monkeypatch)
+
+
+# ---- prepare ----
+
+def test_preparing_twice_encodes_once(config, capsys):
+    prepare(config, BYTES)
+    assert FakeCodec.calls == 40 and "40 clips encoded" in capsys.readouterr().out
+    before = open_cache(config, BYTES).entries
+    assert prepare(config, BYTES).entries == before and FakeCodec.calls == 40
+    assert "nothing encoded" in capsys.readouterr().out
+    prepare(replace(config, split="speaker"), BYTES)
+    assert FakeCodec.calls == 40                        # another split, the same codes
+
+
+def test_a_killed_prepare_resumes_behind_the_last_shard(config, monkeypatch):
+    monkeypatch.setattr("corpus.cache.SHARD", 8)
+    encode = FakeCodec.encode
+
+    def killed(self, wav):
+        if FakeCodec.calls == 20:
+            raise KeyboardInterrupt
+        return encode(self, wav)
+
+    monkeypatch.setattr(FakeCodec, "encode", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config, BYTES)
+    with pytest.raises(FileNotFoundError, match="data.py prepare"):
+        open_cache(config, BYTES)
+    monkeypatch.setattr(FakeCodec, "encode", encode)
+    FakeCodec.calls = 0
+    assert len(prepare(config, BYTES).entries) == 40 and FakeCodec.calls == 40 - 16
+    assert [p.suffix for p in (Path(config.cache) / "codes").iterdir()] == [".safetensors"] * 5      # no temporary file stays
+
+
+def test_a_truncated_shard_is_named(config):
+    prepare(config, BYTES)
+    shard, = (Path(config.cache) / "codes").iterdir()
+    shard.write_bytes(shard.read_bytes()[:-10])
+    for use in (lambda: prepare(config, BYTES), lambda: next(iter(Loader(config, BYTES)))):
+        with pytest.raises(ValueError, match=f"{shard.name} is damaged.*delete it"):
+            use()
+    shard.unlink()
+    with pytest.raises(FileNotFoundError, match="is missing"):
+        next(iter(Loader(config, BYTES)))
+    prepare(config, BYTES)
+    assert next(iter(Loader(config, BYTES)))
+
+
+def test_bad_rows_are_named_and_left_out(config, capsys):
+    folder = Path(config.sources[0])
+    soundfile.write(folder / "nan.wav", np.full(8000, np.nan), 8000, subtype="FLOAT")
+    with (folder / "manifest.jsonl").open("a") as file:
+        for row in ({"id": "nan", "audio": "nan.wav", "text": "x"}, {"id": "gone", "audio": "gone.wav", "text": "x"},
+                    {"id": "mute", "text": "x"},
+                    {"id": "pair", "parts": ["0", "nan"]}, {"id": "?", "audio": "0.wav", "text": "?!"}):
+            file.write(json.dumps(row) + "\n")
+    index = prepare(replace(config, normaliser="english-v1"), BYTES)
+    assert len(index.entries) == 40
+    err = capsys.readouterr().err
+    for line in ("nan: NaN samples", "gone: missing file", "mute: no audio", "pair: its part nan was left out", "?: no text is left"):
+        assert line in err, (line, err)
+
+
+def test_no_usable_row_fails(config):
+    with pytest.raises(ValueError, match="no usable row"):
+        prepare(replace(config, min_seconds=20.0), BYTES)
+    with pytest.raises(ValueError, match="give hash, speaker or manifest"):
+        prepare(replace(config, split="luck"), BYTES)
+
+
+def test_tokenizer_and_codec_must_fit_the_grid(config):
+    small = StreamTable((Stream("text", "text", 100, 100), *BYTES.streams[1:]), "clone", audio_start=98, audio_end=99)
+    with pytest.raises(ValueError, match="256 ids, the text row 100"):
+        prepare(config, small)
+    with pytest.raises(ValueError, match="1 audio rows"):
+        prepare(config, StreamTable(BYTES.streams[:2], "clone"))
+
+
+def test_variants_differ_but_the_first_is_the_clip(config, tmp_path):
+    config = replace(config, sources=(write_clips(tmp_path / "few", clips=6),))
+    plain, many = prepare(config, BYTES), prepare(replace(config, variants=4), BYTES)
+    for n, entry in enumerate(many.entries):
+        assert torch.equal(many.codes(n, 0), plain.codes(n, 0))
+        for v in range(4):
+            shift, gain, speed = variant(entry.key, v)
+            assert 0 <= shift < 1 and abs(gain) <= 3 and 0.94 <= speed <= 1.06
+            assert abs(entry.frames[v] - (entry.frames[0] / speed + shift)) <= 1.6
+    assert len({tuple(variant("ab", v)) for v in range(8)}) == 8
+
+
+def test_workers_write_the_same_cache(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("corpus.index.load_codec", load_codec)
+    real = replace(config, sources=(write_clips(tmp_path / "few", clips=6),), variants=2)
+    rows = (Stream(f"c{i}", "audio", 258, 258, i, 256, 257) for i in range(8))
+    table = StreamTable((BYTES.streams[0], *rows), "clone", audio_start=256, audio_end=257)
+    a, b = (prepare(replace(real, workers=w, cache=str(tmp_path / f"w{w}")), table) for w in (0, 3))
+    for n, v in product(range(6), range(2)):
+        assert torch.equal(a.codes(n, v), b.codes(n, v))
+
+
+def test_encoding_takes_one_torch_thread_a_clip_and_gives_the_others_back(config, monkeypatch):
+    seen, encode = set(), FakeCodec.encode
+    monkeypatch.setattr(FakeCodec, "encode", lambda self, wav: seen.add(torch.get_num_threads()) or encode(self, wav))
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        prepare(replace(config, workers=2), BYTES)
+        assert seen == {1} and torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+# ---- splits ----
+
+def test_splits_are_stable_and_disjoint(config, tmp_path):
+    index = prepare(config, BYTES)
+    held = {e.id for e in index.entries if e.split == "held-out"}
+    assert 1 <= len(held) <= 20
+    lines = (tmp_path / "clips/manifest.jsonl").read_text().splitlines()
+    (tmp_path / "clips/manifest.jsonl").write_text("\n".join(reversed(lines)) + "\n")
+    assert {e.id for e in prepare(config, BYTES).entries if e.split == "held-out"} == held      # not by file order
+    by_speaker = prepare(replace(config, split="speaker", held_out=0.5), BYTES).entries
+    assert not {e.speaker for e in by_speaker if e.split == "train"} & {e.speaker for e in by_speaker if e.split == "held-out"}
+    assert {e.split for e in prepare(replace(config, split="manifest"), BYTES).entries} == {"train"}
+
+
+def test_no_string_and_no_composed_clip_is_on_both_sides(tmp_path, config):
+    config, index = composed(tmp_path, config)
+    rows = [e for e in index.entries if e.parts]
+    assert not {e.text for e in rows if e.split == "train"} & {e.text for e in rows if e.split == "held-out"}
+    trained = {index.entries[p].key for e in rows if e.split == "train" for p in e.parts}
+    assert trained and not trained & {e.key for e in index.entries if e.split == "held-out"}

@@ -1,0 +1,97 @@
+"""Shards in a group of one: cut, gathered, written and filled again; what two ranks do is in test_train.py."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from tables import CONFIGS, grid, random_ids
+from torch.distributed.tensor import DTensor
+
+from checkpoint import read_tensors, save, write_tensors
+from generation.decode_step import SampleConfig
+from model import Block, MultistreamLM
+from sample import reply
+from training import parallel
+from training.run_state import fill_optimizer, optimizer_tensors
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    parallel.end()
+
+
+def make(seed: int = 0) -> MultistreamLM:
+    torch.manual_seed(seed)
+    return MultistreamLM(CONFIGS["duplex"])
+
+
+def sharded(model: MultistreamLM) -> MultistreamLM:
+    parallel.shard(model, Block, CPU, torch.float32)
+    return model
+
+
+def step(model: MultistreamLM, optimizer: torch.optim.Optimizer, seed: int) -> float:
+    loss = model(*grid(model.config, seed)).nll.sum()
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
+
+
+def test_alone_nothing_is_cut_and_nothing_is_wrapped(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    parallel.start("cpu")
+    model = sharded(make())
+    assert parallel.ranks() == (0, 1, 0) and parallel.wrap(model, CPU) is model and not dist.is_initialized()
+    assert not any(isinstance(p, DTensor) for p in model.parameters())
+    x = torch.arange(3.0)
+    assert parallel.whole(x) is x is parallel.part(x) and torch.equal(parallel.all_sum(x, CPU), x) and parallel.place(x, x) is x
+
+
+def test_shards_train_as_the_whole_does_and_a_checkpoint_is_the_same(group, tmp_path: Path):
+    plain, cut = make(), sharded(make())
+    assert all(isinstance(p, DTensor) for p in cut.parameters()) and parallel.wrap(cut, CPU) is cut
+    one, other = (torch.optim.AdamW(m.parameters(), lr=1e-2, fused=True) for m in (plain, cut))
+    for seed in range(3):
+        assert step(plain, one, seed) == pytest.approx(step(cut, other, seed), abs=1e-6)
+    for name, model, optimizer in (("plain", plain, one), ("cut", cut, other)):
+        save(model, tmp_path / name)
+        write_tensors(tmp_path / name / "optimizer.safetensors", optimizer_tensors(model, optimizer))
+        save(model, tmp_path / "none", write=False)
+    assert not (tmp_path / "none").exists()
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        a, b = (read_tensors(tmp_path / name / file) for name in ("plain", "cut"))
+        assert a.keys() == b.keys() and all(torch.allclose(a[n], b[n], atol=1e-6) for n in a)
+    assert (tmp_path / "plain/config.json").read_text() == (tmp_path / "cut/config.json").read_text()
+
+    again = sharded(make(7))
+    optimizer = torch.optim.AdamW(again.parameters(), lr=1e-2, fused=True)
+    tensors = read_tensors(tmp_path / "cut/model.safetensors")
+    with torch.no_grad():
+        for name, target in again.weights().items():
+            target.copy_(parallel.place(tensors[name], target))
+    fill_optimizer(again, optimizer, read_tensors(tmp_path / "cut/optimizer.safetensors"), "here")
+    assert step(again, optimizer, 3) == step(cut, other, 3)
+    assert all(torch.equal(parallel.whole(a), parallel.whole(b)) for a, b in zip(again.parameters(), cut.parameters(), strict=True))
+
+
+@torch.no_grad()
+def test_gathered_weights_serve_parts_of_the_model_on_their_own(group):
+    """What sampling does: it calls the transformers of the model without its own forward."""
+    plain, cut = make().eval(), sharded(make()).eval()
+    tokens = grid(plain.config)[0]
+    with parallel.gathered(cut):
+        for _ in range(2):                                           # the second pass finds the weights still there
+            a, b = (m.hidden(tokens)[1] for m in (plain, cut))
+            assert torch.equal(a, b) and not isinstance(cut.text_head.weight, DTensor)
+        said = [reply(m, random_ids(16, (1, 2, 5), 1), SampleConfig(temperature=0)) for m in (plain, cut)]
+    assert torch.equal(*said)
+    assert all(isinstance(p, DTensor) for p in cut.parameters())
+    assert torch.equal(plain(tokens)[0], cut(tokens)[0])

@@ -1,0 +1,284 @@
+"""Conversations: messages -> segments of text ids and codes, in the chat template that a family was trained on.
+
+A message is {"role", "content"}: a text, or a list of texts, {"type": "text", "text"} and {"type": "audio", ...}. How a
+family marks turns is a value, a `Template`, which stands in its file in families/. `Chat.segments` writes training
+examples and prompts alike; a layout function lays them out. Which turns are targets: those of the assistant from `start`
+on, headers never.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from streams import StreamTable
+from text.normalisers import marks_of, normalise
+from text.tokenizers import Tokenizer
+
+Message = dict[str, Any]
+Segment = tuple[Tensor, float]      # text ids (n,) or codes (Q, T), and the weight of its targets
+
+
+@dataclass(frozen=True)
+class Template:
+    """How a family writes turns: header ({role} is filled in), content, close, behind. "" = it has no such mark."""
+
+    family: str                         # for messages
+    header: str
+    close: str                          # a target where the assistant speaks
+    stop: str                           # ends a text that is no conversation
+    marks: tuple[str, ...]              # special tokens it writes with; each is one id of the tokenizer
+    refused: tuple[str, ...]            # what no text may hold: it would be structure
+    behind: str = ""                    # between turns, never a target
+    again: str = ""                     # closes an assistant turn that another one follows
+    begin: str = ""                     # before the first turn
+    recipient: str = ""                 # behind whom an assistant turn is for
+    hear: str = ""                      # opens a recording
+    speak: str = ""                     # opens the assistant's speech
+    end: str = ""                       # follows codes, where no code does
+    chooses: bool = False               # the model itself opens speech; otherwise the prompt says which reply it wants
+    system: tuple[str, str] = ("", "")  # system turn of conversations that bring none, for a text and for a spoken reply
+    thought: str = ""                   # opens a reply that was not thought about
+    targets: str = "all"                # of the replies, "all" or the "last"; "clone": the last where one before it is speech
+    joint: bool = False                 # header and content become ids as one text
+    clone_prompt: Callable[[str, Sequence[str], str, bool], list[Message]] | None = None   # text, transcripts of the voices, scene, where
+
+    def steered(self, table: StreamTable, tokenizer: Tokenizer) -> StreamTable:
+        """A table whose steering ids are those of a tokenizer."""
+        ids = token_ids(tokenizer, self.marks, self.family) | {"": -1}
+        return replace(table, audio_start=ids[self.speak], audio_end=ids[self.end], stop=(ids[self.stop], ids[self.close]))
+
+
+ROLES = ("system", "user", "assistant")
+
+
+def token_ids(tokenizer: Tokenizer, names: Sequence[str], family: str) -> dict[str, int]:
+    """The id of each special token, read off the tokenizer; ValueError when one is not a single id there."""
+    found = {name: tokenizer.encode(name) for name in names}
+    missing = [name for name, ids in found.items() if len(ids) != 1]
+    if missing:
+        listed = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
+        raise ValueError(f"tokenizer {tokenizer.name} has no special token {listed}; give the tokenizer.json of {family}")
+    return {name: ids[0] for name, ids in found.items()}
+
+
+def parts(content: Any) -> Iterator[str | Message]:
+    """The content of a message as texts and audio parts; ValueError for anything else."""
+    for part in content if isinstance(content, list) else [content]:
+        if isinstance(part, str):
+            yield part
+        elif isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
+            yield part["text"]
+        elif isinstance(part, dict) and part.get("type") == "audio":
+            yield part
+        else:
+            raise ValueError('malformed messages; each message needs "role" and "content" (text, or parts of type "text" or "audio")')
+
+
+def text_of(content: Any) -> str:
+    return " ".join(part for part in parts(content) if isinstance(part, str)).strip()
+
+
+def clips(content: Any) -> list[Message]:
+    return [part for part in parts(content) if isinstance(part, dict)]
+
+
+def checked(messages: Any, marks: Sequence[str]) -> list[Message]:
+    """Messages of known roles with readable content, none of which holds `marks`; ValueError (reason; fix) otherwise."""
+    if not isinstance(messages, list) or not all(isinstance(m, dict) and m.get("role") in ROLES and "content" in m for m in messages):
+        raise ValueError(f'malformed messages; a list of {{"role", "content"}}, roles {", ".join(ROLES)}')
+    for message in messages:
+        if message.get("tool_calls") or message.get("reasoning_content"):
+            raise ValueError("malformed messages; tool_calls and reasoning_content are not written here: leave them out")
+        for part in parts(message["content"]):
+            refuse_marks(part if isinstance(part, str) else "", message["role"], marks)
+    if not any(m["role"] == "assistant" for m in messages):
+        raise ValueError("no assistant turn; the last assistant turn holds what the model should say")
+    return messages
+
+
+THOUGHTS = ("<think>", "</think>")
+
+
+def refuse_marks(text: str, role: str, marks: Iterable[str]) -> str:
+    """The text, which may not open or close turns, nor bring placeholders: what is data never becomes structure."""
+    held = next((mark for mark in marks if mark in text), "")
+    if held in THOUGHTS:
+        raise ValueError(f"reasoning in a turn; the text of a {role} turn holds {held}, keep only what is said behind </think>")
+    if held:
+        raise ValueError(f"wrong placeholder count; the text of a {role} turn holds {held}, "
+                         + 'name each recording in a part of type "audio" and leave such marks out')
+    return text
+
+
+def bare(message: Message) -> Message:
+    """A message without inline audio: what is kept of it once its recordings are rows."""
+    content = message["content"]
+    if isinstance(content, (list, dict)):
+        content = [part if isinstance(part, str) else {k: v for k, v in part.items() if k != "raw_audio"}
+                   for part in (content if isinstance(content, list) else [content])]
+        content = content if isinstance(message["content"], list) else content[0]
+    return message | {"content": content}
+
+
+def said(messages: list[Message], i: int) -> str:
+    """The words of turn i: its own text, the "text" of its recording, or the words of the user turn before it."""
+    before = [text_of(m["content"]) for m in reversed(messages[:i]) if m["role"] == "user"]
+    heard = " ".join(str(part["text"]) for part in clips(messages[i]["content"]) if part.get("text"))
+    return text_of(messages[i]["content"]) or heard or next(filter(None, before), "")
+
+
+def written(messages: list[Message]) -> list[Message]:
+    """A conversation for a model that only reads: what its recordings say stands in their place."""
+    out = []
+    for message in messages:
+        lost = [part for part in clips(message["content"]) if not part.get("text")]
+        if lost:
+            raise ValueError(f'the model reads text only; give the recording {lost[0].get("audio_url", "(inline)")} a "text", what it says')
+        spelled = [part if isinstance(part, str) else part["text"] for part in parts(message["content"])]
+        out.append(message | {"content": " ".join(spelled)})
+    return out
+
+
+def audio_turn() -> Message:
+    """An assistant turn that is a recording."""
+    return {"role": "assistant", "content": [{"type": "audio"}]}
+
+
+def first_target(messages: list[Message], targets: str = "clone") -> int:
+    """Default `start_index`: the first turn, or the last assistant turn; under "clone", where an earlier one has audio (a reference)."""
+    replies = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    last = targets == "last" or (targets == "clone" and any(clips(messages[i]["content"]) for i in replies[:-1]))
+    return replies[-1] if last and replies else 0
+
+
+def chunks(text: str, limit: int) -> list[str]:
+    """Cut a long text: at lines that begin with [SPEAKER where there are any, else after `limit` words of a paragraph.
+
+    Turns of speakers are joined while they stay within `limit` words, and never cut.
+    """
+    if limit <= 0:
+        return [text]
+    turns = [t.strip() for t in re.split(r"\n(?=\s*\[SPEAKER)", text) if t.strip()]
+    if len(turns) > 1:
+        out = turns[:1]
+        for turn in turns[1:]:
+            joined = f"{out[-1]}\n{turn}"
+            out = [*out[:-1], joined] if len(joined.split()) <= limit else [*out, turn]
+        return out
+    paragraphs = [p.split() for p in re.split(r"\n\s*\n", text) if p.strip()]
+    return [" ".join(p[at : at + limit]) for p in paragraphs for at in range(0, len(p), limit)]
+
+
+@dataclass(frozen=True)
+class Chat:
+    """How the conversations of a data set or a prompt are written: the tokenizer and the options of DataConfig."""
+
+    tokenizer: Tokenizer
+    template: Template
+    normaliser: str = "none"
+    scene: str = ""                 # cloned voices: scene description of rows that bring none
+    in_system: bool = False         # cloned voices: reference audio goes into the system message
+    system: str = ""                # system turn of conversations that bring none, "" = that of the template
+    thinking: bool = False          # prompts leave it to Qwen3 whether it thinks first
+
+    def fit(self, table: StreamTable) -> "Chat":
+        """Check that the model steers by the ids of this tokenizer."""
+        t = self.template
+        ids = token_ids(self.tokenizer, t.marks + marks_of(self.normaliser), t.family)
+        for name, wanted in ((t.speak, [table.audio_start]), (t.end, [table.audio_end]), (t.close, table.stop)):
+            if name and ids[name] not in wanted:
+                found = f"{name} is {ids[name]} in tokenizer {self.tokenizer.name}, {', '.join(map(str, wanted))} in the model"
+                raise ValueError(f"{found}; use the tokenizer that belongs to the model")
+        return self
+
+    def encode(self, text: str) -> Tensor:
+        return torch.tensor(self.tokenizer.encode(text), dtype=torch.long)
+
+    def segments(self, messages: list[Message], codes: Sequence[Tensor], start: int | None = None, reply: str = "") -> list[Segment]:
+        """Write messages with the codes (Q, T) of their audio parts, in reading order; targets begin at message `start`.
+
+        `reply`, "text" or "speech", opens an assistant turn behind them: the grid is then a prompt.
+        """
+        t = self.template
+        wanted = sum(len(clips(m["content"])) for m in messages)
+        if wanted != len(codes):
+            raise ValueError(f"wrong placeholder count; {wanted} audio parts in the messages, {len(codes)} recordings: name each once")
+        start = first_target(messages, t.targets) if start is None else start
+        spoken = reply == "speech" or (not reply and bool(clips(messages[-1]["content"])))
+        system = self.system or t.system[spoken]
+        if system and messages[0]["role"] != "system":
+            messages, start = [{"role": "system", "content": system}, *messages], start + 1
+        out: list[Segment] = []
+        given = iter(codes)
+        for n, message in enumerate(messages):
+            role, closing = message["role"], n + 1 == len(messages)
+            weight = float(role == "assistant" and n >= start and not reply)
+            thought = t.thought if closing and role == "assistant" and any(m["role"] == "user" for m in messages) else ""
+            out += self.turn(message, (t.begin if n == 0 else "") + t.header.format(role=role) + thought, given, weight)
+            again = t.again and role == "assistant" and not closing and messages[n + 1]["role"] == "assistant"
+            out.append((self.encode(t.again if again else t.close), weight))
+            out += [(self.encode(t.behind), 0.0)] if t.behind else []
+        if not reply:
+            return out
+        opened = t.speak if reply == "speech" else t.thought if not self.thinking else ""
+        return [*out, (self.encode(t.header.format(role="assistant") + opened), 0.0)]
+
+    def turn(self, message: Message, header: str, codes: Iterator[Tensor], weight: float) -> Iterator[Segment]:
+        """The header of a turn and its content."""
+        t, role, content = self.template, message["role"], list(parts(message["content"]))
+        texts = [normalise(part, self.normaliser) if isinstance(part, str) and role != "system" else part for part in content]
+        for text in texts:
+            refuse_marks(text if isinstance(text, str) else "", role, t.refused)
+        head = self.encode(header)
+        if t.joint and texts and isinstance(texts[0], str):         # "\n" and a text that begins with it may share an id
+            first = texts.pop(0)
+            whole = self.encode(header + (first.lstrip("\n") if t.thought and header.endswith(t.thought) else first))
+            yield whole[: len(head)], 0.0
+            yield whole[len(head) :], weight
+        else:
+            yield head, 0.0
+        if message.get("recipient"):
+            if not t.recipient:
+                raise ValueError(f"malformed messages; {t.family} has no recipient: leave it out")
+            yield self.encode(refuse_marks(str(message["recipient"]), role, t.refused) + t.recipient), weight
+        for part in texts:
+            if isinstance(part, str):
+                yield self.encode(part), weight
+                continue
+            yield self.encode(t.speak if role == "assistant" else t.hear), weight * t.chooses
+            yield next(codes), weight
+            if t.end:
+                yield self.encode(t.end), weight
+
+    def spoken(self, text: str, codes: Tensor, references: Sequence[tuple[str, Tensor]] = (), scene: str = "") -> list[Segment]:
+        """The training example of a recording: its clone prompt and its codes."""
+        messages = self.template.clone_prompt(text, [said for said, _ in references], scene or self.scene, self.in_system)
+        return self.segments([*messages, audio_turn()], [*(c for _, c in references), codes])
+
+    def plain(self, text: str) -> list[Segment]:
+        """The training example of a text that is no conversation: all of it, and the mark that ends it."""
+        text = refuse_marks(normalise(text, self.normaliser), "plain", self.template.refused)
+        return [(self.encode(text + self.template.stop), 1.0)]
+
+    def prompt(self, text: str, references: Sequence[tuple[str, Tensor]] = (), scene: str = "",
+               before: Sequence[tuple[str, Tensor]] = (), reply: str = "") -> list[Segment]:
+        """What sampling starts from. `before` are turns already spoken, (text, codes): a long text goes on in their voice.
+
+        `reply` is "speech" where the model speaks, and "text" otherwise.
+        """
+        t = self.template
+        if t.clone_prompt is None and references:
+            raise ValueError(f"{t.family} takes no reference recording; leave --ref out")
+        turns = [{"role": "user", "content": text}]
+        if t.clone_prompt is not None:
+            turns = t.clone_prompt(text, [said for said, _ in references], scene or self.scene, self.in_system)
+        *opening, ask = turns
+        for said, _ in before:
+            opening += [{"role": "user", "content": said}, audio_turn()]
+        voices = [codes for said, codes in references if not said.startswith("profile:")]
+        reply = reply or ("speech" if t.speak else "text")
+        return self.segments([*opening, ask], [*voices, *(codes for _, codes in before)], reply=reply)

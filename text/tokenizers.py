@@ -1,0 +1,122 @@
+"""Tokenizers: text <-> ids.
+
+    load_tokenizer("assets/speech/words.json")           .encode, .decode, .size; also "bytes", .model, tokenizer.json
+    TextStream(tokenizer).push(id)                       text as its ids come, a character as soon as it is whole
+
+Next: word_times.py.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+from audio import hub
+from options import replace_file
+
+MAX_TOKENIZER = 256 << 20   # bytes
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Text <-> ids 0..size-1. `content` is the file it was read from."""
+
+    name: str
+    size: int
+    encode: Callable[[str], list[int]]
+    decode: Callable[[Sequence[int]], str]
+    content: bytes = b""
+    unknown: int = -1           # the id of what it does not have, -1 = it has everything
+
+    def save(self, folder: str | Path) -> str:
+        """Write its file into a folder; returns what load_tokenizer wants, relative to that folder."""
+        if self.content:
+            replace_file(Path(folder) / self.name, lambda temporary: Path(temporary).write_bytes(self.content))
+        return self.name
+
+
+def tokenizer_file(spec: str | Path, local: bool = False) -> Path:
+    """The file that a tokenizer is read from: itself, the one in a folder or under a hub id (`local`: if it is cached)."""
+    path = Path(spec)
+    if hub.is_id(spec):
+        try:
+            path = hub.snapshot(str(spec), ["tokenizer.json", "*.model"], local)
+        except FileNotFoundError:
+            if not local:
+                raise
+    pieces = sorted(path.glob("*.model")) if path.is_dir() and not (path / "tokenizer.json").is_file() else []
+    return pieces[0] if len(pieces) == 1 else path / "tokenizer.json" if path.is_dir() else path
+
+
+def load_tokenizer(spec: str | Path) -> Tokenizer:
+    """Load "bytes", a word list (.json), a SentencePiece .model or a tokenizer.json, a folder with one of them, or a hub id."""
+    if str(spec) == "bytes":
+        return Tokenizer("bytes", 256, lambda text: list(text.encode()),
+                         lambda ids: bytes(i for i in ids if 0 <= i < 256).decode(errors="replace"))
+    path = tokenizer_file(spec)
+    if not path.is_file():
+        raise FileNotFoundError(f"tokenizer {spec} does not exist; give \"bytes\", a word list .json, .model, tokenizer.json or hub id")
+    if path.stat().st_size > MAX_TOKENIZER:
+        raise ValueError(f"tokenizer {path} has more than {MAX_TOKENIZER} bytes; check that it is one")
+    content = path.read_bytes()
+    try:
+        if path.suffix == ".model":
+            return sentencepiece(path.name, content)
+        found = json.loads(content)
+        return word_list(path.name, content, [str(word) for word in found]) if isinstance(found, list) else fast(path.name, content)
+    except ImportError as error:
+        raise ValueError(f"{path} needs the package {error.name}; pip install {error.name}") from None
+    except Exception as error:      # the libraries raise bare Exception and RuntimeError on a broken file
+        raise ValueError(f"tokenizer {path} cannot be read ({error}); restore the file") from None
+
+
+def sentencepiece(name: str, content: bytes) -> Tokenizer:
+    from sentencepiece import SentencePieceProcessor
+    pieces = SentencePieceProcessor(model_proto=content)
+    return Tokenizer(name, pieces.vocab_size(), pieces.encode, lambda ids: pieces.decode(list(ids)), content, pieces.unk_id())
+
+
+def fast(name: str, content: bytes) -> Tokenizer:
+    """A tokenizer.json of Hugging Face."""
+    from tokenizers import Tokenizer as Fast
+    found, about = Fast.from_str(content.decode()), json.loads(content).get("model") or {}
+    unknown = found.token_to_id(about["unk_token"]) if about.get("unk_token") else about.get("unk_id")
+    return Tokenizer(name, found.get_vocab_size(), lambda text: found.encode(text, add_special_tokens=False).ids,
+                     lambda ids: found.decode(list(ids)), content, -1 if unknown is None else unknown)
+
+
+def word_list(name: str, content: bytes, words: list[str]) -> Tokenizer:
+    """Whole words as ids 1..n; 0 stays free for "no word"."""
+    ids = {word: i for i, word in enumerate(words, 1)}
+
+    def encode(text: str) -> list[int]:
+        for word in text.split():
+            if word not in ids:
+                near = get_close_matches(word, words, 1, 0.0)
+                raise ValueError(f"word {word!r} is not in {name}; the nearest known word is {(near or ['none'])[0]!r}")
+        return [ids[word] for word in text.split()]
+
+    return Tokenizer(name, len(words) + 1, encode, lambda found: " ".join(words[i - 1] for i in found if 0 < i <= len(words)), content)
+
+
+class TextStream:
+    """Spell ids as they come: `push` gives what is new as soon as its bytes are whole characters, `flush` the rest."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.decode, self.ids = tokenizer.decode, list[int]()
+        self.begin = self.told = 0          # ids before `told` are spelled; those from `begin` on are spelled again with the next
+
+    def push(self, token: int) -> str:
+        self.ids.append(token)
+        return self.rest(whole=True)
+
+    def flush(self) -> str:
+        return self.rest(whole=False)
+
+    def rest(self, whole: bool) -> str:
+        before, now = self.decode(self.ids[self.begin : self.told]), self.decode(self.ids[self.begin :])
+        if len(now) <= len(before) or (whole and now.endswith("\ufffd")):       # bytes of a character are still to come
+            return ""
+        self.begin, self.told = self.told, len(self.ids)
+        return now[len(before) :]

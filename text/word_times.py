@@ -1,0 +1,221 @@
+"""When words are said: times of words -> the frames in which a text row holds them.
+
+    words     hello [0.3, 0.5]           there [0.55, 0.9]                     12.5 frames a second
+    frame     0    1    2    3    4    5    6    7    8  ...
+    text      PAD  PAD  EPAD a    b    EPAD c    d    e  PAD        a token a frame from where its word begins, EPAD
+                                                                    in the frame before, PAD elsewhere
+
+    aligned_ids(row, seconds, tokenizer, "english-v1")   ids, and the second at which each begins (one speaker)
+    interleave(tokens, frames, 12.5)                     the text row of a dialogue (inner monologue)
+
+A word list of a dialogue comes from a sidecar {"alignments": [[word, [start, end], speaker]]} or a list of {"speaker",
+"word", "start", "end"}; the agent is SPEAKER_MAIN. `interleave` never loses a token: what a fast speaker leaves unsaid
+waits. After moshi-finetune (Kyutai) and J-Moshi's trainer. Next: conversation.py.
+"""
+
+import json
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from text.normalisers import normalise
+from text.tokenizers import Tokenizer
+
+
+def spread(words: Sequence[str], start: float, end: float) -> list[tuple[str, float]]:
+    """Share a span of seconds among words in proportion to their letters."""
+    total, place, out = sum(map(len, words)), 0, []
+    for word in words:
+        out.append((word, start + (end - start) * place / total))
+        place += len(word)
+    return out
+
+
+def aligned_ids(row: dict[str, Any], seconds: float, tokenizer: Tokenizer, normaliser: str) -> tuple[list[int], list[float]]:
+    """Ids of a row word by word, and the second at which each word begins; rows without word times share by letters."""
+    given = row.get("words") or spread(row["text"].split(), 0.0, seconds)
+    ends = [start for _, start in given[1:]] + [seconds]
+    words = [pair for (word, start), end in zip(given, ends, strict=True)
+             for pair in spread(normalise(word, normaliser).split(), start, end)]
+    pairs = [(i, start) for word, start in words for i in tokenizer.encode(word)]
+    return [i for i, _ in pairs], [start for _, start in pairs]
+
+
+def frame_starts(times: Sequence[float], frame_rate: float, speed: float, shift: float, frames: int) -> list[int]:
+    """Seconds -> first frame of each token: the first at 0, strictly increasing, the last before `frames`."""
+    if len(times) > frames:
+        raise ValueError(f"{len(times)} text tokens in {frames} frames")
+    starts = [round(t * frame_rate / speed + shift) if i else 0 for i, t in enumerate(times)]
+    for i in range(1, len(starts)):
+        starts[i] = max(starts[i], starts[i - 1] + 1)
+    return [min(s, frames - len(starts) + i) for i, s in enumerate(starts)]
+
+
+MAIN, OTHER = "SPEAKER_MAIN", "SPEAKER_OTHER"
+EPAD, PAD = 0, 3            # Moshi's ids, which a stream table may change: <unk> stands before a word, <pad> where nothing is said
+INTERLEAVERS = ("queue", "reference")
+PAUSE = 1.0                 # seconds of silence that end a sentence
+SLACK = 0.5                 # seconds that the last word may reach behind the end of its wav
+Alignment = tuple[str, float, float, str]       # word, start and end in seconds, MAIN or OTHER
+Timed = tuple[list[int], float]                 # ids, and the second at which they begin
+
+
+def parse_alignments(found: Any) -> list[Alignment]:
+    """Read words and times from parsed json: Moshi's sidecar, its bare list, or J-Moshi's list, in which A is the agent.
+
+    ValueError names the first entry that is none.
+    """
+    items = found.get("alignments") if isinstance(found, dict) else found
+    if not isinstance(items, list):
+        raise ValueError('there is no list of "alignments" [[word, [start, end], speaker]]')
+    words = []
+    for n, item in enumerate(items):
+        try:
+            if isinstance(item, dict):
+                word, start, end, main = item["word"], item["start"], item["end"], item["speaker"] in ("A", MAIN)
+            else:
+                word, (start, end), main = item[0], item[1], item[2] == MAIN
+            if not isinstance(word, str) or not (0 <= float(start) < 1e6 and 0 <= float(end) < 1e6):
+                raise ValueError
+        except (KeyError, IndexError, TypeError, ValueError):
+            raise ValueError(f"entry {n} is {json.dumps(item, ensure_ascii=False)[:60]}, wanted [word, [start, end], speaker]") from None
+        words.append((word.strip(), float(start), float(end), MAIN if main else OTHER))
+    return words
+
+
+def as_json(words: Sequence[Alignment]) -> list[list[Any]]:
+    """Alignments as a manifest row and Moshi's sidecar hold them."""
+    return [[word, [start, end], who] for word, start, end, who in words]
+
+
+def tidy_words(words: Sequence[Alignment]) -> tuple[list[Alignment], Counter[str]]:
+    """Sort words by time and drop those without letters or length; count what was wrong."""
+    found: Counter[str] = Counter()
+    kept = [w for w in words if w[0] and w[1] < w[2]]
+    found["without length"] = len(words) - len(kept)
+    found["out of order"] = sum(a[1] > b[1] for a, b in zip(kept, kept[1:], strict=False))
+    kept = sorted(kept, key=lambda w: w[1])
+    for who in (MAIN, OTHER):
+        own = [w for w in kept if w[3] == who]
+        found["overlapping"] += sum(a[2] > b[1] + 0.01 for a, b in zip(own, own[1:], strict=False))
+    return kept, +found
+
+
+def row_words(row: dict[str, Any]) -> list[Alignment]:
+    """The words of a manifest row, in order: its alignments, or the agent's word starts; ValueError without either."""
+    if "alignments" in row:
+        return tidy_words(parse_alignments(row["alignments"]))[0]
+    if not row.get("words"):
+        raise ValueError("a stereo dialogue needs word times: add alignments [[word, [start, end], speaker]]")
+    starts = [(word, float(start)) for word, start in row["words"]]
+    ends = [start for _, start in starts[1:]] + [starts[-1][1] + PAUSE]
+    return tidy_words([(word, start, end, MAIN) for (word, start), end in zip(starts, ends, strict=True)])[0]
+
+
+def tokenise(words: Sequence[Alignment], tokenizer: Tokenizer, contextual: bool = False, spaces: bool = True) -> list[Timed]:
+    """Ids of one speaker's words and when they begin: word by word (Moshi), or whole sentences at once (`contextual`).
+
+    A sentence gives each token the time of its first letter; a language written without spaces is joined without.
+    """
+    if not contextual:
+        return [(tokenizer.encode(word), start) for word, start, _, _ in words]
+    return [token for sentence in sentences(words) for token in sentence_tokens(sentence, tokenizer, " " if spaces else "")]
+
+
+def sentences(words: Sequence[Alignment]) -> Iterator[list[Alignment]]:
+    """Cut words where a mark or a pause ends a sentence."""
+    part: list[Alignment] = []
+    for word in words:
+        if part and (part[-1][0].endswith((".", "?", "!", "。", "？", "！")) or word[1] - part[-1][2] > PAUSE):
+            yield part
+            part = []
+        part.append(word)
+    if part:
+        yield part
+
+
+def sentence_tokens(words: Sequence[Alignment], tokenizer: Tokenizer, glue: str) -> list[Timed]:
+    """Tokens of one sentence: the time of a word is shared by its letters, the glue before a word begins with it."""
+    times: list[float] = []
+    for word, start, end, _ in words:
+        times += [start] * (len(glue) if times else 0) + [start + (end - start) * n / len(word) for n in range(len(word))]
+    ids, tokens, at = tokenizer.encode(glue.join(word for word, *_ in words)), [], 0
+    for n, token in enumerate(ids):
+        at = max(at, min(len(tokenizer.decode(ids[:n])), len(times) - 1))      # letters before it; half a letter decodes to one
+        tokens.append(([token], times[at]))
+    return tokens
+
+
+def interleave(tokens: Sequence[Timed], frames: int, frame_rate: float, interleaver: str = "queue", pad: int = PAD,
+               epad: int = EPAD) -> Tensor:
+    """Put each token into a frame of its own, from the one in which its word begins.   -> (frames,) ids, EPAD and PAD
+
+    "queue": tokens that are left over wait behind those of the next word, and at the end padding gives way to them, so
+    none is lost. "reference": they are dropped, as moshi-finetune does.
+    """
+    row: list[int] = []
+    waiting: deque[int] = deque()
+    left = deque(tokens)
+    for t in range(frames):
+        while left and left[0][1] * frame_rate < t + 1:
+            if interleaver == "reference":
+                waiting.clear()
+            waiting.extend(left.popleft()[0])
+        if waiting and row and row[-1] == pad:
+            row[-1] = epad
+        row.append(waiting.popleft() if waiting else pad)
+    for token in waiting if interleaver == "queue" else ():
+        free = next((n for kind in (pad, epad) for n in reversed(range(frames)) if row[n] == kind), None)
+        if free is None:
+            raise ValueError(f"more text tokens than the {frames} frames can hold; check the times of the words")
+        del row[free]
+        row.append(token)
+    return torch.tensor(row, dtype=torch.long)
+
+
+def text_weights(text: Tensor, padding: float, pad: int = PAD, epad: int = EPAD) -> Tensor:
+    """How much each id of a text row counts: padding less than words, -1 nothing.   (T,) -> (T,)"""
+    weights = torch.where((text == pad) | (text == epad), padding, 1.0)
+    return weights * (text >= 0)
+
+
+def check_length(words: Sequence[Alignment], seconds: float) -> None:
+    """ValueError when words lie behind the end of their recording: they would be lost."""
+    end = max((w[2] for w in words), default=0.0)
+    if end > seconds + SLACK or any(w[1] >= seconds for w in words):
+        raise ValueError(f"wav shorter than its alignments: it lasts {seconds:.2f} s, the last word ends at {end:.2f} s")
+
+
+def phrases(text: Tensor, frame_rate: float, pads: Sequence[int]) -> list[list[tuple[int, int]]]:
+    """The frames and ids that say something in a text row (T,), parted where a second of padding lies between them."""
+    found: list[list[tuple[int, int]]] = []
+    for t, token in enumerate(text.tolist()):
+        if token in pads or token < 0:
+            continue
+        if not found or t - found[-1][-1][0] > PAUSE * frame_rate:
+            found.append([])
+        found[-1].append((t, token))
+    return found
+
+
+def timed_transcript(text: Tensor, tokenizer: Tokenizer, frame_rate: float, pad: int = PAD, epad: int = EPAD) -> str:
+    """What a text row (T,) says: a line a phrase, begun with its time; a second of padding ends a phrase."""
+    return "".join(f"{phrase[0][0] / frame_rate:7.2f}  {tokenizer.decode([token for _, token in phrase]).strip()}\n"
+                   for phrase in phrases(text, frame_rate, (pad, epad)))
+
+
+def timed_words(text: Tensor, tokenizer: Tokenizer, frame_rate: float, pad: int, epad: int) -> list[Alignment]:
+    """The words of a text row (T,) with their times, as alignments: a word lasts from its first token to behind its last one."""
+    words: list[Alignment] = []
+    for phrase in phrases(text, frame_rate, (pad, epad)):
+        before = len(words)
+        for n, (t, _) in enumerate(phrase):
+            said = tokenizer.decode([token for _, token in phrase[: n + 1]]).split()
+            if len(said) > len(words) - before:
+                words.append((said[-1], t / frame_rate, (t + 1) / frame_rate, MAIN))
+            elif said:
+                words[-1] = (said[-1], words[-1][1], (t + 1) / frame_rate, MAIN)
+    return words

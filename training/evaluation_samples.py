@@ -1,0 +1,155 @@
+"""How a model sounds at an evaluation, in numbers that need no recogniser: texts are spoken, saved and measured.
+
+    out/NAME/samples/step_000100/*.wav  samples.jsonl       what was spoken, and each line's numbers
+    metrics.jsonl   "val/quality_duration_ratio"            seconds spoken / seconds expected; 1 is right, 0 silence, 2 runaway
+                    "val/quality_silence_ratio"             share of 25 ms pieces below -50 dBFS
+                    "val/quality_ended"                     share that the model ended by itself
+                    "val/quality_similarity_hubert"         cosine of the mean state of HuBERT, speech and the voice it clones;
+                                                            "_spectrum", of the mean log-mel spectrum, where the codec has no HuBERT
+
+The same texts every time: TrainConfig.prompts, expected to take the data's pace, and the first `listen` held-out
+recordings said again, each in the voice of another clip of its speaker (never its own), expected to take what they took.
+Similarity tells trends of one run, not speakers apart: the voice goes through the codec too. Used by train.py.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from audio import load_codec
+from audio.wav import levels, load_wav, resample, save_wav
+from audio.whisper import RATE, log_mel
+from config import TrainConfig
+from corpus.cache import encode
+from corpus.data_config import DataConfig
+from corpus.examples import prompt_example, spoken_prompt
+from corpus.index import Index
+from evaluation.duplex_measures import mean, measure_file
+from families.family import family_of
+from generation.decode_step import SampleConfig
+from generation.dialogue import write_reply
+from model import MultistreamLM
+from options import write_rows
+from sample import Speech, reply, speak_examples
+from streams import Example
+from text.tokenizers import load_tokenizer
+
+SILENCE = -50.0             # dBFS
+MOST_FRAMES = 2048          # of one text, however long it should take
+
+
+@dataclass
+class Trial:
+    """One text to speak: its prompt, how long it should take, and whose voice it should have."""
+
+    name: str
+    text: str
+    prompt: Example
+    seconds: float
+    voice: Tensor | None = None         # (Q, T) codes
+
+
+def speak_samples(model: MultistreamLM, config: TrainConfig, index: Index, folder: Path) -> dict[str, float]:
+    """Speak the fixed texts of a run into `folder`; -> the means of their numbers, {"quality_...": value}.
+
+    A model that converses answers recordings instead, and how that went is told.
+    """
+    codec = load_codec(config.data.codec)
+    if config.model.table.monologue:
+        return answer(model, config.prompts, config.data, codec, folder)
+    tried = list(trials(config, index, codec))
+    cap = min(MOST_FRAMES, 50 + round(2 * codec.frame_rate * max(trial.seconds for trial in tried)))
+    rules = SampleConfig(**family_of(config.model.table).rules(config.model.table) | {"max_frames": cap})
+    spoken = speak_examples(model, [trial.prompt for trial in tried], rules, codec)
+    rows = []
+    for trial, speech in zip(tried, spoken, strict=True):
+        name = "".join(c if c.isalnum() else "_" for c in trial.name[:60]) + ".wav"
+        save_wav(folder / name, speech.wav, codec.sample_rate)
+        rows.append({"text": trial.text, "wav": name} | measure(speech, trial, codec))
+    write_rows(folder / "samples.jsonl", rows)
+    return means(rows)
+
+
+def answer(model: MultistreamLM, recordings: Sequence[str], data: DataConfig, codec: object, folder: Path) -> dict[str, float]:
+    """Answer recordings, of a stereo one its right side, into wavs of `folder`; returns how they went (evaluation/duplex_measures.py)."""
+    tokenizer, rows = load_tokenizer(data.tokenizer), []
+    for path in recordings:
+        user = load_wav(path, codec.sample_rate, None)[0][-1:]
+        frames = reply(model, encode(codec, user)[None], SampleConfig(**family_of(model.table).rules(model.table)))[0]
+        write_reply(folder / f"{Path(path).stem}.wav", frames, user, codec, tokenizer, model.table)
+        rows.append(measure_file(folder / f"{Path(path).stem}.wav"))
+    return mean(rows)
+
+
+def trials(config: TrainConfig, index: Index, codec: Any) -> list[Trial]:
+    """The texts of a run: its prompts, then held-out recordings in order."""
+    data, table, entries = config.data, config.model.table, index.entries
+    tokenizer = load_tokenizer(data.tokenizer)
+    pace = sum(e.frames[0] for e in entries if e.key) / max(1, sum(len(e.text) for e in entries if e.key)) / codec.frame_rate
+    found = [Trial(text, text, prompt_example(text, data, tokenizer, codec, table=table), pace * len(text)) for text in config.prompts]
+    held = (n for n, e in enumerate(entries) if e.split == "held-out" and e.key and e.text.strip())
+    for n in islice(held, config.listen):
+        other = voice_of(index, n) if data.reference or entries[n].reference >= 0 else -1
+        voice = index.codes(other, 0) if other >= 0 else None
+        prompt = spoken_prompt(index, n, other, data, table)
+        found.append(Trial(entries[n].id, entries[n].text, prompt, entries[n].frames[0] / codec.frame_rate, voice))
+    return found
+
+
+def voice_of(index: Index, number: int) -> int:
+    """The entry in whose voice another is said again: its own reference, or another clip of its speaker; -1 = none."""
+    entry = index.entries[number]
+    if entry.reference >= 0:
+        return entry.reference
+    others = (n for n, e in enumerate(index.entries) if e.key and entry.speaker and e.speaker == entry.speaker and e.key != entry.key)
+    return next((n for n in others if index.entries[n].text.strip()), -1)
+
+
+def measure(speech: Speech, trial: Trial, codec: Any) -> dict[str, float]:
+    """The numbers of one text that was spoken."""
+    seconds = speech.frames / codec.frame_rate
+    found = {"seconds": seconds, "duration_ratio": seconds / trial.seconds, "ended": float(speech.ended),
+             "silence_ratio": silence(speech.wav, codec.sample_rate)}
+    if trial.voice is not None:
+        kind = "hubert" if hasattr(codec, "semantic_states") else "spectrum"
+        found[f"similarity_{kind}"] = similarity(speech.codes, trial.voice, codec) if speech.frames else 0.0
+    return found
+
+
+def means(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The mean of every number over the rows that have it."""
+    names = dict.fromkeys(key for row in rows for key in row if key not in ("text", "wav", "seconds"))
+    found = {name: [row[name] for row in rows if name in row] for name in names}
+    return {f"quality_{name}": sum(values) / len(values) for name, values in found.items()}
+
+
+def silence(wav: Tensor, rate: int) -> float:
+    """Share of the 25 ms pieces of (1, W) that are silent; 1 for nothing at all."""
+    level = levels(wav, rate)
+    return float((level < SILENCE).float().mean()) if level.numel() else 1.0
+
+
+def similarity(codes: Tensor, voice: Tensor, codec: Any) -> float:
+    """Cosine between the voices of two recordings, (Q, T) codes each."""
+    return float(F.cosine_similarity(*(voice_vector(c, codec) for c in (codes, voice)), dim=0))
+
+
+@torch.no_grad()
+def voice_vector(codes: Tensor, codec: Any) -> Tensor:
+    """What does not change over a recording: the mean over time of HuBERT's states, else of a log-mel spectrum, its level taken off."""
+    wav = codec.decode(codes[None])[:, 0]                                            # (1, W)
+    if hasattr(codec, "semantic_states"):
+        return codec.semantic_states(wav)[0].mean(1)                                 # (1, D, T) -> (D,)
+    mel = log_mel(resample(wav, codec.sample_rate, RATE), 80, None)[0].mean(1)       # (1, 80, T) -> (80,)
+    return mel - mel.mean()
+
+
+def summary_line(numbers: dict[str, float]) -> str:
+    """One line of the log."""
+    return "spoken: " + ", ".join(f"{name.removeprefix('quality_').replace('_', ' ')} {value:.2f}" for name, value in numbers.items())

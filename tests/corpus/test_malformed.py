@@ -529,7 +529,7 @@ def test_what_sample_cannot_do_is_said_in_one_line(name, tiny_run, tmp_path, mon
 
 def test_other_commands_refuse_what_they_do_not_know(tiny_run, tmp_path):
     config = tiny_run.parent / "tiny_run.py"
-    fails(call("data.py", "chek", "x"), "unknown command 'chek'", "give check, prepare, show, annotate or fix-alignments")
+    fails(call("data.py", "chek", "x"), "unknown command 'chek'", "nearest is check")
     fails(call("data.py", "check"), "check takes one path")
     fails(call("data.py", "check", tiny_run.parent / "clips", "--min_seconds=short"), "--min_seconds wants float, got 'short'", "--help")
     fails(call("data.py", "show", config, "--index=99"), "--index 99 does not exist", "examples 0..11")

@@ -112,7 +112,7 @@ def test_the_names_of_transformers(tmp_path):
     case.weights |= {"audio_encoder.x": torch.zeros(2), "surplus": torch.zeros(2)}
     with pytest.raises(ValueError, match=r"0 tensors missing \[\], 1 unexpected \['surplus'\]"):
         load(case.write(tmp_path / "more"))
-    with pytest.raises(ValueError, match="no counterpart in this layout"):
+    with pytest.raises(ValueError, match="no counterpart in the layout moshi_hf"):
         export(load_case("hibiki", tmp_path / "hibiki")[1], tmp_path / "x", to="hf")
 
 

@@ -41,7 +41,8 @@ def test_a_stored_config_is_that_of_its_recipe(path, monkeypatch):
     if path.stem == "dsaa":
         pytest.skip("its smoke twin makes two towers first; tests/families/test_dsaa.py runs it")
     now, then = run_config(ROOT / f"configs/{path.stem}.py", "smoke"), from_json(TrainConfig, stored(path)["run"]["config"])
-    assert now.model == then.model and now.lora == then.lora and now.loss == then.loss and now.data.stream_weights == then.data.stream_weights
+    assert (now.model, now.lora, now.loss) == (then.model, then.lora, then.loss)
+    assert now.data.stream_weights == then.data.stream_weights
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)

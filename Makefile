@@ -29,7 +29,7 @@ check: $(VENV)/test       ## lint and the fast tests, for the habit
 smoke: $(VENV)/demo       ## every config's tiny twin: trains, resumes, evaluates on bundled data (CPU, minutes)
 	for name in tiny tiny_clone higgs_ar higgs_full moshi_lora moshi_full ivr_qwen ivr_moss ivr_dpo dsaa; do \
 		$(RUN) train.py configs/$$name.py --smoke || exit 1; done
-	$(RUN) sae.py configs/dsaa_ae.py --smoke
+	$(RUN) evaluate.py sae configs/dsaa_ae.py --smoke
 
 wer: $(VENV)/test         ## word error rate of the demo's recordings, by an offline recogniser
 	$(RUN) evaluate.py out/demo

@@ -83,7 +83,7 @@ class TrainConfig:
     eval_every: int = 0                    # steps between evaluations, 0 = only at the end
     eval_batches: int = 0                  # held-out batches a rank, 0 = all
     patience: int = 0                      # evaluations without a better loss before stopping, 0 = never
-    prompts: tuple[str, ...] = ()          # texts spoken and measured (quality.py) at every evaluation; Moshi: recordings that it answers
+    prompts: tuple[str, ...] = ()          # texts to speak and measure at every evaluation (evaluation_samples.py); Moshi: recordings
     listen: int = 0                        # held-out recordings said again and measured as well
     save_every: int = 0                    # steps between checkpoints, 0 = only at the end
     keep: int = 2                          # checkpoints kept beside the best

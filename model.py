@@ -10,7 +10,7 @@ and written by parallel heads or by a depth transformer over the codebooks of a 
 
 A column is an audio column when any of its audio rows is >= 0: dual FFNs and split tails follow from that.
 `model(tokens)` reads columns 0..S-2 and predicts columns 1..S-1. Published architectures are constants in
-architectures.py.
+families/.
 Sources: Llama (arXiv:2302.13971), RoPE (2104.09864), Moshi (2410.00037), Higgs Audio v2, MOSS-Speech (2510.00499).
 Next: loss.py. One file because it is read as one: every switch stands beside the block that it changes.
 """
@@ -396,7 +396,7 @@ class MultistreamLM(nn.Module):
         self.reset_parameters()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MultistreamLM":
-        self.__dict__.pop("replay", None)              # graphs that read the weights where they lay (replay.py)
+        self.__dict__.pop("replay", None)              # graphs that read the weights where they lay (cuda_graphs.py)
         if self.tower is not None:                     # moves and casts with the model that it is no part of
             self.tower.body._apply(fn, recurse)
         return super()._apply(fn, recurse)

@@ -3,7 +3,8 @@
     higgs, qwen    transformers + PEFT: its classes, its loss, its generate
     moshi          the moshi package: LMModel with its own LoRA and the loss of moshi-finetune, LMGen
 
-A side (measure.py) does the work once and returns what it computed: the loss, or all tokens. Only cases.py and bench.py import this file.
+A side (measure.py) does the work once and returns what it computed: the loss, or all tokens. Only workloads.py and
+bench.py import this file.
 """
 
 import importlib.util

@@ -1,7 +1,7 @@
 """Sparse autoencoders on the joined states of DSAA: which directions its projectors read.
 
-    python sae.py configs/dsaa_ae.py --run=out/dsaa
-    python sae.py configs/dsaa_ae.py --smoke        on out/smoke_dsaa, which configs/dsaa.py --smoke leaves
+    python evaluate.py sae configs/dsaa_ae.py --run=out/dsaa
+    python evaluate.py sae configs/dsaa_ae.py --smoke        on out/smoke_dsaa, which configs/dsaa.py --smoke leaves
 
 Needs: not yet measured.  Expect: not yet measured.  The reference codes the joined state with (2048, 16) and each depth step's
 input with (1024, 8), six epochs at 1e-3; its validation read batches that were trained on, here a share is held out.

@@ -1,6 +1,6 @@
 """MOSS-Speech on the phone: speech-to-speech calls, learnt with LoRA.
 
-    python calls.py recordings/ --out=data/calls                                       stereo calls -> turns and conversations
+    python data.py calls recordings/ --out=data/calls                                  stereo calls -> turns and conversations
     python train.py configs/ivr_moss.py --data.sources=data/calls/calls.jsonl
     python sample.py --ckpt out/ivr_moss --user question.wav --out answer.wav          or --reply=text
     python evaluate.py report out/ivr_moss

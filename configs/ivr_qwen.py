@@ -10,7 +10,7 @@
     python train.py configs/ivr_qwen.py --smoke --init=out/smoke_ivr_base               and the recipe on top of it
 
 Needs the released model with its tokenizer.json in models/ (huggingface-cli download Qwen/Qwen2.5-1.5B-Instruct --local-dir
-models/Qwen2.5-1.5B-Instruct). Any size is a change of two lines: architectures.py has 0.5B to 8B. r = 8 on q, k, v, o trains
+models/Qwen2.5-1.5B-Instruct). Any size is a change of two lines: families/qwen.py has 0.5B to 8B. r = 8 on q, k, v, o trains
 2,179,072 parameters; the seed's 3,670,016 counts four square 2048-wide projections, which this model does not have.
 Bundled dialogues teach style only: 58 families of calls. Expect: not yet measured on the released weights.
 """

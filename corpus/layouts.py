@@ -176,7 +176,7 @@ SEED_REQUEST = re.compile(r"\s*please generate speech for given text[^:]*:\s*", 
 
 
 def chat_row(m: Manifest, sample: Row) -> Row:
-    """Conversations: the last assistant turn is the row, an earlier turn with audio its reference (chatml.py)."""
+    """Conversations: the last assistant turn is the row, an earlier turn with audio its reference (`sample_row`)."""
     return readable(sample_row, readable(untagged, sample) if "audios" in sample else sample, m.assistant_text)
 
 

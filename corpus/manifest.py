@@ -86,7 +86,7 @@ class Manifest:
     virtual: list[Row] = field(default_factory=list)        # compose lines as they were written
     bad: list[Bad] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    assistant_text: str = "drop"                            # of the one-turn clone requests that chatml.py rewrites
+    assistant_text: str = "drop"                            # DataConfig.assistant_text: of one-turn clone requests
 
     @property
     def root(self) -> Path:
@@ -155,7 +155,7 @@ def recordings_beside(row: Row) -> dict[str, Row]:
 
 
 def readable(read: Callable[..., Any], *given: Any) -> Any:
-    """Call a reader of chatml.py; its ValueError "reason; fix" becomes Unusable."""
+    """Call a function of text/conversation.py; its ValueError "reason; fix" becomes Unusable."""
     try:
         return read(*given)
     except ValueError as error:

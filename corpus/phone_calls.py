@@ -7,7 +7,7 @@
 A reply may name an order, an amount, a date or a person only when the call or a lookup named it before. `entities` says
 what counts: figures, spelled or not, codes such as E42, and words with a capital inside a sentence. The first word of a
 sentence has its capital anyway and is not looked at, nor is the word "one" alone. Used by report.py and
-assets/build_ivr.py. Next: evaluate.py.
+assets/build_ivr.py. 
 
     python data.py calls FOLDER_OR_WAV ... --out=DIR [--agent=right]     stereo recordings, one speaker a channel -> DIR/calls.jsonl
 

@@ -6,7 +6,7 @@
 
 WER and CER read figures both ways: a recogniser writes numbers in its own way ("492" for "four nine two"), so each side
 is read as a number and digit by digit, and the closer reading counts. Errors are capped at the reference's length:
-nonsense scores 1. BLEU and ROUGE are those of the packages sacrebleu and rouge-score. Next: calls.py.
+nonsense scores 1. BLEU and ROUGE are those of the packages sacrebleu and rouge-score. Next: report.py.
 """
 
 import math

@@ -9,7 +9,7 @@ text, besides: replies to every held-out turn with BLEU, ROUGE and the share of 
 callers want (key words, and a linear probe on hidden states), all by slice, and how much of general language was forgotten.
 
 An interval is a bootstrap over groups of rows (the wordings of one call are one group), seeded. Written whole into
-RUN/report: rows.jsonl (every row, every reply), summary.json, index.html. Next: page.py.
+RUN/report: rows.jsonl (every row, every reply), summary.json, index.html. Next: html_page.py.
 """
 
 import math

@@ -1,6 +1,6 @@
 """The geometry of a model: how its states resemble each other, and how its loss bends around where it stands.
 
-    python evaluate.py representations out/dsaa [--other=out/moshi]    latent.json, latent.png: CKA, cosines between layers, two main axes
+    python evaluate.py representations out/dsaa [--other=out/moshi]    representations.json and .png: CKA, cosines, two main axes
     python evaluate.py landscape out/dsaa --points=11         landscape.json, landscape.png: the loss along two random directions
 
 States are those of the run's held-out rows, `columns` of them. CKA is the linear one, debiased (Nguyen et al. 2021): 1 for
@@ -32,8 +32,8 @@ from options import check_types, from_json, read_json, write_json
 class Geometry:
     """What `python evaluate.py representations|landscape RUN` does."""
 
-    other: str = ""                # latent: another model that reads the same rows
-    columns: int = 2000            # latent: columns read at most
+    other: str = ""                # representations: another model that reads the same rows
+    columns: int = 2000            # representations: columns read at most
     points: int = 9                # landscape: steps along each direction
     reach: float = 0.5             # landscape: how far, in lengths of the weights
     pattern: str = ""              # landscape: part of the names of the parameters moved, "" = all
@@ -126,8 +126,8 @@ def compare_representations(run: Path, job: Geometry) -> dict[str, Any]:
             "cosine": {f"{a} -> {b}": round(cosine(found[a], found[b]), 6) for a, b in neighbours(names)},
             "explained": {name: [round(float(s), 6) for s in main_axes(x)[1]] for name, x in found.items()}}
     write_json(run / "representations.json", told)
-    draw_latent(run / "representations.png", found, told, spoken(batches, model, job.columns))
-    print(f"{run}/latent.json, latent.png: {len(names)} states at {told['columns']} columns")
+    draw_representations(run / "representations.png", found, told, spoken(batches, model, job.columns))
+    print(f"{run}/representations.json and .png: {len(names)} states at {told['columns']} columns")
     return told
 
 
@@ -160,7 +160,7 @@ def spoken(batches: Sequence[Batch], model: MultistreamLM, columns: int) -> Tens
     return (said >= 0) & (said != table.pad) & (said != table.epad)
 
 
-def draw_latent(path: Path, found: dict[str, Tensor], told: dict[str, Any], said: Tensor) -> None:
+def draw_representations(path: Path, found: dict[str, Tensor], told: dict[str, Any], said: Tensor) -> None:
     figure = blank_figure(14, 6)
     left, right = figure.subplots(1, 2)
     image = left.imshow(told["cka"], vmin=0, vmax=1, cmap="viridis")

@@ -9,7 +9,7 @@
 
 Only the direction of a state is learned: both sides are compared by cosine. The rows of the decoder stay on the unit sphere:
 their gradient loses what points outwards, and a step ends with a projection. States that are all zero encode to zero. One
-autoencoder for each name in `states`, as latent.py calls them; an epoch that is done is never done again. After CompresSAE
+autoencoder for each name in `states`, as representations.py calls them; an epoch that is done is never done again. After CompresSAE
 (arXiv:2505.11388), which the DSAA reference trains on the same states.
 """
 
@@ -37,7 +37,7 @@ class SaeConfig:
     """Which states, and how they are coded."""
 
     run: str = "out/run"                       # run folder
-    states: tuple[str, ...] = ("state",)        # names as in latent.json
+    states: tuple[str, ...] = ("state",)        # names as in representations.json
     columns: int = 200_000                      # columns of the training rows that are read
     width: int = 2048                           # learned directions
     k: int = 16                                 # of them a state may use

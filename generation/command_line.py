@@ -33,7 +33,7 @@ class Job(SampleConfig):
     prompt: str = ""             # or a stereo dialogue to go on with, left the model; then it speaks with user, or for both
     seconds: float = 20.0        # with prompt: go on for so long
     condition: str = ""          # what Hibiki and its like are told: description=very_good
-    chat: ChatConfig | None = None  # --chat: converse at the terminal (chat.py), a line at a time
+    chat: ChatConfig | None = None  # --chat: converse at the terminal (conversation.py), a line at a time
     reply: str = ""              # conversations: "text", printed as it comes, or "speech"; "" = speech where there is any
     system: str = ""             # conversations: system message, "" = as in training
     skip_first_frame: bool = False    # with user: his first frame is never heard, as in the official generator

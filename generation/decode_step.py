@@ -2,7 +2,7 @@
 
     text row  ->  rows that are only read (feed)  ->  audio rows, all at once or codebook by codebook  ->  the model reads it
 
-`Writer` does that without looking at a single value, so that a graph can be captured of it (replay.py); whoever runs it
+`Writer` does that without looking at a single value, so that a graph can be captured of it (cuda_graphs.py); whoever runs it
 column after column decides what must stand in them: `Direct` here. Where the items stand between text and speech is
 turns.py; how a row of logits becomes an id is kernels/sample.py. Next: sample.py.
 """

@@ -61,7 +61,7 @@ class Likelihood:
 
 
 class Contrast(Likelihood):
-    """Weighted cross-entropy, and behind its streams the contrastive term of contrast.py."""
+    """Weighted cross-entropy, and behind its streams the contrastive term of layers/contrastive.py."""
 
     told = False
 

@@ -1,7 +1,7 @@
 """What we export, the official classes load without a missing or left-over tensor, and compute the same with it.
 
 Skipped where a package is not installed. The environments are those of golden/make.py, plus pytest and our own
-dependencies (pyproject.toml):    python -m pytest tests/test_parity_exports.py -rs
+dependencies (pyproject.toml):    python -m pytest tests/families/test_parity_exports.py -rs
 """
 
 import json

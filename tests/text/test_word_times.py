@@ -1,4 +1,4 @@
-"""duplex.py: timed words become text rows without losing one; alignments and stereo recordings are judged in plain words."""
+"""word_times.py: timed words become text rows without losing one; alignments and stereo recordings are judged in plain words."""
 
 import io
 import json

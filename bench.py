@@ -16,6 +16,8 @@ alternate, and the median of the pairwise ratios counts: a busy machine slows bo
 installed reads "not measured". `make bench` runs everything; BENCHMARKS.md holds the results and the machine.
 """
 
+import setup_check  # noqa: F401, first: it says how to set up where torch is missing
+
 import gc
 import json
 import os
@@ -269,8 +271,8 @@ WHAT = {"train": bench_train, "decode": bench_decode, "ops": bench_ops, "loss": 
 
 def main() -> None:
     words, pairs = split_arguments(sys.argv[1:], ("help", "peer", "packed", "codec", "compile", "json"))
-    if "help" in pairs:
-        return print(help_text(Job(), f"python bench.py {'|'.join(WHAT)} [--model=higgs --peer]"))
+    if "help" in pairs or not sys.argv[1:]:
+        return print(__doc__, help_text(Job(), f"python bench.py {'|'.join(WHAT)} [--model=higgs --peer]"), sep="\n")
     if words and words[0] in LORA:
         pairs["model"] = words[0]
     job = apply(Job(), {key: value or "true" for key, value in pairs.items()})
@@ -279,7 +281,7 @@ def main() -> None:
     if words == ["rank"]:
         return rank_side(job)
     if len(words) != 1 or words[0] not in WHAT:
-        raise ValueError(f"unexpected {' '.join(words) or 'nothing'}; say what to measure: {', '.join(WHAT)}")
+        raise ValueError(f"name one thing to measure, got {' '.join(words) or 'none'}; there are {', '.join(WHAT)}")
     torch.set_num_threads(job.threads)
     for row in WHAT[words[0]](job):
         print(json.dumps(row | {"options": asdict(job)} | origin(peers.NEEDS.get(job.model, ()))))

@@ -12,6 +12,8 @@ JSON, never pickle. Official layouts are read and written through families/, eac
 needs to resume is written by training/run_state.py. One file because what is saved and what is loaded is one contract.
 """
 
+import setup_check  # noqa: F401, first: it says how to set up where torch is missing
+
 import json
 import shutil
 import sys

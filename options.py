@@ -1,8 +1,8 @@
-"""Options: frozen dataclasses <-> Python config files, command line and JSON; and the edge where errors meet a person.
+"""Options: frozen dataclasses <-> Python config files, command line and JSON; and how an error becomes one line.
 
 A config file is plain Python that builds a dataclass and calls it `config` (and its tiny twin `smoke`). Any field can
 be overridden with a dotted name, `--model.temporal.dim=512` or `--model.temporal.dim 512`, checked against its type.
-The comment behind a field is its help text. Knows nothing of what the fields mean.
+The comment behind a field is its help text. This module does not know what the fields mean.
 """
 
 import ast
@@ -36,28 +36,28 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(kind: Any, value: Any, name: str = "config") -> Any:
-    """Build a value of type `kind` out of JSON or command-line data; ValueError names the field that does not fit."""
+    """Build a value of type `kind` out of JSON or command-line data; ValueError names the field that is wrong."""
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         kinds = [k for k in typing.get_args(kind) if k is not type(None)]
         if value is None and len(kinds) < len(typing.get_args(kind)):
             return None
-        return _first_fitting(kinds, value, name)
+        return _first_match(kinds, value, name)
     if dataclasses.is_dataclass(kind):
         return _dataclass_from_json(kind, value, name)
     if typing.get_origin(kind) is tuple and isinstance(value, (list, tuple)):
         item, *rest = typing.get_args(kind)
         kinds = [item] * len(value) if rest == [Ellipsis] else [item, *rest]
         if len(kinds) != len(value):
-            raise ValueError(f"{name} wants {len(kinds)} values, got {len(value)}: {value!r}")
+            raise ValueError(f"{name} needs {len(kinds)} values, got {len(value)}: {value!r}")
         return tuple(from_json(k, v, f"{name}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(kind, type) and isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
-    raise ValueError(f"{name} wants {_kind_name(kind)}, got {value!r}; see --help for its default")
+    raise ValueError(f"{name} must be {_kind_name(kind)}, got {value!r}; --help shows its default")
 
 
-def _first_fitting(kinds: list[Any], value: Any, name: str) -> Any:
+def _first_match(kinds: list[Any], value: Any, name: str) -> Any:
     for kind in kinds[:-1]:
         try:
             return from_json(kind, value, name)
@@ -70,7 +70,7 @@ def _dataclass_from_json(kind: type, value: Any, name: str) -> Any:
     if isinstance(value, kind):
         return value
     if not isinstance(value, dict):
-        raise ValueError(f"{name} wants the fields of {kind.__name__}, got {value!r}")
+        raise ValueError(f"{name} must be an object with the fields of {kind.__name__}, got {value!r}")
     hints = typing.get_type_hints(kind)
     for key in value:
         if key not in hints:
@@ -80,11 +80,11 @@ def _dataclass_from_json(kind: type, value: Any, name: str) -> Any:
     except TypeError as error:
         raise ValueError(f"{name} is incomplete: {error}") from None
     except AssertionError as error:                # a dataclass that checks itself
-        raise ValueError(f"{name} does not fit: {error}; mend it") from None
+        raise ValueError(f"{name} is not valid: {error}; correct it") from None
 
 
 def check_types(config: Any) -> None:
-    """Hold every field of a dataclass against its annotation; ValueError names the first that does not fit."""
+    """Check every field of a dataclass against its annotation; ValueError names the first that is wrong."""
     for name, kind in typing.get_type_hints(type(config)).items():
         from_json(kind, getattr(config, name), name)
 
@@ -93,13 +93,14 @@ def _kind_name(kind: Any) -> str:
     return kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)
 
 
-RENAMED = {"exact_moshi": "skip_first_frame"}        # options by their old names
+CONFIGS = Path(__file__).with_name("configs")
+RENAMED = {"exact_moshi": "skip_first_frame", "latent": "representations"}       # old name of an option or command -> its name today
 
 
 def unknown(name: str, known: Sequence[str], what: str = "option") -> str:
     """The message for a name that does not exist: what it is called now, or its nearest neighbour."""
     if (bare := name.removeprefix("--")) in RENAMED:
-        return f"option {name} is now called {name.replace(bare, RENAMED[bare])}"
+        return f"{what} {name} is now called {name.replace(bare, RENAMED[bare])}"
     near, shown = difflib.get_close_matches(name, known, 1, 0.0), name if what == "option" else repr(name)
     return f"unknown {what} {shown}; nearest is {near[0]}" if near else f"unknown {what} {shown}"
 
@@ -109,7 +110,7 @@ def unknown(name: str, known: Sequence[str], what: str = "option") -> str:
 def apply(config: Any, pairs: dict[str, str], prefix: str = "--") -> Any:
     """Replace the fields at the dotted keys of `pairs`, each text read as its field's type; returns a new config.
 
-    A part is rebuilt once, from all its changes: values that only fit together may come in any order.
+    A part is rebuilt once, from all its changes: values that are only valid together may come in any order.
     """
     hints = typing.get_type_hints(type(config))
     changes: dict[str, Any] = {}
@@ -128,17 +129,17 @@ def apply(config: Any, pairs: dict[str, str], prefix: str = "--") -> Any:
         return dataclasses.replace(config, **changes)
     except AssertionError as error:                # a dataclass that checks itself
         given = " ".join(f"{prefix}{key}={text}" for key, text in pairs.items())
-        raise ValueError(f"{given} does not fit: {error}; see --help") from None
+        raise ValueError(f"{given} is not valid: {error}; see --help") from None
 
 
 def _part(config: Any, name: str, kind: Any) -> Any:
-    """The dataclass in a field; an optional one is switched on by naming one of its fields. None = it is no part."""
-    kinds = [k for k in typing.get_args(kind) if dataclasses.is_dataclass(k) and not _needed(k)]
+    """The dataclass in a field; an optional one is switched on by naming one of its fields. None = the field holds no dataclass."""
+    kinds = [k for k in typing.get_args(kind) if dataclasses.is_dataclass(k) and not _required(k)]
     current = kinds[0]() if getattr(config, name) is None and kinds else getattr(config, name)
     return current if dataclasses.is_dataclass(current) else None
 
 
-def _needed(kind: Any) -> list[str]:
+def _required(kind: Any) -> list[str]:
     """Fields of a dataclass without a default: it cannot be switched on by naming one of the others."""
     missing = dataclasses.MISSING
     return [f.name for f in dataclasses.fields(kind) if f.default is missing and f.default_factory is missing]
@@ -161,7 +162,7 @@ def _literal(text: str) -> Any:
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
-        return text                                # a bare word stands for itself; the type check follows
+        return text                                # a bare word is a string; the type check follows
 
 
 def flatten(config: Any, prefix: str = "", with_off: bool = False) -> Iterator[tuple[str, Any, str]]:
@@ -197,7 +198,7 @@ def help_text(config: Any, usage: str) -> str:
 def split_arguments(argv: list[str], flags: tuple[str, ...] = (), many: tuple[str, ...] = ()) -> tuple[list[str], dict[str, str]]:
     """Sort a command line into plain words and `--key value` / `--key=value` pairs, `--ref-text` being `--ref_text`.
 
-    The last of a key wins; all of those in `many` count, and come as the text of a tuple.
+    A repeated key keeps its last value; a key in `many` keeps all of them, as the text of a tuple.
     """
     words: list[str] = []
     pairs: dict[str, str] = {}
@@ -220,14 +221,17 @@ def split_arguments(argv: list[str], flags: tuple[str, ...] = (), many: tuple[st
     return words, pairs | {key: repr(tuple(values)) for key, values in lists.items()}
 
 
-def load_config(argv: list[str], usage: str = "", flags: tuple[str, ...] = ("help", "smoke"), kind: str = "") -> Any:
+def load_config(argv: list[str], usage: str = "", example: str = "tiny.py", kind: str = "") -> Any:
     """Run a config file and apply the overrides behind it: `configs/tiny.py --lr=1e-3 --smoke`; ValueError when it makes no `kind`.
 
-    `--preset=NAME` takes another value that the file defines; `--smoke` is `--preset=smoke`.
+    `--preset=NAME` takes another value that the file defines; `--smoke` is `--preset=smoke`. `--help`, or no argument at
+    all, prints the options with the values of the config, or of the `example` in configs/ where none is named, and exits with 0.
     """
-    words, pairs = split_arguments(argv, flags)
+    words, pairs = split_arguments(argv, ("help", "smoke"))
+    if not words and ("help" in pairs or not pairs):
+        words, pairs["help"] = [str(CONFIGS / example)], ""
     if not words:
-        raise ValueError(f"no config file given; {usage or 'name one from configs/, for example configs/tiny.py'}")
+        raise ValueError(f"no config file given; usage: {usage}")
     path = Path(words[0])
     if path.suffix != ".py" or not path.is_file():
         near = difflib.get_close_matches(str(path), sorted(str(p) for p in Path("configs").glob("*.py")), 1, 0.0)
@@ -236,10 +240,10 @@ def load_config(argv: list[str], usage: str = "", flags: tuple[str, ...] = ("hel
         raise ValueError(f"unexpected word {words[1]!r} after {path}; overrides look like --key=value")
     preset = pairs.pop("preset", "config")
     config = run_config(path, "smoke" if pairs.pop("smoke", "false") != "false" else preset)
-    if kind and type(config).__name__ != kind:                  # by name: what a config imports from a running script is another class
-        raise ValueError(f"{path} makes a {type(config).__name__}, wanted a {kind}; its first lines show its command")
+    if kind and type(config).__name__ != kind:                  # by name: a class that is imported twice is two classes
+        raise ValueError(f"{path} defines a {type(config).__name__}, this command needs a {kind}; the file itself shows its command")
     if "help" in pairs:
-        print(help_text(config, usage or f"options of {path}"))
+        print(help_text(config, f"{usage}\n\nOptions, with their values in {path}:"))
         raise SystemExit(0)
     return apply(config, pairs)
 
@@ -248,12 +252,12 @@ def run_config(path: Path, name: str = "config") -> Any:
     """Execute a config file and return its `config` (or `smoke`, which may be a function), every field checked against its type."""
     try:
         found = runpy.run_path(str(path))
-        if inspect.isfunction(found.get(name)):        # it makes small files first, and only when it is asked for
+        if inspect.isfunction(found.get(name)):        # a function may first make the small files that it needs
             found[name] = found[name]()
-    except Exception as error:                     # whatever it is, the file's author can mend it
+    except Exception as error:                     # whatever it is, the author of the file can correct it
         line = next((f" line {f.lineno}" for f in reversed(traceback.extract_tb(error.__traceback__)) if f.filename == str(path)), "")
         reason = f"does not build: {type(error).__name__}: {error}"
-        raise ValueError(f"config file {path}{line} {reason}; mend it, configs/tiny.py is an example") from error
+        raise ValueError(f"config file {path}{line} {reason}; correct it, configs/tiny.py is an example") from error
     if not dataclasses.is_dataclass(found.get(name)):
         others = ", ".join(key for key, value in found.items() if dataclasses.is_dataclass(value) and not isinstance(value, type)
                            and hasattr(value, "steps"))
@@ -273,10 +277,10 @@ def difference(old: Any, new: Any) -> list[str]:
             if before.get(n, "absent") != after.get(n, "absent")]
 
 
-# ---- files and the edge ----
+# ---- files and errors ----
 
 def replace_file(path: str | Path, write: Callable[[str], Any]) -> None:
-    """Write a file whole: `write` fills a temporary neighbour, which is then renamed over `path`."""
+    """Write a file whole: `write` fills a temporary file in the same folder, which is then renamed to `path`."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -326,18 +330,18 @@ def parse_row(text: str, /, **fields: type) -> dict[str, Any]:
         raise ValueError("each row must be an object {...}")
     lacking = next((name for name, kind in fields.items() if not isinstance(row.get(name), kind)), None)
     if lacking is not None:
-        raise ValueError(f"it lacks {lacking!r} ({fields[lacking].__name__})")
+        raise ValueError(f"it has no {lacking!r} ({fields[lacking].__name__})")
     return row
 
 
 def read_rows(path: str | Path, what: str, /, **fields: type) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the rows of a file of JSON lines and their line numbers; ValueError names the line that is no `what`, and why."""
+    """Yield the rows of a file of JSON lines and their line numbers; ValueError names the line that is not a `what`, and why."""
     for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):     # of bytes: U+2028 inside a text ends no line
         if line.strip():
             try:
                 row = parse_row(line.decode("utf-8-sig"), **fields)
             except ValueError as error:
-                raise ValueError(f"{path} line {number} is no {what} ({error}); mend or remove it") from None
+                raise ValueError(f"{path} line {number} is not a {what} ({error}); correct or remove it") from None
             yield number, row
 
 
@@ -351,30 +355,30 @@ def read_lines(path: str | Path) -> list[str]:
         raise ValueError(f"{path} is not UTF-8; save it again as UTF-8") from None
 
 
-FULL = "free some space and run it again; what was written before is whole"
+FULL = "free some space on the disk and run the command again; files written earlier are intact"
 PATH = "check the path"
 REMEDIES = {errno.ENOSPC: FULL, errno.EDQUOT: FULL, errno.EFBIG: FULL, errno.ENOENT: PATH, errno.ENOTDIR: PATH, errno.EISDIR: PATH,
-            errno.EEXIST: "choose another path", errno.EROFS: "choose another path", errno.EACCES: "check who may use it"}
+            errno.EEXIST: "choose another path", errno.EROFS: "choose another path", errno.EACCES: "check its permissions"}
 
 
 def error_line(error: BaseException) -> str:
-    """What a person reads of an error: one line, and what the system says gets its remedy."""
+    """The one line that a user reads about an error; an error of the operating system also gets its remedy."""
     remedy = REMEDIES.get(error.errno, "") if isinstance(error, OSError) else ""
     return "error: " + " ".join(str(error).split()) + (f"; {remedy}" if remedy else "")
 
 
 def exit_on_error() -> None:
-    """From here on a ValueError or OSError, what a user can mend, ends in one line and exit code 2.
+    """From here on a ValueError or OSError, which a user can act on, ends in one line and exit code 2.
 
-    MULTISTREAM_TRACE=1 shows the trace. Everything else is a fault of ours and keeps its trace.
+    MULTISTREAM_TRACE=1 shows the trace. Any other error is a bug in this code and keeps its trace.
     """
     def hook(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
         if os.environ.get("MULTISTREAM_TRACE") or not issubclass(kind, (ValueError, OSError)):
             sys.__excepthook__(kind, error, trace)
             return
-        if not issubclass(kind, BrokenPipeError):  # the reader of our output has gone (`| head`): nothing to say to it
+        if not issubclass(kind, BrokenPipeError):  # the reader of our output has closed the pipe (`| head`)
             print(error_line(error), file=sys.stderr, flush=True)
-        os._exit(2)                                # at once: other threads and a process group must not keep us
+        os._exit(2)                                # at once, without waiting for other threads or a process group
 
     sys.excepthook = hook
 

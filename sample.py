@@ -11,6 +11,8 @@ codebook of a frame exists. Writing a file, streaming and live chat all consume 
 function that built the training grids. The options of the command line are generation/command_line.py. Next: checkpoint.py.
 """
 
+import setup_check  # noqa: F401, first: it says how to set up where torch is missing
+
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext
@@ -244,9 +246,8 @@ def speak_texts(job: Job, texts: list[str], voices: Sequence[tuple[str, str]] = 
 
 def main() -> None:
     words, pairs = split_arguments(sys.argv[1:], ("help", "stream", "chat"), ("ref", "ref_text"))
-    if "help" in pairs:
-        print(help_text(Job(), "python sample.py --ckpt out/demo --text 'four nine two seven' --out x.wav"))
-        return
+    if "help" in pairs or not sys.argv[1:]:
+        return print(help_text(Job(), "python sample.py --ckpt out/demo --text 'four nine two seven' --out x.wav"))
     if words:
         raise ValueError(f"unexpected word {words[0]!r}; options look like --text=\"...\"")
     if pairs.get("stream") == "":

@@ -10,6 +10,8 @@ nothing and skips nothing.
 A script, read from top to bottom; what it calls is tested on its own, and it through its command line.
 """
 
+import setup_check  # noqa: F401, first: it says how to set up where torch is missing
+
 import math
 import signal
 import sys

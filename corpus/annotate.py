@@ -127,9 +127,10 @@ def annotate(source: str | Path, config: AnnotateConfig, hear: Hear | None = Non
 def main(argv: Sequence[str]) -> None:
     words, pairs = split_arguments(list(argv), ("help", "allow_outside"))
     pairs = {key: text or "true" for key, text in pairs.items()}
-    if pairs.pop("help", "") or len(words) != 1:
-        print(help_text(AnnotateConfig(), "python data.py annotate FOLDER|LIST.jsonl [--key=value ...]"))
-        raise SystemExit(0 if words or "--help" in argv else 2)
+    if pairs.pop("help", "") or not argv:
+        return print(help_text(AnnotateConfig(), "python data.py annotate FOLDER|LIST.jsonl [--key=value ...]"))
+    if len(words) != 1:
+        raise ValueError(f"annotate takes one folder or one list, got {words}; python data.py annotate --help shows the options")
     annotate(words[0], apply(AnnotateConfig(), pairs))
 
 
@@ -165,9 +166,10 @@ def clamp_words(words: list[Alignment], job: FixAlignmentsConfig) -> tuple[list[
 
 def fix_alignments(argv: list[str]) -> None:
     words, pairs = split_arguments(argv, ("help", "first", "dry_run"))
-    if "help" in pairs or len(words) != 1:
-        print(__doc__, help_text(FixAlignmentsConfig(), "python data.py fix-alignments FOLDER [--key=value ...]"), sep="\n")
-        raise SystemExit(0 if "help" in pairs else 2)
+    if "help" in pairs or not argv:
+        return print(__doc__, help_text(FixAlignmentsConfig(), "python data.py fix-alignments FOLDER [--key=value ...]"), sep="\n")
+    if len(words) != 1:
+        raise ValueError(f"fix-alignments takes one folder, got {words}; python data.py fix-alignments --help shows the options")
     given = {key: value or "true" if key in ("first", "dry_run") else value for key, value in pairs.items()}
     job = apply(FixAlignmentsConfig(), given)
     folder = Path(words[0])

@@ -171,9 +171,10 @@ def cut(path: Path, folder: Path, agent: str = "left") -> dict[str, Any]:
 
 def main(argv: Sequence[str]) -> None:
     words, pairs = split_arguments(list(argv), ("help",))
-    if "help" in pairs or not words or "out" not in pairs:
-        print(__doc__)
-        raise SystemExit(0 if "help" in pairs else 2)
+    if "help" in pairs or not argv:
+        return print(__doc__)
+    if not words or "out" not in pairs:
+        raise ValueError("calls needs recordings or folders of them, and --out=DIR; python data.py calls --help shows an example")
     agent, out = pairs.get("agent", "left"), Path(pairs["out"])
     if agent not in SIDES or pairs.keys() - {"agent", "out"}:
         raise ValueError(f"--agent is left or right, and --out a folder; got {' '.join(f'--{k}={v}' for k, v in pairs.items())}")

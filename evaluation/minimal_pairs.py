@@ -42,7 +42,7 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Probe:
+class MinimalPairsConfig:
     """What `python evaluate.py pairs|choices RUN` does."""
 
     set: str = ""                  # jsonl of items; its recordings lie in its folder or below
@@ -176,7 +176,7 @@ def items(path: Path, wanted: dict[str, type], limit: int) -> list[Row]:
     return rows[:limit] if limit else rows
 
 
-def pairs(run: str, job: Probe) -> dict[str, float]:
+def pairs(run: str, job: MinimalPairsConfig) -> dict[str, float]:
     """Score the pairs of a set; writes an item a line, returns accuracies by speech, semantic codebook, plain mean and text."""
     model, reader, target = begin(run, job, "pairs")
     results = []
@@ -198,7 +198,7 @@ def verdict(right: dict[str, float], wrong: dict[str, float]) -> bool:
     return right[name] > wrong[name]
 
 
-def choices(run: str, job: Probe) -> float:
+def choices(run: str, job: MinimalPairsConfig) -> float:
     """Score spoken multiple choice; returns the accuracy."""
     model, reader, target = begin(run, job, "choices")
     results = []
@@ -224,7 +224,7 @@ def choice_score(found: dict[str, float], text_share: float) -> float:
     return sum(w * x for w, x in known) / total if total else sum(x for _, x in known) / max(1, len(known))
 
 
-def begin(run: str, job: Probe, kind: str) -> tuple[MultistreamLM, Reader, Path]:
+def begin(run: str, job: MinimalPairsConfig, kind: str) -> tuple[MultistreamLM, Reader, Path]:
     if not job.set:
         raise ValueError(f"nothing to score; add --set=FILE.jsonl of {kind}")
     model, data = load_for_sampling(Job(ckpt=run))

@@ -29,7 +29,7 @@ from options import check_types, from_json, read_json, write_json
 
 
 @dataclass(frozen=True)
-class Geometry:
+class GeometryConfig:
     """What `python evaluate.py representations|landscape RUN` does."""
 
     other: str = ""                # representations: another model that reads the same rows
@@ -109,7 +109,7 @@ def main_axes(x: Tensor, count: int = 2) -> tuple[Tensor, Tensor]:
     return (u * s)[:, :count], s.square()[:count] / s.square().sum()
 
 
-def compare_representations(run: Path, job: Geometry) -> dict[str, Any]:
+def compare_representations(run: Path, job: GeometryConfig) -> dict[str, Any]:
     """Compare the states of a model with each other and with another's; writes representations.json and representations.png."""
     model, config, rows = of_run(run)
     batches = list(itertools.takewhile(enough(job.columns), rows))
@@ -191,7 +191,7 @@ def direction(parameters: dict[str, nn.Parameter], seed: int) -> dict[str, Tenso
 
 @torch.no_grad()
 def plane(model: MultistreamLM, parameters: dict[str, nn.Parameter], batches: Sequence[Batch], config: TrainConfig,
-          job: Geometry) -> Tensor:
+          job: GeometryConfig) -> Tensor:
     """The loss at points (a, b) of two directions, (points, points); the weights come back bit for bit."""
     one, two = (direction(parameters, 2 * job.seed + n) for n in (0, 1))
     kept = {name: parameters[name].detach().clone() for name in one}
@@ -209,7 +209,7 @@ def plane(model: MultistreamLM, parameters: dict[str, nn.Parameter], batches: Se
     return found
 
 
-def landscape(run: Path, job: Geometry) -> dict[str, Any]:
+def landscape(run: Path, job: GeometryConfig) -> dict[str, Any]:
     """The held-out loss around a run's weights; writes landscape.json and landscape.png."""
     model, config, rows = of_run(run)
     parameters = {name: p for name, p in model.named_parameters() if job.pattern in name}

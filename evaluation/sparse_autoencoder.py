@@ -149,8 +149,11 @@ def restore(path: Path, sae: Sae, optimizer: torch.optim.Optimizer) -> int:
     return int(found["epochs"])
 
 
+USAGE = "python evaluate.py sae configs/NAME.py [--key=value ...] [--smoke]"
+
+
 def main(argv: Sequence[str]) -> None:
-    config: SaeConfig = load_config(list(argv), "python evaluate.py sae configs/NAME.py [--key=value ...] [--smoke]", kind="SaeConfig")
+    config: SaeConfig = load_config(list(argv), USAGE, "dsaa_ae.py", "SaeConfig")
     folder, told = Path(config.run) / "sae", {}
     for name, x in gather(config).items():
         told[name] = fit(x, config, folder / f"{name.replace(' ', '_')}.safetensors")

@@ -217,7 +217,7 @@ def test_an_integer_in_a_config_file_becomes_the_float_that_the_field_wants(tmp_
 
 def test_check_types_holds_every_field_against_its_annotation():
     check_types(Outer())
-    with pytest.raises(ValueError, match="rate wants float, got '2e-6'"):
+    with pytest.raises(ValueError, match="rate must be float, got '2e-6'"):
         check_types(Outer(rate="2e-6"))
 
 
@@ -246,9 +246,9 @@ def test_json_files_keep_every_letter_and_are_bounded(tmp_path):
 
 def test_a_config_of_another_command_is_named():
     path = str(ROOT / "configs/dsaa_ae.py")
-    with pytest.raises(ValueError, match="dsaa_ae.py makes a SaeConfig, wanted a TrainConfig; its first lines show its command"):
+    with pytest.raises(ValueError, match="dsaa_ae.py defines a SaeConfig, this command needs a TrainConfig; the file itself shows its command"):
         load_config([path], kind="TrainConfig")
-    with pytest.raises(ValueError, match="tiny.py makes a TrainConfig, wanted a SaeConfig"):
+    with pytest.raises(ValueError, match="tiny.py defines a TrainConfig, this command needs a SaeConfig"):
         load_config([str(ROOT / "configs/tiny.py")], kind="SaeConfig")
 
 
@@ -259,9 +259,9 @@ def test_rows_come_back_as_written_and_a_bad_one_is_named(tmp_path):
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n\n"))         # as an editor leaves it
     assert list(read_rows(path, "clip", id=str, text=str)) == [(1, rows[0]), (3, rows[1])]
     for line, why in (("{", "Expecting property"), ("[" * 100_000, "nested too deeply"), ("3", "must be an object"),
-                      ('{"id": 7, "text": ""}', r"it lacks 'id' \(str\)"), ("\udcff", "can't decode")):
+                      ('{"id": 7, "text": ""}', r"it has no 'id' \(str\)"), ("\udcff", "can't decode")):
         path.write_bytes(b'{"id": "a", "text": ""}\n' + line.encode("utf-8", "surrogateescape"))
-        with pytest.raises(ValueError, match=rf"rows.jsonl line 2 is no clip \(.*{why}.*\); mend or remove it"):
+        with pytest.raises(ValueError, match=rf"rows.jsonl line 2 is not a clip \(.*{why}.*\); correct or remove it"):
             list(read_rows(path, "clip", id=str, text=str))
 
 

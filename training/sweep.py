@@ -76,9 +76,10 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 def main(argv: Sequence[str]) -> None:
     words, pairs = split_arguments(list(argv), ("help", "smoke"))
-    if "help" in pairs or len(words) != 1:
-        print(__doc__)
-        raise SystemExit(0 if "help" in pairs else 2)
+    if "help" in pairs or not argv:
+        return print(__doc__)
+    if len(words) != 1:
+        raise ValueError(f"sweep takes one config file, got {' '.join(words) or 'none'}; python train.py sweep --help shows examples")
     common = [word for key, text in pairs.items() if not key.startswith(PREFIX) and key != "out"
               for word in ([f"--{key}={text}"] if text else [f"--{key}"])]
     config: TrainConfig = load_config([*words, *common], kind="TrainConfig")

@@ -203,20 +203,20 @@ def test_a_source_without_a_usable_row_is_refused(name, tmp_path):
 # ---- configs and overrides ----
 
 CONFIGS = {     # name: (content of the file, what the line says)
-    "syntax error": ("config = (", ("bad.py", "SyntaxError", "line 1", "mend it")),
-    "not text": (b"\xff\xfe\x00", ("bad.py", "does not build", "mend it")),
+    "syntax error": ("config = (", ("bad.py", "SyntaxError", "line 1", "correct it")),
+    "not text": (b"\xff\xfe\x00", ("bad.py", "does not build", "correct it")),
     "no config": ("x = 1", ("bad.py", "defines no `config`", "add `config = TrainConfig(...)`")),
     "config is a number": ("config = 3", ("bad.py", "defines no `config`", "add `config = TrainConfig(...)`")),
-    "misspelt field": (CONFIG.replace("lr=1e-3", "lrr=1e-3"), ("bad.py", "line 12", "lrr", "mend it")),
-    "missing field": ("from config import TrainConfig\nconfig = TrainConfig()", ("bad.py", "line 2", "model", "mend it")),
-    "lr is a word": (CONFIG.replace("lr=1e-3", "lr='1e-3'"), ("bad.py", "line 12", "lr wants float, got '1e-3'", "--help")),
-    "steps is a fraction": (CONFIG.replace("steps=4", "steps=4.5"), ("bad.py", "line 12", "steps wants int, got 4.5", "--help")),
+    "misspelt field": (CONFIG.replace("lr=1e-3", "lrr=1e-3"), ("bad.py", "line 12", "lrr", "correct it")),
+    "missing field": ("from config import TrainConfig\nconfig = TrainConfig()", ("bad.py", "line 2", "model", "correct it")),
+    "lr is a word": (CONFIG.replace("lr=1e-3", "lr='1e-3'"), ("bad.py", "line 12", "lr must be float, got '1e-3'", "--help")),
+    "steps is a fraction": (CONFIG.replace("steps=4", "steps=4.5"), ("bad.py", "line 12", "steps must be int, got 4.5", "--help")),
     "sources is a word": (CONFIG.replace('sources=(str(here / "clips"),)', 'sources="clips"'),
-                          ("bad.py", "line 14", "sources wants tuple", "--help")),
-    "impossible width": (CONFIG.replace("heads=2", "heads=3"), ("bad.py", "dim 16 is no multiple of 3 heads", "mend it")),
-    "divides by zero": ("x = 1 / 0", ("bad.py", "line 1", "ZeroDivisionError", "mend it")),
-    "needs a missing package": ("import nonesuch", ("bad.py", "nonesuch", "mend it")),
-    "reads a missing file": ("open('nonesuch.txt')", ("bad.py", "nonesuch.txt", "mend it")),
+                          ("bad.py", "line 14", "sources must be tuple", "--help")),
+    "impossible width": (CONFIG.replace("heads=2", "heads=3"), ("bad.py", "dim 16 is no multiple of 3 heads", "correct it")),
+    "divides by zero": ("x = 1 / 0", ("bad.py", "line 1", "ZeroDivisionError", "correct it")),
+    "needs a missing package": ("import nonesuch", ("bad.py", "nonesuch", "correct it")),
+    "reads a missing file": ("open('nonesuch.txt')", ("bad.py", "nonesuch.txt", "correct it")),
 }
 
 
@@ -229,7 +229,7 @@ def test_a_bad_config_file_is_named_with_its_line_or_field(name, tmp_path):
 
 def test_a_missing_config_file_names_the_nearest_one():
     fails(cli("train.py", "configs/tinny.py"), "configs/tinny.py does not exist", "nearest is configs/tiny.py")
-    fails(call("train.py"), "no config file given", "configs/NAME.py")
+    fails(call("train.py", "--steps=3"), "no config file given", "configs/NAME.py")
     fails(call("train.py", "configs"), "config file configs does not exist", "nearest is configs/")
 
 
@@ -237,32 +237,32 @@ OVERRIDES = {   # an argument: what the line says
     "--stesp=3": ("--stesp", "nearest is --steps"),
     "--model.temporal.dmi=3": ("--model.temporal.dmi", "nearest is --model.temporal.dim"),
     "--lora.rnk=3": ("--lora.rnk", "nearest is --lora.rank"),
-    "--steps=many": ("--steps wants int, got 'many'", "--help"),
-    "--model.temporal.dim=wide": ("--model.temporal.dim wants int, got 'wide'", "--help"),
-    "--compile=perhaps": ("--compile wants bool, got 'perhaps'", "--help"),
-    "--lr=true": ("--lr wants float, got True", "--help"),
+    "--steps=many": ("--steps must be int, got 'many'", "--help"),
+    "--model.temporal.dim=wide": ("--model.temporal.dim must be int, got 'wide'", "--help"),
+    "--compile=perhaps": ("--compile must be bool, got 'perhaps'", "--help"),
+    "--lr=true": ("--lr must be float, got True", "--help"),
     "--lr": ("--lr has no value", "--lr=VALUE"),
     "--lr.x=3": ("--lr.x", "nearest is --lr"),
-    "--betas=0.9": ("--betas wants 2 values, got 1",),
-    "--betas=0.9,high": ("--betas[1] wants float, got 'high'", "--help"),
-    "--schedule=cosin": ("--schedule=cosin does not fit", "'cosine'", "--help"),
-    "--dtype=fp8": ("--dtype=fp8 does not fit", "fp32, bf16, fp16", "--help"),
-    "--device=gpu": ("--device=gpu does not fit", "auto, cpu, cuda", "--help"),
-    "--steps=0": ("--steps=0 does not fit", "at least 1", "--help"),
-    "--log_every=0": ("--log_every=0 does not fit", "at least 1", "--help"),
-    "--lr=-1": ("--lr=-1 does not fit", "negative", "--help"),
-    "--warmup=-1": ("--warmup=-1 does not fit", "negative", "--help"),
-    "--ema=1": ("--ema=1 does not fit", "[0, 1)", "--help"),
-    "--model.temporal.heads=3": ("--model.temporal.heads=3 does not fit", "dim 16 is no multiple of 3 heads", "--help"),
-    "--model.temporal.heads=0": ("--model.temporal.heads=0 does not fit", "at least 1", "--help"),
-    "--model.temporal.ffn=-3": ("--model.temporal.ffn=-3 does not fit", "at least 1", "--help"),
-    "--model.temporal.head_dim=3": ("--model.temporal.head_dim=3 does not fit", "a head of 3 is odd", "--help"),
-    "--model.table.layout=rows": ("--model.table.layout=rows does not fit", "clone", "--help"),
-    "--model.dropout=1": ("--model.dropout=1 does not fit", "[0, 1)", "--help"),
-    "--betas=0.9,2": ("--betas=0.9,2 does not fit", "[0, 1)", "--help"),
-    "--seed=-1": ("--seed=-1 does not fit", "not negative", "--help"),
-    "--model.dual_ffn=4": ("--model.dual_ffn=4 does not fit", "layers", "--help"),
-    "--trackers=wand": ("--trackers=wand does not fit", "wandb", "--help"),
+    "--betas=0.9": ("--betas needs 2 values, got 1",),
+    "--betas=0.9,high": ("--betas[1] must be float, got 'high'", "--help"),
+    "--schedule=cosin": ("--schedule=cosin is not valid", "'cosine'", "--help"),
+    "--dtype=fp8": ("--dtype=fp8 is not valid", "fp32, bf16, fp16", "--help"),
+    "--device=gpu": ("--device=gpu is not valid", "auto, cpu, cuda", "--help"),
+    "--steps=0": ("--steps=0 is not valid", "at least 1", "--help"),
+    "--log_every=0": ("--log_every=0 is not valid", "at least 1", "--help"),
+    "--lr=-1": ("--lr=-1 is not valid", "negative", "--help"),
+    "--warmup=-1": ("--warmup=-1 is not valid", "negative", "--help"),
+    "--ema=1": ("--ema=1 is not valid", "[0, 1)", "--help"),
+    "--model.temporal.heads=3": ("--model.temporal.heads=3 is not valid", "dim 16 is no multiple of 3 heads", "--help"),
+    "--model.temporal.heads=0": ("--model.temporal.heads=0 is not valid", "at least 1", "--help"),
+    "--model.temporal.ffn=-3": ("--model.temporal.ffn=-3 is not valid", "at least 1", "--help"),
+    "--model.temporal.head_dim=3": ("--model.temporal.head_dim=3 is not valid", "a head of 3 is odd", "--help"),
+    "--model.table.layout=rows": ("--model.table.layout=rows is not valid", "clone", "--help"),
+    "--model.dropout=1": ("--model.dropout=1 is not valid", "[0, 1)", "--help"),
+    "--betas=0.9,2": ("--betas=0.9,2 is not valid", "[0, 1)", "--help"),
+    "--seed=-1": ("--seed=-1 is not valid", "not negative", "--help"),
+    "--model.dual_ffn=4": ("--model.dual_ffn=4 is not valid", "layers", "--help"),
+    "--trackers=wand": ("--trackers=wand is not valid", "wandb", "--help"),
     "--lora.targets=nowhere.*": ("nowhere.*", "there are", "temporal.layers.N.attn.q"),
     "--init=nobody": ("nobody does not exist", "give a run folder"),
     "--resume=nobody": ("nobody does not exist", "give a run folder"),
@@ -498,13 +498,13 @@ SAMPLES = {     # name: (arguments, {RUN} is the run's folder, {HERE} a scratch 
     "no text": (("--ckpt={RUN}",), ("nothing to say", "add --text")),
     "reference without its text": (("--ckpt={RUN}", "--text=one", "--ref={RUN}/x.wav"), ("a reference needs both", "--ref_text")),
     "reference text without its wav": (("--ckpt={RUN}", "--text=one", "--ref_text=one"), ("a reference needs both", "--ref=")),
-    "bad dtype": (("--ckpt={RUN}", "--text=one", "--dtype=int4"), ("--dtype=int4 does not fit", "fp32, bf16, fp16")),
-    "bad device": (("--ckpt={RUN}", "--text=one", "--device=tpu"), ("--device=tpu does not fit", "cpu nor cuda")),
-    "negative temperature": (("--ckpt={RUN}", "--text=one", "--temperature=-1"), ("--temperature=-1 does not fit", "--help")),
+    "bad dtype": (("--ckpt={RUN}", "--text=one", "--dtype=int4"), ("--dtype=int4 is not valid", "fp32, bf16, fp16")),
+    "bad device": (("--ckpt={RUN}", "--text=one", "--device=tpu"), ("--device=tpu is not valid", "cpu nor cuda")),
+    "negative temperature": (("--ckpt={RUN}", "--text=one", "--temperature=-1"), ("--temperature=-1 is not valid", "--help")),
     "too few temperatures": (("--ckpt={RUN}", "--text=one", "--temperature=1,1"), ("has 2 values", "give one value or one for each")),
-    "temperature is a word": (("--ckpt={RUN}", "--text=one", "--temperature=hot"), ("--temperature wants", "'hot'", "--help")),
-    "no frames": (("--ckpt={RUN}", "--text=one", "--max_frames=0"), ("--max_frames=0 does not fit", "--help")),
-    "batch of none": (("--ckpt={RUN}", "--text=one", "--batch=0"), ("--batch=0 does not fit", "--help")),
+    "temperature is a word": (("--ckpt={RUN}", "--text=one", "--temperature=hot"), ("--temperature must be", "'hot'", "--help")),
+    "no frames": (("--ckpt={RUN}", "--text=one", "--max_frames=0"), ("--max_frames=0 is not valid", "--help")),
+    "batch of none": (("--ckpt={RUN}", "--text=one", "--batch=0"), ("--batch=0 is not valid", "--help")),
     "unknown option": (("--ckpt={RUN}", "--txet=one"), ("--txet", "nearest is --text")),
     "loose word": (("--ckpt={RUN}", "one", "two"), ("unexpected word 'one'", '--text="..."')),
     "missing list of texts": (("--ckpt={RUN}", "--texts={HERE}/none.txt"), ("none.txt does not exist", "one text a line")),
@@ -530,8 +530,8 @@ def test_what_sample_cannot_do_is_said_in_one_line(name, tiny_run, tmp_path, mon
 def test_other_commands_refuse_what_they_do_not_know(tiny_run, tmp_path):
     config = tiny_run.parent / "tiny_run.py"
     fails(call("data.py", "chek", "x"), "unknown command 'chek'", "nearest is check")
-    fails(call("data.py", "check"), "check takes one path")
-    fails(call("data.py", "check", tiny_run.parent / "clips", "--min_seconds=short"), "--min_seconds wants float, got 'short'", "--help")
+    fails(call("data.py", "check", "x", "y"), "check takes one folder or manifest")
+    fails(call("data.py", "check", tiny_run.parent / "clips", "--min_seconds=short"), "--min_seconds must be float, got 'short'", "--help")
     fails(call("data.py", "show", config, "--index=99"), "--index 99 does not exist", "examples 0..11")
     fails(call("data.py", "show", config, "--index=first"), "--index first does not exist", "examples 0..11")
     fails(call("checkpoint.py", "mrege", "x"), "unknown command 'mrege'", "import, export, merge")
@@ -603,7 +603,7 @@ def test_a_spoilt_metrics_file_is_named_and_kept(text, run_copy, tiny_run):
 @pytest.mark.parametrize("text", [b"garbage\n", b"{}\n", b"[1]\n", b"\xff\xfe\n"])
 def test_a_spoilt_list_of_samples_is_named_by_its_line(text, tmp_path):
     (tmp_path / "s.jsonl").write_bytes(text)
-    fails(call("evaluate.py", tmp_path / "s.jsonl"), "s.jsonl line 1 is no row of text and wav", "mend or remove it")
+    fails(call("evaluate.py", tmp_path / "s.jsonl"), "s.jsonl line 1 is not a row of text and wav", "correct or remove it")
 
 
 # ---- a full disk ----

@@ -14,8 +14,8 @@ from checkpoint import Extras, save
 from corpus.annotate import FixAlignmentsConfig, clamp_words
 from corpus.data_config import DataConfig
 from evaluation import representations
-from evaluation.minimal_pairs import Clip, Probe, Reader, choice_score, compare, log_probabilities, mcnemar, scores
-from evaluation.representations import Geometry, cka, cosine, direction, main_axes
+from evaluation.minimal_pairs import Clip, MinimalPairsConfig, Reader, choice_score, compare, log_probabilities, mcnemar, scores
+from evaluation.representations import GeometryConfig, cka, cosine, direction, main_axes
 from layers.architecture import ModelConfig, StackConfig
 from model import MultistreamLM
 from streams import Stream, StreamTable, codebooks, delay
@@ -144,7 +144,7 @@ def test_pairs_and_choices_through_the_command(run):
 
 
 @pytest.mark.parametrize("row, said", [
-    ({"right": {"audio": "0.wav"}}, "lacks 'wrong'"), ({"right": {}, "wrong": {"audio": "0.wav"}}, "a clip is"),
+    ({"right": {"audio": "0.wav"}}, "has no 'wrong'"), ({"right": {}, "wrong": {"audio": "0.wav"}}, "a clip is"),
     ({"right": {"audio": "../x.wav"}, "wrong": {"audio": "0.wav"}}, "lies outside"),
     ({"right": {"text": "four"}, "wrong": {"text": "nine"}}, "scores speech"),
     ({"right": {"audio": "gone.wav"}, "wrong": {"audio": "0.wav"}}, "gone.wav"),
@@ -155,7 +155,7 @@ def test_a_bad_item_is_one_line(run, row, said):
 
 
 def test_other_bad_calls_are_one_line(run):
-    for words, said in ((("pairs", run / "run"), "add --set"), (("pairs",), "give one run folder"),
+    for words, said in ((("pairs", run / "run"), "add --set"), (("pairs", "--limit=1"), "pairs takes one run folder"),
                         (("compare", run / "words.json"), "two files"),
                         (("choices", run / "run", write_set(run, [{"choices": [{"audio": "0.wav"}], "answer": 3}])), "answer 3"),
                         (("pairs", run / "run", "--sett=x"), "nearest is --set"), (("representations", run / "run"), "config.json")):
@@ -250,7 +250,7 @@ def test_latent_and_landscape_of_a_run(tiny_run, tmp_path):
     both = [float(sums.nll[k].sum() / sums.weight[k].sum()) for k in (table.text_out, table.audio_out) if sums.weight[k].sum()]
     assert loss[1][1] == pytest.approx(sum(both), rel=1e-5) and len({round(x, 6) for row in loss for x in row}) == 9
     before = {n: p.clone() for n, p in model.named_parameters()}
-    representations.plane(model, dict(model.named_parameters()), [batch], config, Geometry(points=2))
+    representations.plane(model, dict(model.named_parameters()), [batch], config, GeometryConfig(points=2))
     assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
     rc, _, err = call("evaluate.py", "landscape", run, "--pattern=nothing")
     assert rc == 2 and "part of no matrix's name" in err
@@ -283,6 +283,6 @@ def test_a_word_that_lasts_too_long_keeps_its_end(tmp_path):
 
 def test_a_probe_checks_its_values():
     with pytest.raises(AssertionError, match="text_share"):
-        Probe(text_share=2.0)
+        MinimalPairsConfig(text_share=2.0)
     with pytest.raises(AssertionError, match="points"):
-        Geometry(points=1)
+        GeometryConfig(points=1)

@@ -529,7 +529,8 @@ def main() -> None:
     if command in conversions:
         return print(convert_command(conversions[command], words, pairs))
     if command not in (*COMMANDS, "swap-tokenizer"):
-        raise ValueError(unknown(command, [*COMMANDS, "swap-tokenizer", *conversions], "command"))
+        known = [*COMMANDS, "swap-tokenizer", *conversions]
+        raise ValueError(f"{unknown(command, known, 'command')}; the commands are {', '.join(known)}")
     if len(words) != 1:
         raise ValueError(f"{command} takes one checkpoint, got {' '.join(words) or 'none'}; python checkpoint.py --help shows the commands")
     path = words[0]

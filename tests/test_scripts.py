@@ -1,10 +1,8 @@
 """Scripts answer a newcomer: no argument prints the help, a missing torch is one line, and messages are plain English."""
 
-import ast
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from conftest import ROOT, call

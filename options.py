@@ -221,15 +221,15 @@ def split_arguments(argv: list[str], flags: tuple[str, ...] = (), many: tuple[st
     return words, pairs | {key: repr(tuple(values)) for key, values in lists.items()}
 
 
-def load_config(argv: list[str], usage: str = "", example: str = "tiny.py", kind: str = "") -> Any:
+def load_config(argv: list[str], usage: str = "", kind: str = "") -> Any:
     """Run a config file and apply the overrides behind it: `configs/tiny.py --lr=1e-3 --smoke`; ValueError when it makes no `kind`.
 
     `--preset=NAME` takes another value that the file defines; `--smoke` is `--preset=smoke`. `--help`, or no argument at
-    all, prints the options with the values of the config, or of the `example` in configs/ where none is named, and exits with 0.
+    all, prints the options with the values of the config, or of configs/tiny.py where none is named, and exits with 0.
     """
     words, pairs = split_arguments(argv, ("help", "smoke"))
     if not words and ("help" in pairs or not pairs):
-        words, pairs["help"] = [str(CONFIGS / example)], ""
+        words, pairs["help"] = [str(CONFIGS / "tiny.py")], ""
     if not words:
         raise ValueError(f"no config file given; usage: {usage}")
     path = Path(words[0])

@@ -29,7 +29,7 @@ from checkpoint import load, read_tensors, write_tensors
 from config import TrainConfig, onecycle
 from data import Loader
 from evaluation.representations import enough, states
-from options import check_types, from_json, load_config, read_json, write_json
+from options import check_types, from_json, help_text, load_config, read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,9 @@ USAGE = "python evaluate.py sae configs/NAME.py [--key=value ...] [--smoke]"
 
 
 def main(argv: Sequence[str]) -> None:
-    config: SaeConfig = load_config(list(argv), USAGE, "dsaa_ae.py", "SaeConfig")
+    if list(argv) in ([], ["--help"]):
+        return print(help_text(SaeConfig(), USAGE))
+    config: SaeConfig = load_config(list(argv), USAGE, kind="SaeConfig")
     folder, told = Path(config.run) / "sae", {}
     for name, x in gather(config).items():
         told[name] = fit(x, config, folder / f"{name.replace(' ', '_')}.safetensors")

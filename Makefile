@@ -27,7 +27,7 @@ check: $(VENV)/test       ## lint and the fast tests, for the habit
 	$(RUN) -m pytest -n 2 --dist loadfile -m "not slow"
 
 smoke: $(VENV)/demo       ## every config's tiny twin: trains, resumes, evaluates on bundled data (CPU, minutes)
-	for name in tiny tiny_clone higgs_ar higgs_full moshi_lora moshi_full ivr_qwen ivr_moss ivr_dpo dsaa; do \
+	for name in tiny tiny_clone higgs_ar higgs_full moshi_lora moshi_full ivr_qwen ivr_moss ivr_dpo dsaa csm; do \
 		$(RUN) train.py configs/$$name.py --smoke || exit 1; done
 	$(RUN) evaluate.py sae configs/dsaa_ae.py --smoke
 

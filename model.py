@@ -40,6 +40,7 @@ from layers.batch_plan import Context, Plan, counted_context, make_plan, tempora
 from layers.conditioning import ConditionEmbedding, ProjectedEmbedding, VoiceAttention, VoiceConditioner
 from layers.contrastive import contrastive_pairs, info_nce
 from layers.fusion import Affine, Projector, TextTower
+from layers.prefix_depth import PrefixDepth
 from loss import Sums, cross_entropy_sums
 from streams import StreamTable, is_audio
 
@@ -319,7 +320,7 @@ class Depth(nn.Module):
         h = h.expand(len(embedded), *h.shape)
         return self.input(h, step) + embedded if self.text_map is None else self.input(torch.cat([h, embedded], -1), step)
 
-    def forward(self, h: Tensor, tokens: Tensor, level: int = 0) -> Tensor:
+    def forward(self, h: Tensor, tokens: Tensor, tables: nn.Module | None = None, level: int = 0) -> Tensor:
         """All steps at once, with the true tokens.   h (N, D), tokens (N, Q): text, then codebooks 0..Q-2 -> (Q, N, d)"""
         step, read = slice(0, self.c.steps), [tokens[:, : self.texts], *tokens[:, self.texts :].unbind(1)]
         x = self.join(h, torch.stack([self.embed(k, token) for k, token in enumerate(read)]), step)
@@ -389,9 +390,12 @@ class MultistreamLM(nn.Module):
             self.extra_head = Linear(D, config.extra_classes, sets=config.extra_heads).requires_grad_(False)      # no loss reaches it
         if config.tied:
             self.text_head.weight = self.embed["text"].weight
-        if self.table.audio_out and config.depth is None:
-            self.audio_head = Linear(D, sum(streams[i].classes for i in self.table.audio_out))
-        if config.depth is not None:
+        prefix = config.depth is not None and config.depth.prefix
+        if self.table.audio_out and (config.depth is None or prefix):                # with a prefix, of the first codebook alone
+            self.audio_head = Linear(D, sum(streams[i].classes for i in self.table.audio_out[: 1 if prefix else None]))
+        if prefix:
+            self.depth = PrefixDepth(config.depth, self.table, D, config.depth_tied, Block, Linear, RMSNorm, Embedding, run_blocks)
+        elif config.depth is not None:
             self.depth = Depth(config.depth, self.table, D, config.demux, fusion)
         self.reset_parameters()
 
@@ -510,10 +514,25 @@ class MultistreamLM(nn.Module):
 
     def audio_logits(self, h: Tensor, tokens: Tensor) -> Tensor:
         """Logits of every predicted codebook.   h (N, D), tokens (N, Q) read by the depth steps only -> (Q, N, V)"""
-        Q = len(self.table.audio_out)
-        if self.config.depth is None:
+        Q, depth = len(self.table.audio_out), self.config.depth
+        if depth is None:
             return self.audio_head(h).unflatten(-1, (Q, -1)).transpose(0, 1)
-        return self.depth.head(self.depth(h, tokens), slice(0, Q))
+        if not depth.prefix:
+            return self.depth.head(self.depth(h, tokens), slice(0, Q))
+        first, rest = self.audio_head(h)[None], self.depth_logits(h, tokens)
+        V = max(first.shape[-1], rest.shape[-1])                                # ids that a smaller head lacks have no chance
+        return torch.cat([F.pad(x, (0, V - x.shape[-1]), value=-torch.inf) for x in (first, rest)])
+
+    def codebook_logits(self, k: int, h: Tensor, token: Tensor, cache: Cache, known: bool = False) -> Tensor:
+        """Logits of codebook k of a column, drawn one after the other.   h (B, D), token as in Depth.embed -> (B, V)"""
+        if not self.config.depth.prefix:
+            return self.depth.step(k, h, token, cache, known)
+        logits = self.depth.step(k, h, token, cache, self.embed["audio"])
+        return logits if k else self.audio_head(h)
+
+    def depth_logits(self, h: Tensor, tokens: Tensor) -> Tensor:
+        """Logits of what a prefix depth transformer predicts.   h (N, D), tokens (N, Q - 1) -> (Q - 1, N, V)"""
+        return self.depth.head(self.depth(h, tokens, self.embed["audio"]), slice(0, self.config.depth.steps - 1))
 
     def extra_odds(self, h: Tensor) -> Tensor:
         """What the extra heads say.   text states (B, S, D) -> probabilities (B, heads, S, classes)"""
@@ -524,32 +543,47 @@ class MultistreamLM(nn.Module):
              z_loss: float) -> Sums:
         """Loss sums per stream; rows without a target never reach a head.   targets, weights (B, K, S)"""
         zeros, parts = torch.zeros(4, len(self.table), device=weights.device), []
+        tables = self.embed["audio"] if self.table.audio else None
         total = Sums(*zeros, places=weights.new_zeros(targets[:, 0].numel()))
         jobs = [(self.table.text_out, h_text, at, self.text_head, lambda h, _: self.text_head(h)[None]) for at in plan.text_rows]
-        if self.table.audio_out:
-            jobs.append((self.table.audio_out, h_audio, plan.audio_rows, *self.audio_part(scale is not None)))
+        out, at, prefix = self.table.audio_out, plan.audio_rows, self.config.depth is not None and self.config.depth.prefix
+        if out and prefix:                                                       # the first codebook has a head of its own
+            jobs.append((out[:1], h_audio, at, self.audio_head, lambda h, _: self.audio_head(h)[None]))
+            out, at = out[1:], self.depth_rows(at)
+        if out:
+            jobs.append((out, h_audio, at, *self.audio_part(scale is not None)))
         for rows, h, at, module, head in jobs:
             streams = numbers(tuple(rows), targets.device)
             t, w = (x[:, streams].transpose(1, 2).flatten(0, 1)[at] for x in (targets, weights))     # -> (N, Q)
             x, inputs = h.flatten(0, 1)[at], self.depth_inputs(targets)[at]
+            if prefix and rows is out and len(at) < len(plan.audio_rows):       # a share stands for all: on average the sums stay the same
+                w = w * (len(plan.audio_rows) / len(at))
             if self.config.depth is not None and module is self.depth.head:
-                x = self.depth(x, inputs, 4 if self.config.checkpoint >= 2 else self.config.checkpoint).transpose(0, 1)
+                x = self.depth(x, inputs, tables, 4 if self.config.checkpoint >= 2 else self.config.checkpoint).transpose(0, 1)
             logits, trained = sum(self.table.streams[k].classes for k in rows), [p for p in module.parameters() if p.requires_grad]
-            if isinstance(module, Depth):                                    # a row of the depth transformer holds more than its logits
-                logits = max(logits, 4 * module.c.steps * module.c.layers * module.c.dim)
+            if isinstance(module, (Depth, PrefixDepth)):                         # a row of the depth transformer holds more than its logits
+                trained += [p for p in tables.parameters() if p.requires_grad and self.config.depth_tied]
+                logits = max(logits, 4 * self.config.depth.steps * module.c.layers * module.c.dim)
             parts.append(cross_entropy_sums(x, inputs, head, t, w, logits, None if scale is None else scale[streams], z_loss, trained))
             total = total.add(rows, parts[-1], at)
         if len(plan.text_rows) > 1:
             total.quiet = parts[1].stacked()[:, 0]
         return total
 
+    def depth_rows(self, at: Tensor) -> Tensor:
+        """The rows that a prefix depth transformer is trained on in this batch: a random share, drawn anew each time, or all."""
+        if not self.training or self.config.depth_share == 1 or len(at) < 2:
+            return at
+        count = max(1, round(self.config.depth_share * len(at)))
+        return at[torch.randperm(len(at), device=at.device)[:count].sort().values]
+
     def audio_part(self, scaled: bool) -> tuple[nn.Module, Head]:
         """What a chunk of rows runs through on its way to audio logits: from level 2 on that is the depth transformer, too."""
         if self.config.depth is None:
             return self.audio_head, self.audio_logits
         sharded = scaled and hasattr(self.depth.layers[0], "unshard")           # what is gathered for one pass cannot run in pieces
-        if self.config.checkpoint >= 2 and not sharded:
-            return self.depth, self.audio_logits
+        if (self.config.checkpoint >= 2 or self.config.depth.prefix) and not sharded:
+            return self.depth, self.depth_logits if self.config.depth.prefix else self.audio_logits
         return self.depth.head, lambda x, _: self.depth.head(x.transpose(0, 1), slice(0, x.shape[1]))
 
     # ---- sampling, one column at a time ----

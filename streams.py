@@ -48,11 +48,13 @@ class StreamTable:
     stop: tuple[int, ...] = ()   # text ids that end generation
     pad: int = 3                 # inner monologue: the text id of a frame in which nothing is said (Moshi's <pad>)
     epad: int = 0                # inner monologue: the text id of the frame before a word (Moshi's <unk>)
+    joint_end: bool = False      # sequential: audio ends in the frame in which every row holds its end id; that may be a code as well
 
     def __post_init__(self) -> None:
         kinds = [s.kind for s in self.streams]
         assert kinds == sorted(kinds, reverse=True), f"text rows come first, then conditions: {kinds}"
-        assert len({s.classes for s in self.streams if s.kind == "audio" and s.classes}) <= 1, "one head shape for audio"
+        sizes = [s.classes for s in self.streams if s.kind == "audio" and s.classes]
+        assert len(set(sizes[1:])) <= 1, f"the codebooks behind the first have one head shape: {sizes}"
         assert sum(s.classes > 0 for s in self.streams if s.kind == "text") <= 1, "at most one text row is predicted"
 
     def __len__(self) -> int:

@@ -4,7 +4,7 @@
     formats.py         the engine that turns official names and configs into ours and back
     adapters.py        PEFT adapters, and what readers of adapter files share
     tiny.py, tiny_clone.py                           embedded, trained on a CPU in minutes
-    higgs.py, moshi.py, moss.py, qwen.py, dsaa.py    published
+    higgs.py, moshi.py, moss.py, qwen.py, dsaa.py, csm.py    published
 
 `python -m families` lists them. A new family is one new file here that defines FAMILIES (family.py).
 """

@@ -225,7 +225,7 @@ def plain(config: ModelConfig) -> ModelConfig:
     """A config without what no layout stores: names of rows, training switches, and numbers left to their default."""
     s = config.temporal
     fusion = config.fusion and replace(config.fusion, remember=0)
-    return replace(config, fusion=fusion, dropout=0.0, input_drop=0.0, text_drop=0.0, checkpoint=0,
+    return replace(config, fusion=fusion, dropout=0.0, input_drop=0.0, text_drop=0.0, depth_share=1.0, checkpoint=0,
                    temporal=replace(s, kv_heads=s.kv, head_dim=s.head),
                    table=replace(config.table, layout="", streams=tuple(replace(x, name="") for x in config.table.streams)))
 

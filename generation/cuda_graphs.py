@@ -113,7 +113,8 @@ class GraphRunner:
         special = column.new_zeros((), dtype=torch.bool)
         if table.audio_out and writer.end >= 0:
             ends = numbers(tuple(table.streams[k].end for k in table.audio_out), column.device)
-            special = special | ((column[:, table.spoken] == ends) & (self.known[:, table.spoken] == FREE) & self.real).any()
+            drawn = (column[:, table.spoken] == ends) & (self.known[:, table.spoken] == FREE) & self.real
+            special = special | (drawn.all(1) if table.joint_end else drawn).any()
         if table.text_out and not table.aligned:
             row, ids = table.text_out[0], tuple(id for id in (*table.stop, table.audio_start) if id >= 0)
             drawn = torch.where(self.known[:, row] == FREE, column[:, row], -1)

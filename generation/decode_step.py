@@ -206,11 +206,12 @@ class DecodeStep:
 
         def choose(logits: Tensor, at: slice) -> Tensor:
             logits = self.guide.mix(logits).float()
-            if 0 <= end < logits.shape[-1] - 1:                               # ids behind it pad the table of MOSS-Speech
+            own_end = end >= 0 and not table.joint_end                        # otherwise it is a code like others
+            if own_end and end < logits.shape[-1] - 1:                        # ids behind it only pad the table
                 logits[..., end + 1 :] = -torch.inf
-            if end >= 0 and config.min_frames:
+            if end >= 0 and config.min_frames and (own_end or at.start == 0):
                 self.hide(logits, end, self.noise.step < config.min_frames)
-            if end >= 0 and may_end is not None:
+            if own_end and may_end is not None:
                 self.hide(logits, end, ~may_end[:, None])
             places = slice(first + at.start, first + at.stop)
             return sample_ids(logits, config, places, self.noise, None if history is None else history[:, at])
@@ -221,11 +222,12 @@ class DecodeStep:
             return
         greedy = config.temperature == 0 and not config.ras_window and may_end is None and end < 0
         if not greedy and not fused(h):
-            self.noise.prepare(slice(first, first + Q), model.depth.head.weight.shape[-2])
+            own = int(model.config.depth.prefix)                              # the first codebook has a head, and noise, of its own
+            self.noise.prepare(slice(first + own, first + Q), model.depth.head.weight.shape[-2])
         token = column[:, table.text[0] : table.text[0] + model.depth.texts]
         written = table.aligned and model.depth.texts == 1 and table.text[:1] == table.text_out       # the model wrote that row itself
         for k in range(Q):
-            logits = model.depth.step(k, h, self.guide.twice(token), self.depth, known=free and (k > 0 or written))
+            logits = model.codebook_logits(k, h, self.guide.twice(token), self.depth, known=free and (k > 0 or written))
             drawn = self.guide.mix(logits).argmax(-1) if greedy else choose(logits[:, None], slice(k, k + 1))[:, 0]
             out[:, k] = token = self.kept(drawn, held[:, k], free)
 

@@ -91,6 +91,8 @@ def note_ending(state: DecodeState, turn: ItemState, codes: Sequence[int], place
     """
     before = turn.closed
     ended = [delay for code, (_, end, delay) in zip(codes, state.edges, strict=True) if code == end >= 0 and place > delay]
+    if state.table.joint_end and len(ended) < len(state.edges):
+        return False
     if ended and turn.closed == NEVER:
         turn.closed = place if state.closing.by_row else place - 1 - ended[0]
     if len(ended) == len(state.edges) and state.closing.by_row:
@@ -177,7 +179,7 @@ def advance(state: DecodeState, column: Tensor) -> None:
             turn.done = turn.done or over
             continue
         begins = not turn.speaking and id == table.audio_start >= 0
-        turn.done = turn.done or (not turn.speaking and id in table.stop)
+        turn.done = turn.done or (not turn.speaking and id in table.stop) or (over and not table.text_out)
         if begins:
             turn.count, turn.closed = int(state.bare), NEVER
         turn.speaking = turn.speaking and not over or begins

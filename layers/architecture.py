@@ -30,6 +30,8 @@ class StackConfig:
     packed: bool = False              # qkv, and gate with up, are one Linear each (Moshi)
     steps: int = 0                    # depth transformer: codebook steps, each with weights of its own
     schedule: tuple[int, ...] = ()    # depth transformer: weight set of each step, () = its own
+    prefix: bool = False              # depth transformer: reads [state, codebook 0, 1, ...] as a sequence (layers/prefix_depth.py)
+    projection: str = ""              # prefix depth transformer: temporal width -> dim, "linear", "bias" (one with bias) or ""
     low_rank: int = 0                 # depth transformer: width of its embedding tables, each widened by a Linear; 0 = dim
 
     def __post_init__(self) -> None:
@@ -37,6 +39,7 @@ class StackConfig:
         assert self.activation in ("silu", "gelu"), f"activation {self.activation!r} is neither 'silu' nor 'gelu'"
         assert self.heads % self.kv == 0, f"{self.heads} heads do not divide among {self.kv} kv_heads"
         assert self.head_dim or self.dim % self.heads == 0, f"dim {self.dim} is no multiple of {self.heads} heads"
+        assert self.projection in ("", "linear", "bias"), f"projection {self.projection!r} is none of '', linear, bias"
         assert self.head % 2 == 0 or not self.rope_theta, f"RoPE turns pairs: a head of {self.head} is odd"
         assert len(self.rope_scaling) in (0, 4), "rope_scaling is factor, low, high, original length"
         assert not self.schedule or len(self.schedule) == self.steps, "schedule names one weight set a step"
@@ -89,6 +92,8 @@ class ModelConfig:
     voice: int = 0                                       # width F of the voice features that every layer attends to (Moshi's TTS), 0 = none
     voice_places: float = 0.0                            # scale of the sine places added to them
     fusion: FusionConfig | None = None                   # a text model beside the temporal transformer (DSAA)
+    depth_tied: bool = False                             # a prefix depth transformer embeds codebooks by the model's own tables
+    depth_share: float = 1.0                             # share of the frames that a prefix depth transformer is trained on
     dropout: float = 0.0                                 # on both residual branches, in training
     text_drop: float = 0.0                               # up to this share of columns has no text as input, in training (aligned)
     input_drop: float = 0.0                              # up to this share of audio columns is hidden as input, in training
@@ -103,4 +108,11 @@ class ModelConfig:
         assert len(self.table.text) == 1 or not self.tied, "a tied head needs a single text row"
         assert all(0 <= n < self.temporal.layers for n in self.dual_ffn), "dual_ffn names layers of the temporal stack"
         assert self.fusion is None or self.depth, "fusion joins two towers in front of a depth transformer"
+        prefix = self.depth is not None and self.depth.prefix
+        assert 0 < self.depth_share <= 1 and (prefix or self.depth_share == 1 and not self.depth_tied), (
+            "depth_share is in (0, 1]; it and depth_tied need a prefix depth transformer")
+        sizes = {self.table.streams[k].classes for k in self.table.audio_out}
+        assert prefix or len(sizes) <= 1, f"only a prefix depth transformer has heads of different sizes: {sorted(sizes)}"
+        assert not prefix or self.depth.projection or self.depth.dim == self.temporal.dim, (
+            f"a depth transformer of width {self.depth.dim} behind states of {self.temporal.dim} needs depth.projection")
         assert self.depth is None or self.depth.steps == len(self.table.audio_out), "depth.steps is one per predicted codebook"

@@ -44,12 +44,16 @@ class Template:
     thought: str = ""                   # opens a reply that was not thought about
     targets: str = "all"                # of the replies, "all" or the "last"; "clone": the last where one before it is speech
     joint: bool = False                 # header and content become ids as one text
-    clone_prompt: Callable[[str, Sequence[str], str, bool], list[Message]] | None = None   # text, transcripts of the voices, scene, where
+    roles: tuple[tuple[str, str], ...] = ()     # what the header calls a role, where it has another name
+    one_turn: bool = False              # a text and its speech are one turn
+    # text, transcripts of the voices, scene, whether the voices stand in the system turn -> messages of a prompt
+    clone_prompt: Callable[[str, Sequence[str], str, bool], list[Message]] | None = None
 
     def steered(self, table: StreamTable, tokenizer: Tokenizer) -> StreamTable:
         """A table whose steering ids are those of a tokenizer."""
         ids = token_ids(tokenizer, self.marks, self.family) | {"": -1}
-        return replace(table, audio_start=ids[self.speak], audio_end=ids[self.end], stop=(ids[self.stop], ids[self.close]))
+        stop = tuple(ids[mark] for mark in (self.stop, self.close) if mark)
+        return replace(table, audio_start=ids[self.speak], audio_end=ids[self.end], stop=stop)
 
 
 ROLES = ("system", "user", "assistant")
@@ -218,12 +222,15 @@ class Chat:
             role, closing = message["role"], n + 1 == len(messages)
             weight = float(role == "assistant" and n >= start and not reply)
             thought = t.thought if closing and role == "assistant" and any(m["role"] == "user" for m in messages) else ""
-            out += self.turn(message, (t.begin if n == 0 else "") + t.header.format(role=role) + thought, given, weight)
+            header = t.header.format(role=dict(t.roles).get(role, role))
+            out += self.turn(message, (t.begin if n == 0 else "") + header + thought, given, weight)
             again = t.again and role == "assistant" and not closing and messages[n + 1]["role"] == "assistant"
             out.append((self.encode(t.again if again else t.close), weight))
             out += [(self.encode(t.behind), 0.0)] if t.behind else []
         if not reply:
             return out
+        if t.one_turn and reply == "speech":                        # the speech of the last text
+            return [*out, (self.encode(t.speak), 0.0)]
         opened = t.speak if reply == "speech" else t.thought if not self.thinking else ""
         return [*out, (self.encode(t.header.format(role="assistant") + opened), 0.0)]
 
@@ -257,7 +264,13 @@ class Chat:
     def spoken(self, text: str, codes: Tensor, references: Sequence[tuple[str, Tensor]] = (), scene: str = "") -> list[Segment]:
         """The training example of a recording: its clone prompt and its codes."""
         messages = self.template.clone_prompt(text, [said for said, _ in references], scene or self.scene, self.in_system)
-        return self.segments([*messages, audio_turn()], [*(c for _, c in references), codes])
+        return self.segments(self.with_speech(messages), [*(c for _, c in references), codes])
+
+    def with_speech(self, messages: list[Message]) -> list[Message]:
+        """Messages whose last text is spoken: in a turn of its own, or in the same."""
+        if not self.template.one_turn:
+            return [*messages, audio_turn()]
+        return [*messages[:-1], messages[-1] | {"content": [messages[-1]["content"], *audio_turn()["content"]]}]
 
     def plain(self, text: str) -> list[Segment]:
         """The training example of a text that is no conversation: all of it, and the mark that ends it."""
@@ -278,7 +291,7 @@ class Chat:
             turns = t.clone_prompt(text, [said for said, _ in references], scene or self.scene, self.in_system)
         *opening, ask = turns
         for said, _ in before:
-            opening += [{"role": "user", "content": said}, audio_turn()]
+            opening += self.with_speech([{"role": "assistant" if t.one_turn else "user", "content": said}])
         voices = [codes for said, codes in references if not said.startswith("profile:")]
         reply = reply or ("speech" if t.speak else "text")
         return self.segments([*opening, ask], [*voices, *(codes for _, codes in before)], reply=reply)

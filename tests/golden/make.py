@@ -128,6 +128,51 @@ def qwen_peft() -> None:
     qwen_case("qwen_peft", model, config | {"adapter": about}, "torch transformers peft", **adapter)
 
 
+# ---- CSM ----
+
+def csm_case(name: str, seed: int, D: int, d: int, Q: int, V: int, heads: int, **more: object) -> None:
+    """A prompt of text and frames: logits of every codebook, both losses, and greedy frames behind the text."""
+    from transformers import CsmConfig, CsmForConditionalGeneration
+    llama3 = {"rope_type": "llama3", "factor": 32.0, "rope_theta": 500000.0}
+    deep = {"num_codebooks": Q, "backbone_hidden_size": D, "vocab_size": V, "hidden_size": d, "intermediate_size": 36, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 33, "rope_parameters": llama3 | {
+                "low_freq_factor": 0.001953125, "high_freq_factor": 0.0078125, "original_max_position_embeddings": 16}}
+    codec = {"model_type": "mimi", "hidden_size": 32, "num_filters": 2, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "num_key_value_heads": 2, "intermediate_size": 8, "codebook_size": 8, "codebook_dim": 4, "num_quantizers": Q,
+             "vector_quantization_hidden_dimension": 4, "upsample_groups": 32}
+    config = CsmConfig(
+        num_codebooks=Q, vocab_size=V, text_vocab_size=60, hidden_size=D, intermediate_size=52, num_hidden_layers=3, bos_token_id=40,
+        num_attention_heads=heads, num_key_value_heads=1, audio_token_id=42, audio_eos_token_id=43, pad_token_id=42,
+        codebook_pad_token_id=V - 1, depth_decoder_config=deep, codec_config=codec, rope_parameters=llama3 | {
+            "low_freq_factor": 0.125, "high_freq_factor": 0.5, "original_max_position_embeddings": 1024}, **more)
+    model = scramble(CsmForConditionalGeneration(config), seed)
+    model.tie_weights()
+    text, frames = torch.cat([torch.tensor([[40]]), draw(40, 1, 4, seed=seed + 1), torch.tensor([[41]])], 1), draw(V - 3, 1, 7, Q, seed=seed + 2)
+    with torch.no_grad():
+        embedded = torch.cat([model.embed_text_tokens(text), model.backbone_model.embed_tokens(frames)], 1)
+        h = model.backbone_model(inputs_embeds=embedded).last_hidden_state
+        first = model.lm_head(h)[:, 5:-1]                                                   # predicts frames 0..6
+        codes = torch.nn.functional.pad(frames[0, :, : Q - 1], (1, 0))
+        rest = model.depth_decoder(input_ids=codes, backbone_last_hidden_state=h[0, 5:-1]).logits
+        labels = torch.full((1, 13, Q), -100)
+        labels[0, 6:] = frames
+        loss = model(inputs_embeds=embedded, labels=labels)
+        greedy = model.generate(input_ids=text, max_new_tokens=12, do_sample=False, depth_decoder_do_sample=False)
+    bare = nn.Module()
+    bare.state_dict = lambda: {k: v for k, v in model.state_dict().items() if not k.startswith("codec_model.")}
+    print(f"{name}: greedy {greedy.tolist()}, |logits| up to {first.abs().max():.1f} and {rest.abs().max():.1f}")
+    write(name, bare, json.loads(config.to_json_string(use_diff=False)), "torch transformers", text=text, frames=frames, first=first, rest=rest,
+          losses=torch.stack([loss.backbone_loss, loss.depth_decoder_loss]), greedy=greedy)
+
+
+def csm() -> None:
+    csm_case("csm", 0, 24, 16, 5, 21, 4)
+
+
+def csm_wide() -> None:
+    csm_case("csm_wide", 3, 30, 20, 3, 17, 3, head_dim=10)
+
+
 # ---- Higgs Audio v2 ----
 
 def higgs() -> None:

@@ -150,9 +150,9 @@ def test_turns_are_written_as_the_official_template_writes_them():
     """<|begin_of_text|>[0]text<|end_of_text|> codes, a frame of zeros; voices of the past stand before, numbered."""
     codes = torch.full((8, 3), 5)
     chat = Chat(TOKENIZER, TEMPLATE)
-    ids = [i for segment, _ in chat.prompt("Hello.", [("One two.", codes), ("Three.", codes)]) if segment.dim() == 1 for i in segment.tolist()]
-    assert ids == TOKENIZER.encode("<|begin_of_text|>[0]One two.<|end_of_text|><|begin_of_text|>[1]Three.<|end_of_text|>"
-                                   "<|begin_of_text|>[0]Hello.<|end_of_text|>")
+    segments = chat.prompt("Hello.", [("One two.", codes), ("Three.", codes)])
+    turns = [f"<|begin_of_text|>[{n}]{said}<|end_of_text|>" for n, said in ((0, "One two."), (1, "Three."), (0, "Hello."))]
+    assert [i for ids, _ in segments if ids.dim() == 1 for i in ids.tolist()] == TOKENIZER.encode("".join(turns))
     trained = chat.spoken("Hello.", codes, [("One two.", codes)])
     tokens, weights = lay_out(Example(torch.zeros(0, dtype=torch.long), segments=trained), SMOKE.model.table)
     assert not weights[0].any() and weights[1:].sum(1).tolist() == [4.0] * 8 and tokens[1:, -1].tolist() == [0] * 8

@@ -134,8 +134,9 @@ def csm_case(name: str, seed: int, D: int, d: int, Q: int, V: int, heads: int, *
     """A prompt of text and frames: logits of every codebook, both losses, and greedy frames behind the text."""
     from transformers import CsmConfig, CsmForConditionalGeneration
     llama3 = {"rope_type": "llama3", "factor": 32.0, "rope_theta": 500000.0}
-    deep = {"num_codebooks": Q, "backbone_hidden_size": D, "vocab_size": V, "hidden_size": d, "intermediate_size": 36, "num_hidden_layers": 2,
-            "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 33, "rope_parameters": llama3 | {
+    deep = {"num_codebooks": Q, "backbone_hidden_size": D, "vocab_size": V, "hidden_size": d, "intermediate_size": 36,
+            "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 33,
+            "rope_parameters": llama3 | {
                 "low_freq_factor": 0.001953125, "high_freq_factor": 0.0078125, "original_max_position_embeddings": 16}}
     codec = {"model_type": "mimi", "hidden_size": 32, "num_filters": 2, "num_hidden_layers": 1, "num_attention_heads": 2,
              "num_key_value_heads": 2, "intermediate_size": 8, "codebook_size": 8, "codebook_dim": 4, "num_quantizers": Q,
@@ -147,7 +148,8 @@ def csm_case(name: str, seed: int, D: int, d: int, Q: int, V: int, heads: int, *
             "low_freq_factor": 0.125, "high_freq_factor": 0.5, "original_max_position_embeddings": 1024}, **more)
     model = scramble(CsmForConditionalGeneration(config), seed)
     model.tie_weights()
-    text, frames = torch.cat([torch.tensor([[40]]), draw(40, 1, 4, seed=seed + 1), torch.tensor([[41]])], 1), draw(V - 3, 1, 7, Q, seed=seed + 2)
+    text = torch.cat([torch.tensor([[40]]), draw(40, 1, 4, seed=seed + 1), torch.tensor([[41]])], 1)
+    frames = draw(V - 3, 1, 7, Q, seed=seed + 2)
     with torch.no_grad():
         embedded = torch.cat([model.embed_text_tokens(text), model.backbone_model.embed_tokens(frames)], 1)
         h = model.backbone_model(inputs_embeds=embedded).last_hidden_state
@@ -161,8 +163,8 @@ def csm_case(name: str, seed: int, D: int, d: int, Q: int, V: int, heads: int, *
     bare = nn.Module()
     bare.state_dict = lambda: {k: v for k, v in model.state_dict().items() if not k.startswith("codec_model.")}
     print(f"{name}: greedy {greedy.tolist()}, |logits| up to {first.abs().max():.1f} and {rest.abs().max():.1f}")
-    write(name, bare, json.loads(config.to_json_string(use_diff=False)), "torch transformers", text=text, frames=frames, first=first, rest=rest,
-          losses=torch.stack([loss.backbone_loss, loss.depth_decoder_loss]), greedy=greedy)
+    write(name, bare, json.loads(config.to_json_string(use_diff=False)), "torch transformers", text=text, frames=frames, first=first,
+          rest=rest, losses=torch.stack([loss.backbone_loss, loss.depth_decoder_loss]), greedy=greedy)
 
 
 def csm() -> None:

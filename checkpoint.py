@@ -8,8 +8,9 @@
     out/NAME/ckpt/latest -> step_000500              best -> step_000400
 
 A checkpoint is written into a temporary folder and renamed: it is there whole or not at all. Only safetensors and
-JSON, never pickle. Official layouts are read and written through families/, each in the file of its family. What a run
-needs to resume is written by training/run_state.py. One file because what is saved and what is loaded is one contract.
+JSON, never pickle; weights are read and written a tensor at a time (families/tensor_files.py). Official layouts are read
+and written through families/, each in the file of its family. What a run needs to resume is written by
+training/run_state.py. One file because what is saved and what is loaded is one contract.
 """
 
 import setup_check  # noqa: F401, first: it says how to set up where torch is missing
@@ -17,15 +18,14 @@ import setup_check  # noqa: F401, first: it says how to set up where torch is mi
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 import lora
 from audio import hub
@@ -33,48 +33,34 @@ from corpus.swap_tokenizer import swap_tokenizer
 from families.adapters import adapter_formats
 from families.family import choose_format, every, export_model, recognise_format
 from families.formats import AdapterFormat, Conversion, Format, lost, official_files, read_config, to_ours
+from families.tensor_files import (
+    OWN,
+    LazyTensor,
+    computed,
+    give_back,
+    open_tensors,
+    rank_files,
+    read_tensors,
+    value,
+    write_shards,
+    write_tensors,
+)
+from kernels.int8 import quantize_rows
 from layers.architecture import ModelConfig
 from layers.fusion import as_stored, fingerprint
 from lora import LoraConfig
 from model import MultistreamLM
-from options import FULL, edge, from_json, read_json, replace_file, split_arguments, to_json, unknown, write_json
+from options import edge, from_json, read_json, replace_file, split_arguments, to_json, unknown, write_json
 from streams import StreamTable
 from text.tokenizers import load_tokenizer, tokenizer_file
-from training.parallel import place, whole
+from training.parallel import place
 
 FORMAT, VERSION = "multistream", 1
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-# ---- files of tensors ----
-
-def write_tensors(path: Path, tensors: dict[str, Tensor], write: bool = True) -> None:
-    """Write a safetensors file whole; a tensor with two names is stored once by the caller's choice of names.
-
-    Of a sharded model every rank calls it, and one with `write`.
-    """
-    plain: dict[str, Tensor] = {}
-    for name, t in tensors.items():
-        t = whole(t.detach())
-        if write:
-            plain[name] = t.cpu().contiguous()
-    if not write:
-        return
-    try:
-        replace_file(path, lambda temporary: save_file(plain, temporary, metadata={"format": "pt"}))
-    except SafetensorError as error:                       # a full disk, for one
-        raise OSError(f"{path} cannot be written ({error}); {FULL}") from None
-
-
-def read_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
-    """Read a safetensors file; ValueError names it when it is broken."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} does not exist; the checkpoint is incomplete, use another one")
-    try:
-        with safe_open(str(path), "pt", device) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}); use another checkpoint, or fetch the file again") from None
+SHARD = 5 * 10**9                      # bytes of a file of an official layout whose readers know an index
+STORED = "stored"                      # a dtype of `load`: each tensor as its file has it
+Tensors = Mapping[str, Tensor | LazyTensor]
+Prepare = Callable[[MultistreamLM], dict[str, torch.dtype]]
 
 
 # ---- models ----
@@ -97,23 +83,27 @@ def save(model: nn.Module, dir: str | Path, extras: Extras | None = None, write:
     """
     folder, extras = Path(dir), extras or getattr(model, "extras", None) or Extras()
     config: LoraConfig | None = getattr(model, "lora", None)
-    idle: list[str] = []
-    if config is not None and extras.base:
-        tensors = lora.state(model, config)
-        idle = lora.idle_adapters(tensors)
-        idle = idle if len(idle) < len(list(lora.adapters(model))) else []     # one that was never trained stays refused
-        write_tensors(folder / "adapter.safetensors", tensors, write)
-    else:
-        write_tensors(folder / "model.safetensors", model.weights(), write)
+    if config is None or not extras.base:
+        return write_checkpoint(folder, "model", model.config, model.weights(), extras, config, write=write)
+    tensors = lora.state(model, config)
+    idle = lora.idle_adapters(tensors)
+    idle = idle if len(idle) < len(list(lora.adapters(model))) else []         # one that was never trained stays refused
+    return write_checkpoint(folder, "adapter", model.config, tensors, extras, config, idle, write)
+
+
+def write_checkpoint(folder: Path, kind: str, model: ModelConfig, tensors: Tensors, extras: Extras, config: LoraConfig | None = None,
+                     idle: Sequence[str] = (), write: bool = True) -> Path:
+    """Write the tensors of a "model" or an "adapter" and the config.json beside them."""
+    write_tensors(folder / f"{kind}.safetensors", tensors, write)
     if not write:
         return folder
     data = dict(extras.data or {})
     if data and (tokenizer := tokenizer_file(data["tokenizer"], local=True)).is_file():      # a checkpoint carries its tokenizer
         data["tokenizer"] = copy_file(tokenizer, folder)
     write_json(folder / "config.json", {
-        "format": FORMAT, "version": VERSION, "model": to_json(model.config), "lora": to_json(config) if config else None,
+        "format": FORMAT, "version": VERSION, "model": to_json(model), "lora": to_json(config) if config else None,
         "step": extras.step, "data": data, "base": extras.base if config is not None else "",
-        "idle": idle, "versions": {"torch": torch.__version__, "python": sys.version.split()[0]}})
+        "idle": list(idle), "versions": {"torch": torch.__version__, "python": sys.version.split()[0]}})
     return folder
 
 
@@ -122,37 +112,65 @@ def copy_file(source: Path, folder: Path) -> str:
     return source.name
 
 
-def load(path: str | Path, device: str = "cpu", dtype: str | torch.dtype | None = None, adapter: str | Path | None = None,
-         config: ModelConfig | None = None) -> MultistreamLM:
+def load(path: str | Path, device: str | torch.device = "cpu", dtype: str | torch.dtype | None = None,
+         adapter: str | Path | None = None, config: ModelConfig | None = None, prepare: Prepare | None = None) -> MultistreamLM:
     """Load a model: a run folder, a checkpoint folder, an official one, a file with its config beside it, or a hub id.
 
-    dtype "fp32", "bf16", "fp16" or a torch dtype, None keeps fp32. `adapter` is a folder whose adapter is put on top: a
-    checkpoint of ours, or an adapter of PEFT or moshi. `config` replaces the stored one, for switches such as dropout that
-    hold no weights; with an empty path it is the model, and its weights are random. Strict: every tensor of the file is
-    consumed and every parameter filled. The result carries `extras` and `lora`.
+    dtype "fp32", "bf16", "fp16" or a torch dtype, "stored" as in the files, None keeps fp32. `adapter` is a folder whose adapter
+    is put on top: a checkpoint of ours, or an adapter of PEFT or moshi. `config` replaces the stored one, for switches such as
+    dropout that hold no weights; with an empty path it is the model, and its weights are random. Strict: every tensor of the
+    file is consumed and every parameter filled. The result carries `extras` and `lora`.
+
+    Weights are read one at a time into their place; on a CPU those that are stored in `dtype` are the mapped file itself.
+    `prepare` is given the model before it has weights: it may cut it into shards, and names the parameters of another type than
+    `dtype`, which get memory of their own (training); int8 is a weight of 8 bits, rounded to `dtype` first.
     """
+    dtype = (DTYPES | {STORED: STORED})[dtype] if isinstance(dtype, str) else dtype or torch.float32
     if not path and config is not None:
-        return load_text_tower(MultistreamLM(config)).to(device, DTYPES.get(dtype, dtype))
+        model = load_text_tower(MultistreamLM(config), Path("."), device, dtype)
+        return cast(model, device, dtype, prepare(model) if prepare else {})
     folder = resolve(path)
-    dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype
+    about = read_about(folder) if recognise(folder) is None else None
+    if about is not None and about["base"]:
+        model = load(resolve_base(about["base"], folder), device, dtype, config=config, prepare=prepare)
+        fill_adapter(model, folder, about)
+        model.extras = extras_of(about, folder, path)
+    else:
+        model, tensors = open_model(path, config)
+        types = prepare(model) if prepare else {}
+        if any(isinstance(p, DTensor) for p in model.parameters()):
+            model.to_empty(device=device)                  # the part of this rank
+        fill(model, tensors, str(folder), device, dtype, types)
+        load_text_tower(model, folder, device, dtype)
+    return cast(put_adapter(model, adapter), device, STORED if prepare else dtype, {}).eval()
+
+
+def open_model(path: str | Path, config: ModelConfig | None = None) -> tuple[MultistreamLM, Tensors]:
+    """A model without memory, on the meta device, and its weights, not yet read. Not of an adapter beside its base."""
+    folder = resolve(path)
     layout = recognise(folder)
     if layout is not None:
-        model = build_official(layout, folder, config, dtype, Path(path))
-        return put_adapter(model, adapter).to(device).eval()
+        return open_official(layout, folder, config, Path(path))
     about = read_about(folder)
+    model, tensors = build(about, folder, config)
+    model.extras = extras_of(about, folder, path)
+    return model, tensors
+
+
+def extras_of(about: dict[str, Any], folder: Path, path: str | Path) -> Extras:
     data = dict(about["data"])
-    if data and ((folder / data["tokenizer"]).is_file() or 
+    if data and ((folder / data["tokenizer"]).is_file() or
                  (Path(data["tokenizer"]).suffix and not Path(data["tokenizer"]).exists() and not hub.is_id(data["tokenizer"]))):
         data["tokenizer"] = str(folder / data["tokenizer"])
-    extras = Extras(about["step"], data, about["base"], str(folder), str(path))
-    if about["base"]:
-        model = load(resolve_base(about["base"], folder), config=config)
-        fill_adapter(model, folder, about)
-    else:
-        model = build(about, folder, config)
-        load_text_tower(model, folder)
-    model.extras = extras
-    return put_adapter(model, adapter).to(device, dtype).eval()
+    return Extras(about["step"], data, about["base"], str(folder), str(path))
+
+
+def cast(model: MultistreamLM, device: str | torch.device, dtype: torch.dtype | str, types: dict[str, torch.dtype]) -> MultistreamLM:
+    """Move a model, a parameter at a time, in `dtype` but for those that `types` names; numbers of 8 bits stay."""
+    for name, p in model.named_parameters():
+        wanted = types.get(name, dtype)
+        p.data = p.data.to(device, wanted if isinstance(wanted, torch.dtype) and p.is_floating_point() else None)
+    return model.to(device)
 
 
 def put_adapter(model: MultistreamLM, adapter: str | Path | None) -> MultistreamLM:
@@ -171,6 +189,15 @@ def put_adapter(model: MultistreamLM, adapter: str | Path | None) -> Multistream
         step = about["step"]
     model.extras = Extras(step, extras.data, extras.folder, str(folder), extras.source)
     return model
+
+
+def adapter_config(adapter: str | Path, model: MultistreamLM) -> LoraConfig:
+    """How the adapter of a folder adapts a model, of which nothing but names and shapes is read."""
+    folder = Path(adapter)
+    if form := adapter_format(folder):
+        return form.read(model, read_json(folder / form.config_file), read_tensors(folder / form.weight_file), str(folder))[0]
+    folder = resolve(adapter)
+    return from_json(LoraConfig, read_about(folder).get("lora") or {}, f"{folder}/config.json lora")
 
 
 def adapter_format(folder: Path) -> AdapterFormat | None:
@@ -197,28 +224,26 @@ def read_about(folder: Path) -> dict[str, Any]:
     return about
 
 
-def build(about: dict[str, Any], folder: Path, config: ModelConfig | None = None) -> MultistreamLM:
-    """Make the model of a config.json and fill it from model.safetensors, and from ema.safetensors where there is one."""
+def build(about: dict[str, Any], folder: Path, config: ModelConfig | None = None) -> tuple[MultistreamLM, Tensors]:
+    """The model of a config.json on the meta device, and its weights: model.safetensors, and ema.safetensors where there is one."""
     stored = from_json(ModelConfig, about["model"], f"{folder}/config.json model")
     if config is not None and config.table != stored.table:
         raise ValueError(f"{folder} has another stream table than the config's model; use weights of the same family")
     with torch.device("meta"):
         model = MultistreamLM(config or stored)
-    model.to_empty(device="cpu")
-    tie(model)
     if about.get("lora"):
         lora.inject(model, from_json(LoraConfig, about["lora"], f"{folder}/config.json lora"))
-    tensors = read_tensors(folder / "model.safetensors")
-    if (folder / "ema.safetensors").is_file():
-        tensors |= read_tensors(folder / "ema.safetensors")
-    fill(model, tensors, str(folder))
-    return model
+    return model, open_tensors(folder / "model.safetensors") | averages(folder)
 
 
-@torch.no_grad()
-def fill(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
-    """Copy tensors into a model, strictly: ValueError lists what is missing, unexpected or of another shape."""
-    wanted = model.weights()
+def averages(folder: Path) -> Tensors:
+    """The averaged weights of a checkpoint, if the run keeps them."""
+    file = folder / "ema.safetensors"
+    return open_tensors(file) if file.is_file() or rank_files(file) else {}
+
+
+def check_fit(wanted: Tensors, tensors: Tensors, source: str) -> None:
+    """ValueError lists what is missing, unexpected or of another shape."""
     missing, unexpected = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
     if missing or unexpected:
         raise ValueError(f"{source} does not fit this model: {len(missing)} tensors missing {missing[:3]}, {len(unexpected)} unexpected "
@@ -227,7 +252,38 @@ def fill(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
         if target.shape != tensors[name].shape:
             raise ValueError(f"{source}: {name} is {tuple(tensors[name].shape)}, the config wants {tuple(target.shape)}; "
                              + "check that weights and config.json belong together")
-        target.copy_(place(tensors[name], target))
+
+
+@torch.no_grad()
+def fill(model: nn.Module, tensors: Tensors, source: str, device: str | torch.device = "cpu", dtype: torch.dtype | str = torch.float32,
+         types: dict[str, torch.dtype] | None = None) -> None:
+    """Give a model its weights, strictly and one at a time: copied into its memory, or, on the meta device, as `load` says."""
+    wanted, types = model.weights(), types or {}
+    check_fit(wanted, tensors, source)
+    for name in wanted:                                    # looked up when its turn comes: a cut model has new ones by then
+        module, leaf = owner(model, name)
+        target, full = getattr(module, leaf), value(tensors[name])
+        if not target.is_meta:
+            target.copy_(place(full, target))
+        elif types.get(name) == torch.int8:
+            q, module.row_scale = quantize_rows(full.to(device, None if dtype == STORED else dtype))
+            module.weight = nn.Parameter(q, requires_grad=False)
+        else:
+            kind = types.get(name, full.dtype if dtype == STORED else dtype)
+            held = full.to(device, kind)
+            own = not isinstance(tensors[name], LazyTensor) or name in types or full.nbytes < OWN or not full.is_contiguous()
+            if own and held.data_ptr() == full.data_ptr():
+                held = full.clone(memory_format=torch.contiguous_format)
+            setattr(module, leaf, nn.Parameter(held, target.requires_grad) if leaf in module._parameters else held)
+        del target, full
+        give_back([tensors[name]])
+    tie(model)
+
+
+def owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds a tensor, and what it calls it."""
+    path, _, leaf = name.rpartition(".")
+    return model.get_submodule(path), leaf
 
 
 def base_of(adapter: str) -> str:
@@ -249,34 +305,32 @@ def recognise(folder: Path) -> Format | None:
     return recognise_format(about) if isinstance(about, dict) and about.get("format") != FORMAT else None
 
 
-def build_official(form: Format, folder: Path, config: ModelConfig | None = None, dtype: torch.dtype | None = None,
-                   file: Path | None = None) -> MultistreamLM:
-    """Make the model of an official config.json and fill it from its weights, one file or sharded."""
+def open_official(form: Format, folder: Path, config: ModelConfig | None = None,
+                  file: Path | None = None) -> tuple[MultistreamLM, Tensors]:
+    """The model of an official config.json on the meta device, and its weights by our names, of one file or of shards."""
     about = read_json(folder / "config.json")
-    tensors = read_official(folder, file if file is not None and file.is_file() else folder / form.weight_file(about))
+    tensors = open_official_files(folder, file if file is not None and file.is_file() else folder / form.weight_file(about))
     if (folder / "generation_config.json").is_file():             # it knows all ids that end a text, config.json often one
         about |= {k: v for k, v in read_json(folder / "generation_config.json").items() if k == "eos_token_id" and v is not None}
-    about = form.complete(about, tensors, str(folder), lambda name: load(name).config)
+    about = form.complete(about, tensors, str(folder), lambda name: open_model(name)[0].config)
     stored = read_config(form, about, tensors, str(folder))
     changed = lost(stored, replace(config, table=stored.table)) if config is not None else []
     if changed:
         raise ValueError(f"{folder} has another architecture than the config's model: {'; '.join(changed[:3])}")
     with torch.device("meta"):
-        model = MultistreamLM(config or stored).to(dtype)
-    model.to_empty(device="cpu")
-    tie(model)
-    fill(model, to_ours(form, model.weights(), stored, tensors, str(folder)), str(folder))
+        model = MultistreamLM(config or stored)
     model.extras = Extras(folder=str(folder), source=str(file or folder))
-    return load_text_tower(model, folder)
+    return model, to_ours(form, model.weights(), stored, tensors, str(folder))
 
 
-def load_text_tower(model: MultistreamLM, folder: Path = Path(".")) -> MultistreamLM:
+def load_text_tower(model: MultistreamLM, folder: Path, device: str | torch.device = "cpu",
+                    dtype: torch.dtype | str = torch.float32) -> MultistreamLM:
     """Give a model that has a text tower that tower's weights, from where its config says (DSAA)."""
     fusion = model.config.fusion
     if fusion is None:
         return model
     try:
-        body = load(resolve_base(fusion.source, folder))
+        body = load(resolve_base(fusion.source, folder), device, STORED)
     except (FileNotFoundError, ValueError) as error:
         raise ValueError(f"the text model beside {folder} cannot be read: {error}; name its place with --model.fusion.source") from None
     found = fingerprint(body.weights())
@@ -284,18 +338,18 @@ def load_text_tower(model: MultistreamLM, folder: Path = Path(".")) -> Multistre
         raise ValueError(f"{fusion.source} is not the text model that {folder} was made with (fingerprint {found}, not {fusion.revision}); "
                          + "name that one with --model.fusion.source")
     body.config = fusion.tower
-    model.tower.body = body.requires_grad_(False).eval()
+    model.tower.body = cast(body, device, dtype, {}).requires_grad_(False).eval()
     return model
 
 
 def tie(model: MultistreamLM) -> None:
-    """Share the text embedding with the head again: leaving the meta device gives each a memory of its own."""
-    if model.config.tied:
+    """Share the text embedding with the head again: filling gives each a parameter of its own."""
+    if model.config.tied and model.text_head.weight is not model.embed["text"].weight:
         model.text_head.weight = model.embed["text"].weight
 
 
-def read_official(folder: Path, file: Path) -> dict[str, Tensor]:
-    """Read all tensors of an official folder: the shards of its index, `file`, or its only weights."""
+def open_official_files(folder: Path, file: Path) -> dict[str, LazyTensor]:
+    """All tensors of an official folder: the shards of its index, `file`, or its only weights."""
     indexes = sorted(folder.glob("*.safetensors.index.json"))
     found = sorted(path.name for path in folder.glob("*.safetensors"))
     if file.name in found:
@@ -311,9 +365,9 @@ def read_official(folder: Path, file: Path) -> dict[str, Tensor]:
             raise ValueError(f"{folder} holds {len(names)} weight files {names[:3]} and no index; give the one to read")
     if any(Path(name).name != name for name in names):
         raise ValueError(f"{indexes[0]} names files outside its folder; fetch it again")
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, LazyTensor] = {}
     for name in names:
-        tensors |= read_tensors(folder / name)
+        tensors |= open_tensors(folder / name)
     return tensors
 
 
@@ -324,10 +378,8 @@ def fill_adapter(model: MultistreamLM, folder: Path, about: dict[str, Any]) -> N
     if model.config.table != from_json(StreamTable, about["model"].get("table"), f"{folder}/config.json table"):
         raise ValueError(f"adapter {folder} was made for another stream table than this model's; use its own base {about['base']!r}")
     lora.inject(model, from_json(LoraConfig, about["lora"], f"{folder}/config.json lora"))
-    tensors = read_tensors(folder / "adapter.safetensors")
-    if (folder / "ema.safetensors").is_file():
-        tensors |= read_tensors(folder / "ema.safetensors")
-    lora.load_state(model, model.lora, tensors, str(folder), about.get("idle") or ())
+    tensors = open_tensors(folder / "adapter.safetensors") | averages(folder)
+    lora.load_state(model, model.lora, {name: t.read() for name, t in tensors.items()}, str(folder), about.get("idle") or ())
 
 
 def resolve(path: str | Path) -> Path:
@@ -370,34 +422,56 @@ def export(model_or_dir: MultistreamLM | str | Path, dir: str | Path, to: str = 
     another official layout of the model's family (python -m families). Weights keep the model's type. What was
     merged is compared with the adapted model; `tell` gets a line about it, too large a difference is a ValueError.
     """
-    model = model_or_dir if isinstance(model_or_dir, nn.Module) else load(model_or_dir)
+    model, tensors = opened(model_or_dir)
     if to in {form.to for form in adapter_formats()}:
         return export_adapter(model, Path(dir), to)
     if model.config.tied and any(path == "text_head" for path, *_ in lora.adapters(model)):
         raise ValueError("an adapter on a tied text head cannot be merged: it would change the embedding too; export --to=peft")
-    merged = load_copy(model)
-    lora.strip(merged)
-    merged.lora = None
-    dtype = next(model.parameters()).dtype
-    merged.to(dtype)
+    tensors = merged_weights(model) if tensors is None else tensors
+    dtype = next(iter(tensors.values())).dtype
     if count := len(list(lora.adapters(model))):
-        difference, largest = merge_error(model, merged)
+        difference, largest = merge_error(model)
         about = f"{count} adapters merged in fp32: logits differ by at most {difference:.2g}, the largest is {largest:.2g}"
         if not difference <= (1e-3 if dtype == torch.float32 else 0.1) * max(1.0, largest):
             raise ValueError(f"{about}; the merged model is another one, keep the adapter apart or load with dtype fp32")
         tell(f"{about} (on 3 fixed grids, {str(dtype).removeprefix('torch.')})")
     if to != FORMAT:
-        about, tensors = export_model(merged.config, merged.weights(), to, str(dtype).removeprefix("torch."))
-        write_tensors(Path(dir) / choose_format(merged.config, to).weight_file(about), tensors)
+        about, theirs = export_model(model.config, tensors, to, str(dtype).removeprefix("torch."))
+        form = choose_format(model.config, to)
+        write_shards(Path(dir), form.weight_file(about), theirs, SHARD if form.shards else sys.maxsize)
         write_json(Path(dir) / "config.json", about)
         return Path(dir)
     extras = getattr(model, "extras", None) or Extras()
-    return save(merged, dir, replace(extras, base=""))
+    return write_checkpoint(Path(dir), "model", model.config, tensors, replace(extras, base=""))
+
+
+def opened(model_or_dir: MultistreamLM | str | Path) -> tuple[MultistreamLM, Tensors | None]:
+    """What is to be written: without an adapter nothing but the open files, which are read a tensor at a time; else a model."""
+    if isinstance(model_or_dir, nn.Module):
+        return model_or_dir, None
+    folder = resolve(model_or_dir)
+    about = read_about(folder) if recognise(folder) is None else {}
+    if about.get("lora"):
+        return load(model_or_dir, dtype=STORED), None
+    return open_model(model_or_dir)
+
+
+def merged_weights(model: MultistreamLM) -> Tensors:
+    """The weights of a model, what is adapted merged in fp32 and cast once, when it is read."""
+    tensors: Tensors = {name: t for name, t in model.weights().items() if ".adapter." not in name}
+    for path, module, adapter in lora.adapters(model):
+        lora.check_mergeable(path, module)
+        if adapter.base is None:
+            tensors[f"{path}.weight"] = computed(module.weight, lambda m=module, a=adapter: a.merged(m.weight).to(m.weight.dtype))
+    return tensors
 
 
 @torch.no_grad()
-def merge_error(model: MultistreamLM, merged: MultistreamLM) -> tuple[float, float]:
-    """The largest difference of a logit between a model with adapters and its merged copy on 3 fixed grids, and the largest logit."""
+def merge_error(model: MultistreamLM, merged: MultistreamLM | None = None) -> tuple[float, float]:
+    """The largest difference of a logit between a model with adapters and its merged self on 3 fixed grids, and the largest logit.
+
+    The merged one is the same model, each weight merged as it is used: there is no second one in memory. Or it is given.
+    """
     table, columns, training = model.table, 16, model.training
     draw = torch.Generator().manual_seed(0)
     tokens = torch.stack([torch.randint(0, s.classes or s.vocab, (3, columns), generator=draw) for s in table.streams], 1)
@@ -405,7 +479,12 @@ def merge_error(model: MultistreamLM, merged: MultistreamLM) -> tuple[float, flo
         tokens[:, table.audio, :5] = tokens[:, table.audio, 12:] = -1
         tokens[:, table.text, 5:12] = -1
     tokens = tokens.to(next(model.parameters()).device)
-    ours, theirs = (m.eval()(tokens) for m in (model, merged.to(tokens.device)))
+    ours = model.eval()(tokens)
+    if merged is None:
+        with lora.merging(model):
+            theirs = model(tokens)
+    else:
+        theirs = merged.eval().to(tokens.device)(tokens)
     model.train(training)
     pairs = [(a.float(), b.float()) for a, b in zip(ours, theirs, strict=True) if a is not None]
     return max(float((a - b).abs().max()) for a, b in pairs), max(float(a.abs().max()) for a, _ in pairs)
@@ -424,29 +503,20 @@ def export_adapter(model: MultistreamLM, folder: Path, to: str) -> Path:
     return folder
 
 
-def load_copy(model: MultistreamLM) -> MultistreamLM:
-    """A deep copy, so that exporting leaves the caller's model as it is."""
-    copy = MultistreamLM(model.config)
-    copy.tower = model.tower
-    if getattr(model, "lora", None) is not None:
-        lora.inject(copy, model.lora)
-    fill(copy, model.weights(), "the model in memory")
-    return copy
-
-
 def plain_model(path: str) -> MultistreamLM:
-    """A model without an adapter; ValueError says what to do with one that has it."""
-    model = load(path)
+    """A model without an adapter, its weights as they are stored; ValueError says what to do with one that has it."""
+    model = load(path, dtype=STORED)
     if getattr(model, "lora", None) is not None:
         raise ValueError(f"{path} has an adapter; merge it first (python checkpoint.py merge)")
     return model
 
 
-def changed(model: MultistreamLM, config: ModelConfig, tensors: dict[str, Tensor]) -> MultistreamLM:
-    """A model of another config in the type of `model`, filled with `tensors`."""
-    other = MultistreamLM(config).to(next(model.parameters()).dtype)
-    fill(other, tensors, "the model in memory")
-    return other
+def write_made(folder: str | Path, config: ModelConfig, tensors: Tensors, extras: Extras) -> Path:
+    """Write a model that was made of others, strictly."""
+    with torch.device("meta"):
+        wanted = MultistreamLM(config).weights()
+    check_fit(wanted, tensors, "what was made")
+    return write_checkpoint(Path(folder), "model", config, tensors, extras)
 
 
 def swap_command(path: str, pairs: dict[str, str]) -> str:
@@ -460,13 +530,13 @@ def swap_command(path: str, pairs: dict[str, str]) -> str:
     config, tensors, kept = swap_tokenizer(model.config, model.weights(), load_tokenizer(pairs.get("from", data.get("tokenizer"))), new)
     known = "codec" in data or not config.table.audio                 # of official weights the codec may lie elsewhere
     extras = replace(model.extras, data=data | {"tokenizer": pairs["tokenizer"]} if known else None)
-    folder = save(changed(model, config, tensors), pairs["out"], extras)
+    folder = write_made(pairs["out"], config, tensors, extras)
     new.save(folder)
     return f"wrote {folder}: {kept} of {new.size} pieces kept their rows"
 
 
-def converted(name: str, *sources: str | Path | MultistreamLM, **options: Any) -> MultistreamLM:
-    """The model that a family's conversion makes of checkpoints or models; `options` are those of its command."""
+def make(name: str, sources: Sequence[str | Path | MultistreamLM], options: dict[str, Any]) -> tuple[ModelConfig, Tensors, Extras]:
+    """What a family's conversion makes of checkpoints or models; `options` are those of its command."""
     found = next(c for family in every() for c in family.conversions if c.name == name)
     models = [source if isinstance(source, nn.Module) else load(str(source)) for source in sources]
     for model, source in zip(models, sources, strict=True):
@@ -474,14 +544,22 @@ def converted(name: str, *sources: str | Path | MultistreamLM, **options: Any) -
             raise ValueError(f"{'the model' if model is source else source} has an adapter; merge it first (python checkpoint.py merge)")
         model.extras = getattr(model, "extras", None) or Extras()
     config, tensors, data = found.make(*models, **options)
-    made = changed(models[0], config, tensors).eval()
-    made.extras = Extras(data=data)
-    return made
+    return config, tensors, Extras(data=data)
+
+
+def converted(name: str, *sources: str | Path | MultistreamLM, **options: Any) -> MultistreamLM:
+    """The model that a family's conversion makes of checkpoints or models."""
+    config, tensors, extras = make(name, sources, options)
+    with torch.device("meta"):
+        model = MultistreamLM(config)
+    fill(model, tensors, "what was made", dtype=STORED)
+    model.extras = extras
+    return model.eval()
 
 
 def convert(name: str, dir: str | Path, *sources: str | Path | MultistreamLM, **options: Any) -> Path:
     """Run a family's conversion (`python -m families` lists them): checkpoints, or models, in; a folder out."""
-    return save(converted(name, *sources, **options), dir)
+    return write_made(dir, *make(name, sources, options))
 
 
 def convert_command(found: Conversion, words: list[str], pairs: dict[str, str]) -> str:

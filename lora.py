@@ -47,16 +47,16 @@ class LoraConfig:
 class Adapter(nn.Module):
     """The low-rank update of one Linear, or of each of its depth steps."""
 
-    def __init__(self, weight: Tensor, rank: int, alpha: float, config: LoraConfig) -> None:
+    def __init__(self, weight: Tensor, rank: int, alpha: float, config: LoraConfig, row_scale: Tensor | None = None) -> None:
         super().__init__()
         *sets, outputs, inputs = weight.shape
-        made = {"device": weight.device, "dtype": torch.float32}
-        self.lora_A = nn.Parameter(torch.empty(*sets, rank, inputs, **made).uniform_(-1, 1) / math.sqrt(inputs))
-        self.lora_B = nn.Parameter(torch.zeros(*sets, outputs, rank, **made))
-        self.lora_magnitude = nn.Parameter(weight.detach().float().norm(dim=-1)) if config.dora else None
+        drawn = torch.empty(*sets, rank, inputs, device="meta" if weight.is_meta else "cpu", dtype=torch.float32).uniform_(-1, 1)
+        self.lora_A = nn.Parameter((drawn / math.sqrt(inputs)).to(weight.device))                   # the same on any device
+        self.lora_B = nn.Parameter(torch.zeros(*sets, outputs, rank, device=weight.device, dtype=torch.float32))
+        self.lora_magnitude = nn.Parameter(dequantized(weight, row_scale).norm(dim=-1)) if config.dora else None
         self.scale = alpha / (math.sqrt(rank) if config.rslora else rank)
         self.rank, self.alpha, self.dropout = rank, alpha, config.dropout
-        self.enabled = True
+        self.enabled, self.merging = True, False
         self.base: Tensor | None = None           # the untouched weight while merged
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, pick: Callable[[Tensor], Tensor] = lambda p: p,
@@ -64,6 +64,8 @@ class Adapter(nn.Module):
         """x (..., in) -> (..., out); `pick` selects the weight sets of depth steps, `row_scale` belongs to a weight of 8 bits"""
         if not self.enabled or self.base is not None:
             return linear(x, weight, bias, row_scale)
+        if self.merging:
+            return linear(x, self.merged(weight, pick).to(weight.dtype), bias)
         a, b = pick(self.lora_A), pick(self.lora_B)
         if self.lora_magnitude is None and not (self.dropout and self.training):
             return lora_linear(x, weight, a, b, self.scale, bias, row_scale)
@@ -71,17 +73,22 @@ class Adapter(nn.Module):
         low = low if torch.is_autocast_enabled(x.device.type) else low.to(a.dtype)
         y = y + (torch.matmul(torch.matmul(low, a.mT), b.mT) * self.scale).to(y.dtype)
         if self.lora_magnitude is not None:
-            full = weight.detach().float() if row_scale is None else dequantize_rows(weight, row_scale)
+            full = dequantized(weight, row_scale)
             ratio = pick(self.lora_magnitude) / (full + self.scale * (b @ a).detach()).norm(dim=-1)
             y = ((ratio if ratio.dim() == 1 else ratio.unsqueeze(-2)) * y).to(y.dtype)           # (steps, out) -> (steps, 1, out)
         return y if bias is None else y + bias
 
-    def merged(self, weight: Tensor) -> Tensor:
+    def merged(self, weight: Tensor, pick: Callable[[Tensor], Tensor] = lambda p: p) -> Tensor:
         """The adapted weight in fp32.   (..., out, in)"""
-        full = weight.detach().float() + self.scale * (self.lora_B @ self.lora_A).detach().float()
+        full = weight.detach().float() + self.scale * (pick(self.lora_B) @ pick(self.lora_A)).detach().float()
         if self.lora_magnitude is None:
             return full
-        return full * (self.lora_magnitude / full.norm(dim=-1)).unsqueeze(-1).detach()
+        return full * (pick(self.lora_magnitude) / full.norm(dim=-1)).unsqueeze(-1).detach()
+
+
+def dequantized(weight: Tensor, row_scale: Tensor | None) -> Tensor:
+    """A weight in fp32."""
+    return weight.detach().float() if row_scale is None else dequantize_rows(weight, row_scale)
 
 
 def matches(path: str, pattern: str) -> bool:
@@ -122,7 +129,7 @@ def inject(model: nn.Module, config: LoraConfig) -> nn.Module:
         if f"{path}.weight" not in trained and any(matches(path, pattern) for pattern in targets):
             rank = next((r for p, r in config.ranks if matches(path, p)), config.rank)
             alpha = next((a for p, a in config.alphas if matches(path, p)), config.alpha)
-            module.adapter = Adapter(module.weight, rank, alpha, config).train(module.training)
+            module.adapter = Adapter(module.weight, rank, alpha, config, module.row_scale).train(module.training)
     for parameter in trained.values():
         parameter.requires_grad_(True)
     model.lora = config                            # saving and loading read it back
@@ -180,6 +187,19 @@ def switched_off(model: nn.Module) -> Iterator[nn.Module]:
             adapter.enabled = True
 
 
+@contextmanager
+def merging(model: nn.Module) -> Iterator[nn.Module]:
+    """Within, the model answers as it will once its adapters are merged; each weight is merged as it is used, none is changed."""
+    on = [adapter for _, _, adapter in adapters(model)]
+    for adapter in on:
+        adapter.merging = True
+    try:
+        yield model
+    finally:
+        for adapter in on:
+            adapter.merging = False
+
+
 # ---- a base of 8 bits ----
 
 @torch.no_grad()
@@ -188,23 +208,41 @@ def quantize(model: nn.Module) -> nn.Module:
 
     A weight that something else reads too (a tied embedding) stays. ValueError when nothing is frozen.
     """
-    owners: dict[int, int] = {}
-    for module in model.modules():
-        for p in module.parameters(recurse=False):
-            owners[id(p)] = owners.get(id(p), 0) + 1
-    frozen = [m for m in linears(model).values()
-              if not m.weight.requires_grad and m.weight.is_floating_point() and owners[id(m.weight)] == 1]
-    if not frozen:
-        raise ValueError("8 bits are for Linears that are frozen, and here none is; add adapters (--lora.rank=16) or drop --quantize")
-    for module in frozen:
+    for module in quantizable(model, {n for n, p in model.named_parameters() if p.requires_grad}).values():
         q, module.row_scale = quantize_rows(module.weight)
         module.weight = nn.Parameter(q, requires_grad=False)
     return model
 
 
+def quantizable(model: nn.Module, trained: Collection[str]) -> dict[str, nn.Module]:
+    """The Linears that 8 bits can hold, by path: frozen, and nothing else reads their weight. ValueError when there is none."""
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for p in module.parameters(recurse=False):
+            owners[id(p)] = owners.get(id(p), 0) + 1
+    frozen = {path: m for path, m in linears(model).items()
+              if f"{path}.weight" not in trained and m.weight.is_floating_point() and owners[id(m.weight)] == 1}
+    if not frozen:
+        raise ValueError("8 bits are for Linears that are frozen, and here none is; add adapters (--lora.rank=16) or drop --quantize")
+    return frozen
+
+
+def held_types(model: nn.Module, config: LoraConfig | None, rates: Sequence[tuple[str, float]], quantize: str) -> dict[str, torch.dtype]:
+    """How training holds the parameters that are not of its compute type: what is trained in fp32, frozen Linears in int8."""
+    chosen = trained_parameters(model, config) if config else {n: p for n, p in model.named_parameters() if p.requires_grad}
+    trained = [name for name in chosen if next((factor for pattern, factor in rates if within(name, pattern)), 1.0)]
+    eight = {f"{path}.weight": torch.int8 for path in quantizable(model, trained)} if quantize else {}
+    return dict.fromkeys(trained, torch.float32) | eight
+
+
 def whole(module: nn.Module) -> Tensor:
     """The weight of a Linear in fp32."""
-    return module.weight.detach().float() if module.row_scale is None else dequantize_rows(module.weight, module.row_scale)
+    return dequantized(module.weight, module.row_scale)
+
+
+def check_mergeable(path: str, module: nn.Module) -> None:
+    if module.weight.dtype == torch.int8:
+        raise ValueError(f"{path} holds 8 bits: nothing can be merged into them; load the model without --quantize and merge that")
 
 
 # ---- merging ----
@@ -213,8 +251,7 @@ def whole(module: nn.Module) -> Tensor:
 def merge(model: nn.Module) -> nn.Module:
     """Fold every adapter into its weight: computed in fp32, cast once. The untouched weight is kept for `unmerge`."""
     for path, module, adapter in adapters(model):
-        if module.weight.dtype == torch.int8:
-            raise ValueError(f"{path} holds 8 bits: nothing can be merged into them; load the model without --quantize and merge that")
+        check_mergeable(path, module)
         if adapter.base is None:
             adapter.base = module.weight.detach().clone()
             module.weight.copy_(adapter.merged(module.weight))

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import lora
 from audio.wav import load_wav
-from checkpoint import DTYPES, Extras, base_of, load, put_adapter, resolve, save
+from checkpoint import DTYPES, Extras, adapter_config, base_of, load, put_adapter, resolve, save
 from config import TrainConfig, first_beta, learning_rate
 from data import Batch, Loader
 from layers.batch_plan import make_plan
@@ -90,7 +90,20 @@ if config.lora is not None and not base:         # adapters on random weights: k
     if rank == 0 and not (out / "base" / "config.json").is_file():
         save(MultistreamLM(config.model), base)
     barrier()
-raw = load(base, config=config.model)
+
+
+def prepare(model: MultistreamLM) -> dict[str, torch.dtype]:
+    """What is frozen is read in the compute type, or in 8 bits; only what is trained has fp32 masters. A rank reads its shards."""
+    adapters = adapter_config(config.init_adapter, model) if config.init_adapter else config.lora
+    types = lora.held_types(model, adapters, config.rates, config.quantize)
+    if config.shard and base:
+        parallel.shard(model, Block, device, dtype)
+    return types
+
+
+raw = load(base, device, dtype, config=config.model, prepare=prepare)
+if getattr(raw, "lora", None) is not None:
+    raise ValueError(f"{base} has an adapter; go on with it (--init_adapter={base}), or merge it first (python checkpoint.py merge)")
 if config.init_adapter:                          # it brings its own ranks and targets
     put_adapter(raw, config.init_adapter)
     say(*(f"adapter {config.init_adapter}: lora.{line}" for line in difference(config.lora, raw.lora)))
@@ -99,11 +112,7 @@ elif config.lora is not None:
 factors = lora.rate_factors(raw, config.rates)
 if config.model.fusion and config.model.fusion.remember:
     raw.remembered = remember(raw, config.model.fusion.remember)
-raw.train().to(device)
-for p in raw.parameters():                       # what is trained has fp32 masters, what is frozen has none
-    p.data = p.data.float() if p.requires_grad else p.data.to(dtype)
-if config.quantize:
-    lora.quantize(raw)
+raw.train()
 if config.compile:
     for block in raw.temporal.layers:
         block.compile()
@@ -128,7 +137,7 @@ if previous.exists():
     if config.resume == "never":
         raise ValueError(f"{out} already holds a run; continue it with --resume=auto or choose another --out")
     run, averaged = load_run(previous, raw, optimizer, rank)
-    ema = {n: parallel.place(t, trained[n]) for n, t in averaged.items()} if config.ema and averaged else ema
+    ema = {n: parallel.place(t.read().clone(), trained[n]) for n, t in averaged.items()} if config.ema and averaged else ema
     say(*reader.restore(run.step, run.loader))
     if run.scaler:
         scaler.load_state_dict(run.scaler)

@@ -22,7 +22,7 @@ from model import MultistreamLM
 from options import difference
 
 Rules = tuple[tuple[str, str], ...]
-Tensors = dict[str, Tensor]
+Tensors = dict[str, Tensor]             # or LazyTensor (tensor_files.py): rules and tables use shapes and types, and move nothing
 About = dict[str, Any]                  # what a config.json says
 BLOCK = (("attn_norm.weight", "input_layernorm.weight"), ("ffn_norm.weight", "post_attention_layernorm.weight"),
          ("audio_attn_norm.weight", "audio_input_layernorm.weight"), ("audio_ffn_norm.weight", "audio_post_attention_layernorm.weight"),
@@ -53,6 +53,7 @@ class Format:
     tidy: Callable[[Tensors, ModelConfig], Tensors]             # every accepted spelling -> the one of the rules
     finish: Callable[[Tensors, ModelConfig], Tensors] = lambda tensors, config: tensors
     stacked: bool = False                                       # weights of all depth steps are one tensor, as ours are
+    shards: bool = False                                        # its readers know an index: a large model is several files
     peft: bool = False                                          # PEFT adapters of this family use its names
     task_type: str | None = None                                # what PEFT calls the task
     weight_file: Callable[[About], str] = lambda about: "model.safetensors"

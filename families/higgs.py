@@ -181,8 +181,9 @@ def is_higgs(c: ModelConfig) -> bool:
 RULES = {"temperature": 1.0, "top_k": 50, "top_p": 0.95, "ras_window": 7, "ras_repeats": 2, "max_frames": 2048}
 FORMATS = (
     Format("higgs", "hf", lambda c: HF_NAMES, read_higgs, write_higgs, is_higgs, by_model_type("higgs_audio_v2"), drop_buffers,
-           peft=True, task_type="CAUSAL_LM"),
-    Format("boson", "boson", lambda c: BOSON_NAMES, read_boson, write_boson, is_higgs, by_model_type("higgs_audio"), tidy_boson, peft=True))
+           shards=True, peft=True, task_type="CAUSAL_LM"),
+    Format("boson", "boson", lambda c: BOSON_NAMES, read_boson, write_boson, is_higgs, by_model_type("higgs_audio"), tidy_boson,
+           shards=True, peft=True))
 FAMILIES = (Family(
     "Higgs Audio v2", "chatml", "Higgs Audio v2 3B: text to speech, cloned voices, several speakers", chat_grid, TEMPLATE,
     rules=lambda table: RULES, companions={"codec": "bosonai/higgs-audio-v2-tokenizer", "normaliser": "higgs-v1"},

@@ -480,7 +480,7 @@ FORMAT = Format("moshi", "moshi", lambda c: (*DEMUX, *NAMES) if c.demux else NAM
                 lambda about: about.keys() >= KEYS and not isinstance(about.get("text_llm"), dict), tidy_moshi, fuse_moshi,
                 weight_file=lambda about: about.get("moshi_name", "model.safetensors"), complete=needs_text_model)
 HF = Format("moshi_hf", "hf", lambda c: HF_NAMES, read_moshi_hf, write_moshi_hf, is_moshi, by_model_type("moshi"), tidy_moshi_hf,
-            split_moshi_hf, stacked=True)
+            split_moshi_hf, stacked=True, shards=True)
 FAMILIES = (Family(
     "Moshi", "duplex", "Moshi 7B, Hibiki, Kyutai's STT and TTS: both speakers at once", duplex_grid, rules=rules, listens="duplex",
     formats=(FORMAT, HF), adapters=(AdapterFormat("moshi-lora", "config.json", "lora.safetensors", import_moshi_lora, export_moshi_lora),),

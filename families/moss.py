@@ -113,7 +113,7 @@ FAMILIES = (Family(
     "MOSS-Speech", "moss", "MOSS-Speech 9B: spoken conversations by turns", chat_grid, TEMPLATE, rules=lambda table: RULES,
     companions={"codec": "fnlp/MOSS-Speech-Codec"}, listens="turns",
     formats=(Format("moss", "hf", lambda c: NAMES, read_moss, write_moss, lambda c: c.tail > 0, by_model_type("moss_speech"), drop_buffers,
-                    peft=True),),
+                    shards=True, peft=True),),
     conversions=(Conversion("split-from-qwen", """split-from-qwen CKPT --out=DIR    a model of MOSS-Speech's shape out of a text model:
     --tail=4 layers a side, --codes=16384 ids of the codec, --words=N keeps N text ids, --tokenizer=FILE""",
                             split_from_qwen, options=("tail", "codes", "words", "tokenizer")),)),)

@@ -67,7 +67,7 @@ def write_qwen(c: ModelConfig, dtype: str) -> About:
 
 
 FORMAT = Format("qwen", "hf", lambda c: NAMES, read_qwen, write_qwen, lambda c: not c.table.audio, by_model_type("qwen2", "qwen3"),
-                drop_buffers, peft=True, task_type="CAUSAL_LM")
+                drop_buffers, shards=True, peft=True, task_type="CAUSAL_LM")
 FAMILIES = (
     Family("plain text", "text", "text without turns", text_grid),
     Family("Qwen2.5", "qwen2", "Qwen2.5 0.5B to 7B: conversations in text", chat_grid, QWEN2_TEMPLATE, formats=(FORMAT,)),

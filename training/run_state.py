@@ -9,6 +9,7 @@ not at all.
 
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 import lora
-from checkpoint import Extras, export, fill, load, read_tensors, save, write_tensors
+from checkpoint import Extras, averages, export, fill, load, read_tensors, save, write_tensors
 from families.family import consolidated_files
+from families.tensor_files import LazyTensor, open_tensors
 from model import MultistreamLM
 from options import read_json, to_json, write_json
 from training.parallel import barrier, place
@@ -44,7 +46,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
             for key, value in optimizer.state[p].items()}
 
 
-def fill_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], source: str) -> None:
+def fill_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor | LazyTensor], source: str) -> None:
     state: dict[nn.Parameter, dict[str, Tensor]] = {}
     parameters = dict(model.named_parameters())
     for name, value in tensors.items():
@@ -57,7 +59,8 @@ def fill_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: 
             found = f"optimizer state of {path} is {tuple(value.shape)}, the model has {tuple(p.shape)}"
             raise ValueError(f"{source}: {found}; use another checkpoint")
         fused = optimizer.defaults.get("fused")
-        state.setdefault(p, {})[key] = place(value, p) if key != "step" else value.to(p.device) if fused else value
+        full = value.read().clone() if isinstance(value, LazyTensor) else value
+        state.setdefault(p, {})[key] = place(full, p) if key != "step" else full.to(p.device) if fused else full
     for p, values in state.items():
         optimizer.state[p] = values
 
@@ -117,16 +120,15 @@ def load_run(folder: Path, model: MultistreamLM, optimizer: torch.optim.Optimize
     if config is not None and (folder / "adapter.safetensors").is_file():
         lora.load_state(model, config, read_tensors(folder / "adapter.safetensors"), str(folder), idle=lora.state(model, config))
     else:
-        fill(model, read_tensors(folder / "model.safetensors"), str(folder))
-    fill_optimizer(model, optimizer, read_tensors(folder / "state" / "optimizer.safetensors"), str(folder))
+        fill(model, open_tensors(folder / "model.safetensors"), str(folder))
+    fill_optimizer(model, optimizer, open_tensors(folder / "state" / "optimizer.safetensors"), str(folder))
     rng = folder / "state" / f"rng_rank{rank}.safetensors"
     if rank == 0 or rng.is_file():                        # fewer ranks then than now: the new ones keep their seeds
         states = read_tensors(rng)
         torch.set_rng_state(states["cpu"])
         if "cuda" in states and torch.cuda.is_available():
             torch.cuda.set_rng_state(states["cuda"])
-    ema = folder / "ema.safetensors"
-    return RunState(**about), read_tensors(ema) if ema.is_file() else None
+    return RunState(**about), averages(folder) or None
 
 
 def read_state(folder: Path) -> dict[str, Any]:

@@ -64,8 +64,9 @@ def test_shards_train_as_the_whole_does_and_a_checkpoint_is_the_same(group, tmp_
     for name, model, optimizer in (("plain", plain, one), ("cut", cut, other)):
         save(model, tmp_path / name)
         write_tensors(tmp_path / name / "optimizer.safetensors", optimizer_tensors(model, optimizer))
-        save(model, tmp_path / "none", write=False)
-    assert not (tmp_path / "none").exists()
+        save(model, tmp_path / f"none_{name}", write=False)
+    assert not (tmp_path / "none_plain").exists()
+    assert [p.name for p in (tmp_path / "none_cut").iterdir()] == ["model.rank00000.safetensors"]       # a part of one rank, not the whole
     for file in ("model.safetensors", "optimizer.safetensors"):
         a, b = (read_tensors(tmp_path / name / file) for name in ("plain", "cut"))
         assert a.keys() == b.keys() and all(torch.allclose(a[n], b[n], atol=1e-6) for n in a)

@@ -17,7 +17,7 @@ from conftest import CONFIG, ROOT, write_clips
 from safetensors.torch import load_file
 
 import lora
-from checkpoint import load
+from checkpoint import load, read_tensors
 from options import read_json
 from training.run_state import point
 
@@ -59,7 +59,7 @@ def losses(out: Path) -> list[tuple[int, float]]:
 
 
 def final(out: Path, name: str = "model.safetensors") -> dict[str, torch.Tensor]:
-    return load_file(out / "ckpt" / "latest" / name)
+    return read_tensors(out / "ckpt" / "latest" / name)
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], tolerance: float = 0.0) -> bool:

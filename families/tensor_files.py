@@ -1,0 +1,301 @@
+"""Files of tensors (safetensors), read and written one tensor at a time: nothing is held twice.
+
+    tensors = open_tensors("model.safetensors")        name -> LazyTensor: its shape and type are known, its values not yet read
+    both = torch.cat([tensors["a"], tensors["b"]])     operations are remembered
+    both.read()                                        and done here
+
+A file is mapped: a tensor that is read as it stands is the file itself, page by page, until something is written into it
+(the mapping is private: the file never changes). `save_tensors` writes the same bytes as safetensors.torch.save_file.
+Of tensors that are cut among ranks (DTensor) every rank writes what it holds into a file of its own, model.rank00001.safetensors,
+and whoever opens model.safetensors gets them joined, on any number of ranks.
+"""
+
+import json
+import math
+import mmap
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
+
+from options import FULL, replace_file, write_json
+
+# In the order in which safetensors sorts a file, last one first.
+DTYPES = {"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E5M2": torch.float8_e5m2, "F8_E4M3": torch.float8_e4m3fn,
+          "I16": torch.int16, "U16": torch.uint16, "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32, "U32": torch.uint32,
+          "F32": torch.float32, "C64": torch.complex64, "F64": torch.float64, "I64": torch.int64, "U64": torch.uint64}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+ORDER = {dtype: place for place, dtype in enumerate(DTYPES.values())}
+OWN = 1 << 20                      # smaller tensors are copied: a page each is no saving
+VALUES = {torch.equal, Tensor.tolist, Tensor.item, Tensor.numpy}         # what needs the values at once
+KEPT = 256 << 20                   # how much of a file may be in memory before its pages are given back
+
+
+class LazyTensor:
+    """A tensor whose values are read when asked for. `like` has its shape and type, on the meta device."""
+
+    def __init__(self, like: Tensor, make: Callable[[], Tensor], files: frozenset["MappedFile"] = frozenset()) -> None:
+        self.like, self.make, self.files = like, make, files
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.like.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.like.dtype
+
+    def read(self) -> Tensor:
+        return self.make()
+
+    def __getattr__(self, name: str) -> Any:                # a method of Tensor, done when read
+        method = getattr(Tensor, name)
+        return lambda *args, **options: self.__torch_function__(method, (), (self, *args), options)
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.__torch_function__(Tensor.__getitem__, (), (self, key))
+
+    def __iter__(self) -> Iterator["LazyTensor"]:
+        return iter(self.unbind())
+
+    def __len__(self) -> int:
+        return len(self.like)
+
+    def __bool__(self) -> bool:
+        return bool(self.read())
+
+    def __float__(self) -> float:
+        return float(self.read())
+
+    @classmethod
+    def __torch_function__(cls, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), options: dict | None = None) -> Any:
+        options = options or {}
+        if function in VALUES:
+            return function(*each(args, value), **options)
+        like = function(*each(args, lambda t: t.like if isinstance(t, LazyTensor) else t.to("meta")), **options)
+        files = frozenset().union(*(t.files for t in lazies(args)))
+
+        def make() -> Any:
+            return function(*each(args, value), **options)
+
+        if isinstance(like, Tensor):
+            return cls(like, make, files)
+        if isinstance(like, (tuple, list)):
+            return tuple(cls(part, lambda n=n: make()[n], files) for n, part in enumerate(like))
+        return like
+
+
+def each(args: Any, change: Callable[[Any], Any]) -> Any:
+    """Arguments of an operation with every tensor in them changed."""
+    if isinstance(args, (LazyTensor, Tensor)):
+        return change(args)
+    return type(args)(each(a, change) for a in args) if type(args) in (tuple, list) else args
+
+
+def lazies(args: Any) -> list[LazyTensor]:
+    found: list[LazyTensor] = []
+    each(args, lambda t: found.append(t) if isinstance(t, LazyTensor) else None)
+    return found
+
+
+def value(tensor: Tensor | LazyTensor) -> Tensor:
+    """The values of a tensor, read now where they were not."""
+    return tensor.read() if isinstance(tensor, LazyTensor) else tensor
+
+
+def computed(like: Tensor, make: Callable[[], Tensor]) -> LazyTensor:
+    """A tensor of the shape and type of `like` that is made when it is read."""
+    return LazyTensor(torch.empty_like(like, device="meta"), make)
+
+
+# ---- reading ----
+
+def private(file: int) -> mmap.mmap:
+    if not hasattr(mmap, "MAP_PRIVATE"):                   # Windows
+        return mmap.mmap(file, 0, access=mmap.ACCESS_COPY)
+    unreserved = getattr(mmap, "MAP_NORESERVE", 0)         # a file larger than the memory can be mapped as well
+    return mmap.mmap(file, 0, mmap.MAP_PRIVATE | unreserved, mmap.PROT_READ | mmap.PROT_WRITE)
+
+
+class MappedFile:
+    """A file whose bytes are read where they stand."""
+
+    def __init__(self, path: Path) -> None:
+        with open(path, "rb") as file:
+            self.bytes, self.used = private(file.fileno()), 0
+
+    def tensor(self, dtype: torch.dtype, shape: list[int], start: int) -> Tensor:
+        count = math.prod(shape)
+        if not count:
+            return torch.empty(shape, dtype=dtype)
+        self.used += count * dtype.itemsize
+        return torch.frombuffer(self.bytes, dtype=dtype, count=count, offset=start).view(shape)
+
+    def give_back(self) -> None:
+        """Let go of the pages that were read; who reads them again gets them again. Not after something was written into them."""
+        if self.used > KEPT and hasattr(self.bytes, "madvise"):
+            self.bytes.madvise(mmap.MADV_DONTNEED)
+            self.used = 0
+
+
+def open_tensors(path: str | Path) -> dict[str, LazyTensor]:
+    """The tensors of a safetensors file, or of what ranks wrote of it; ValueError names it when it is broken."""
+    path = Path(path)
+    if path.is_file():
+        return open_file(path)[0]
+    parts = rank_files(path)
+    if not parts:
+        raise FileNotFoundError(f"{path} does not exist; the checkpoint is incomplete, use another one")
+    return joined(path, [open_file(part) for part in parts])
+
+
+def rank_files(path: Path) -> list[Path]:
+    """What ranks wrote of a file, one each."""
+    return sorted(path.parent.glob(f"{path.stem}.rank*{path.suffix}"))
+
+
+def open_file(path: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
+    try:
+        with safe_open(str(path), "pt") as file:           # checks the file
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}); use another checkpoint, or fetch the file again") from None
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    if unknown := {about["dtype"] for about in header.values()} - DTYPES.keys():
+        raise ValueError(f"{path} holds tensors of type {', '.join(sorted(unknown))}, this code reads {', '.join(DTYPES)}")
+    mapped = MappedFile(path)
+    return {name: stored(mapped, DTYPES[about["dtype"]], about["shape"], 8 + length + about["data_offsets"][0])
+            for name, about in header.items()}, metadata
+
+
+def stored(mapped: MappedFile, dtype: torch.dtype, shape: list[int], start: int) -> LazyTensor:
+    like = torch.empty(shape, dtype=dtype, device="meta")
+    return LazyTensor(like, lambda: mapped.tensor(dtype, shape, start), frozenset([mapped]))
+
+
+def joined(path: Path, files: list[tuple[dict[str, LazyTensor], dict[str, str]]]) -> dict[str, LazyTensor]:
+    """Whole tensors of the rows that each rank wrote; ValueError when some are missing."""
+    pieces: dict[str, list[tuple[int, int, LazyTensor]]] = {}
+    for tensors, metadata in files:
+        rows = json.loads(metadata.get("rows", "{}"))
+        for name, tensor in tensors.items():
+            start, total = rows.get(name, (0, len(tensor) if tensor.dim() else 0))
+            pieces.setdefault(name, []).append((start, total, tensor))
+    result = {}
+    for name, found in pieces.items():
+        found.sort(key=lambda piece: piece[0])
+        if sum(len(t) for _, _, t in found if t.dim()) != found[0][1]:
+            raise ValueError(f"{path}: the files of its ranks lack rows of {name}; the checkpoint is incomplete, use another one")
+        result[name] = found[0][2] if len(found) == 1 else torch.cat([tensor for _, _, tensor in found])
+    return result
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file in memory of their own; ValueError names it when it is broken."""
+    return {name: tensor.read().clone() for name, tensor in open_tensors(path).items()}
+
+
+# ---- writing ----
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor | LazyTensor], write: bool = True) -> None:
+    """Write a safetensors file whole; a tensor with two names is stored once by the caller's choice of names.
+
+    Of tensors that are cut among ranks every rank calls it and writes its part; else one with `write`.
+    """
+    if not any(isinstance(t, DTensor) for t in tensors.values()):
+        if write:
+            save_tensors(path, tensors)
+        return
+    rows, own = {}, {}
+    for name, t in tensors.items():
+        if isinstance(t, DTensor):
+            if not first_copy(t):
+                continue
+            own[name], rows[name] = t.detach().to_local(), [first_row(t), len(t)]
+        elif write:
+            own[name] = t
+    if own:
+        rank = torch.distributed.get_rank()
+        save_tensors(path.with_name(f"{path.stem}.rank{rank:05d}{path.suffix}"), own, {"rows": json.dumps(rows)})
+
+
+def first_copy(t: DTensor) -> bool:
+    """Whether no rank before this one holds the same part."""
+    return all(t.device_mesh.get_local_rank(n) == 0 for n, place in enumerate(t.placements) if isinstance(place, Replicate))
+
+
+def first_row(t: DTensor) -> int:
+    """The row of the whole with which this rank's part begins."""
+    for n, place in enumerate(t.placements):
+        if place.is_shard(0):
+            ranks = t.device_mesh.size(n)
+            return min(len(t), t.device_mesh.get_local_rank(n) * -(-len(t) // ranks))
+    return 0
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor | LazyTensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file whole, a tensor at a time."""
+    names = sorted(tensors, key=lambda name: (-ORDER[tensors[name].dtype], name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    end = 0
+    for name in names:
+        t = tensors[name]
+        start, end = end, end + math.prod(t.shape) * t.dtype.itemsize
+        header[name] = {"dtype": NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+
+    def write(temporary: str) -> None:
+        with open(temporary, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name in names:
+                t = value(tensors[name])
+                assert t.dtype == tensors[name].dtype and t.shape == tensors[name].shape, name
+                file.write(memoryview(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
+                give_back([tensors[name]])
+
+    try:
+        replace_file(path, write)
+    except OSError as error:                               # a full disk, for one
+        if error.filename is None:
+            raise OSError(f"{path} cannot be written ({error}); {FULL}") from None
+        raise
+
+
+def give_back(tensors: Iterable[Tensor | LazyTensor]) -> None:
+    """Let go of the pages of files that were read for these tensors."""
+    for t in tensors:
+        for file in t.files if isinstance(t, LazyTensor) else ():
+            file.give_back()
+
+
+def write_shards(folder: Path, name: str, tensors: Mapping[str, Tensor | LazyTensor], most: int) -> None:
+    """Write tensors as one file, or as files of at most `most` bytes and the index that the hub's libraries read."""
+    sizes = {n: math.prod(t.shape) * t.dtype.itemsize for n, t in tensors.items()}
+    groups: list[list[str]] = [[]]
+    room = most
+    for n, size in sizes.items():
+        if size > room and groups[-1]:
+            groups.append([])
+            room = most
+        groups[-1].append(n)
+        room -= size
+    stem, suffix, listed = Path(name).stem, Path(name).suffix, f"{name}.index.json"
+    files = [name] if len(groups) == 1 else [f"{stem}-{k:05d}-of-{len(groups):05d}{suffix}" for k in range(1, len(groups) + 1)]
+    for file, group in zip(files, groups, strict=True):
+        write_tensors(folder / file, {n: tensors[n] for n in group})
+    if len(files) > 1:
+        index = {n: file for file, group in zip(files, groups, strict=True) for n in group}
+        write_json(folder / listed, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": index})
+        files.append(listed)
+    ours = re.compile(rf"{re.escape(stem)}(-\d{{5}}-of-\d{{5}})?{re.escape(suffix)}(\.index\.json)?")
+    for old in [path for path in folder.iterdir() if ours.fullmatch(path.name) and path.name not in files]:
+        old.unlink()                                       # of an earlier export, in another number of files

@@ -5,6 +5,7 @@ import importlib
 import re
 import shlex
 import subprocess
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -53,10 +54,12 @@ def lines(path: Path) -> int:
     return path.read_text(encoding="utf-8").count("\n")
 
 
+@cache
 def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
+@cache
 def imports(path: Path) -> set[str]:
     """The modules that a file imports, wherever in it; ours by their whole names."""
     found = set()
@@ -74,6 +77,7 @@ def room(module: str) -> str:
     return module.split(".")[0]
 
 
+@cache
 def leaves() -> set[str]:
     """Files that import nothing of ours above the ground floor: any floor may use them."""
     return {name for name, path in MODULES.items() if {room(x) for x in imports(path)} & set(FLOORS) <= GROUND | {room(name)}

@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from kernels.attention import Cache, attend
 from kernels.choice import numbers
 from kernels.cross_entropy import Head
-from kernels.decode import ColumnStep, Ring, Turns, column_step, per_step, plain
+from kernels.decode import ColumnStep, Ring, Turns, column_step, plain
 from kernels.depth_attention import depth_attention
 from kernels.embed_sum import embed_row, embed_sum
 from kernels.lora_linear import linear
@@ -35,14 +35,14 @@ from kernels.rms_norm import rms_norm
 from kernels.rope import rope
 from kernels.route import route
 from kernels.swiglu import ACTIVATIONS, swiglu
-from layers.architecture import FusionConfig, ModelConfig, StackConfig
+from layers.architecture import ModelConfig, StackConfig
 from layers.batch_plan import Context, Plan, counted_context, make_plan, temporal_context
 from layers.conditioning import ConditionEmbedding, ProjectedEmbedding, VoiceAttention, VoiceConditioner
 from layers.contrastive import contrastive_pairs, info_nce
+from layers.depth import Depth, Parts, PrefixDepth
 from layers.fusion import Affine, Projector, TextTower
-from layers.prefix_depth import PrefixDepth
 from loss import Sums, cross_entropy_sums
-from streams import StreamTable, is_audio
+from streams import is_audio
 
 
 class Linear(nn.Module):
@@ -284,81 +284,7 @@ class Embedding(nn.Module):
         return embed_sum(ids, self.weight, self.offsets)
 
 
-class Depth(nn.Module):
-    """The transformer over the codebooks of one column (Moshi's depformer; RQ-Transformer).
-
-    Step k reads the temporal state and the token of the row before (step 0: the text row) and predicts codebook k.
-    Every step has weights of its own, held step-major, so all steps of all columns are batched products.
-    """
-
-    def __init__(self, c: StackConfig, table: StreamTable, width: int, demux: bool = False, fusion: FusionConfig | None = None) -> None:
-        super().__init__()
-        self.c, self.texts, self.text_map = c, len(table.text) if demux else 1, None      # text rows that step 0 reads
-        text, audio = ([table.streams[i].vocab for i in rows] for rows in (table.text[: self.texts], table.audio_out[:-1]))
-        narrow = {"rank": c.low_rank or c.dim, "dim": c.dim, "linear": Linear}
-        sets = {"sets": len(set(c.schedule)) or c.steps, "schedule": c.schedule}
-        if fusion is None:
-            self.input = Linear(width, c.dim, **sets)
-            self.text = ProjectedEmbedding(text, **narrow, shared=demux) if demux or c.low_rank else Embedding(text, c.dim)
-        else:
-            parts = (fusion.tower.temporal.dim, width, c.dim)
-            self.input = Projector(fusion.depth, parts, fusion.hidden, c.dim, fusion.dropout, fusion.split_norm, c.steps)
-            self.text, self.text_map = Embedding(text, parts[0]), Affine(parts[0], c.dim)      # the text model's width -> ours
-        self.audio = None if not audio else ProjectedEmbedding(audio, **narrow) if c.low_rank else Embedding(audio, c.dim)
-        self.layers = nn.ModuleList(Block(c) for _ in range(c.layers))
-        self.head = Linear(c.dim, table.streams[table.audio_out[0]].classes, sets=c.steps)
-
-    def embed(self, k: int, token: Tensor) -> Tensor:
-        """What step k reads: text ids (N, texts) in step 0, then the codebook before, (N,).   -> (N, d)"""
-        if k:
-            return self.audio.row(k - 1, token)
-        text = self.text(token[..., None])[:, 0]
-        return text if self.text_map is None else self.text_map(text)
-
-    def join(self, h: Tensor, embedded: Tensor, step: slice) -> Tensor:
-        """What the steps read: Moshi adds, DSAA projects.   h (N, D), embedded (n, N, d) -> (n, N, d)"""
-        h = h.expand(len(embedded), *h.shape)
-        return self.input(h, step) + embedded if self.text_map is None else self.input(torch.cat([h, embedded], -1), step)
-
-    def forward(self, h: Tensor, tokens: Tensor, tables: nn.Module | None = None, level: int = 0) -> Tensor:
-        """All steps at once, with the true tokens.   h (N, D), tokens (N, Q): text, then codebooks 0..Q-2 -> (Q, N, d)"""
-        step, read = slice(0, self.c.steps), [tokens[:, : self.texts], *tokens[:, self.texts :].unbind(1)]
-        x = self.join(h, torch.stack([self.embed(k, token) for k, token in enumerate(read)]), step)
-        return run_blocks(self.layers, x, Context(step=step), level=level)
-
-    def step(self, k: int, h: Tensor, token: Tensor, cache: Cache, known: bool = False) -> Tensor:
-        """One step of sampling: logits of codebook k.   h (B, D), token as in `embed`, `known`: none is -1 -> (B, V)"""
-        step, cache.slots, cache.live = slice(k, k + 1), slice(k, k + 1), k + 1      # step 0 overwrites the column before
-        if k == 0 and self.text_map is None:
-            cache.inputs = self.inputs(h)
-        if known and cache.tables and not torch.is_grad_enabled():
-            x = torch.add(cache.inputs[k], F.embedding(token.flatten(), cache.tables[k]), out=cache.fast.x)
-        else:
-            x = cache.inputs[k] + self.embed(k, token) if self.text_map is None else self.join(h, self.embed(k, token)[None], step)[0]
-        if cache.fast is None or torch.is_grad_enabled():
-            return self.head(run_blocks(self.layers, x[None], Context(step=step, cache=cache)), step)[0]
-        x = cache.fast(x, cache.places[k], None, None, step=k)
-        return self.head(x[None], step)[0] if self.head.adapter else cache.heads[k](x)
-
-    def inputs(self, h: Tensor) -> Tensor:
-        """What the temporal state gives to every step, as one product.   h (B, D) -> (steps, B, d)"""
-        every = slice(0, self.c.steps)
-        if self.input.adapter is not None or self.input.row_scale is not None:
-            return self.input(h.expand(self.c.steps, *h.shape), every)
-        sets = F.linear(h, self.input.weight.flatten(0, 1)).unflatten(-1, (-1, self.c.dim))
-        return self.input.pick(sets.transpose(0, 1), every)
-
-    def cache(self, batch: int) -> Cache:
-        weight = self.layers[0].attn_norm.weight
-        cache = Cache(self.c.layers, batch, self.c.kv, self.c.steps, self.c.head, weight)
-        cache.fast = None if self.c.rope_theta else column_step(self.layers, self.c, cache)
-        if cache.fast is not None:
-            cache.places = [cache.fast.places(k, k + 1) for k in range(self.c.steps)]
-            cache.heads = per_step(self.head)
-            if type(self.text) is Embedding and self.text_map is None and type(self.audio) in (Embedding, type(None)):
-                tables = [self.text.weight.detach()]             # of each step: one row of ids, none of them -1, is one operation
-                cache.tables = tables + ([] if self.audio is None else [self.audio.weight.detach()[at:] for at in self.audio.offsets])
-        return cache
+PARTS = Parts(Block, Linear, RMSNorm, Embedding, run_blocks)          # what layers/depth.py is built of
 
 
 # ---- the model ----
@@ -394,9 +320,9 @@ class MultistreamLM(nn.Module):
         if self.table.audio_out and (config.depth is None or prefix):                # with a prefix, of the first codebook alone
             self.audio_head = Linear(D, sum(streams[i].classes for i in self.table.audio_out[: 1 if prefix else None]))
         if prefix:
-            self.depth = PrefixDepth(config.depth, self.table, D, config.depth_tied, Block, Linear, RMSNorm, Embedding, run_blocks)
+            self.depth = PrefixDepth(PARTS, config.depth, self.table, D, config.depth_tied)
         elif config.depth is not None:
-            self.depth = Depth(config.depth, self.table, D, config.demux, fusion)
+            self.depth = Depth(PARTS, config.depth, self.table, D, config.demux, fusion)
         self.reset_parameters()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MultistreamLM":

@@ -4,7 +4,7 @@
     cb 1..32                                               a0 a1 ... aT 0                     trained; a frame of zeros ends it
 
 Every turn is its text, "[speaker]" in front, and its 32 Mimi codebooks at 12.5 Hz, without delays; turns of the past stand
-before it. Codebook 0 comes from a head of the temporal transformer, the others from layers/prefix_depth.py, which the
+before it. Codebook 0 comes from a head of the temporal transformer, the others from layers/depth.py, which the
 official training runs on a sixteenth of the frames. Sources: the released config.json and chat template of sesame/csm-1b;
 transformers 5.23 (csm), whose sampling ends a turn when all codebooks but the last are 0.
 """
@@ -69,7 +69,7 @@ HEADS = "depth_decoder.codebooks_head.weight"           # (Q - 1, d, V) there, (
 
 def tidy(tensors: Tensors, config: ModelConfig) -> Tensors:
     """Without the codec, which audio/ reads; one copy of the tables that both transformers share."""
-    kept = {n: t.mT if n == HEADS else t for n, t in tensors.items() if not n.startswith("codec_model.")}
+    kept = {n: t.transpose(1, 2) if n == HEADS else t for n, t in tensors.items() if not n.startswith("codec_model.")}
     same(kept, "backbone_model.embed_tokens.embed_audio_tokens.weight", f"{DEPTH}.embed_tokens.weight")
     if f"{DEPTH}.embed_tokens.weight" in kept:          # transformers may store the shared tables under this name alone
         kept["backbone_model.embed_tokens.embed_audio_tokens.weight"] = kept.pop(f"{DEPTH}.embed_tokens.weight")
@@ -79,7 +79,7 @@ def tidy(tensors: Tensors, config: ModelConfig) -> Tensors:
 def untidy(tensors: Tensors, config: ModelConfig) -> Tensors:
     """Undo `tidy`: the depth transformer's name of the shared tables is the one that transformers stores."""
     names = {"backbone_model.embed_tokens.embed_audio_tokens.weight": f"{DEPTH}.embed_tokens.weight"}
-    return {names.get(n, n): t.mT.contiguous() if n == HEADS else t for n, t in tensors.items()}
+    return {names.get(n, n): t.transpose(1, 2) if n == HEADS else t for n, t in tensors.items()}
 
 
 def read(about: About, tensors: Tensors) -> ModelConfig:

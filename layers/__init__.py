@@ -4,6 +4,6 @@
     batch_plan.py      attention masks, positions and routing of a batch, computed once
     conditioning.py    low-rank embeddings, conditions, voices (Moshi's relatives)
     fusion.py          a frozen text model beside the temporal transformer (DSAA)
-    prefix_depth.py    a depth transformer that reads a frame as a short sequence (CSM)
+    depth.py           depth transformers: Moshi's, and one that reads a prefix (CSM)
     contrastive.py     the contrastive term for voice cloning
 """

@@ -30,7 +30,7 @@ class StackConfig:
     packed: bool = False              # qkv, and gate with up, are one Linear each (Moshi)
     steps: int = 0                    # depth transformer: codebook steps, each with weights of its own
     schedule: tuple[int, ...] = ()    # depth transformer: weight set of each step, () = its own
-    prefix: bool = False              # depth transformer: reads [state, codebook 0, 1, ...] as a sequence (layers/prefix_depth.py)
+    prefix: bool = False              # depth transformer: reads [state, codebook 0, 1, ...] as a sequence (layers/depth.py)
     projection: str = ""              # prefix depth transformer: temporal width -> dim, "linear", "bias" (one with bias) or ""
     low_rank: int = 0                 # depth transformer: width of its embedding tables, each widened by a Linear; 0 = dim
 

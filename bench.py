@@ -56,12 +56,12 @@ LIMITS = {"moshi": 600, "higgs": 80, "qwen": 80}             # operations a fram
 def bench_train(job: Job) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         pair = train_case(job, Path(folder))
-        ours, peer, told, *_ = pair
+        ours, peer, checked, *_ = pair
         if peer is not None:
-            told = check(*(torch.stack([side().cpu() for _ in range(3)]) for side in (ours, peer)), told, job.half)
+            checked = check(*(torch.stack([side().cpu() for _ in range(3)]) for side in (ours, peer)), checked, job.half)
         row = {"what": f"train {job.model}", **compare(*alternate(ours, peer, job.pairs), sum(pair.lengths))}
         rate = useful_flops(pair) / row["ours"]["ms"]["median"] * 1e3
-        row |= {"checked": told, "target": TARGETS.get(row["what"]), "TFLOP/s": rate / 1e12}
+        row |= {"checked": checked, "target": TARGETS.get(row["what"]), "TFLOP/s": rate / 1e12}
         return [row | ({"MFU": rate / FLOPS, "syncs": syncs(ours)} if ON_GPU else {})]
 
 
@@ -96,24 +96,24 @@ def bench_decode(job: Job, columns: int = 64) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         model, net, why = decode_models(job, Path(folder))
         ours, peer = decode_sides(model, net, 1, 1 if model.table.aligned else 32, columns, 0)
-        told = why
+        checked = why
         if peer is not None:
             one, other = (side(columns).cpu() for side in (ours, peer))
-            both = min(one.shape[-1], other.shape[-1])       # a generator may hold back its last frame
-            told = check(one[..., :both], other[..., :both], "greedy tokens", job.half)
+            both = min(one.shape[-1], other.shape[-1])       # a generator may keep back its last frame
+            checked = check(one[..., :both], other[..., :both], "greedy tokens", job.half)
         times = alternate(*(side and partial(side, columns) for side in (ours, peer)), job.pairs)
-        row = {"what": f"decode {job.model}", **compare(*times, columns), "checked": told}
+        row = {"what": f"decode {job.model}", **compare(*times, columns), "checked": checked}
         return [row | {"target": TARGETS.get(row["what"])}, frame_row(job, model, net, why or "drawn, nothing to compare")]
 
 
 def bench_ops(job: Job, frames: int = 8) -> list[dict[str, Any]]:
     """What one frame makes the host do. Greedy, as the known figures of the peers are."""
     with tempfile.TemporaryDirectory() as folder:
-        model, net, told = decode_models(job, Path(folder))
+        model, net, checked = decode_models(job, Path(folder))
         lag = max(model.table.delays) + 1
         ours, peer = decode_sides(model, net, 1, 1 if model.table.aligned else 32, lag + 2 * frames, 0)
         found, other = per_frame(ours, frames, lag), per_frame(peer, frames, lag) if peer else None
-    row = {"what": f"ops {job.model}", "ours": {"ops": spread([found.pop("ops")])}, "checked": told, "ratio": None, **found}
+    row = {"what": f"ops {job.model}", "ours": {"ops": spread([found.pop("ops")])}, "checked": checked, "ratio": None, **found}
     if other:
         row |= {"peer": {"ops": spread([other["ops"]])}, "ratio": spread([row["ours"]["ops"]["median"] / other["ops"]])}
     return [row | {"limit": None if ON_GPU else LIMITS.get(job.model)}]
@@ -147,8 +147,8 @@ def run_peak(job: Job, which: str, *shape: int) -> float:
     return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env).stdout.split()[-1])
 
 
-def memory_row(what: str, told: str, limit: float | None, sizes: dict[str, float]) -> dict[str, Any]:
-    row = {"what": what, **{name: {"MiB": spread([size])} for name, size in sizes.items()}, "checked": told, "target": limit}
+def memory_row(what: str, checked: str, limit: float | None, sizes: dict[str, float]) -> dict[str, Any]:
+    row = {"what": what, **{name: {"MiB": spread([size])} for name, size in sizes.items()}, "checked": checked, "target": limit}
     return row | {"ratio": spread([sizes["ours"] / sizes["peer"]]) if "peer" in sizes else None}
 
 
@@ -178,9 +178,9 @@ def bench_loss(job: Job) -> list[dict[str, Any]]:
     rows, given = bench_loss_memory(job), loss_shape(job)
     for vocab, streams in ((32000, 1), (1026, 8)):
         sides = [peers.loss_side(vocab, streams, who, **given) for who in ("ours", "full")]
-        told = check(*(side() for side in sides), "loss and gradient", job.half)
+        checked = check(*(side() for side in sides), "loss and gradient", job.half)
         times = compare(*alternate(*sides, job.pairs), given["rows"])
-        rows.append({"what": f"loss time {streams}x{vocab}", **times, "checked": told, "target": 0.7 if ON_GPU else 1.0})
+        rows.append({"what": f"loss time {streams}x{vocab}", **times, "checked": checked, "target": 0.7 if ON_GPU else 1.0})
     for who, target in (("torch", None), ("liger", 1.1)):
         row = {"what": f"loss time {who}", "against": who, "target": target, "ratio": None}
         row["checked"] = peers.missing_loss(who) or ("" if job.peer else "not measured: add --peer")
@@ -203,8 +203,8 @@ def bench_kernels(job: Job) -> list[dict[str, Any]]:
         times = compare(*alternate(ours, peer, job.pairs), 1)
         moved, seconds = shapes.moved(given[name], ours()), times["ours"]["ms"]["median"] / 1e3
         floor = {"GB/s": moved / seconds / 1e9, "of_byte_floor": moved / BYTES / seconds} if ON_GPU else {}
-        told = "" if ON_GPU else "the reference; its Triton kernel: not measured, no CUDA device"
-        rows.append({"what": f"kernel {name}", **times, "checked": told, "target": 1.0 if ON_GPU else None, **floor})
+        checked = "" if ON_GPU else "the reference; its Triton kernel: not measured, no CUDA device"
+        rows.append({"what": f"kernel {name}", **times, "checked": checked, "target": 1.0 if ON_GPU else None, **floor})
     return rows
 
 

@@ -18,7 +18,8 @@ import setup_check  # noqa: F401, first: it says how to set up where torch is mi
 import json
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ from layers.architecture import ModelConfig
 from layers.fusion import as_stored, fingerprint
 from lora import LoraConfig
 from model import MultistreamLM
-from options import edge, from_json, read_json, replace_file, split_arguments, to_json, unknown, write_json
+from options import difference, edge, from_json, read_json, replace_file, split_arguments, to_json, unknown, write_json
 from streams import StreamTable
 from text.tokenizers import load_tokenizer, tokenizer_file
 from training.parallel import place
@@ -140,7 +141,8 @@ def load(path: str | Path, device: str | torch.device = "cpu", dtype: str | torc
         types = prepare(model) if prepare else {}
         if any(isinstance(p, DTensor) for p in model.parameters()):
             model.to_empty(device=device)                  # the part of this rank
-        fill(model, tensors, str(folder), device, dtype, types)
+        with naming_changed_options(model, about, folder):
+            fill(model, tensors, str(folder), device, dtype, types)
         load_text_tower(model, folder, device, dtype)
     return cast(put_adapter(model, adapter), device, STORED if prepare else dtype, {}).eval()
 
@@ -168,8 +170,8 @@ def extras_of(about: dict[str, Any], folder: Path, path: str | Path) -> Extras:
 def cast(model: MultistreamLM, device: str | torch.device, dtype: torch.dtype | str, types: dict[str, torch.dtype]) -> MultistreamLM:
     """Move a model, a parameter at a time, in `dtype` but for those that `types` names; numbers of 8 bits stay."""
     for name, p in model.named_parameters():
-        wanted = types.get(name, dtype)
-        p.data = p.data.to(device, wanted if isinstance(wanted, torch.dtype) and p.is_floating_point() else None)
+        expected = types.get(name, dtype)
+        p.data = p.data.to(device, expected if isinstance(expected, torch.dtype) and p.is_floating_point() else None)
     return model.to(device)
 
 
@@ -201,7 +203,7 @@ def adapter_config(adapter: str | Path, model: MultistreamLM) -> LoraConfig:
 
 
 def adapter_format(folder: Path) -> AdapterFormat | None:
-    """The library whose adapter a folder holds, None when it is ours or nobody's."""
+    """The library whose adapter a folder holds, None when it is ours or of no known layout."""
     found = [form for form in adapter_formats() if all((folder / name).is_file() for name in (form.config_file, form.weight_file))]
     return found[0] if found else None
 
@@ -215,8 +217,8 @@ def read_about(folder: Path) -> dict[str, Any]:
                          + "official layouts that can be read are listed by `python checkpoint.py import --help`")
     if about.get("version") != VERSION:
         raise ValueError(f"{folder} has checkpoint version {about.get('version')}, this code reads {VERSION}; update the code")
-    wanted = {"model": dict, "data": dict, "step": int, "base": str}
-    broken = [key for key, kind in wanted.items() if not isinstance(about.get(key), kind)]
+    expected = {"model": dict, "data": dict, "step": int, "base": str}
+    broken = [key for key, kind in expected.items() if not isinstance(about.get(key), kind)]
     if not broken and about["data"] and not isinstance(about["data"].get("tokenizer"), str):
         broken = ["data.tokenizer"]
     if broken:
@@ -242,15 +244,30 @@ def averages(folder: Path) -> Tensors:
     return open_tensors(file) if file.is_file() or rank_files(file) else {}
 
 
-def check_fit(wanted: Tensors, tensors: Tensors, source: str) -> None:
+@contextmanager
+def naming_changed_options(model: nn.Module, about: dict[str, Any] | None, folder: Path) -> Iterator[None]:
+    """Within, a ValueError names the options in which the config.json `about` of a checkpoint of ours differs from `model`, if any do."""
+    try:
+        yield
+    except ValueError:
+        changes = [f"--model.{line}" for line in difference(from_json(ModelConfig, about["model"]), model.config)] if about else []
+        if about and about.get("lora") and getattr(model, "lora", None):
+            changes += [f"--lora.{line}" for line in difference(from_json(LoraConfig, about["lora"]), model.lora)]
+        if not changes:
+            raise
+        listed = ", ".join(line.replace(": ", "=", 1).replace(" -> ", " (this run asks for ") + ")" for line in changes[:3])
+        raise ValueError(f"{folder} was made with {listed}; drop the option, or use another --out or --init") from None
+
+
+def check_fit(expected: Tensors, tensors: Tensors, source: str) -> None:
     """ValueError lists what is missing, unexpected or of another shape."""
-    missing, unexpected = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+    missing, unexpected = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or unexpected:
         raise ValueError(f"{source} does not fit this model: {len(missing)} tensors missing {missing[:3]}, {len(unexpected)} unexpected "
                          + f"{unexpected[:3]}; check that weights and config.json belong together")
-    for name, target in wanted.items():
+    for name, target in expected.items():
         if target.shape != tensors[name].shape:
-            raise ValueError(f"{source}: {name} is {tuple(tensors[name].shape)}, the config wants {tuple(target.shape)}; "
+            raise ValueError(f"{source}: {name} is {tuple(tensors[name].shape)}, the config needs {tuple(target.shape)}; "
                              + "check that weights and config.json belong together")
 
 
@@ -258,9 +275,9 @@ def check_fit(wanted: Tensors, tensors: Tensors, source: str) -> None:
 def fill(model: nn.Module, tensors: Tensors, source: str, device: str | torch.device = "cpu", dtype: torch.dtype | str = torch.float32,
          types: dict[str, torch.dtype] | None = None) -> None:
     """Give a model its weights, strictly and one at a time: copied into its memory, or, on the meta device, as `load` says."""
-    wanted, types = model.weights(), types or {}
-    check_fit(wanted, tensors, source)
-    for name in wanted:                                    # looked up when its turn comes: a cut model has new ones by then
+    expected, types = model.weights(), types or {}
+    check_fit(expected, tensors, source)
+    for name in expected:                                    # looked up when its turn comes: a cut model has new ones by then
         module, leaf = owner(model, name)
         target, full = getattr(module, leaf), value(tensors[name])
         if not target.is_meta:
@@ -300,7 +317,7 @@ def base_of(adapter: str) -> str:
 
 
 def recognise(folder: Path) -> Format | None:
-    """The official layout of a folder, None when it is ours or nobody's."""
+    """The official layout of a folder, None when it is ours or of no known layout."""
     about = read_json(folder / "config.json")
     return recognise_format(about) if isinstance(about, dict) and about.get("format") != FORMAT else None
 
@@ -514,8 +531,8 @@ def plain_model(path: str) -> MultistreamLM:
 def write_made(folder: str | Path, config: ModelConfig, tensors: Tensors, extras: Extras) -> Path:
     """Write a model that was made of others, strictly."""
     with torch.device("meta"):
-        wanted = MultistreamLM(config).weights()
-    check_fit(wanted, tensors, "what was made")
+        expected = MultistreamLM(config).weights()
+    check_fit(expected, tensors, "what was made")
     return write_checkpoint(Path(folder), "model", config, tensors, extras)
 
 

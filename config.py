@@ -21,10 +21,10 @@ SCHEDULES = ("constant", "linear", "cosine", "wsd", "onecycle")
 
 @dataclass(frozen=True)
 class DpoConfig:
-    """How a preference is learnt."""
+    """Direct preference optimisation."""
 
-    beta: float = 0.1                # how dear it is to leave the reference: large stays near it
-    label_smoothing: float = 0.0     # share of pairs that may be the wrong way round
+    beta: float = 0.1                # DPO temperature; larger values keep the policy closer to the reference model
+    label_smoothing: float = 0.0     # share of pairs assumed to be labelled the wrong way round, 0 to 0.5
 
     def __post_init__(self) -> None:
         assert self.beta > 0, f"beta {self.beta} is not positive"
@@ -33,12 +33,12 @@ class DpoConfig:
 
 @dataclass(frozen=True)
 class Stage:
-    """A first part of a run, with data and weights of its own. Behind the last one the run's own hold."""
+    """A first part of a run, with its own data and loss weights. After the last stage the run's own settings apply."""
 
-    steps: int                       # how long it lasts
-    sources: tuple[str, ...] = ()    # what it reads; () = data.sources
-    text: float = 1.0                # lambda of the text group; 0 leaves what only text trains as it is
-    audio: float = 1.0               # lambda of the audio group, likewise
+    steps: int                       # optimizer steps that this stage lasts
+    sources: tuple[str, ...] = ()    # its training data; () = data.sources
+    text: float = 1.0                # weight of the text loss; 0 leaves parameters that only text trains unchanged
+    audio: float = 1.0               # weight of the audio loss; 0 leaves parameters that only audio trains unchanged
 
 
 @dataclass(frozen=True)
@@ -46,52 +46,52 @@ class TrainConfig:
     """A run: what is trained on what, and how."""
 
     model: ModelConfig                     # the family
-    data: DataConfig                       # where the tokens come from
-    loss: LossConfig = field(default_factory=LossConfig)   # how streams add up
-    lora: LoraConfig | None = None         # adapters; None trains everything
-    quantize: str = ""                     # "int8": what is frozen in 8 bits, a quarter of fp32; adapters on it train as ever
-    dpo: DpoConfig | None = None           # learn from pairs of replies what is preferred, not what is likely (objective.py)
-    init: str = ""                         # weights to start from: folder, file or hub id; empty = random
-    init_adapter: str = ""                 # adapter to start from (second stage)
-    out: str = "out/run"                   # run folder
-    resume: str = "auto"                   # "auto" continues what is in `out`, "never" refuses to, or a checkpoint folder
+    data: DataConfig                       # the training and held-out data
+    loss: LossConfig = field(default_factory=LossConfig)   # weights of the losses
+    lora: LoraConfig | None = None         # LoRA adapters; None = train all weights
+    quantize: str = ""                     # "int8": keep frozen weights in 8 bits, a quarter of fp32; needs adapters
+    dpo: DpoConfig | None = None           # train on pairs of a chosen and a rejected reply (DPO) instead of likelihood
+    init: str = ""                         # weights to start from: folder, file or hub id; empty = random weights
+    init_adapter: str = ""                 # adapter folder to start from; empty = new adapters
+    out: str = "out/run"                   # run folder: checkpoints, metrics.jsonl and samples are written here
+    resume: str = "auto"                   # "auto" = continue the run in `out`, "never" = refuse if there is one, or a checkpoint folder
 
     steps: int = 1000                      # optimizer steps
-    epochs: int = 0                        # passes over the training data, the last one whole; 0 = by steps; both: what ends first
-    stages: tuple[Stage, ...] = ()         # a curriculum: what the first steps read and train
-    batch_size: int = 1                    # packed rows of a micro-batch, on one rank
-    accum: int = 1                         # micro-batches of a step, on one rank
+    epochs: int = 0                        # passes over the training data, 0 = stop after `steps`; the run stops at whichever comes first
+    stages: tuple[Stage, ...] = ()         # first stages of a run; 400 steps on text alone: --stages='[{"steps":400,"audio":0.0}]'
+    batch_size: int = 1                    # packed rows in a micro-batch, per rank
+    accum: int = 1                         # micro-batches in an optimizer step, per rank
     lr: float = 1e-3                       # peak learning rate
-    rates: tuple[tuple[str, float], ...] = ()   # (pattern, factor) on the rate of parts, the first match holds; 0 freezes
-    schedule: str = "linear"               # constant, linear, cosine, wsd or onecycle
-    warmup: int = 0                        # steps of linear warm-up (onecycle: of the rise)
-    warmup_offset: int = 0                 # 0: the first update has rate 0 when there is a warm-up; 1 avoids it
-    cycle_momentum: bool = False           # onecycle: also swing beta1, 0.95 down to 0.85 at the peak, as moshi-finetune does
-    decay: float = 0.2                     # share of the steps over which wsd falls
-    min_lr: float = 0.0                    # the schedule ends here
-    betas: tuple[float, float] = (0.9, 0.95)   # AdamW
-    eps: float = 1e-8                      # AdamW
-    weight_decay: float = 0.1              # on matrices; vectors have none
-    clip: float = 1.0                      # largest gradient norm, 0 = no limit
-    ema: float = 0.0                       # decay of the averaged weights that evaluation and sampling use, 0 = none
-    dtype: str = "auto"                    # fp32, bf16 or fp16 compute; auto = bf16 where the device has it
-    device: str = "auto"                   # cpu, cuda, or auto
-    compile: bool = False                  # torch.compile each block
-    shard: bool = False                    # FSDP2: a rank holds its part of weights, gradients and AdamW; full fine-tuning
-    seed: int = 0                          # of weights, data order, dropout
+    rates: tuple[tuple[str, float], ...] = ()   # learning rate factor by parameter name, 0 freezes: --rates="(('depth',0.3),)"
+    schedule: str = "linear"               # learning rate schedule: constant, linear, cosine, wsd or onecycle
+    warmup: int = 0                        # steps of linear warm-up (onecycle: steps until the peak)
+    warmup_offset: int = 0                 # with a warm-up: 0 starts at learning rate 0, 1 starts one step higher
+    cycle_momentum: bool = False           # onecycle: move beta1 from 0.95 to 0.85 at the peak and back, as moshi-finetune does
+    decay: float = 0.2                     # wsd: share of the steps over which the learning rate falls, 0 to 1
+    min_lr: float = 0.0                    # learning rate at the end of linear, cosine and wsd
+    betas: tuple[float, float] = (0.9, 0.95)   # AdamW: decay of the first and the second moment
+    eps: float = 1e-8                      # AdamW: added to the denominator
+    weight_decay: float = 0.1              # AdamW: decay of weight matrices; biases and norms have none
+    clip: float = 1.0                      # clip the gradient norm to this value, 0 = no clipping
+    ema: float = 0.0                       # decay of averaged weights (EMA) for evaluation and sampling, 0 = off
+    dtype: str = "auto"                    # compute type: fp32, bf16, fp16, or auto = bf16 where the device supports it, else fp32
+    device: str = "auto"                   # cpu, cuda, or auto = cuda where there is one
+    compile: bool = False                  # run torch.compile on each block
+    shard: bool = False                    # FSDP2: split weights, gradients and AdamW state over the ranks; for full fine-tuning
+    seed: int = 0                          # random seed of initial weights, data order and dropout
 
     eval_every: int = 0                    # steps between evaluations, 0 = only at the end
-    eval_batches: int = 0                  # held-out batches a rank, 0 = all
-    patience: int = 0                      # evaluations without a better loss before stopping, 0 = never
+    eval_batches: int = 0                  # held-out batches read at an evaluation, per rank, 0 = all
+    patience: int = 0                      # stop after this many evaluations without a better held-out loss, 0 = never
     prompts: tuple[str, ...] = ()          # texts to speak and measure at every evaluation (evaluation_samples.py); Moshi: recordings
-    listen: int = 0                        # held-out recordings said again and measured as well
+    listen: int = 0                        # held-out recordings whose text is spoken and measured at every evaluation
     save_every: int = 0                    # steps between checkpoints, 0 = only at the end
-    keep: int = 2                          # checkpoints kept beside the best
-    consolidated: str = ""                 # each also as checkpoints/checkpoint_N/consolidated, for another trainer's scripts
-    max_minutes: float = 0.0               # stop and save after this long, 0 = no limit
-    max_skips: int = 10                    # consecutive steps with a non-finite gradient before giving up
-    log_every: int = 10                    # steps between lines of metrics.jsonl
-    trackers: tuple[str, ...] = ()         # also report to: tensorboard, wandb, trackio
+    keep: int = 2                          # number of newest checkpoints kept, beside the best one
+    consolidated: str = ""                 # official format in which each checkpoint is written too, empty = none
+    max_minutes: float = 0.0               # save and stop after this many minutes, 0 = no limit
+    max_skips: int = 10                    # stop with an error after this many consecutive steps with a non-finite gradient
+    log_every: int = 10                    # steps between log lines and rows of metrics.jsonl
+    trackers: tuple[str, ...] = ()         # other loggers: tensorboard, wandb, trackio; () = metrics.jsonl only
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -114,7 +114,8 @@ class TrainConfig:
         assert all(0 <= beta < 1 for beta in self.betas) and 0 <= self.seed < 2**63, "betas are in [0, 1), seed is not negative"
         assert 0 <= self.ema < 1 and 0 <= self.decay <= 1, f"ema {self.ema} is outside [0, 1), or decay {self.decay} outside [0, 1]"
         assert not (self.stages and self.epochs), "stages count steps; leave epochs at 0"
-        assert all(s.steps > 0 and min(s.text, s.audio) >= 0 < s.text + s.audio for s in self.stages), "a stage lasts and trains something"
+        assert all(s.steps > 0 and min(s.text, s.audio) >= 0 < s.text + s.audio for s in self.stages), (
+            "each stage needs steps and one loss weight above 0")
         assert all(factor >= 0 for _, factor in self.rates), f"rates {self.rates} has a negative factor"
         try:
             family_of(self.model.table)
@@ -149,7 +150,7 @@ def learning_rate(step: int, c: TrainConfig) -> float:
 
 
 def first_beta(step: int, c: TrainConfig) -> float:
-    """AdamW's beta1 in update `step`: fixed, or swung against the learning rate (what OneCycleLR does unless told not to)."""
+    """AdamW's beta1 in update `step`: fixed, or swung against the learning rate (the default of OneCycleLR)."""
     if c.schedule != "onecycle" or not c.cycle_momentum:
         return c.betas[0]
     rise = c.warmup - 1

@@ -1,6 +1,6 @@
 """Data: cached examples -> packed batches, and the commands that prepare and show them.
 
-    python data.py check FOLDER [--write DIR]          what a source holds, what is wrong with it, and how to mend it;
+    python data.py check FOLDER [--write DIR]          what a source holds, which rows cannot be used, and how to correct them;
                          [--tokenizer=T]           how well a tokenizer covers its texts (text/coverage.py)
     python data.py prepare configs/X.py [--data.x=y]   encode once what is not cached yet; training never runs a codec
     python data.py show configs/X.py [--index 0]       one example as the model sees it
@@ -229,8 +229,8 @@ class Loader:
         """Another clip of the speaker, with the configured probability; never the example itself or a part of it."""
         entry = self.index.entries[number]
         others = self.speakers.get(entry.speaker, [])
-        wanted = draw.random() < self.config.reference and len(others) > 1 + len(entry.parts)
-        for _ in range(8 if wanted else 0):             # a long dialogue may hold most clips of its speaker
+        use_reference = draw.random() < self.config.reference and len(others) > 1 + len(entry.parts)
+        for _ in range(8 if use_reference else 0):             # a long dialogue may hold most clips of its speaker
             other = draw.choice(others)
             if other != number and other not in entry.parts:
                 return other

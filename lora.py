@@ -303,17 +303,17 @@ def load_state(model: nn.Module, config: LoraConfig, tensors: dict[str, Tensor],
     ValueError names `source` and what is missing, unexpected, of another shape, or has an all-zero B: an adapter that
     was never trained or never saved. `idle` names the B that may be zero, because nothing they serve was ever trained.
     """
-    wanted = state(model, config)
-    missing, unexpected = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+    expected = state(model, config)
+    missing, unexpected = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or unexpected:
         counts = f"{len(missing)} tensors missing {missing[:3]}, {len(unexpected)} unexpected {unexpected[:3]}"
         raise ValueError(f"adapter {source} does not fit: {counts}; it was made with other targets or for another model")
-    for name, target in wanted.items():
+    for name, target in expected.items():
         if target.shape != tensors[name].shape:
-            shapes = f"{name} is {tuple(tensors[name].shape)}, the model wants {tuple(target.shape)}"
+            shapes = f"{name} is {tuple(tensors[name].shape)}, the model needs {tuple(target.shape)}"
             raise ValueError(f"adapter {source}: {shapes}; rank or base model differ")
     zero = [name for name in idle_adapters(tensors) if name not in idle]
     if zero:
         raise ValueError(f"adapter {source}: {len(zero)} lora_B are all zero ({zero[0]}); it would change nothing there, train it first")
-    for name, target in wanted.items():
+    for name, target in expected.items():
         target.copy_(tensors[name])

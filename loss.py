@@ -50,7 +50,7 @@ class Sums:
     weight: Tensor
     hits: Tensor
     count: Tensor
-    quiet: Tensor | None = None     # (4,) what of them is padding in the text row, where that is told apart
+    quiet: Tensor | None = None     # (4,) what of them is padding in the text row, where it is counted apart
     places: Tensor | None = None    # (N,) weighted nll of each position, over its streams; carries the gradient too, but with a scale
     contrast: Tensor | None = None  # the contrastive term, summed over its samples
     paired: Tensor | None = None    # () how many samples those are

@@ -73,7 +73,7 @@ def generate(model: MultistreamLM, prompt: Tensor, config: SampleConfig | None =
             if all(turn.done for turn in state.turns):
                 break
     finally:                                                                  # also when the caller stops listening
-        if not training:                                                      # between steps of training memory is wanted elsewhere
+        if not training:                                                      # between training steps the memory is needed elsewhere
             cuda_graphs.keep_graphs(model, runner)
         model.train(training)
 
@@ -108,7 +108,7 @@ def speak_examples(model: MultistreamLM, examples: Sequence[Example], config: Sa
     feed = family_of(table).feed
     feed = feed and feed([e.text for e in examples], table)
     frames: list[Tensor] = []
-    decoder, heard = codec.stream() if on_audio else None, False
+    decoder, any_audio = codec.stream() if on_audio else None, False
     bar = tqdm(total=config.max_frames, unit="frame", disable=not (progress and sys.stderr.isatty()))
     for frame in generate(model, prompt, config, feed):
         codes = frame[:, table.audio_out].cpu()                           # the codec may live elsewhere
@@ -116,9 +116,9 @@ def speak_examples(model: MultistreamLM, examples: Sequence[Example], config: Sa
         bar.update()
         if decoder is not None and bool((codes[0] >= 0).all()):
             on_audio(decoder.decode(sounding(codes[:1, :, None], codec))[0])
-            heard = True
+            any_audio = True
     bar.close()
-    if heard:
+    if any_audio:
         on_audio(decoder.flush()[0])
     stacked = torch.stack(frames, dim=-1) if frames else torch.empty(len(examples), len(table.audio_out), 0, dtype=torch.long)
     capped = len(frames) >= config.max_frames - (max(table.delays) if table.aligned else 0)
@@ -162,7 +162,7 @@ def reply(model: MultistreamLM, user: Tensor | None, config: SampleConfig, skip_
 
     `before` (B, K, t) are the first frames of all rows: the model goes on from there, and `user` is None when it speaks
     for both (max_frames says how long). `conditions` (C, 1) or (B, C, 1) are the ids of the condition rows, `given` as in
-    `generate`. `skip_first_frame`: as the official generator, which never hears the first frame and gives fewer.
+    `generate`. `skip_first_frame`: as the official generator, which skips the first frame and yields fewer.
     """
     table, lag = model.table, max(model.table.delays)
     before = torch.empty(len(user), len(table), 0, dtype=torch.long) if before is None else before

@@ -79,8 +79,8 @@ if config.epochs:
     config = replace(config, steps=min(config.steps, steps))
 held_out = Loader(config.data, table, "held-out", config.batch_size, rank, world, pairs=config.dpo is not None)
 if config.eval_every and not any(held_out.sources):
-    say("no row is held out: only training losses are told, none is best; --data.split=hash --data.held_out=0.1 holds some out")
-for path in config.prompts if table.monologue else ():      # recordings: better told now than at the first evaluation
+    say("no validation data: validation loss and ckpt/best are off. Add --data.split=hash --data.held_out=0.05")
+for path in config.prompts if table.monologue else ():      # a missing recording is an error now, not at the first evaluation
     load_wav(path)
 
 # ---- 4. model: weights -> adapters -> precision ----
@@ -159,7 +159,7 @@ def forward(module: torch.nn.Module, batch: Batch, scale: torch.Tensor | None = 
         return goal.sums(module, [t.to(device, non_blocking=True) for t in tensors], plan, scale)
 
 
-# ---- 7. evaluate, listen, save ----
+# ---- 7. evaluate, sample, save ----
 def trade_averages() -> None:
     """Swap the trained weights with their averages; a second call swaps back."""
     for n, p in trained.items() if ema else ():
@@ -170,10 +170,10 @@ def trade_averages() -> None:
 
 @torch.no_grad()
 def evaluate() -> dict[str, float]:
-    """Held-out numbers, weighted by targets over all ranks; rank 0 speaks the prompts, or answers them."""
+    """Held-out numbers, weighted by targets over all ranks; rank 0 also speaks the prompts or answers them."""
     raw.eval()
     trade_averages()
-    total, heard = goal.zero(), {}
+    total, spoken = goal.zero(), {}
     with parallel.gathered(raw):
         for n, batch in enumerate(held_out):
             if config.eval_batches and n >= config.eval_batches:
@@ -181,11 +181,11 @@ def evaluate() -> dict[str, float]:
             total += forward(raw, batch)[1].cpu()
         if (config.prompts or config.listen) and rank == 0:
             with autocast:
-                heard = evaluation_samples.speak_samples(raw, config, held_out.index, out / "samples" / f"step_{run.step:06d}")
-            say(f"step {run.step}: {evaluation_samples.summary_line(heard)}")
+                spoken = evaluation_samples.speak_samples(raw, config, held_out.index, out / "samples" / f"step_{run.step:06d}")
+            say(f"step {run.step}: {evaluation_samples.summary_line(spoken)}")
     trade_averages()
     raw.train()
-    return (goal.report(all_sum(total, device)) if any(held_out.sources) else {}) | heard
+    return (goal.report(all_sum(total, device)) if any(held_out.sources) else {}) | spoken
 
 
 def checkpoint(best: bool = False) -> None:
@@ -206,7 +206,7 @@ for name in ("SIGTERM", "SIGINT"):
     signal.signal(getattr(signal, name), lambda *_, name=name: stop.update(why=name))
 log = monitor.Log(out, config.trackers, run.step) if rank == 0 else monitor.Log()
 say(monitor.memory(raw))
-began, meter = time.time(), monitor.Meter(table, reader.loader.index.info["frame_rate"], world, run.step)
+began, began_at, meter = time.time(), run.step, monitor.Meter(table, reader.loader.index.info["frame_rate"], world, run.step)
 bar = tqdm(total=config.steps, initial=run.step, unit="step", disable=rank > 0 or not sys.stderr.isatty())
 while True:
     # (a) evaluate and save before a step; the last pass does only this, and no step counts its time
@@ -227,7 +227,7 @@ while True:
         break
     meter.began += time.perf_counter() - paused
 
-    # (b) the step's micro-batches and how many targets they hold on all ranks; a wish to stop rides along
+    # (b) the step's micro-batches and how many targets they hold on all ranks; a request to stop is summed with them
     say(*reader.enter(run.step))
     step_batches = reader.take(config.accum)
     late = config.max_minutes and time.time() - began > 60 * config.max_minutes
@@ -267,7 +267,7 @@ while True:
         read = [n for b in step_batches for row in b.names for n in row]
         say(f"step {run.step}: gradient is {norm}, step skipped{scaled}; it read {read}")
         if run.skips >= config.max_skips:
-            raise ValueError(f"{run.skips} steps in a row had a non-finite gradient; lower --lr, use fp32, or mend the rows above")
+            raise ValueError(f"{run.skips} steps in a row had a non-finite gradient; lower --lr, use --dtype=fp32, or check these rows")
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
 
@@ -284,8 +284,11 @@ while True:
     run.step += 1
     bar.update()
 
-# ---- 10. last words ----
+# ---- 10. summary ----
 bar.close()
 peak = f", peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if kind == "cuda" else ""
-say(f"{time.time() - began:.0f} s{peak}; checkpoint {out}/ckpt/latest, numbers {out}/metrics.jsonl")
+if began_at >= config.steps and not stop["why"]:
+    say(f"{out} has already run its {run.step} steps; raise --steps to continue (checkpoint: {out}/ckpt/latest)")
+else:
+    say(f"finished in {time.time() - began:.0f} s{peak}; checkpoint: {out}/ckpt/latest, metrics: {out}/metrics.jsonl")
 parallel.end()

@@ -39,7 +39,7 @@ from layers.architecture import FusionConfig, ModelConfig, StackConfig
 from model import MultistreamLM
 from streams import Stream, StreamTable, codebooks
 
-WEIGHTS = (1.0, 100.0, *[1.0] * 7, *[0.0] * 8)              # text, semantic codebook, acoustic ones; the user is only heard
+WEIGHTS = (1.0, 100.0, *[1.0] * 7, *[0.0] * 8)              # text, semantic codebook, acoustic ones; the user is only read
 RATES = (("temporal.*", 0.0), ("embed.*", 0.0), ("text_projector", 1.0), ("depth.input", 1.0), ("text_head", 0.05), ("depth.*", 0.05))
 
 config = TrainConfig(

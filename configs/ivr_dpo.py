@@ -1,4 +1,4 @@
-"""Preference tuning (DPO) of a phone model: professional replies before curt ones and before figures that nobody looked up.
+"""Preference tuning (DPO) of a phone model: professional replies before curt ones and before figures that were not looked up.
 
     python checkpoint.py merge out/ivr_qwen --out=models/ivr_qwen      the model to begin with, its adapter folded in
     python train.py configs/ivr_dpo.py                                 one GPU; minutes

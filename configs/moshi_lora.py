@@ -47,7 +47,7 @@ from layers.architecture import ModelConfig, StackConfig
 from lora import LoraConfig
 from streams import Stream, StreamTable, codebooks
 
-WEIGHTS = (1.0, 100.0, *[1.0] * 7, *[0.0] * 8)              # text, semantic codebook, acoustic ones; the user is only heard
+WEIGHTS = (1.0, 100.0, *[1.0] * 7, *[0.0] * 8)              # text, semantic codebook, acoustic ones; the user is only read
 
 config = TrainConfig(
     model=replace(MOSHI_7B, checkpoint=4), init="kyutai/moshiko-pytorch-bf16",

@@ -3,7 +3,7 @@
     python train.py configs/tiny.py            make demo does this, then samples
 
 The agent's voice reads the current, next and previous word, the age of the word and the codes of the frame before;
-it predicts eight codebooks and when to advance to the next word. It composes words it has heard: no open vocabulary.
+it predicts eight codebooks and when to advance to the next word. It composes words from its training recordings and cannot say others.
 """
 
 from dataclasses import replace

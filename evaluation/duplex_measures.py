@@ -6,7 +6,7 @@
                                                           PAD ratio       frames of the text row in which no word is said
 
 `python evaluate.py FOLDER` measures every stereo wav of a folder: what sample.py wrote (the text row lies in the .json
-beside it), or recordings. Speech is told by loudness (audio/telephone.py).
+beside it), or recordings. Speech is found by loudness (audio/telephone.py).
 """
 
 from collections.abc import Sequence
@@ -93,9 +93,9 @@ def report(folder: Path) -> dict[str, Any] | None:
     if not rows:
         return None
     for row in [*rows, {"wav": "mean"} | mean(rows)]:
-        told = [f"latency {row['reply_latency']:+.2f} s" if "reply_latency" in row else "no reply", f"overlap {row['overlap_ratio']:.2f}",
+        cells = [f"latency {row['reply_latency']:+.2f} s" if "reply_latency" in row else "no reply", f"overlap {row['overlap_ratio']:.2f}",
                 f"PAD {row['pad_ratio']:.2f}" if "pad_ratio" in row else "no text row"]
-        print(f"{row['wav']:<24} {row['replies']:3d} of {row['user_turns']} replies, {', '.join(told)}")
+        print(f"{row['wav']:<24} {row['replies']:3d} of {row['user_turns']} replies, {', '.join(cells)}")
     result = {"mean": mean(rows), "dialogues": rows}
     write_json(folder / "dialogues.json", result)
     return result

@@ -7,7 +7,7 @@
     page.player("x.wav", "four nine two")
     page.write(Path("index.html"))
 
-Whatever is told is escaped: a transcript cannot bring markup. A page made of the same numbers has the same bytes.
+Every text is escaped: a transcript cannot add markup. A page made of the same numbers has the same bytes.
 The two functions in front of it are for pictures of their own, `curves.png` and those of representations.py.
 """
 

@@ -141,8 +141,8 @@ class Reader:
             texts.append(self.text_row(part, codes.shape[-1], where))
             context += codes.shape[-1] * (n < scored)
         Q = len(self.table.audio_out)
-        heard = len(self.table.audio) - Q
-        frames = torch.cat([torch.cat(texts)[None], torch.cat(agent, -1)[:Q], torch.cat(user, -1)[:heard]])
+        user_codebooks = len(self.table.audio) - Q
+        frames = torch.cat([torch.cat(texts)[None], torch.cat(agent, -1)[:Q], torch.cat(user, -1)[:user_codebooks]])
         counts = ((frames >= 0) & (self.table.column("classes") > 0) & (torch.arange(frames.shape[1]) >= context)).float()
         return Clip(delay(frames, self.table.delays, self.table.column("start")), delay(counts, self.table.delays, 0.0))
 
@@ -168,9 +168,9 @@ class Reader:
 
 # ---- commands ----
 
-def items(path: Path, wanted: dict[str, type], limit: int) -> list[Row]:
+def items(path: Path, fields: dict[str, type], limit: int) -> list[Row]:
     """Rows of a set, numbered by their line where they have no id."""
-    rows = [row | {"id": str(row.get("id", n))} for n, row in read_rows(path, "item of a set", **wanted)]
+    rows = [row | {"id": str(row.get("id", n))} for n, row in read_rows(path, "item of a set", **fields)]
     if not rows:
         raise ValueError(f"{path} holds no item; add lines of JSON")
     return rows[:limit] if limit else rows
@@ -185,11 +185,11 @@ def pairs(run: str, job: MinimalPairsConfig) -> dict[str, float]:
         right, wrong = (scores(model, reader.clip([item[side]], 0, where), job.semantic) for side in ("right", "wrong"))
         results.append({"id": item["id"], "right": verdict(right, wrong), "scores": {"right": right, "wrong": wrong}})
     write_rows(target, results)
-    told = {name: share([r["scores"]["right"][name] > r["scores"]["wrong"][name] for r in results
+    shares = {name: share([r["scores"]["right"][name] > r["scores"]["wrong"][name] for r in results
                          if not math.isnan(r["scores"]["right"][name] + r["scores"]["wrong"][name])])
             for name in ("speech", "semantic", "plain", "text")}
-    print(f"{target}: {len(results)} pairs; right by " + ", ".join(f"{k} {v:.3f}" for k, v in told.items() if not math.isnan(v)))
-    return told
+    print(f"{target}: {len(results)} pairs; right by " + ", ".join(f"{k} {v:.3f}" for k, v in shares.items() if not math.isnan(v)))
+    return shares
 
 
 def verdict(right: dict[str, float], wrong: dict[str, float]) -> bool:

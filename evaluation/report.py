@@ -112,19 +112,19 @@ def report(run: Path, job: Evaluation, hear: Hear) -> Path:
     held = read_held(data, model)
     out = Path(job.out) if job.out else run / "report"
     models = compared(model, job, started)
-    told: dict[str, Any] = {"run": str(run), "step": model.extras.step, "models": list(models), "rows": len(held.rows)}
+    summary: dict[str, Any] = {"run": str(run), "step": model.extras.step, "models": list(models), "rows": len(held.rows)}
     page = Page(f"{run}: step {model.extras.step}")
     page.note(f"{len(held.rows)} held-out rows in {len(set(held.groups))} groups, from {', '.join(data.sources)}. "
               + f"Intervals hold 95 % of {job.rounds} bootstrap rounds over groups, seed {job.seed}.")
     rows = [{"id": row["id"], "group": group} for row, group in zip(held.rows, held.groups, strict=True)]
-    losses = tell_losses(models, held, job, told, page, rows)
+    losses = report_losses(models, held, job, summary, page, rows)
     if family_of(model.table).template and not model.table.audio:
-        rows += tell_calls(models, held, own, losses, job, told, page)
-        tell_forgetting(models, data, job, told, page)
-    tell_speech(run, hear, told, page)
-    tell_curves(run, page)
+        rows += report_calls(models, held, own, losses, job, summary, page)
+        report_forgetting(models, data, job, summary, page)
+    report_speech(run, hear, summary, page)
+    report_curves(run, page)
     write_rows(out / "rows.jsonl", rows)
-    write_json(out / "summary.json", told)
+    write_json(out / "summary.json", summary)
     page.write(out / "index.html")
     return out / "index.html"
 
@@ -207,14 +207,14 @@ def perplexity(parts: np.ndarray) -> float:
     return math.exp(min(ratio(parts), 700.0)) if parts[1] else math.nan
 
 
-def tell_losses(models: Models, held: Held, job: Evaluation, told: Row, page: Page, rows: list[Row]) -> dict[str, np.ndarray]:
+def report_losses(models: Models, held: Held, job: Evaluation, summary: Row, page: Page, rows: list[Row]) -> dict[str, np.ndarray]:
     """Loss, perplexity and accuracy of every predicted stream; -> per model the text or only group's (N, 2): nll, weight."""
     found = {}
     for name, use in models.items():
         with use() as model:
             found[name], table = sums_of(model, held.index, held.numbers), model.table
     streams = {"text": table.text_out, "audio": table.audio_out} | {table.streams[k].name: [k] for k in [*table.text_out, *table.audio_out]}
-    shown, told["losses"] = [], []
+    shown, summary["losses"] = [], []
     for stream, ks in streams.items():
         for name, sums in found.items():
             part = sums[:, ks].sum(1)                                        # (N, K, 4) -> (N, 4)
@@ -223,7 +223,7 @@ def tell_losses(models: Models, held: Held, job: Evaluation, told: Row, page: Pa
             draw = Resample(part, held.groups, job.rounds, job.seed)
             loss, ppl, hits = draw(), draw(perplexity), draw(lambda s: ratio(s[2:]))
             shown.append([stream, name, loss, ppl, hits, int(part[:, 3].sum())])
-            told["losses"].append({"stream": stream, "model": name, "loss": loss, "perplexity": ppl, "accuracy": hits})
+            summary["losses"].append({"stream": stream, "model": name, "loss": loss, "perplexity": ppl, "accuracy": hits})
             for row, value in zip(rows, part, strict=True):
                 row[f"{name}/{stream}_loss"] = ratio(value)
     page.heading("Held-out loss")
@@ -272,7 +272,7 @@ def slices_of(row: Row) -> list[str]:
     return ["all", *known, "one exchange" if asked == 1 else "several exchanges", "with a lookup" if looked else "without a lookup"]
 
 
-def tell_calls(models: Models, held: Held, data: DataConfig, losses: dict[str, np.ndarray], job: Evaluation, told: Row,
+def report_calls(models: Models, held: Held, data: DataConfig, losses: dict[str, np.ndarray], job: Evaluation, summary: Row,
                page: Page) -> list[Row]:
     """Replies, slices and intents; -> a row for every reply."""
     cases = cases_of(held, job.replies)
@@ -282,9 +282,9 @@ def tell_calls(models: Models, held: Held, data: DataConfig, losses: dict[str, n
     for name, use in models.items():
         with use() as model:
             reply_all(model, name, cases, held, data, job)
-    tell_replies(list(models), cases, job, told, page)
-    tell_slices(list(models), cases, held, losses, job, told, page)
-    tell_intents(models, held, data, job, told, page)       # the probe learns from the rows that the run learnt from
+    report_replies(list(models), cases, job, summary, page)
+    report_slices(list(models), cases, held, losses, job, summary, page)
+    report_intents(models, held, data, job, summary, page)       # the probe learns from the rows that the run learnt from
     page.heading("Some replies")
     page.table(["call", "caller", "should be", *models], [
         [case.row["id"], str(case.before[-1]["content"]), case.reference, *case.replies.values()] for case in cases[:40]])
@@ -308,20 +308,20 @@ def likeness(cases: list[Case], replies: Sequence[str], job: Evaluation) -> dict
     return found
 
 
-def tell_replies(names: list[str], cases: list[Case], job: Evaluation, told: Row, page: Page) -> None:
+def report_replies(names: list[str], cases: list[Case], job: Evaluation, summary: Row, page: Page) -> None:
     said = {name: [case.replies[name] for case in cases] for name in names} | {"reference": [case.reference for case in cases]}
     found = {name: likeness(cases, replies, job) for name, replies in said.items()}
-    told["replies"] = found | {"ended": {name: sum(case.ended[name] for case in cases) / len(cases) for name in names}}
+    summary["replies"] = found | {"ended": {name: sum(case.ended[name] for case in cases) / len(cases) for name in names}}
     page.heading("Replies")
     page.table(["measure", *found], [[measure, *(found[name][measure] for name in found)] for measure in found["reference"]]
-               + [["ended by itself", *(told["replies"]["ended"][name] for name in names), "-"]],
+               + [["ended by itself", *(summary["replies"]["ended"][name] for name in names), "-"]],
                f"{len(cases)} replies. BLEU by sacrebleu (13a, exponential smoothing), ROUGE by rouge-score (words of any script, no "
                + "stemming). Made up: figures, codes and names of a reply that neither the call nor a lookup held before.")
     for name in names:
         print(f"replies of {name}: " + ", ".join(f"{measure} {show(value)}" for measure, value in found[name].items()))
 
 
-def tell_slices(names: list[str], cases: list[Case], held: Held, losses: dict[str, np.ndarray], job: Evaluation, told: Row,
+def report_slices(names: list[str], cases: list[Case], held: Held, losses: dict[str, np.ndarray], job: Evaluation, summary: Row,
                 page: Page) -> None:
     """Loss and replies of every slice; the worst by the run's loss stands first."""
     table = []
@@ -338,7 +338,7 @@ def tell_slices(names: list[str], cases: list[Case], held: Held, losses: dict[st
             cells[f"{m} made up"] = ratio(made_up(inside, replies).sum(0))
         table.append(cells)
     table.sort(key=lambda cells: (cells["slice"] != "all", -cells[f"{names[0]} loss"][0]))
-    told["slices"] = table
+    summary["slices"] = table
     page.heading("Slices, the worst first")
     heads = list(max(table, key=len))
     page.table(heads, [[cells.get(head, "") for head in heads] for cells in table],
@@ -362,7 +362,7 @@ def features(model: MultistreamLM, index: Index, texts: Sequence[str]) -> Tensor
     return torch.stack(found)
 
 
-def tell_intents(models: Models, held: Held, data: DataConfig, job: Evaluation, told: Row, page: Page) -> None:
+def report_intents(models: Models, held: Held, data: DataConfig, job: Evaluation, summary: Row, page: Page) -> None:
     """What callers want, by their first words: key words, and a probe fitted on the training rows' hidden states."""
     asked = [(first_words(row), str(row["category"]), group)
              for row, group in zip(held.rows, held.groups, strict=True) if row.get("category")]
@@ -385,7 +385,7 @@ def tell_intents(models: Models, held: Held, data: DataConfig, job: Evaluation, 
         scores[name] = Resample(cells, groups, job.rounds, job.seed)(lambda s: macro_f1(s.reshape(len(names), -1)))
     others = bundled(job.out_of_scope).read_text(encoding="utf-8").splitlines() if job.out_of_scope else []
     refused = sum(intent(text) == UNKNOWN for text in others) / len(others) if others else math.nan
-    told["intents"] = {"macro F1": scores, "names": names, "confusion": {name: t.tolist() for name, t in tables.items()},
+    summary["intents"] = {"macro F1": scores, "names": names, "confusion": {name: t.tolist() for name, t in tables.items()},
                        "out of scope refused by key words": refused, "training rows": len(learnt)}
     page.heading("What callers want")
     page.table(["by", "macro F1"], [[name, score] for name, score in scores.items()],
@@ -417,7 +417,7 @@ def bundled(name: str) -> Path:
     return path
 
 
-def tell_forgetting(models: Models, data: DataConfig, job: Evaluation, told: Row, page: Page) -> None:
+def report_forgetting(models: Models, data: DataConfig, job: Evaluation, summary: Row, page: Page) -> None:
     """Loss on general texts that have nothing to do with calls."""
     if not job.generic:
         return
@@ -427,13 +427,13 @@ def tell_forgetting(models: Models, data: DataConfig, job: Evaluation, told: Row
             held = read_held(replace(data, sources=(str(bundled(job.generic)),), split="manifest"), model)
             found[name] = sums_of(model, held.index, held.numbers)[:, model.table.text_out].sum(1)[:, :2]
     draws = {name: Resample(parts, held.groups, job.rounds, job.seed) for name, parts in found.items()}
-    told["forgetting"] = {name: {"loss": draw(), "perplexity": draw(perplexity)} for name, draw in draws.items()}
+    summary["forgetting"] = {name: {"loss": draw(), "perplexity": draw(perplexity)} for name, draw in draws.items()}
     page.heading("Forgetting")
-    rows = [[name, numbers["loss"], numbers["perplexity"]] for name, numbers in told["forgetting"].items()]
+    rows = [[name, numbers["loss"], numbers["perplexity"]] for name, numbers in summary["forgetting"].items()]
     if "base" in found:
         both = np.hstack([found["run"], found["base"]])
         lost = Resample(both, held.groups, job.rounds, job.seed)(lambda s: ratio(s[:2]) - ratio(s[2:]))
-        told["forgetting"]["lost"] = lost
+        summary["forgetting"]["lost"] = lost
         rows.append(["run - base", lost, ""])
     page.table(["model", "loss", "perplexity"], rows, f"{len(held.rows)} general texts of {job.generic}; above 0 the run has lost some.")
     print("general text: " + ", ".join(f"{name} {show(loss)}" for name, loss, _ in rows))
@@ -441,24 +441,25 @@ def tell_forgetting(models: Models, data: DataConfig, job: Evaluation, told: Row
 
 # ---- speech and curves ----
 
-def tell_speech(run: Path, hear: Hear, told: Row, page: Page) -> None:
+def report_speech(run: Path, hear: Hear, summary: Row, page: Page) -> None:
     """Error rates of the recordings in samples.jsonl, with players."""
     path = run / "samples.jsonl"
     if not path.is_file():
         return
     rows = [row for _, row in read_rows(path, "row of text and wav", text=str, wav=str)]
     heard = hear([load_wav(path.parent / row["wav"]) for row in rows])
-    told["speech"] = [{"text": row["text"], "heard": text, "wer": wer(row["text"], text), "cer": cer(row["text"], text)}
+    summary["speech"] = [{"text": row["text"], "heard": text, "wer": wer(row["text"], text), "cer": cer(row["text"], text)}
                       for row, text in zip(rows, heard, strict=True)]
     page.heading("Speech")
     texts = [row["text"] for row in rows]
-    told |= {name: Resample([[row[name], 1] for row in told["speech"]], texts)() for name in ("wer", "cer")}
-    page.table(["text", "heard", "WER", "CER"], [[*row.values()] for row in told["speech"]] + [["mean", "", told["wer"], told["cer"]]])
+    summary |= {name: Resample([[row[name], 1] for row in summary["speech"]], texts)() for name in ("wer", "cer")}
+    page.table(["text", "heard", "WER", "CER"],
+               [[*row.values()] for row in summary["speech"]] + [["mean", "", summary["wer"], summary["cer"]]])
     for row in rows:
         page.player(path.parent / row["wav"], row["text"])
 
 
-def tell_curves(run: Path, page: Page) -> None:
+def report_curves(run: Path, page: Page) -> None:
     path = run / "metrics.jsonl"
     if not path.is_file():
         return

@@ -122,13 +122,13 @@ def compare_representations(run: Path, job: GeometryConfig) -> dict[str, Any]:
             raise ValueError(f"{job.other} reads other rows than {run}; compare models of one stream table")
         found |= {f"other {name}": x for name, x in states(other, batches, job.columns).items()}
     names = list(found)
-    told = {"columns": len(found["state"]), "names": names, "cka": [[round(cka(found[a], found[b]), 6) for b in names] for a in names],
+    result = {"columns": len(found["state"]), "names": names, "cka": [[round(cka(found[a], found[b]), 6) for b in names] for a in names],
             "cosine": {f"{a} -> {b}": round(cosine(found[a], found[b]), 6) for a, b in neighbours(names)},
             "explained": {name: [round(float(s), 6) for s in main_axes(x)[1]] for name, x in found.items()}}
-    write_json(run / "representations.json", told)
-    draw_representations(run / "representations.png", found, told, spoken(batches, model, job.columns))
-    print(f"{run}/representations.json and .png: {len(names)} states at {told['columns']} columns")
-    return told
+    write_json(run / "representations.json", result)
+    draw_representations(run / "representations.png", found, result, spoken(batches, model, job.columns))
+    print(f"{run}/representations.json and .png: {len(names)} states at {result['columns']} columns")
+    return result
 
 
 def enough(columns: int) -> Any:
@@ -160,12 +160,12 @@ def spoken(batches: Sequence[Batch], model: MultistreamLM, columns: int) -> Tens
     return (said >= 0) & (said != table.pad) & (said != table.epad)
 
 
-def draw_representations(path: Path, found: dict[str, Tensor], told: dict[str, Any], said: Tensor) -> None:
+def draw_representations(path: Path, found: dict[str, Tensor], result: dict[str, Any], said: Tensor) -> None:
     figure = blank_figure(14, 6)
     left, right = figure.subplots(1, 2)
-    image = left.imshow(told["cka"], vmin=0, vmax=1, cmap="viridis")
-    left.set_xticks(range(len(told["names"])), told["names"], rotation=90)
-    left.set_yticks(range(len(told["names"])), told["names"])
+    image = left.imshow(result["cka"], vmin=0, vmax=1, cmap="viridis")
+    left.set_xticks(range(len(result["names"])), result["names"], rotation=90)
+    left.set_yticks(range(len(result["names"])), result["names"])
     left.set_title("linear CKA")
     figure.colorbar(image, ax=left)
     places, explained = main_axes(found["state"])
@@ -221,8 +221,8 @@ def landscape(run: Path, job: GeometryConfig) -> dict[str, Any]:
         raise ValueError(f"{run} has no held-out rows to read; set data.held_out and prepare again")
     loss = plane(model, parameters, batches, config, job)
     steps = torch.linspace(-job.reach, job.reach, job.points).tolist()
-    told = {"steps": steps, "loss": loss.tolist(), "matrices": sum(p.dim() > 1 for p in parameters.values()), "seed": job.seed}
-    write_json(run / "landscape.json", told)
+    result = {"steps": steps, "loss": loss.tolist(), "matrices": sum(p.dim() > 1 for p in parameters.values()), "seed": job.seed}
+    write_json(run / "landscape.json", result)
     figure = blank_figure(7, 6)
     axes = figure.subplots()
     figure.colorbar(axes.contourf(steps, steps, loss.T, levels=20), ax=axes, label="held-out loss")
@@ -232,4 +232,4 @@ def landscape(run: Path, job: GeometryConfig) -> dict[str, Any]:
     save_figure(run / "landscape.png", figure)
     middle = loss[job.points // 2, job.points // 2] if job.points % 2 else float("nan")
     print(f"{run}/landscape.json, landscape.png: loss {loss.min():.3f} to {loss.max():.3f}, {middle:.3f} at the weights")
-    return told
+    return result

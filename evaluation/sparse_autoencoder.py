@@ -1,4 +1,4 @@
-"""Sparse autoencoders of a model's states: what each column holds, told by k of many learned directions.
+"""Sparse autoencoders of a model's states: each column as a combination of k out of many learned directions.
 
     python evaluate.py sae configs/dsaa_ae.py --run=out/dsaa               cosine on held-out columns and dead units, RUN/sae/*.safetensors
     python evaluate.py sae configs/dsaa_ae.py --smoke                      on the tiny run of configs/dsaa.py --smoke
@@ -156,10 +156,10 @@ def main(argv: Sequence[str]) -> None:
     if list(argv) in ([], ["--help"]):
         return print(help_text(SaeConfig(), USAGE))
     config: SaeConfig = load_config(list(argv), USAGE, kind="SaeConfig")
-    folder, told = Path(config.run) / "sae", {}
+    folder, results = Path(config.run) / "sae", {}
     for name, x in gather(config).items():
-        told[name] = fit(x, config, folder / f"{name.replace(' ', '_')}.safetensors")
+        results[name] = fit(x, config, folder / f"{name.replace(' ', '_')}.safetensors")
         guess = math.sqrt(config.k / x.shape[1])
-        print(f"{name}: {len(x)} columns of {x.shape[1]}, held-out cosine {told[name]['cosine']:.3f} (k coordinates of a random state "
-              + f"{guess:.3f}), {told[name]['dead']:.0%} of {config.width} directions unused")
-    write_json(folder / "sae.json", told)
+        print(f"{name}: {len(x)} columns of {x.shape[1]}, held-out cosine {results[name]['cosine']:.3f} (k coordinates of a random state "
+              + f"{guess:.3f}), {results[name]['dead']:.0%} of {config.width} directions unused")
+    write_json(folder / "sae.json", results)

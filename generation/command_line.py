@@ -25,33 +25,33 @@ from streams import StreamTable
 class Job(SampleConfig):
     """What `python sample.py` does."""
 
-    ckpt: str = ""               # run folder, checkpoint folder, file or hub id
-    text: str = ""               # what to say
-    texts: str = ""              # or a file with one text a line
-    out: str = "out/sample.wav"  # wav to write; with texts, a folder for wavs and samples.jsonl
-    user: str = ""               # or a recording to talk with: out becomes stereo (left the model), its words a .txt beside it
-    prompt: str = ""             # or a stereo dialogue to go on with, left the model; then it speaks with user, or for both
-    seconds: float = 20.0        # with prompt: go on for so long
-    condition: str = ""          # what Hibiki and its like are told: description=very_good
-    chat: ChatConfig | None = None  # --chat: converse at the terminal (conversation.py), a line at a time
+    ckpt: str = ""               # model: run folder, checkpoint folder, file or hub id
+    text: str = ""               # text to speak
+    texts: str = ""              # file with one text a line, instead of --text
+    out: str = "out/sample.wav"  # wav file to write; with --texts, the folder for wavs and samples.jsonl
+    user: str = ""               # recording to answer: --out becomes stereo (left the model, right the user), with a transcript .txt
+    prompt: str = ""             # stereo dialogue to continue, left the model; without --user the model speaks for both
+    seconds: float = 20.0        # with --prompt: seconds to generate
+    condition: str = ""          # condition of a model that has conditions (Hibiki): description=very_good
+    chat: ChatConfig | None = None  # --chat: converse at the terminal, a line at a time
     reply: str = ""              # conversations: "text", printed as it comes, or "speech"; "" = speech where there is any
     system: str = ""             # conversations: system message, "" = as in training
-    skip_first_frame: bool = False    # with user: his first frame is never heard, as in the official generator
+    skip_first_frame: bool = False    # with --user: skip the first frame of the recording, as Moshi's official generator does
     ref: tuple[str, ...] = ()    # recording of the voice to clone, or "profile:" and words; several are [SPEAKER0], [SPEAKER1]
-    ref_text: tuple[str, ...] = ()  # what each recording says
-    ref_in: str = "assistant"    # conversations: where it stands, in an "assistant" turn or in the "system" message
-    scene: str = ""              # conversations: scene description
-    chunk_words: int = 0         # speak a long text in pieces of so many words, or of speakers' turns; 0 = whole
-    chunk_buffer: int = 1        # pieces before that the next one goes on from, beside the references
-    codec: str = ""              # codec, tokenizer and normaliser where the checkpoint names none, as official ones do
-    tokenizer: str = ""          # by default the one in the checkpoint's folder
-    normaliser: str = ""
-    adapter: str = ""            # checkpoint folder of an adapter to put on top
-    device: str = "cpu"          # cpu or cuda
-    dtype: str = "fp32"          # fp32, bf16 or fp16
-    quantize: str = ""           # "int8": weights of 8 bits, half the bytes of bf16 to read for each column
-    stream: bool = False         # write the wav while it grows
-    batch: int = 16              # texts spoken at once
+    ref_text: tuple[str, ...] = ()  # transcript of each --ref recording
+    ref_in: str = "assistant"    # conversations: put the reference voice in an "assistant" turn or in the "system" message
+    scene: str = ""              # conversations: description of the scene, "" = none
+    chunk_words: int = 0         # speak a long text in pieces of this many words, or of speakers' turns; 0 = in one piece
+    chunk_buffer: int = 1        # with --chunk_words: earlier pieces that the next one reads as context
+    codec: str = ""              # codec file, folder or name; "" = the one that the checkpoint names
+    tokenizer: str = ""          # tokenizer file or folder; "" = the one that the checkpoint names
+    normaliser: str = ""         # text normaliser; "" = the one that the checkpoint names
+    adapter: str = ""            # folder of an adapter to load on top of --ckpt; "" = none
+    device: str = "cpu"          # device to run on: cpu or cuda
+    dtype: str = "fp32"          # type of the weights: fp32, bf16 or fp16
+    quantize: str = ""           # "int8": keep the weights in 8 bits, half the memory of bf16; "" = off
+    stream: bool = False         # write the wav while it is generated
+    batch: int = 16              # texts generated at once, in one batch
 
     def __post_init__(self) -> None:
         super().__post_init__()

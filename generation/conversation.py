@@ -72,7 +72,7 @@ class ChatConfig:
     lookup: str = ""             # json file of what may be looked up: {"48213": {"order": "48213", "status": "shipped"}}
     log: str = ""                # jsonl file to append to, "" = chat.jsonl beside --out
     budget: int = 2048           # columns of a prompt; beyond, the oldest exchanges are forgotten whole
-    grounded: bool = True        # a figure that nobody named is not said
+    grounded: bool = True        # refuse to say a figure that neither the caller nor a look-up named; default true
     timeout: float = 0.0         # seconds after which a reply is cut off, 0 = never
 
     def __post_init__(self) -> None:
@@ -87,7 +87,7 @@ def read_lookup(path: str) -> Lookup:
         raise ValueError(f'{path} is no table of facts; write {{"48213": {{"order": "48213", "status": "shipped"}}}}')
     table = {figure: {str(k): str(v) for k, v in facts.items()} for key, facts in found.items() for figure in figures(key) or [key.lower()]}
     for facts in table.values():
-        lookup_turn(facts)                              # what could not be written into a turn is told at once
+        lookup_turn(facts)                              # what cannot be written into a turn is reported at once
     return table.get
 
 
@@ -119,11 +119,11 @@ OPEN = re.compile(rf"(?:\S*\d\S*\s+|\b(?:{WORDS})\b\W+)*\S*$", re.I)         # a
 
 
 class Guard:
-    """Lets a text through as it grows, up to the first figure that `context` does not hold."""
+    """Releases a growing text, up to the first figure that `context` does not contain."""
 
     def __init__(self, context: str) -> None:
         self.known = set(figures(context)) | set(re.findall(r"\w+", context.lower()))
-        self.text, self.told, self.caught = "", 0, ""
+        self.text, self.released, self.caught = "", 0, ""
 
     def push(self, piece: str) -> str:
         self.text += piece
@@ -134,9 +134,9 @@ class Guard:
 
     def release(self, end: int) -> str:
         self.caught = self.caught or next((f for f in figures(self.text[:end]) if f not in self.known), "")
-        if self.caught or end <= self.told:
+        if self.caught or end <= self.released:
             return ""
-        begin, self.told = self.told, end
+        begin, self.released = self.released, end
         return self.text[begin:end]
 
 
@@ -203,7 +203,7 @@ class Session:
                 for piece in given:
                     said.append(piece)
                     yield piece
-        except GeneratorExit:                           # nobody listens any more
+        except GeneratorExit:                           # the consumer stopped reading
             turn.cut = "barge-in"
             raise
         except (ValueError, OSError):
@@ -308,7 +308,7 @@ class Session:
             yield "text", rest
         if guard.caught:
             turn.cut = "made up"
-            yield "text", (" " if guard.told and not guard.text[: guard.told].endswith((" ", "\n")) else "") + mark
+            yield "text", (" " if guard.released and not guard.text[: guard.released].endswith((" ", "\n")) else "") + mark
 
     def frames(self, prompt: Tensor, turn: TurnLog, start: float) -> Iterator[Tensor]:
         """The frames of a reply, until it is cut off: not one is drawn behind that."""

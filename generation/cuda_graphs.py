@@ -1,8 +1,8 @@
-"""Generation on CUDA: a column is one graph, captured once and replayed, and nobody waits.
+"""Generation on CUDA: a column is one graph, captured once and replayed without a pause between columns.
 
     known (B, K) -> [ draw the column -> does something end or begin? -> read it ] -> column (B, K), stalled
 
-What must stand in a column (start ids, end ids, whose turn it is) is decided on the host by turns.py, and can be told
+What must stand in a column (start ids, end ids, whose turn it is) is decided on the host by turns.py, and is known
 one column ahead unless an id that is drawn ends or begins something. So the host launches the next column before it
 looks at this one: the device never idles. It says itself when such an id was drawn. Then it stalls: launches leave
 nothing behind, until the host has decided, holds the column as it must be, and launches it again. The states, the place
@@ -51,17 +51,17 @@ def capture(step: Callable[[], None]) -> Callable[[], None]:
 
 
 class GraphRunner:
-    """Runs a writer by graphs. It is called as `Direct` is: once for each column."""
+    """Runs a `DecodeStep` by graphs. It is called as `EagerRunner` is: once for each column."""
 
-    def __init__(self, writer: DecodeStep) -> None:
-        self.writer, cache = writer, writer.cache
-        (B, _), K, device = writer.position.shape, len(writer.table), writer.position.device
-        if cache.turns is not None and writer.model.config.temporal.rope_theta:
-            cache.turns.reach(writer.columns + SLOTS)
+    def __init__(self, decode_step: DecodeStep) -> None:
+        self.decode_step, cache = decode_step, decode_step.cache
+        (B, _), K, device = decode_step.position.shape, len(decode_step.table), decode_step.position.device
+        if cache.turns is not None and decode_step.model.config.temporal.rope_theta:
+            cache.turns.reach(decode_step.columns + SLOTS)
         self.known = torch.full((B, K), FREE, device=device)
         self.result = torch.zeros(B, K + 1, dtype=torch.int64, device=device)
         self.stalled = torch.zeros((), dtype=torch.bool, device=device)
-        self.real = torch.ones(B, 1, dtype=torch.bool, device=device)         # items that are wanted
+        self.real = torch.ones(B, 1, dtype=torch.bool, device=device)         # the others only fill the batch
         self.kept = [t.clone() for t in self.fresh()]
         cuda = device.type == "cuda"
         self.slots = [Slot(torch.empty(B, K, dtype=torch.int64, pin_memory=cuda), torch.empty(B, K + 1, dtype=torch.int64, pin_memory=cuda),
@@ -73,20 +73,20 @@ class GraphRunner:
         """A copy of a model captures graphs of its own."""
 
     def fresh(self) -> list[Tensor]:
-        """What the writer knows behind a prompt: states, position, what was heard; columns and padding in the cache (2, B')."""
-        writer = self.writer
-        padding = writer.guide.twice(writer.padding)
-        heard = [] if writer.heard is None else [writer.heard]
-        return [*writer.h, writer.position, *heard, torch.stack([torch.full_like(padding, writer.cache.count), padding])]
+        """What the decode step holds behind a prompt: states, position, recent codes; columns and padding in the cache (2, B')."""
+        decode_step = self.decode_step
+        padding = decode_step.guide.twice(decode_step.padding)
+        recent = [] if decode_step.recent is None else [decode_step.recent]
+        return [*decode_step.h, decode_step.position, *recent, torch.stack([torch.full_like(padding, decode_step.cache.count), padding])]
 
     def begin(self, items: int, feed: Feed | None = None) -> "GraphRunner":
-        """Take over what the writer made of a prompt; the first `items` of the batch are wanted, and hear what `feed` knows ahead."""
-        writer, self.items, self.feed, self.made = self.writer, items, feed, 0
+        """Take over the state behind a prompt; the first `items` of the batch are real, and `feed` gives columns that it knows ahead."""
+        decode_step, self.items, self.feed, self.made = self.decode_step, items, feed, 0
         for kept, t in zip(self.kept, self.fresh(), strict=True):
             kept.copy_(t)
-        *writer.h, writer.position = self.kept[:3]
-        writer.heard = None if writer.heard is None else self.kept[3]
-        writer.cache.counter, writer.cache.padding = self.kept[-1]
+        *decode_step.h, decode_step.position = self.kept[:3]
+        decode_step.recent = None if decode_step.recent is None else self.kept[3]
+        decode_step.cache.counter, decode_step.cache.padding = self.kept[-1]
         self.stalled.fill_(False)
         self.real[:, 0] = torch.arange(len(self.real)) < items
         self.ahead.clear()
@@ -96,22 +96,22 @@ class GraphRunner:
 
     def step(self, kind: ColumnKind) -> None:
         """Draw a column and read it, from the states in place to the states in place."""
-        writer, before = self.writer, [t.clone() for t in getattr(self.writer.feed, "state", ())]
-        column = writer.draw(self.known, kind)
+        decode_step, before = self.decode_step, [t.clone() for t in getattr(self.decode_step.feed, "state", ())]
+        column = decode_step.draw(self.known, kind)
         self.stalled.logical_or_(self.turning(column))
         moves = ~self.stalled
-        for t, old in zip(getattr(writer.feed, "state", ()), before, strict=True):
+        for t, old in zip(getattr(decode_step.feed, "state", ()), before, strict=True):
             t.copy_(torch.where(moves, t, old))
         self.result[:, :-1].copy_(column)
         self.result[:, -1].copy_(self.stalled.expand(len(column)))
-        writer.read(column, kind, moves)
-        writer.cache.counter.add_(moves)
+        decode_step.read(column, kind, moves)
+        decode_step.cache.counter.add_(moves)
 
     def turning(self, column: Tensor) -> Tensor:
         """Whether an id that was drawn ends or begins something.   column (B, K) -> () bool"""
-        writer, table = self.writer, self.writer.table
+        decode_step, table = self.decode_step, self.decode_step.table
         special = column.new_zeros((), dtype=torch.bool)
-        if table.audio_out and writer.end >= 0:
+        if table.audio_out and decode_step.end >= 0:
             ends = numbers(tuple(table.streams[k].end for k in table.audio_out), column.device)
             drawn = (column[:, table.spoken] == ends) & (self.known[:, table.spoken] == FREE) & self.real
             special = special | (drawn.all(1) if table.joint_end else drawn).any()
@@ -141,11 +141,11 @@ class GraphRunner:
 
     def launch(self, state: DecodeState, known: Tensor, kind: ColumnKind) -> None:
         """Put a column behind those that the device has to do."""
-        slot, heard = self.slots[self.count % SLOTS], self.feed and self.feed.ahead(self.made + len(self.ahead))
+        slot, recent = self.slots[self.count % SLOTS], self.feed and self.feed.ahead(self.made + len(self.ahead))
         self.count += 1
-        if heard is not None:
+        if recent is not None:
             known = known.clone()
-            known[:, self.feed.place] = torch.where(known[:, self.feed.place] == FREE, heard, known[:, self.feed.place])
+            known[:, self.feed.place] = torch.where(known[:, self.feed.place] == FREE, recent, known[:, self.feed.place])
         slot.known.copy_(self.filled(known))
         self.known.copy_(slot.known, non_blocking=True)
         if kind not in self.graphs:                  # the first column of a kind runs as it is: libraries make their plans
@@ -174,7 +174,7 @@ class GraphRunner:
         self.ahead.clear()                           # nothing is drawn in it; what comes next is not known before `finish`
 
     def filled(self, rows: Tensor) -> Tensor:
-        """Rows of the wanted items, and copies of the first for the rest of the batch."""
+        """Rows of the real items, and copies of the first for the rest of the batch."""
         spare = len(self.known) - len(rows)
         return rows if not spare else torch.cat([rows, rows[:1].expand(spare, *rows.shape[1:])])
 
@@ -196,14 +196,14 @@ def why_not(model: MultistreamLM, device: torch.device, feed: Feed | None) -> st
 
 def start_runner(model: MultistreamLM, prompt: Tensor, config: SampleConfig, feed: Feed | None = None,
           voice: Tensor | None = None) -> EagerRunner | GraphRunner:
-    """What runs a generation behind a prompt (B, K, S): graphs, those of the last one where they fit, or a writer directly."""
+    """What runs a generation behind a prompt (B, K, S): graphs, those of the last one where they fit, or an `EagerRunner`."""
     B, _, S = prompt.shape
     reason = why_not(model, prompt.device, feed) if config.graphs != "off" else "off"
     if config.graphs == "on" and reason:
         raise ValueError(f"graphs=on: {reason}; use graphs=auto to generate without them")
     if reason:
         return EagerRunner(DecodeStep(model, prompt, config, S + config.max_frames, feed, voice))
-    ahead, feed = (feed, None) if hasattr(feed, "ahead") else (None, feed)       # told to the graphs, or captured with them
+    ahead, feed = (feed, None) if hasattr(feed, "ahead") else (None, feed)       # fed column by column, or captured
     columns = -(-(S + config.max_frames) // ROOM) * ROOM
     plain = SampleConfig(**{f.name: getattr(config, f.name) for f in fields(SampleConfig)})
     batch = B if feed is not None else power(B)
@@ -211,17 +211,17 @@ def start_runner(model: MultistreamLM, prompt: Tensor, config: SampleConfig, fee
     filled = torch.cat([prompt, prompt[:1].expand(batch - B, -1, -1)])
     key, kept = (size, weights_of(model)), model.__dict__.pop("replay", None)
     if feed is None and kept is not None and kept.key == key:
-        kept.writer.again(filled, config.seed)
+        kept.decode_step.again(filled, config.seed)
         return kept.begin(B, ahead)
     kept = None                                      # its memory first
     made = GraphRunner(DecodeStep(model, filled, config, columns, feed, voice))
-    made.key = size, weights_of(model)               # the writer joins weights in memory
+    made.key = size, weights_of(model)               # the decode_step joins weights in memory
     return made.begin(B, ahead)
 
 
 def keep_graphs(model: MultistreamLM, runner: EagerRunner | GraphRunner) -> None:
     """Keep graphs for the next prompt."""
-    if isinstance(runner, GraphRunner) and runner.writer.feed is None:
+    if isinstance(runner, GraphRunner) and runner.decode_step.feed is None:
         model.__dict__["replay"] = runner
 
 

@@ -2,8 +2,8 @@
 
     text row  ->  rows that are only read (feed)  ->  audio rows, all at once or codebook by codebook  ->  the model reads it
 
-`Writer` does that without looking at a single value, so that a graph can be captured of it (cuda_graphs.py); whoever runs it
-column after column decides what must stand in them: `Direct` here. Where the items stand between text and speech is
+`DecodeStep` does that without looking at a single value, so that a graph can be captured of it (cuda_graphs.py); whoever runs it
+column after column decides what must stand in them: `EagerRunner` here. Where the items stand between text and speech is
 turns.py; how a row of logits becomes an id is kernels/sample.py. Next: sample.py.
 """
 
@@ -30,23 +30,23 @@ Rules = tuple[float | Tensor | None, ...]
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """How tokens are drawn. A rule is one value, or one for each predicted stream (text first)."""
+    """How tokens are sampled. A rule is one value, or one for each predicted stream (text first)."""
 
-    temperature: Rule = 0.3         # 0 = greedy
-    top_k: Rule = 0                 # keep the k likeliest, 0 = all
-    top_p: Rule = 1.0               # keep the likeliest that together have this probability
-    min_p: Rule = 0.0               # drop what is less likely than this share of the likeliest
+    temperature: Rule = 0.3         # sampling temperature; 0 = greedy
+    top_k: Rule = 0                 # sample among the k most likely ids, 0 = all
+    top_p: Rule = 1.0               # sample among the most likely ids that together have this probability, 1 = all
+    min_p: Rule = 0.0               # drop ids whose probability is below this share of the most likely one, 0 = none
     ras_window: int = 0             # repetition-aware sampling: look back this many columns, 0 = off
-    ras_repeats: int = 2            # redraw from the full distribution when a code was drawn so often there
-    max_frames: int = 500           # columns generated at most
-    min_frames: int = 0             # columns in which nothing may end yet
-    max_speech: int = 0             # frames of speech after which it is closed, not cut: text may follow; 0 = when the model closes it
-    cfg: float = 1.0                # guidance: how much what the condition changes is exaggerated; 1 = off
-    cfg_no_text: bool = False       # the unguided side reads no text
-    cfg_hide: int = 0               # nor the first frames, this many
+    ras_repeats: int = 2            # with ras_window: sample again from all ids when a code occurs this often in the window
+    max_frames: int = 500           # largest number of columns to generate
+    min_frames: int = 0             # columns before which nothing may end
+    max_speech: int = 0             # frames after which a speech segment is closed; text may follow; 0 = when the model closes it
+    cfg: float = 1.0                # classifier-free guidance scale; 1 = off
+    cfg_no_text: bool = False       # guidance: the unguided side reads no text
+    cfg_hide: int = 0               # guidance: the unguided side does not read this many frames at the beginning
     closing: str = "frame"          # how audio ends: "frame" as trained, or as an official implementation does (python -m families)
-    graphs: str = "auto"            # CUDA graphs: "on", "off", or "auto": where a model and its feed can be captured
-    seed: int = 0                   # item i of a batch draws from seed + i, whatever the batch
+    graphs: str = "auto"            # CUDA graphs: "on", "off", or "auto" = where the model can be captured
+    seed: int = 0                   # random seed; item i of a batch uses seed + i, whatever the batch
 
     def __post_init__(self) -> None:
         for name in ("temperature", "top_k", "top_p", "min_p"):
@@ -148,7 +148,7 @@ class DecodeStep:
         self.guide = Guidance(config, table)
         sides = 2 * B if self.guide.on else B                                 # rows that the model reads
         self.cache, self.depth = model.cache(sides, columns), model.depth.cache(sides) if model.config.depth else None
-        self.cache.voice = self.guide.heard(model, voice)
+        self.cache.voice = self.guide.voice_features(model, voice)
         self.noise = SamplingNoise(config.seed, B, len(table.text_out) + len(table.audio_out), device)
         self.end = table.streams[table.audio_out[0]].end if table.audio_out else -1
         self.begin(prompt)
@@ -163,7 +163,7 @@ class DecodeStep:
         """Read the prompt."""
         self.padding = (prompt < 0).all(1).cumprod(1).sum(1)                  # (B,) columns of -1 on the left
         self.position = (prompt.shape[2] - self.padding)[:, None]             # (B, 1) of the column that is read next
-        self.heard = recent_codes(prompt, self.table, self.config.ras_window) if self.config.ras_window else None
+        self.recent = recent_codes(prompt, self.table, self.config.ras_window) if self.config.ras_window else None
         self.h = prefill(self.model, prompt, self.padding, self.cache, self.guide)
 
     def draw(self, known: Tensor, kind: ColumnKind, free: bool = False) -> Tensor:
@@ -197,7 +197,7 @@ class DecodeStep:
     def draw_audio(self, h: Tensor, column: Tensor, known: Tensor, free: bool) -> None:
         """Fill the predicted audio rows of a column in place: all at once, or step by step through the depth transformer."""
         model, table, config, end = self.model, self.table, self.config, self.end
-        out, held, first, history = column[:, self.table.spoken], known[:, self.table.spoken], len(table.text_out), self.heard      # views
+        out, held, first, history = column[:, self.table.spoken], known[:, self.table.spoken], len(table.text_out), self.recent      # views
         predicted = [table.streams[k] for k in table.audio_out]
         Q, may_end = len(predicted), getattr(self.feed, "may_end", lambda: None)()
         if history is not None and closings()[config.closing].by_row:                    # start and end ids do not count as repetition
@@ -233,10 +233,10 @@ class DecodeStep:
 
     def read(self, column: Tensor, kind: ColumnKind, moves: Tensor | bool = True) -> None:
         """Let the model read a column (B, K); with `moves` false () nothing of it remains."""
-        if self.heard is not None and kind.audio:
-            newer = torch.cat([self.heard[..., 1:], column[:, self.table.spoken, None]], -1)
+        if self.recent is not None and kind.audio:
+            newer = torch.cat([self.recent[..., 1:], column[:, self.table.spoken, None]], -1)
             spoken = (column[:, self.table.spoken] >= 0).any(1)[:, None, None] & moves
-            self.heard.copy_(torch.where(spoken, newer, self.heard))
+            self.recent.copy_(torch.where(spoken, newer, self.recent))
         at, self.cache.side = self.position, kind.side
         h = self.model.hidden(self.guide.both(column[..., None], at), self.guide.twice(at), cache=self.cache)
         self.h = h if moves is True else tuple(old.copy_(torch.where(moves, new, old)) for old, new in zip(self.h, h, strict=True))
@@ -245,20 +245,20 @@ class DecodeStep:
 
 
 class EagerRunner:
-    """Runs a writer column by column: what must stand in a column is decided on the host when the one before is known."""
+    """Runs a `DecodeStep` column by column: what must stand in a column is decided on the host when the one before is known."""
 
-    def __init__(self, writer: DecodeStep) -> None:
-        self.writer, self.drawn = writer, None
+    def __init__(self, decode_step: DecodeStep) -> None:
+        self.decode_step, self.drawn = decode_step, None
 
     def __call__(self, state: DecodeState, given: Tensor | None) -> Tensor:
         """The next column (B, K), on the host."""
-        writer = self.writer
+        decode_step = self.decode_step
         if self.drawn is not None:
-            writer.read(*self.drawn)
+            decode_step.read(*self.drawn)
         (known, free), kind = required_ids(state, given), column_kind(state, given is not None)
-        column = writer.draw(known.to(writer.position.device), kind, free).cpu()
+        column = decode_step.draw(known.to(decode_step.position.device), kind, free).cpu()
         column = with_endings(state, column, given)
-        self.drawn = column.to(writer.position.device), kind
+        self.drawn = column.to(decode_step.position.device), kind
         return column
 
 

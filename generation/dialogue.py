@@ -43,7 +43,7 @@ def dialogue_prompt(path: str | Path, codec: Any, tokenizer: Tokenizer, table: S
             words = tidy_words(parse_alignments(read_json(beside)))[0]
             check_length(words, wav.shape[1] / rate)
         except ValueError as error:
-            raise ValueError(str(error) if str(beside) in str(error) else f"{beside}: {error}; mend it or move it away") from None
+            raise ValueError(str(error) if str(beside) in str(error) else f"{beside}: {error}; correct it or move it away") from None
     own = [(said, *rest) for word, *rest in words if rest[-1] == MAIN and (said := normalise(word, data.normaliser).strip())]
     tokens = tokenise(own, tokenizer, data.contextual, data.spaces)
     text = interleave(tokens, sides.shape[-1], codec.frame_rate, data.interleaver, table.pad, table.epad)
@@ -101,7 +101,7 @@ class UserFeed:
     def __init__(self, user: Tensor, table: StreamTable, skip_first_frame: bool = False, column: int = 1) -> None:
         self.rows = [k for k in table.audio if k not in table.audio_out]
         if user.shape[1] != len(self.rows):
-            raise ValueError(f"the codec gives {user.shape[1]} codebooks, the model hears {len(self.rows)}; use the codec it was made for")
+            raise ValueError(f"the codec gives {user.shape[1]} codebooks, the model reads {len(self.rows)}; use the codec it was made for")
         delays = [table.delays[k] for k in self.rows]
         self.columns = delay(user[..., int(skip_first_frame) :], delays, table.column("start", self.rows), tail=-1)      # (B, Q, S)
         self.place = slice(self.rows[0], self.rows[-1] + 1)

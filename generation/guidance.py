@@ -4,7 +4,7 @@
 
 Every item of a batch is read twice, rows 0..B-1 in full, B..2B-1 with less: without its conditions, with `cfg_no_text`
 without any text but the first id (the text is then drawn from the full side alone), with `cfg_hide` without its first
-frames. Both sides hear the same drawn tokens. With cfg = 1 nothing is read twice. Used by sample.py.
+frames. Both sides read the same sampled tokens. With cfg = 1 nothing is read twice. Used by sample.py.
 """
 
 from typing import Any
@@ -44,8 +44,8 @@ class Guidance:
             less[:, k] = torch.where(columns[:, k] >= 0, table.streams[k].vocab - 1, -1)
         return torch.cat([columns, less])
 
-    def heard(self, model: Any, voice: Tensor | None) -> Tensor | None:
-        """What the model's layers listen to: features (B, n, F), on the second side none known.   -> (2B, n, D)"""
+    def voice_features(self, model: Any, voice: Tensor | None) -> Tensor | None:
+        """Features of the voices (B, n, F) as the layers attend to them; the unguided side has none.   -> (2B, n, D)"""
         if model.voice is None or voice is None:
             return None
         known = torch.ones(voice.shape[:2], dtype=torch.bool)

@@ -2,7 +2,7 @@
 
     text ... audio_start | start column, codes, end ids | audio_end, text ... stop
 
-An audio segment closes when an end id was drawn. Codebook k trails the first by its delay, so what remains is settled
+An audio segment closes when an end id was drawn. Codebook k trails the first by its delay, so what remains is decided
 then, by a `Closing` of families/family.py. K codebooks, codebook i drew its end id in column c:
 
     frame     codebook k holds it from column c + k - i on: the place where training put it
@@ -48,7 +48,7 @@ class DecodeState:
     limit: int = 0                                  # frames of speech that are closed then, 0 = when the model closes them
     edges: list[tuple[int, int, int]] = field(init=False)      # start id, end id and delay of the predicted audio rows
     ends: bool = field(init=False)                  # whether audio can end at all
-    last: tuple[Any, Any] = (None, None)            # what `wanted` made last, and of what
+    last: tuple[Any, Any] = (None, None)            # what `required_ids` returned last, and for which facts
 
     def __post_init__(self) -> None:
         self.edges = [(s.start, s.end, s.delay) for s in (self.table.streams[k] for k in self.table.audio_out)]
@@ -101,7 +101,7 @@ def note_ending(state: DecodeState, turn: ItemState, codes: Sequence[int], place
 
 
 def note_endings(state: DecodeState, codes: Tensor) -> bool:
-    """`settle_one` of every item that speaks.   codes (B, Q)"""
+    """`note_ending` for every item that speaks.   codes (B, Q)"""
     return any([turn.speaking and note_ending(state, turn, row, turn.count)
                 for turn, row in zip(state.turns, codes.tolist(), strict=True)])
 
@@ -115,7 +115,7 @@ def with_endings(state: DecodeState, column: Tensor, given: Tensor | None = None
 
 
 def forced_ids(state: DecodeState, turn: ItemState) -> list[int] | None:
-    """What the predicted audio rows of an item that speaks must hold: start ids before a row begins, end ids once the audio is closed.
+    """The ids required in the audio rows of an item that speaks: start ids before a row begins, end ids once the audio is closed.
 
     FREE where they may hold any; None = all may.
     """
@@ -127,7 +127,7 @@ def forced_ids(state: DecodeState, turn: ItemState) -> list[int] | None:
 
 
 def required_ids(state: DecodeState, given: Tensor | None = None) -> tuple[Tensor, bool]:
-    """What the next column (B, K) must hold, FREE where it is drawn or fed, and whether every id that is drawn is free.
+    """The ids of the next column (B, K), FREE where they are sampled or fed, and whether every sampled id is free.
 
     `given` (B, K) goes before the rules; an item that is done holds nothing. The result is not to be written to.
     """
@@ -157,7 +157,7 @@ def next_is_audio(state: DecodeState) -> bool | None:
 
 
 def predicted_state(state: DecodeState, column: Tensor) -> DecodeState:
-    """The state behind a column (B, K) of `wanted`, if nothing that is drawn in it ends or begins anything."""
+    """The state behind a column (B, K) of `required_ids`, if nothing that is drawn in it ends or begins anything."""
     after = replace(state, turns=[replace(turn) for turn in state.turns])
     if state.ends:
         note_endings(after, column[:, state.table.spoken])

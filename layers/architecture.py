@@ -106,7 +106,8 @@ class ModelConfig:
         assert 0 <= self.dropout < 1 and 0 <= self.input_drop <= 1, "dropout is in [0, 1), input_drop in [0, 1]"
         assert 0 <= self.text_drop <= self.table.aligned, "text_drop is in [0, 1], and for aligned rows only"
         assert len(self.table.text) == 1 or not self.tied, "a tied head needs a single text row"
-        assert all(0 <= n < self.temporal.layers for n in self.dual_ffn), "dual_ffn names layers of the temporal stack"
+        assert all(0 <= n < self.temporal.layers for n in self.dual_ffn), (
+            f"dual_ffn {self.dual_ffn} must be layer numbers from 0 to {self.temporal.layers - 1}, for example --model.dual_ffn=0,1")
         assert self.fusion is None or self.depth, "fusion joins two towers in front of a depth transformer"
         prefix = self.depth is not None and self.depth.prefix
         assert 0 < self.depth_share <= 1 and (prefix or self.depth_share == 1 and not self.depth_tied), (

@@ -1,11 +1,17 @@
 """Scripts answer a newcomer: no argument prints the help, a missing torch is one line, and messages are plain English."""
 
+import ast
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, call
+
+from config import Stage, TrainConfig
+from options import field_comments, load_config
 
 SCRIPTS = ("train.py", "sample.py", "data.py", "evaluate.py", "bench.py", "checkpoint.py")
 COMMANDS = (*[(script,) for script in SCRIPTS], ("data.py", "annotate"), ("data.py", "calls"), ("data.py", "fix-alignments"),
@@ -35,3 +41,30 @@ def test_without_torch_a_script_says_how_to_set_up(script, tmp_path):
     done = subprocess.run([sys.executable, "-c", blind, str(ROOT), script], env=bare, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith("error: torch not installed in ")
     assert "make demo" in done.stderr and "pip install -e ." in done.stderr and done.stderr.count("\n") == 1
+
+
+# ---- plain English ----
+
+BANNED = ("dear", "hitherto", "foresee", "only training losses are told", "first frames, this many", "mend the reasons", "nobody hears",
+          "names layers of the temporal stack")
+ROOMS = (".", "generation", "training", "evaluation", "configs")
+FILES = sorted(path for room in ROOMS for path in (ROOT / room).glob("*.py"))
+NAMES = {"told", "foresee", "wanted", "settle", "settled", "heard_before", "Writer", "Direct", "hold", "talk"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_messages_and_names_are_plain_english(path: Path):
+    text = path.read_text(encoding="utf-8")
+    assert [word for word in BANNED if re.search(rf"\b{word}\b", text)] == []
+    assert re.findall(r"\bmend\w*|\bis told\b|\bare told\b", text) == []
+    whole = ast.parse(text)
+    names = {name for node in ast.walk(whole)
+             for field in ("id", "attr", "name", "arg") if isinstance(name := getattr(node, field, None), str)}
+    assert not names & NAMES
+
+
+def test_a_stage_can_be_written_as_the_help_shows():
+    line = field_comments(TrainConfig)["stages"]
+    value = re.search(r"--stages='(.+)'", line)[1]
+    config = load_config([str(ROOT / "configs/tiny.py"), f"--stages={value}"])
+    assert config.stages == (Stage(400, audio=0.0),)

@@ -57,10 +57,10 @@ class Curriculum:
 
     def restore(self, step: int, state: dict[str, Any] | None) -> list[str]:
         """Continue at a step; a stage that had just ended left its own position, which is of no use to the next."""
-        told = self.enter(step)
+        lines = self.enter(step)
         if state and state.get("part", 0) == self.part:
             self.loader.restore(state)
-        return told
+        return lines
 
     def take(self, count: int) -> list[Batch]:
         """The next micro-batches; `position` is then what stands behind them."""

@@ -58,7 +58,7 @@ class Trial:
 def speak_samples(model: MultistreamLM, config: TrainConfig, index: Index, folder: Path) -> dict[str, float]:
     """Speak the fixed texts of a run into `folder`; -> the means of their numbers, {"quality_...": value}.
 
-    A model that converses answers recordings instead, and how that went is told.
+    A model that converses answers recordings instead, and the conversation is measured.
     """
     codec = load_codec(config.data.codec)
     if config.model.table.monologue:

@@ -1,4 +1,4 @@
-"""What a run tells of itself: numbers to files and trackers, what it holds in memory, and a warning that it fits nothing.
+"""What a run reports: numbers to files and trackers, its memory, and a warning when the first loss is no better than a guess.
 
     out/demo/metrics.jsonl      {"step": 40, "train/loss": 3.1, ..., "grad_norm": 0.8, "lr": 0.001, "step_seconds": 0.4,
                                  "columns_per_second": 5400.0, "tokens_per_second": 43000.0, "audio_seconds_per_second": 190.0,
@@ -56,7 +56,7 @@ def rewind(metrics: Path, step: int) -> Path:
         rows = [(line, json.loads(line)) for line in lines if line.endswith("}\n")]
         kept = "".join(line for line, row in rows if row["step"] < step + ("val/loss" in row))
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{metrics} has a line that is no row of numbers ({error}); mend it or move the file away") from None
+        raise ValueError(f"{metrics} has a line that is not a row of numbers ({error}); correct it or move the file away") from None
     write_text(metrics, kept)
     return metrics
 
@@ -67,7 +67,7 @@ def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
     for number, row in read_rows(path, "row of metrics", step=int):
         for name, value in row.items():
             if not isinstance(value, (int, float)):
-                raise ValueError(f"{path} line {number} is no row of metrics ({name} is {value!r}); mend or remove it")
+                raise ValueError(f"{path} line {number} is not a row of metrics ({name} is {value!r}); correct or remove it")
             if name != "step":
                 curves.setdefault(name, []).append((row["step"], float(value)))
     return curves
@@ -83,8 +83,8 @@ def tracker(name: str, out: Path) -> Write:
         session = __import__(name).init(project=os.environ.get(f"{name.upper()}_PROJECT", "multistream"), name=out.name)
         return lambda numbers, step: session.log({"step": step, **numbers})
     except ImportError:
-        wanted = "-e '.[log]'" if name == "tensorboard" else name
-        raise ValueError(f"tracker {name} is not installed; run pip install {wanted} or drop it from --trackers") from None
+        package = "-e '.[log]'" if name == "tensorboard" else name
+        raise ValueError(f"tracker {name} is not installed; run pip install {package} or drop it from --trackers") from None
 
 
 def report(sums: Tensor, table: StreamTable, config: LossConfig) -> dict[str, float]:
@@ -164,9 +164,9 @@ def memory(model: nn.Module) -> str:
 
 def check_first_loss(numbers: dict[str, float], table: StreamTable, source: str) -> list[str]:
     """A pretrained model that starts near the loss of a guess does not fit its data, its layout or its code."""
-    told = []
+    warnings = []
     for name, rows in (("text_loss", table.text_out), ("audio_loss", table.audio_out)):
         guess = math.log(table.streams[rows[0]].classes) if rows else math.inf
         if numbers.get(name, 0.0) > 0.9 * guess:
-            told.append(f"warning: {source} starts with {name} {numbers[name]:.2f}, a guess has {guess:.2f}; check codec and tokenizer")
-    return told
+            warnings.append(f"warning: {source} starts with {name} {numbers[name]:.2f}, a guess has {guess:.2f}; check codec and tokenizer")
+    return warnings

@@ -63,7 +63,7 @@ class Likelihood:
 class Contrast(Likelihood):
     """Weighted cross-entropy, and behind its streams the contrastive term of layers/contrastive.py."""
 
-    told = False
+    warned = False
 
     def zero(self) -> Tensor:
         return torch.zeros(5, len(self.table) + 1, dtype=torch.float64)          # a fifth row: the term, and how many samples it is of
@@ -83,8 +83,8 @@ class Contrast(Likelihood):
         return found.total + scale[-1] * found.contrast, numbers
 
     def scale(self, counts: Tensor, config: LossConfig) -> Tensor:
-        if not counts[-1] and not self.told:
-            self.told = True
+        if not counts[-1] and not self.warned:
+            self.warned = True
             print("contrastive term 0: no sample meets another voice in its micro-batch; name speakers, raise data.reference or columns")
         return torch.cat([super().scale(counts[:-1], config), config.contrastive / counts[-1:].clamp(min=1)])
 

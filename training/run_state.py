@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import lora
-from checkpoint import Extras, averages, export, fill, load, read_tensors, save, write_tensors
+from checkpoint import Extras, averages, export, fill, load, naming_changed_options, read_about, read_tensors, save, write_tensors
 from families.family import consolidated_files
 from families.tensor_files import LazyTensor, open_tensors
 from model import MultistreamLM
@@ -117,10 +117,11 @@ def load_run(folder: Path, model: MultistreamLM, optimizer: torch.optim.Optimize
     """Fill model and optimizer from a checkpoint and set this rank's RNG; returns the run state and averaged weights."""
     about = read_state(folder)
     config = getattr(model, "lora", None)
-    if config is not None and (folder / "adapter.safetensors").is_file():
-        lora.load_state(model, config, read_tensors(folder / "adapter.safetensors"), str(folder), idle=lora.state(model, config))
-    else:
-        fill(model, open_tensors(folder / "model.safetensors"), str(folder))
+    with naming_changed_options(model, read_about(folder), folder):
+        if config is not None and (folder / "adapter.safetensors").is_file():
+            lora.load_state(model, config, read_tensors(folder / "adapter.safetensors"), str(folder), idle=lora.state(model, config))
+        else:
+            fill(model, open_tensors(folder / "model.safetensors"), str(folder))
     fill_optimizer(model, optimizer, open_tensors(folder / "state" / "optimizer.safetensors"), str(folder))
     rng = folder / "state" / f"rng_rank{rank}.safetensors"
     if rank == 0 or rng.is_file():                        # fewer ranks then than now: the new ones keep their seeds
@@ -180,9 +181,9 @@ def consolidate(out: Path, folder: Path, to: str, keep: int, dtype: torch.dtype)
     for litter in target.parent.glob(".writing_*"):
         shutil.rmtree(litter)
     model = load(folder, dtype=dtype)
-    written, wanted = export(model, temporary / "consolidated", to), consolidated_files(model.config)[to]
-    if not (written / wanted).is_file():
-        os.rename(next(written.glob("*.safetensors")), written / wanted)
+    written, expected = export(model, temporary / "consolidated", to), consolidated_files(model.config)[to]
+    if not (written / expected).is_file():
+        os.rename(next(written.glob("*.safetensors")), written / expected)
     shutil.rmtree(target, ignore_errors=True)
     os.rename(temporary, target)
     for old in sorted(target.parent.glob("checkpoint_*"))[: -keep or None]:

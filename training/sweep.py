@@ -49,7 +49,7 @@ def train(argv: list[str], log: Path) -> None:
         code = subprocess.run([sys.executable, str(script), *argv], stdout=file, stderr=subprocess.STDOUT).returncode
     if code:
         last = (log.read_text().strip().splitlines() or ["it said nothing"])[-1].removeprefix("error: ")
-        raise ValueError(f"a run ended with code {code}: {last} (all of it in {log}); mend it and run the sweep again, it continues")
+        raise ValueError(f"a run ended with code {code}: {last} (all of it in {log}); correct it and run the sweep again, which continues")
 
 
 def outcome(out: Path) -> dict[str, Any]:
@@ -67,8 +67,8 @@ def outcome(out: Path) -> dict[str, Any]:
 
 def print_table(rows: list[dict[str, Any]]) -> None:
     """Columns as wide as their longest cell."""
-    told = [[f"{v:.4f}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else v for v in row.values()] for row in rows]
-    cells = [list(rows[0]), *told]
+    texts = [[f"{v:.4f}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else v for v in row.values()] for row in rows]
+    cells = [list(rows[0]), *texts]
     widths = [max(len(row[n]) for row in cells) for n in range(len(cells[0]))]
     for row in cells:
         print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))

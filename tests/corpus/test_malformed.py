@@ -587,7 +587,16 @@ def test_resume_never_refuses_an_existing_run(run_copy, tiny_run, tmp_path):
 
 def test_a_run_of_another_shape_does_not_resume(run_copy, tiny_run):
     config = tiny_run.parent / "tiny_run.py"
-    fails(call("train.py", config, f"--out={run_copy}", "--steps=6", "--model.temporal.dim=32"), "the config wants", "belong together")
+    fails(call("train.py", config, f"--out={run_copy}", "--steps=6", "--model.temporal.dim=32"),
+          "was made with --model.temporal.dim=16 (this run asks for 32)", "use another --out")
+    fails(call("train.py", config, f"--out={run_copy.parent}/new", f"--init={run_copy}", "--model.temporal.layers=2"),
+          "was made with --model.temporal.layers=1 (this run asks for 2)", "drop the option")
+
+
+def test_a_run_that_is_finished_says_how_to_continue(run_copy, tiny_run):
+    rc, out, _ = call("train.py", tiny_run.parent / "tiny_run.py", f"--out={run_copy}")
+    assert rc == 0 and out.splitlines()[-1] == f"{run_copy} has already run its 4 steps; raise --steps to continue " + (
+        f"(checkpoint: {run_copy}/ckpt/latest)")
 
 
 @pytest.mark.parametrize("text", [b"garbage}\n", b'{"x": 1}\n', b'["step"]}\n', b"\xff}\n"])
@@ -596,7 +605,7 @@ def test_a_spoilt_metrics_file_is_named_and_kept(text, run_copy, tiny_run):
     before = path.read_bytes() + text
     path.write_bytes(before)
     fails(call("train.py", tiny_run.parent / "tiny_run.py", f"--out={run_copy}", "--steps=5"), "metrics.jsonl has a line",
-          "mend it or move")
+          "correct it or move")
     assert path.read_bytes() == before
 
 

@@ -169,7 +169,7 @@ def test_what_is_heard_is_the_user_as_training_lays_him_out():
     user = random_ids(16, (2, 2, 9), 5)
     frames = reply(model, user, SampleConfig(temperature=0.9, seed=3))
     assert frames.shape == (2, len(table), 9) and frames[:, 4:].equal(user) and (frames >= 0).all()
-    with pytest.raises(ValueError, match="gives 3 codebooks, the model hears 2"):
+    with pytest.raises(ValueError, match="gives 3 codebooks, the model reads 2"):
         UserFeed(random_ids(16, (1, 3, 4), 0), table)
 
 

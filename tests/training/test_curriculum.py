@@ -65,7 +65,7 @@ def test_a_stage_drops_gradients_of_zeros_only(config):
 def test_stages_that_cannot_be():
     tiny = run_config(ROOT / "configs/tiny.py")
     for wrong in (Stage(0), Stage(3, text=0.0, audio=0.0), Stage(3, audio=-1.0)):
-        with pytest.raises(AssertionError, match="lasts and trains something"):
+        with pytest.raises(AssertionError, match="each stage needs steps and one loss weight above 0"):
             replace(tiny, stages=(wrong,))
     with pytest.raises(AssertionError, match="stages count steps"):
         replace(tiny, stages=(Stage(1),), epochs=1)

@@ -36,7 +36,7 @@ from torch import nn
 
 from benchmarks import peers
 from benchmarks.measure import GIB, ON_GPU, alternate, check, compare, extra_memory, frame_times, origin, per_frame, show, spread, syncs
-from benchmarks.workloads import LORA, Job, decode_models, decode_sides, floor_bytes, prefill_side, train_case, useful_flops
+from benchmarks.workloads import LORA, Job, decode_models, decode_sides, floor_bytes, prefill_side, train_workload, useful_flops
 from checkpoint import DTYPES
 from corpus.index import prepare
 from data import Loader
@@ -55,7 +55,7 @@ LIMITS = {"moshi": 600, "higgs": 80, "qwen": 80}             # operations a fram
 
 def bench_train(job: Job) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
-        pair = train_case(job, Path(folder))
+        pair = train_workload(job, Path(folder))
         ours, peer, checked, *_ = pair
         if peer is not None:
             checked = check(*(torch.stack([side().cpu() for _ in range(3)]) for side in (ours, peer)), checked, job.half)
@@ -132,7 +132,7 @@ def peak(job: Job, which: str, *shape: str) -> None:
     if shape:
         return print(extra_memory(peers.loss_side(*map(int, shape), which, **loss_shape(job))))
     with tempfile.TemporaryDirectory() as folder:
-        pair = train_case(replace(job, peer=which == "peer"), Path(folder))
+        pair = train_workload(replace(job, peer=which == "peer"), Path(folder))
         side = pair.ours if which == "ours" else pair.peer
         del pair
         gc.collect()                                         # of the other side nothing stays on the device
@@ -215,7 +215,7 @@ def rank_side(job: Job) -> None:
     torch.set_num_threads(1)
     parallel.start("cpu")
     with tempfile.TemporaryDirectory() as folder:
-        model = train_case(replace(job, peer=False), Path(folder)).model
+        model = train_workload(replace(job, peer=False), Path(folder)).model
         tokens, weights = peers.training_batch(model, [256] * 2)
         for p in model.parameters():
             p.grad = None

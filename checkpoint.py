@@ -32,8 +32,8 @@ import lora
 from audio import hub
 from corpus.swap_tokenizer import swap_tokenizer
 from families.adapters import adapter_formats
-from families.family import choose_format, every, export_model, recognise_format
-from families.formats import AdapterFormat, Conversion, Format, lost, official_files, read_config, to_ours
+from families.family import all_families, choose_format, export_model, recognise_format
+from families.formats import AdapterFormat, Conversion, Format, config_differences, official_files, read_config, to_ours
 from families.tensor_files import (
     OWN,
     LazyTensor,
@@ -331,7 +331,7 @@ def open_official(form: Format, folder: Path, config: ModelConfig | None = None,
         about |= {k: v for k, v in read_json(folder / "generation_config.json").items() if k == "eos_token_id" and v is not None}
     about = form.complete(about, tensors, str(folder), lambda name: open_model(name)[0].config)
     stored = read_config(form, about, tensors, str(folder))
-    changed = lost(stored, replace(config, table=stored.table)) if config is not None else []
+    changed = config_differences(stored, replace(config, table=stored.table)) if config is not None else []
     if changed:
         raise ValueError(f"{folder} has another architecture than the config's model: {'; '.join(changed[:3])}")
     with torch.device("meta"):
@@ -351,7 +351,7 @@ def load_text_tower(model: MultistreamLM, folder: Path, device: str | torch.devi
     except (FileNotFoundError, ValueError) as error:
         raise ValueError(f"the text model beside {folder} cannot be read: {error}; name its place with --model.fusion.source") from None
     found = fingerprint(body.weights())
-    if lost(body.config, as_stored(fusion.tower, body.config)) or fusion.revision not in ("", found):
+    if config_differences(body.config, as_stored(fusion.tower, body.config)) or fusion.revision not in ("", found):
         raise ValueError(f"{fusion.source} is not the text model that {folder} was made with (fingerprint {found}, not {fusion.revision}); "
                          + "name that one with --model.fusion.source")
     body.config = fusion.tower
@@ -554,7 +554,7 @@ def swap_command(path: str, pairs: dict[str, str]) -> str:
 
 def make(name: str, sources: Sequence[str | Path | MultistreamLM], options: dict[str, Any]) -> tuple[ModelConfig, Tensors, Extras]:
     """What a family's conversion makes of checkpoints or models; `options` are those of its command."""
-    found = next(c for family in every() for c in family.conversions if c.name == name)
+    found = next(c for family in all_families() for c in family.conversions if c.name == name)
     models = [source if isinstance(source, nn.Module) else load(str(source)) for source in sources]
     for model, source in zip(models, sources, strict=True):
         if getattr(model, "lora", None) is not None:
@@ -605,7 +605,7 @@ show CKPT                         what a checkpoint holds
 
 
 def usage() -> str:
-    return USAGE + "\n".join(c.usage for family in every() for c in family.conversions)
+    return USAGE + "\n".join(c.usage for family in all_families() for c in family.conversions)
 
 
 def unknown_options(pairs: dict[str, str], known: tuple[str, ...]) -> None:
@@ -620,7 +620,7 @@ def main() -> None:
         print(usage())
         return
     command, *words = words
-    conversions = {c.name: c for family in every() for c in family.conversions}
+    conversions = {c.name: c for family in all_families() for c in family.conversions}
     if command in conversions:
         return print(convert_command(conversions[command], words, pairs))
     if command not in (*COMMANDS, "swap-tokenizer"):

@@ -121,7 +121,7 @@ class TrainConfig:
             family_of(self.model.table)
         except ValueError as error:
             raise AssertionError(error) from None
-        assert not self.listen or family_of(self.model.table).reads_aloud, (
+        assert not self.listen or family_of(self.model.table).text_to_speech, (
             f"listen speaks texts again, layout {self.model.table.layout!r} is no text to speech; leave it at 0")
         known = [name for name in consolidated_files(self.model) if self.lora or not name.endswith("-lora")]
         assert self.consolidated in ("", *known), f"consolidated {self.consolidated!r} is none of {known}"

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.choice import numbers
+from kernels.choice import device_constant
 from kernels.cross_entropy import Head, multistream_ce, rows_of_a_chunk
 from streams import StreamTable
 
@@ -58,7 +58,7 @@ class Sums:
 
     def add(self, rows: Sequence[int], part: "Sums", at: Tensor) -> "Sums":
         """Add the sums of a few streams at their rows, those of positions at theirs."""
-        row, places = numbers(tuple(rows), self.nll.device), self.places.index_add(0, at, part.places.to(self.places))
+        row, places = device_constant(tuple(rows), self.nll.device), self.places.index_add(0, at, part.places.to(self.places))
         return Sums(*(getattr(self, f).index_add(0, row, getattr(part, f).to(self.nll)) for f in FIELDS), self.quiet, places,
                     total=part.total if self.total is None else self.total + part.total)
 

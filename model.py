@@ -23,10 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels.attention import Cache, attend
-from kernels.choice import numbers
+from kernels.attention import KVCache, attend
+from kernels.choice import device_constant
 from kernels.cross_entropy import Head
-from kernels.decode import ColumnStep, Ring, Turns, column_step, plain
+from kernels.decode import ColumnStep, RingPosition, RopeTable, column_step, supports_fast_decode
 from kernels.depth_attention import depth_attention
 from kernels.embed_sum import embed_row, embed_sum
 from kernels.lora_linear import linear
@@ -36,7 +36,7 @@ from kernels.rope import rope
 from kernels.route import route
 from kernels.swiglu import ACTIVATIONS, swiglu
 from layers.architecture import ModelConfig, StackConfig
-from layers.batch_plan import Context, Plan, counted_context, make_plan, temporal_context
+from layers.batch_plan import Context, Plan, graph_context, make_plan, temporal_context
 from layers.conditioning import ConditionEmbedding, ProjectedEmbedding, VoiceAttention, VoiceConditioner
 from layers.contrastive import contrastive_pairs, info_nce
 from layers.depth import Depth, Parts, PrefixDepth
@@ -61,7 +61,7 @@ class Linear(nn.Module):
 
     def pick(self, parameter: Tensor, step: slice) -> Tensor:
         """Select the weight sets that serve the steps of a slice."""
-        return parameter[numbers(self.schedule[step], parameter.device)] if self.schedule else parameter[step]
+        return parameter[device_constant(self.schedule[step], parameter.device)] if self.schedule else parameter[step]
 
     def forward(self, x: Tensor, step: slice | None = None) -> Tensor:
         def pick(p: Tensor | None) -> Tensor | None:
@@ -240,7 +240,7 @@ class Temporal(nn.Module):
         if cache.counter is None:
             own, *others = (part.places(cache.slots.start, cache.live) for part in cache.fast)
         else:
-            own = Ring(cache.counter[:1] % cache.capacity, cache.counter + 1, cache.padding)
+            own = RingPosition(cache.counter[:1] % cache.capacity, cache.counter + 1, cache.padding)
             others = [own] * len(tails)
         h = trunk(x, own, context.turn, context.mask, bool(cache.side) if context.audio is None else context.audio)
         h = [t(h, places, context.turn, context.mask)[:, None] for t, places in zip(tails, others, strict=True)] or [h[:, None]]
@@ -254,9 +254,9 @@ class Temporal(nn.Module):
 
     def plain(self) -> bool:
         """Whether a column can go the fast way."""
-        return all(plain(blocks, self.c.temporal, self.layers[0].attn_norm.weight.dtype) for blocks, *_ in self.parts())
+        return all(supports_fast_decode(blocks, self.c.temporal, self.layers[0].attn_norm.weight.dtype) for blocks, *_ in self.parts())
 
-    def columns(self, cache: Cache) -> list[ColumnStep] | None:
+    def columns(self, cache: KVCache) -> list[ColumnStep] | None:
         """What `column` runs, of each part; None when columns must go block by block."""
         steps = [column_step(blocks, self.c.temporal, cache, *rest) for blocks, *rest in self.parts()]
         return None if None in steps else steps
@@ -279,7 +279,7 @@ class Embedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         if ids.shape[2] == 1 and self.weight.dtype == torch.float32 and not torch.is_grad_enabled():
-            vectors = F.embedding((ids[..., 0] + numbers(self.offsets, ids.device)).clamp_(min=0), self.weight)
+            vectors = F.embedding((ids[..., 0] + device_constant(self.offsets, ids.device)).clamp_(min=0), self.weight)
             return torch.bmm((ids >= 0).mT.to(vectors.dtype), vectors)         # one column: (B, 1, n) (B, n, D)
         return embed_sum(ids, self.weight, self.offsets)
 
@@ -379,25 +379,25 @@ class MultistreamLM(nn.Module):
         return text, audio
 
     def hidden(self, tokens: Tensor, positions: Tensor | None = None, segments: Tensor | None = None,
-               cache: Cache | None = None, voice: Tensor | None = None, plan: Plan | None = None) -> tuple[Tensor, Tensor]:
+               cache: KVCache | None = None, voice: Tensor | None = None, plan: Plan | None = None) -> tuple[Tensor, Tensor]:
         """Run the temporal transformer.   tokens (B, K, S) -> states for the text and the audio heads, (B, S, D) each"""
         if self.training and self.config.text_drop:
             kept, texts = self.keep_inputs(tokens, self.config.text_drop)[:, None] > 0, len(self.table.text)
             tokens = torch.cat([torch.where(kept, tokens[:, :texts], -1), tokens[:, texts:]], 1)
         if self.tower is not None:
             return self.fused(tokens, positions, segments, cache, plan)
-        fast = cache is not None and cache.single(tokens.shape[2])
+        fast = cache is not None and cache.takes_fast_path(tokens.shape[2])
         if fast and cache.counter is not None:
-            context = counted_context(self.config, positions, cache)
+            context = graph_context(self.config, positions, cache)
         else:
             context = temporal_context(self.config, None if fast else is_audio(tokens, self.table), positions, segments, cache, plan)
         if fast and cache.side is None and self.config.dual_ffn:                # both kinds of columns stand side by side
             context.audio = is_audio(tokens, self.table)
         voice = cache.voice if voice is None and cache is not None else voice
-        context.voice = self.voice.nobody(len(tokens)) if voice is None and self.voice is not None else voice
+        context.voice = self.voice.unknown_voice(len(tokens)) if voice is None and self.voice is not None else voice
         return self.temporal(self.embed_tokens(tokens, cache.side if fast and not self.table.aligned else None), context)
 
-    def fused(self, tokens: Tensor, positions: Tensor | None, segments: Tensor | None, cache: Cache | None,
+    def fused(self, tokens: Tensor, positions: Tensor | None, segments: Tensor | None, cache: KVCache | None,
               plan: Plan | None) -> tuple[Tensor, Tensor]:
         """`hidden` of two towers: projected for the text head (B, S, Dt), joined for the depth steps (B, S, Dt + D)."""
         def towers(tokens: Tensor, positions: Tensor | None = None, segments: Tensor | None = None, plan: Plan | None = None) -> Tensor:
@@ -436,7 +436,7 @@ class MultistreamLM(nn.Module):
     def depth_inputs(self, targets: Tensor) -> Tensor:
         """The tokens that the depth steps read: text row, codebooks 0..Q-2 of the predicted column.   (B, K, S) -> (N, Q)"""
         rows = [*self.table.text[: self.depth.texts], *self.table.audio_out[:-1]] if self.config.depth is not None else []
-        return targets[:, numbers(tuple(rows), targets.device)].transpose(1, 2).flatten(0, 1)
+        return targets[:, device_constant(tuple(rows), targets.device)].transpose(1, 2).flatten(0, 1)
 
     def audio_logits(self, h: Tensor, tokens: Tensor) -> Tensor:
         """Logits of every predicted codebook.   h (N, D), tokens (N, Q) read by the depth steps only -> (Q, N, V)"""
@@ -449,7 +449,7 @@ class MultistreamLM(nn.Module):
         V = max(first.shape[-1], rest.shape[-1])                                # ids that a smaller head lacks have no chance
         return torch.cat([F.pad(x, (0, V - x.shape[-1]), value=-torch.inf) for x in (first, rest)])
 
-    def codebook_logits(self, k: int, h: Tensor, token: Tensor, cache: Cache, known: bool = False) -> Tensor:
+    def codebook_logits(self, k: int, h: Tensor, token: Tensor, cache: KVCache, known: bool = False) -> Tensor:
         """Logits of codebook k of a column, drawn one after the other.   h (B, D), token as in Depth.embed -> (B, V)"""
         if not self.config.depth.prefix:
             return self.depth.step(k, h, token, cache, known)
@@ -479,7 +479,7 @@ class MultistreamLM(nn.Module):
         if out:
             jobs.append((out, h_audio, at, *self.audio_part(scale is not None)))
         for rows, h, at, module, head in jobs:
-            streams = numbers(tuple(rows), targets.device)
+            streams = device_constant(tuple(rows), targets.device)
             t, w = (x[:, streams].transpose(1, 2).flatten(0, 1)[at] for x in (targets, weights))     # -> (N, Q)
             x, inputs = h.flatten(0, 1)[at], self.depth_inputs(targets)[at]
             if prefix and rows is out and len(at) < len(plan.audio_rows):       # a share stands for all: on average the sums stay the same
@@ -514,12 +514,12 @@ class MultistreamLM(nn.Module):
 
     # ---- sampling, one column at a time ----
 
-    def cache(self, batch: int, columns: int, chunk: int = 256) -> Cache:
+    def cache(self, batch: int, columns: int, chunk: int = 256) -> KVCache:
         """Allocate the static cache for `columns` columns; prompts are read `chunk` columns at a time."""
         c, weight = self.config, self.temporal.layers[0].attn_norm.weight
         capacity = min(columns, c.temporal.window + chunk) if c.temporal.window else columns
-        cache = Cache(c.temporal.layers + 2 * c.tail, batch, c.temporal.kv, capacity, c.temporal.head, weight)
-        cache.fast, cache.turns = self.temporal.columns(cache), Turns(c.temporal, weight)
+        cache = KVCache(c.temporal.layers + 2 * c.tail, batch, c.temporal.kv, capacity, c.temporal.head, weight)
+        cache.fast, cache.rope = self.temporal.columns(cache), RopeTable(c.temporal, weight)
         cache.tower = self.tower and self.tower.cache(batch, columns)
         return cache
 

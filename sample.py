@@ -195,14 +195,14 @@ def answer_recording(job: Job, given: Collection[str]) -> None:
     """
     model, data = load_for_sampling(job)
     table, family = model.table, family_of(model.table)
-    if family.listens == "turns" and job.user:
+    if family.user_audio == "turns" and job.user:
         codec, tokenizer = load_codec(data.codec), load_tokenizer(data.tokenizer)
         codes = encode(codec, load_wav(job.user, codec.sample_rate)[0])
         asked = {"role": "user", "content": [{"type": "audio", "audio_url": job.user}]}
         prompt = lay_out(reply_example([asked], [codes], data, tokenizer, table, job.reply), table)[0]
         job = replace(job, **usual_rules(table, given))
         return print_reply(generate(model, prompt, job), table, tokenizer, "" if job.reply == "text" else job.out, codec)
-    if family.listens != "duplex":
+    if family.user_audio != "duplex":
         option, what = ("--user", "listens") if job.user else ("--prompt", "hears both sides at once")
         raise ValueError(f"{option} needs a model that {what}, {job.ckpt} is a {family.name} model; give it --text")
     job = replace(job, **usual_rules(table, given))
@@ -216,7 +216,7 @@ def answer_recording(job: Job, given: Collection[str]) -> None:
 def speak_texts(job: Job, texts: list[str], voices: Sequence[tuple[str, str]] = (), given: Collection[str] = ()) -> None:
     """Speak texts, a batch at a time, into job.out: one wav, or with --texts a folder of them and samples.jsonl."""
     model, data = load_for_sampling(job)
-    if family_of(model.table).listens == "duplex":
+    if family_of(model.table).user_audio == "duplex":
         raise ValueError(f"{job.ckpt} talks with somebody; give it a recording with --user=in.wav instead of a text")
     job = replace(job, **usual_rules(model.table, given))
     if not model.table.audio_out or job.reply == "text":

@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from corpus.manifest import fraction  # noqa: E402
+from corpus.manifest import hash_fraction  # noqa: E402
 from corpus.phone_calls import CATEGORIES, SYSTEM, figures, lookup_turn, ungrounded  # noqa: E402
 from options import apply, edge, split_arguments, write_rows  # noqa: E402
 
@@ -167,9 +167,10 @@ def splits(families: list[Family]) -> dict[str, str]:
     by hash, never by place in the file."""
     found = {family.name: "train" for family in families}
     for category in CATEGORIES:
-        names = sorted((f.name for f in families if f.category == category and f.language == "en"), key=fraction)
+        names = sorted((f.name for f in families if f.category == category and f.language == "en"), key=hash_fraction)
         found |= {names[0]: "held-out", names[1]: "test"}
-    long = sorted((f.name for f in families if found[f.name] == "train" and sum(role == "agent" for role, _ in f.turns) > 1), key=fraction)
+    long = sorted((f.name for f in families if found[f.name] == "train" and sum(role == "agent" for role, _ in f.turns) > 1),
+                  key=hash_fraction)
     return found | dict.fromkeys(long[:2], "held-out") | dict.fromkeys(long[2:4], "test")
 
 

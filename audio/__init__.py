@@ -1,4 +1,4 @@
-"""Everything between waveform and codes: frozen, and usable without the rest of the repository.
+"""Everything between waveform and codes: frozen codecs, usable without the rest of the repository. Start with wav.py.
 
     codec = load_codec("tiny")
     codes = codec.encode(wav)       # (B, 1, W) at codec.sample_rate -> (B, Q, T) int64
@@ -29,15 +29,15 @@ def _is_tiny(path: Path) -> bool:
         return False
 
 
-OWN = ("model.pth", "tokenizer-*.safetensors", "mimi-*.safetensors")     # what official repositories call a codec's weights
-REST = ("model.safetensors", "voice.safetensors", "flow/*")                # and what others are made of
+OWN = ("model.pth", "tokenizer-*.safetensors", "mimi-*.safetensors")     # codec weights in official repositories
+REST = ("model.safetensors", "voice.safetensors", "flow/*")                # other files of a codec
 NAMES = {"tiny": (TinyCodec.load, TINY), "tiny:1": (TinyCodec.load_coarse, TINY)}       # name -> (loader, the file it reads)
-KINDS = [                                           # what a file or folder holds -> loader
+KINDS = [                                           # (recogniser of a file or folder, loader)
     (_is_tiny, TinyCodec.load), (is_higgs, HiggsCodec.load), (is_moss, MossCodec.load), (is_mimi, MimiCodec.load)]
 
 
 def load_codec(path_or_name, device: str = "cpu"):
-    """Load a codec by name ("tiny"), from a file or folder, recognised by its content, or by hub id; else ValueError."""
+    """Load a codec by name ("tiny"), from a file or folder, recognised by its content, or by hub id; ValueError otherwise."""
     if str(path_or_name) in NAMES:
         loader, path = NAMES[str(path_or_name)]
         return loader(path, device=device)
@@ -45,7 +45,7 @@ def load_codec(path_or_name, device: str = "cpu"):
     for fits, loader in KINDS:
         if fits(path):
             return loader(path, device=device)
-    state = "holds no codec known here" if path.exists() else "is neither a codec's name nor a file"
+    state = "contains no known codec" if path.exists() else "is neither a codec's name nor a file"
     kinds = f"{', '.join(NAMES)}, a tiny codec's file, a Higgs tokenizer's or MOSS codec's folder, Mimi's file or folder, or a hub id"
     raise ValueError(f"{path_or_name} {state}; name one of: {kinds}")
 

@@ -1,12 +1,13 @@
-"""Change a recorded dialogue as a telephone, a room or another speaker would; the agent's own words stay clean.
+"""Augment recorded dialogues: speed, noise, gain, pitch, echo; the agent's channel stays clean.
 
     channel   speed   noise   gain    pitch   echo
     agent     x
-    user      x       x       x       x       of the agent's voice, as an open microphone hears it
+    user      x       x       x       x       of the agent's voice, as an open microphone records it
 
 `draw` decides, by a seed, what happens to a version of a clip; `apply` does it. Speed stretches both channels by resampling,
 so word times divide by it. `shift` moves the sound (+) or the words (-) against each other and touches no sample but silence.
 Ranges by default: those of the DSAA reference. Pitch: a phase vocoder (Flanagan and Golden 1966) and resampling.
+Next: hub.py.
 """
 
 import random
@@ -34,7 +35,7 @@ class AugmentConfig:
     speed_range: tuple[float, float] = (0.85, 1.15)       # factor on it, in steps of 2 %
     pitch: float = 0.0                                    # probability of another pitch of the user
     pitch_cents: tuple[float, float] = (-200.0, 200.0)    # hundredths of a semitone
-    echo: float = 0.0                                     # probability that the user's microphone hears the agent
+    echo: float = 0.0                                     # probability that the user's microphone picks up the agent
     echo_ms: tuple[float, float] = (100.0, 500.0)         # how late, in milliseconds
     echo_factor: tuple[float, float] = (0.0, 0.2)         # how loud, as a factor
     shift: float = 0.0                                    # probability that sound and words move against each other
@@ -106,7 +107,7 @@ def noise_like(voice: Tensor, rate: int, snr: float, number: int, noises: list[P
 
 
 def echo(voice: Tensor, samples: int, factor: float) -> Tensor:
-    """A voice (W,) heard `samples` later and weaker, cut at W."""
+    """An echo of a voice (W,), `samples` later and weaker, cut at W."""
     return factor * torch.nn.functional.pad(voice, (samples, 0))[: len(voice)]
 
 

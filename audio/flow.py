@@ -4,9 +4,9 @@
     noise = x(0) -> 10 Euler steps along dx/dt = field(x, t; mu, speaker, the voice's own mel) -> x(1) = mel
 
 The field, a causal U-Net with attention, learned to carry noise straight to speech (flow matching, arXiv:2210.02747, by
-way of Matcha-TTS, arXiv:2309.03199).  It is asked twice in each step, once knowing nothing, and moved away from that
-answer (classifier-free guidance).  The voice's codes stand before the others and their mel is given, so what follows is
-a continuation.  With a chunk size, attention sees whole chunks and the past: mel in whole chunks is final.
+way of Matcha-TTS, arXiv:2309.03199).  It is evaluated twice in each step, with and without conditions (classifier-free
+guidance).  The voice's codes come first and their mel is given, so the output continues the voice.
+With a chunk size, attention sees whole chunks and the past: mel in whole chunks is final.
 Module names are the official ones.  Next: hift.py.
 """
 
@@ -75,7 +75,7 @@ class Flow(nn.Module):
         mask = chunk_mask(S, RATIO * self.chunk, mu.device)
         x = noise(mu.device)[:, :, :S].to(mu).expand(B, -1, -1)
         given = torch.cat([mu, speaker[:, :, None].expand(-1, -1, S), known], 1)                    # (B, 240, S)
-        given = torch.cat([given, torch.zeros_like(given)])         # the second half knows nothing: classifier-free guidance
+        given = torch.cat([given, torch.zeros_like(given)])         # the second half is unconditional: classifier-free guidance
         times = 1 - torch.cos(torch.linspace(0, 1, STEPS + 1, device=mu.device) * 0.5 * torch.pi)
         for t, dt in zip(times, times.diff(), strict=False):
             informed, blind = self.decoder.estimator(torch.cat([x.repeat(2, 1, 1), given], 1), t, mask).chunk(2)

@@ -4,9 +4,10 @@
     mel -> convolution -> x 8 -> + -> x 5 -> + -> x 3 -> + -> magnitude and phase -> inverse STFT, 4 samples a step
     (B, 80, S)                                                                       (B, 480 S)
 
-The network need not invent the fine structure of a voice, only shape it (the neural source filter, arXiv:1904.12088).
-As in CosyVoice 2 and MOSS-Speech; module names are the official ones.  The published source draws its noise anew each
-time; here a frame's noise is a fixed function of its number, so that one mel gives one sound, whole or in pieces.
+The network does not generate the fine structure of a voice, it only filters it (the neural source filter, arXiv:1904.12088).
+As in CosyVoice 2 and MOSS-Speech; module names are the official ones.  The published source samples new noise each
+time; here the noise is a fixed function of the frame number, so the same mel gives the same sound, whole or in pieces.
+Next: moss.py.
 """
 
 import math

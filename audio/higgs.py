@@ -3,15 +3,15 @@
              +-> 16 kHz -> HuBERT, mean of its 13 states, every 2nd -> convolutions ---+
     wav -----+                                                                         +-> fc -> RVQ -> codes
              +-> DAC encoder, strides 8 5 4 2 3 = 960 ---------------------------------+         (B, 8, T)
-    codes -> sum of what the codebooks stand for -> fc2 -> DAC decoder -> wav                    (B, 1, 960 T)
+    codes -> sum of codebook entries ->            fc2 -> DAC decoder -> wav                    (B, 1, 960 T)
 
-One set of codes thus holds both what was spoken (HuBERT's view) and how it sounds (DAC's); a linear map takes out of
-it what the DAC decoder needs.  After X-Codec (arXiv:2408.17175), with DAC (arXiv:2306.06546) and HuBERT (hubert.py).
+The codes thus contain both the content (HuBERT) and the sound (DAC); a linear map selects what the DAC decoder needs.
+After X-Codec (arXiv:2408.17175), with DAC (arXiv:2306.06546) and HuBERT (hubert.py).
 
     codec = HiggsCodec.load("higgs-audio-v2-tokenizer/")    # boson's model.pth or transformers' model.safetensors
 
 Module names are those of the transformers layout; `official_names` maps boson's onto them.  Decoding streams, sample
-for sample; encoding does not, since HuBERT normalises and attends over the whole clip.
+for sample; encoding does not, since HuBERT normalises and attends over the whole clip. Next: whisper.py.
 """
 
 import json
@@ -55,10 +55,10 @@ class HiggsCodecConfig:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if name not in ("ratios", "hubert") and not (isinstance(value, int) and value > 0):
-                raise ValueError(f"the Higgs tokenizer's {name} is {value!r}, wanted a whole number above 0; mend its config.json")
+                raise ValueError(f"the Higgs tokenizer's {name} is {value!r}, expected an integer above 0; fix its config.json")
         if self.hop * SEMANTIC_RATE % (RATE * self.hubert.hop):
             unit = self.hubert.hop * RATE / SEMANTIC_RATE
-            raise ValueError(f"ratios {self.ratios} give {self.hop} samples a frame; HuBERT's hop wants a multiple of {unit:g} at 24 kHz")
+            raise ValueError(f"ratios {self.ratios} give {self.hop} samples a frame; HuBERT's hop needs a multiple of {unit:g} at 24 kHz")
 
     @property
     def hop(self) -> int:
@@ -202,7 +202,7 @@ class HiggsStream:
 def check_wav(wav: Tensor) -> int:
     """W of sound (B, 1, W); ValueError when it is anything else, or empty, or not finite."""
     if wav.dim() != 3 or wav.shape[1] != 1 or not wav.is_floating_point():
-        raise ValueError(f"sound is {wav.dtype} {tuple(wav.shape)}, wanted float (B, 1, W) at 24 kHz; mix it down, pass wav[:, None]")
+        raise ValueError(f"sound is {wav.dtype} {tuple(wav.shape)}, expected float (B, 1, W) at 24 kHz; mix it down, pass wav[:, None]")
     if wav.shape[0] == 0 or wav.shape[2] == 0:
         raise ValueError(f"sound is empty, {tuple(wav.shape)}; leave empty clips out")
     if not torch.isfinite(wav).all():
@@ -415,12 +415,12 @@ def read_config(path: Path) -> HiggsCodecConfig | None:
         return None
     for name, wanted in FIXED.items():
         if about.get(name, wanted) != wanted:
-            raise ValueError(f"{path}: {name} is {about[name]}, this codec knows {wanted}; name the Higgs Audio v2 tokenizer")
+            raise ValueError(f"{path}: {name} is {about[name]}, this codec supports {wanted}; name the Higgs Audio v2 tokenizer")
     try:
         if "semantic_techer" not in about:
             return _transformers_config(about)
         if about["semantic_techer"] not in ("hubert_base", "hubert_base_general"):
-            raise ValueError(f"{path}: the semantic model is {about['semantic_techer']}, this codec knows hubert_base_general")
+            raise ValueError(f"{path}: the semantic model is {about['semantic_techer']}, this codec supports hubert_base_general")
         return HiggsCodecConfig(tuple(about["ratios"]), acoustic_dim=about["D"], num_codebooks=about["n_q"],
                                 codebook_size=about["bins"], codebook_dim=about["codebook_dim"])   # boson's code has the rest
     except KeyError as error:

@@ -1,6 +1,6 @@
 """Folders of the Hugging Face hub, fetched or found in its local cache.
 
-    is_id("bosonai/higgs-audio-v2-tokenizer")                           OWNER/NAME, and nothing of that name lies here
+    is_id("bosonai/higgs-audio-v2-tokenizer")                           OWNER/NAME, and no local file of that name
     snapshot("bosonai/higgs-audio-v2-tokenizer", ["*.json", "*.pth"])   -> the folder with those files
 
 HF_HOME, HF_TOKEN, HF_HUB_OFFLINE and HF_ENDPOINT are honoured. huggingface_hub is imported when an id is asked for, not before.

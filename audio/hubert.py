@@ -147,11 +147,11 @@ def load_strict(model: nn.Module, state: Mapping[str, Tensor], names: Mapping[st
     wanted = model.state_dict()
     missing, unknown = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
     if missing or unknown:
-        told = [f"{word} {listed(some)}" for word, some in (("lacks", missing), ("holds the unknown", unknown)) if some]
-        raise ValueError(f"{source} {' and '.join(told)}; name the right file, or the config it was made with")
+        problems = [f"{word} {listed(some)}" for word, some in (("lacks", missing), ("holds the unknown", unknown)) if some]
+        raise ValueError(f"{source} {' and '.join(problems)}; name the right file, or the config it was made with")
     for name, tensor in wanted.items():
         if found[name].shape != tensor.shape:
-            shapes = f"{tuple(found[name].shape)}, wanted {tuple(tensor.shape)}"
+            shapes = f"{tuple(found[name].shape)}, expected {tuple(tensor.shape)}"
             raise ValueError(f"{source}: {name} is {shapes}; pass the config it was made with")
         if not torch.isfinite(found[name]).all():
             raise ValueError(f"{source}: {name} holds NaN or infinity; fetch the file again")

@@ -1,14 +1,16 @@
 """Mimi, Kyutai's codec: 24 kHz speech as 12.5 frames a second of 8 to 32 codes of 11 bits (1.1 to 4.4 kbit/s).
 
     wav -> SEANet encoder, strides 4 5 6 8 = 960 -> transformer -> stride 2 -> split RVQ          (B, 1, W) -> (B, Q, T)
-    codes -> what the codebooks stand for -> stride 2 -> transformer -> SEANet decoder, 8 6 5 4   (B, Q, T) -> (B, 1, 1920 T)
+    codes -> sum of codebook entries -> stride 2      -> transformer -> SEANet decoder, 8 6 5 4   (B, Q, T) -> (B, 1, 1920 T)
 
 Codebook 0 is semantic (distilled from WavLM), the others are acoustic; both quantise the same latent, each through a
-projection of its own, and their outputs are summed.  All is causal: a frame needs nothing from behind it, so sound goes
-in and out 80 ms at a time.  Whoever computes keeps a `Past`, the last inputs of each convolution and attention; offline
-is one long piece with an empty past.  After Moshi (arXiv:2410.00037), SEANet as in SoundStream (arXiv:2107.03312).
+projection of its own, and their outputs are summed.  Everything is causal, so audio streams in
+and out in steps of 80 ms.  The streaming state is a `Past`: the last inputs of each convolution and attention; offline is
+one long piece with an empty past.  After Moshi (arXiv:2410.00037), SEANet as in SoundStream (arXiv:2107.03312).
 
     codec = MimiCodec.load("moshiko/")      # Kyutai's tokenizer-e351c8d8-checkpoint125.safetensors, its newer name, or transformers'
+
+Next: hubert.py.
 """
 
 import math
@@ -50,9 +52,9 @@ class MimiConfig:
         for name, value in vars(self).items():
             numbers = value if isinstance(value, tuple) else (value,)
             if not all(isinstance(n, int) and n > (name in ("window", "num_codebooks")) for n in numbers):
-                raise ValueError(f"Mimi's {name} is {value!r}, wanted whole numbers above 0, or 1; mend its config.json")
+                raise ValueError(f"Mimi's {name} is {value!r}, expected integers above 0, or 1; fix its config.json")
         if self.dim % (2 * self.heads):
-            raise ValueError(f"Mimi's dim {self.dim} is no multiple of 2 x {self.heads} heads; mend its config.json")
+            raise ValueError(f"Mimi's dim {self.dim} is not a multiple of 2 x {self.heads} heads; fix its config.json")
 
     @property
     def hop(self) -> int:
@@ -142,7 +144,7 @@ class MimiStream:
     def __init__(self, codec: MimiCodec, exact_moshi: bool = False):
         self.codec, self.exact_moshi = codec, exact_moshi
         self.wav = self.codes = None        # (B, 1, n) not yet encoded; the last codes, for their batch size
-        self.heard, self.said = Past(exact_moshi), Past(exact_moshi)
+        self.encoder_past, self.decoder_past = Past(exact_moshi), Past(exact_moshi)
 
     def encode(self, wav: Tensor) -> Tensor:
         """Take (B, 1, n >= 0) samples, give the codes (B, Q, t >= 0) of the frames that are whole."""
@@ -151,24 +153,24 @@ class MimiStream:
         self.wav = wav if self.wav is None else torch.cat([self.wav, wav], 2)
         whole = self.wav.shape[2] // self.codec.config.hop * self.codec.config.hop
         frames, self.wav = self.wav[:, :, :whole], self.wav[:, :, whole:].clone()
-        return self.codec.encode_frames(frames, self.heard)
+        return self.codec.encode_frames(frames, self.encoder_past)
 
     def flush_encode(self) -> Tensor:
         """End the sound: the codes (B, Q, 0..1) of what was held back, filled up with silence."""
         assert self.wav is not None, "flush_encode() before encode()"
-        codes = self.codec.encode_frames(F.pad(self.wav, (0, -self.wav.shape[2] % self.codec.config.hop)), self.heard)
-        self.wav, self.heard = None, Past(self.exact_moshi)
+        codes = self.codec.encode_frames(F.pad(self.wav, (0, -self.wav.shape[2] % self.codec.config.hop)), self.encoder_past)
+        self.wav, self.encoder_past = None, Past(self.exact_moshi)
         return codes
 
     def decode(self, codes: Tensor) -> Tensor:
         """Take codes (B, q, n >= 0), give their samples (B, 1, 1920 n)."""
-        wav, self.codes = self.codec.decode_frames(codes, self.said), codes[:, :1, :0]
+        wav, self.codes = self.codec.decode_frames(codes, self.decoder_past), codes[:, :1, :0]
         return wav
 
     def flush(self) -> Tensor:
         """End the codes: (B, 1, 0), since nothing was held back."""
         assert self.codes is not None, "flush() before decode()"
-        wav, self.codes, self.said = self.codec.decode_frames(self.codes, self.said), None, Past(self.exact_moshi)
+        wav, self.codes, self.decoder_past = self.codec.decode_frames(self.codes, self.decoder_past), None, Past(self.exact_moshi)
         return wav
 
 
@@ -209,7 +211,7 @@ class ConvTranspose(nn.Module):
 
 
 class Chain(nn.Sequential):
-    """Modules one behind the other, each with its past."""
+    """Sequential modules, each with its streaming state."""
 
     def forward(self, x: Tensor, past: Past) -> Tensor:
         for module in self:
@@ -425,6 +427,6 @@ def read_config(path: Path) -> MimiConfig:
     about = (about.get("rope_parameters") or {}) | {name: value for name, value in about.items() if value is not None}
     for name, wanted in FIXED.items():
         if about.get(name, wanted) != wanted:
-            raise ValueError(f"{path}: {name} is {about[name]}, this codec knows {wanted}; name Kyutai's Mimi")
+            raise ValueError(f"{path}: {name} is {about[name]}, this codec supports {wanted}; name Kyutai's Mimi")
     given = {ours: about[theirs] for ours, theirs in FIELDS.items() if theirs in about}
     return MimiConfig(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})

@@ -4,7 +4,7 @@
     codes -> conformer -> x 4 -> conformer = mu;  noise -> 10 Euler steps along the estimator's field = mel
     mel -> pitch -> harmonics and noise -> HiFT, shaping them into a spectrum -> inverse STFT              (B, 1, T) -> (B, 1, 1920 T)
 
-The codes say what was spoken, hardly how it sounds: that comes from a `Voice`, made of a recording of some seconds.
+The codes contain the content and little of the voice, which comes from a `Voice` made from a recording of a few seconds.
 Whisper-VQ as in GLM-4-Voice (arXiv:2412.02612), flow matching as in CosyVoice 2 (arXiv:2412.10117, Matcha-TTS,
 arXiv:2309.03199), HiFT after HiFTNet (arXiv:2309.09493).  Module names are the official ones.
 
@@ -15,6 +15,7 @@ The published weights come without a licence: ask their makers before you pass t
 Sound is 24 kHz on both sides; encode() takes 16 kHz as well.  Noise is a fixed function of the position, so one set of
 codes gives one sound.  With flow-chunk-N.pt attention sees whole chunks of N codes and what came before: the stream then
 equals decode().  (The published stream computes its last piece with full attention, and fades where pieces meet.)
+Next: telephone.py.
 """
 
 import math
@@ -52,7 +53,7 @@ class MossCodecConfig:
 
 
 class MossCodec(nn.Module):
-    """Encode and decode speech; `MossCodec.load(path)` gives one with weights.  voice: what it speaks with unless told otherwise."""
+    """Encode and decode speech; `MossCodec.load(path)` gives one with weights.  voice: the default voice of decode()."""
     name, sample_rate, frame_rate, num_codebooks = "moss", RATE, RATE / CODE, 1
 
     def __init__(self, config: MossCodecConfig | None = None):
@@ -97,7 +98,7 @@ class MossCodec(nn.Module):
         codes, mel = self.encode(wav)[:, 0], voice_mel(wav[:, 0])
         n = min(mel.shape[1] // RATIO, codes.shape[1])
         if len(wav) != 1 or n == 0:
-            raise ValueError(f"sound is {tuple(wav.shape)}, a voice wants one recording of 0.1 s or more; name another")
+            raise ValueError(f"sound is {tuple(wav.shape)}, a voice needs one recording of at least 0.1 s; give another")
         return Voice(codes[:, :n], mel[:, : RATIO * n], self.speaker_embedding(to_16k(wav, RATE)))
 
     def speaker_embedding(self, wav: Tensor) -> Tensor:
@@ -167,7 +168,7 @@ class Voice:
         n, shapes = codes.shape[-1] if codes.dim() else 0, {name: tuple(tensor.shape) for name, tensor in found.items()}
         wanted = {"codes": (1, n), "mel": (1, RATIO * n, MELS), "speaker": (1, codec.config.flow.speaker)}
         if shapes != wanted or codes.dtype != torch.int64 or not all(tensor.isfinite().all() for tensor in found.values()):
-            raise ValueError(f"{path} is no voice of this codec ({shapes}, wanted finite {wanted}); make it again with make_voice")
+            raise ValueError(f"{path} is no voice of this codec ({shapes}, expected finite {wanted}); make it again with make_voice")
         if n and not 0 <= int(codes.min()) <= int(codes.max()) < codec.codebook_size:
             raise ValueError(f"{path} has codes outside 0..{codec.codebook_size - 1}; make it again with make_voice and this codec")
         return cls(**found)
@@ -188,9 +189,9 @@ class MossStream:
 
     def __init__(self, codec: MossCodec, voice: Voice, hold: int = BEHIND):
         if not 0 <= hold <= BEHIND:
-            raise ValueError(f"hold is {hold}, wanted 0..{BEHIND} frames of 20 ms; {BEHIND} is exact")
+            raise ValueError(f"hold is {hold}, expected 0..{BEHIND} frames of 20 ms; {BEHIND} is exact")
         self.codec, self.voice, self.hold = codec, voice, hold
-        self.wav, self.heard = None, 0          # (B, n) at 24 kHz that is still needed; codes of all the sound before it
+        self.wav, self.encoded = None, 0          # (B, n) at 24 kHz that is still needed; codes of all the sound before it
         self.past, self.peak = {}, None         # the encoder's; log10 of the loudest bin of this piece (B, 1, 1)
         self.codes, self.mels = None, 0         # (B, T) all of them; how many have become mel
         self.sound = HiftStream(codec.hift, hold)
@@ -202,7 +203,7 @@ class MossStream:
             check_wav(wav)
         self.wav = wav[:, 0] if self.wav is None else torch.cat([self.wav, wav[:, 0]], 1)
         codes = [torch.zeros(len(wav), 0, dtype=torch.int64, device=wav.device)]
-        while n := min((self.wav.shape[1] - self._margin()) // CODE, PIECE - self.heard % PIECE):
+        while n := min((self.wav.shape[1] - self._margin()) // CODE, PIECE - self.encoded % PIECE):
             codes.append(self._encode(n))
         return torch.cat(codes, 1)[:, None]
 
@@ -212,16 +213,16 @@ class MossStream:
         assert self.wav is not None, "flush_encode() before encode()"
         rest = self.wav.shape[1] - self._margin()
         codes = self._encode(1) if rest else torch.zeros(len(self.wav), 0, dtype=torch.int64, device=self.wav.device)
-        self.wav, self.heard, self.past, self.peak = None, 0, {}, None
+        self.wav, self.encoded, self.past, self.peak = None, 0, {}, None
         return codes[:, None]
 
     def _margin(self) -> int:
         """Samples in self.wav before the next code: the resampler and the first frame's window see so many."""
-        return 552 if self.heard else 0
+        return 552 if self.encoded else 0
 
     def _encode(self, n: int) -> Tensor:
         """The next n codes, of one piece: 8 frames each, from the last before it to the last but one, since no state needs that."""
-        margin, first = self._margin(), self.heard % PIECE == 0
+        margin, first = self._margin(), self.encoded % PIECE == 0
         start, hop = margin * 2 // 3, CODE * WHISPER_RATE // RATE
         wav = resample_24_to_16(self.wav[:, : margin + n * CODE].float())
         wav = F.pad(wav, (0, start + n * hop - wav.shape[1]))[:, : start + n * hop - HOP + WINDOW // 2 - HOP]
@@ -236,7 +237,7 @@ class MossStream:
             peak = frames.amax((1, 2), keepdim=True)
             self.peak = peak if self.peak is None else torch.maximum(self.peak, peak)
             codes.append(self.codec.encoder.encode(floored(frames, self.peak), self.past))
-        self.heard += n
+        self.encoded += n
         self.wav = self.wav[:, margin + n * CODE - self._margin():].clone()
         return torch.cat(codes, 1)
 
@@ -245,8 +246,8 @@ class MossStream:
         check_codes(codes, 1, self.codec.codebook_size)
         self.codes = codes[:, 0].long() if self.codes is None else torch.cat([self.codes, codes[:, 0].long()], 1)
         if RATIO * (self.codes.shape[1] + self.voice.codes.shape[1]) > MOST:
-            told = f"{self.codes.shape[1]} codes and the voice's {self.voice.codes.shape[1]}"
-            raise ValueError(f"{told} are more than {MOST // RATIO} (300 s); decode the sound in parts, each with a stream of its own")
+            found = f"{self.codes.shape[1]} codes and the voice's {self.voice.codes.shape[1]}"
+            raise ValueError(f"{found} are more than {MOST // RATIO} (300 s); decode the sound in parts, each with a stream of its own")
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
@@ -308,7 +309,7 @@ def voice_mel(wav: Tensor) -> Tensor:
 
 
 def fbank(wav: Tensor) -> Tensor:
-    """(B, W >= 400) at 16 kHz -> Kaldi's log-mel features (B, S, 80), without dither, as speaker encoders want them."""
+    """(B, W >= 400) at 16 kHz -> Kaldi's log-mel features (B, S, 80), without dither, for speaker encoders."""
     frames = wav.unfold(1, WINDOW, HOP)                                                 # (B, S, 400); no padding at the ends
     frames = frames - frames.mean(2, keepdim=True)
     frames = frames - 0.97 * torch.cat([frames[..., :1], frames[..., :-1]], 2)
@@ -351,7 +352,7 @@ def read_config(path: Path) -> MossCodecConfig:
         raise ValueError(f"{path} lacks {error}; fetch it again from the codec's repository") from error
     for name, wanted in (FIXED | {"pooling_position": encoder.layers}).items():
         if about.get(name, wanted) != wanted:
-            raise ValueError(f"{path}: {name} is {about[name]!r}, this codec knows {wanted!r}; name the MOSS-Speech codec")
+            raise ValueError(f"{path}: {name} is {about[name]!r}, this codec supports {wanted!r}; name the MOSS-Speech codec")
     wrong = [name for name, value in (*vars(encoder).items(), ("quantize_vocab_size", size)) if type(value) not in (int, bool) or value < 0]
     if wrong or encoder.pool != 4 or encoder.positions < 4 * PIECE or encoder.dim % encoder.heads:
         raise ValueError(f"{path} asks for {encoder} and {size} codes, which is no codec of 12.5 Hz; fetch it again")

@@ -3,7 +3,7 @@
     r_0 = x;   code_q = argmin_v |r_q - c_qv|^2;   r_{q+1} = r_q - c_q[code_q];   x ~ sum_q c_q[code_q]
 
 Each codebook describes what the ones before it left over, so any prefix of the codes is a coarser version of
-the whole.  The tiny codec fits its tables here by k-means; others load theirs.
+the whole.  The tiny codec fits its tables here by k-means; others load theirs. Next: tiny.py.
 """
 
 import torch
@@ -41,10 +41,10 @@ def check_codes(codes: Tensor, num_codebooks: int, codebook_size: int) -> None:
     """Raise ValueError unless codes are (B, 1..Q, T) integers in 0..V-1."""
     if codes.dim() != 3 or not 1 <= codes.shape[1] <= num_codebooks or codes.is_floating_point():
         found = f"{codes.dtype} {tuple(codes.shape)}"
-        raise ValueError(f"codes are {found}, wanted integers (B, 1..{num_codebooks}, T); pass the codebook streams only")
+        raise ValueError(f"codes are {found}, expected integers (B, 1..{num_codebooks}, T); pass the codebook streams only")
     low, high = (int(codes.min()), int(codes.max())) if codes.numel() else (0, 0)
     if low < 0 or high >= codebook_size:
-        raise ValueError(f"codes run from {low} to {high}, the codec knows 0..{codebook_size - 1}; undelay and cut -1, BOS, EOS first")
+        raise ValueError(f"codes run from {low} to {high}, the codec has 0..{codebook_size - 1}; undelay and cut -1, BOS, EOS first")
 
 
 def nearest(x: Tensor, book: Tensor) -> Tensor:

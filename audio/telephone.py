@@ -1,11 +1,11 @@
-"""The telephone: what a line does to speech, and who speaks when in a recorded call.
+"""Telephone speech: simulate a line, and find the turns of a recorded call.
 
     line = telephone(wav, rate, law="a", snr=15, loss=0.05)     # as it arrives at the other end, at the same rate
     for channel, start, end, crosstalk in turns(call, rate):    # a stereo call, one speaker a channel
         ...
 
-A line is 8 kHz, 300 to 3400 Hz, 8 bits a sample on a logarithmic scale (ITU-T G.711), 20 ms a packet, and some never arrive.
-Codecs of this repository take it after `resample`: nothing above 3.4 kHz comes back.
+A line is 8 kHz, 300 to 3400 Hz, 8 bits a sample on a logarithmic scale (ITU-T G.711), 20 ms a packet, and some packets are lost.
+Codecs of this repository take it after `resample`: frequencies above 3.4 kHz stay lost. Next: augment.py.
 """
 
 from functools import lru_cache
@@ -70,7 +70,7 @@ def g711_encode(wav: Tensor, law: str = "mu") -> Tensor:
 def g711_decode(codes: Tensor, law: str = "mu") -> Tensor:
     """Codes (...) uint8 -> samples (...) in (-1, 1)."""
     if codes.dtype != torch.uint8:
-        raise ValueError(f"G.711 codes are {codes.dtype}, wanted uint8; use torch.frombuffer(bytes, dtype=torch.uint8)")
+        raise ValueError(f"G.711 codes are {codes.dtype}, expected uint8; use torch.frombuffer(bytes, dtype=torch.uint8)")
     return decode_table(law).to(codes.device)[codes.long()] / 32768
 
 
@@ -110,15 +110,15 @@ def lose_packets(wav: Tensor, loss: float, seed: int = 0, packet: int = PACKET) 
     The last packet that came is repeated, each time 6 dB softer; before the first one there is silence.
     """
     if not 0 <= loss <= 1:
-        raise ValueError(f"loss is {loss}, wanted a share of the packets from 0 to 1; 0.05 is a bad line")
+        raise ValueError(f"loss is {loss}, expected a share of the packets from 0 to 1; 0.05 is a bad line")
     W = wav.shape[-1]
     packets = F.pad(wav, (0, -W % packet)).unflatten(-1, (-1, packet))                  # (..., n, packet)
     lost = (torch.rand(packets.shape[:-1], generator=torch.Generator().manual_seed(seed)) < loss).to(wav.device)
     place = torch.arange(packets.shape[-2], device=wav.device).expand(lost.shape)
-    came = torch.where(lost, -1, place).cummax(-1).values                               # the last that came, -1 for none
-    heard = packets.gather(-2, came.clamp(min=0)[..., None].expand(packets.shape))
+    came = torch.where(lost, -1, place).cummax(-1).values                               # the last packet received, -1 for none
+    audible = packets.gather(-2, came.clamp(min=0)[..., None].expand(packets.shape))
     gain = torch.where(came < 0, 0.0, 0.5 ** (place - came)).to(wav)
-    return (heard * gain[..., None]).flatten(-2)[..., :W], lost
+    return (audible * gain[..., None]).flatten(-2)[..., :W], lost
 
 
 # ---- calls ----
@@ -152,10 +152,10 @@ def spoken(wav: Tensor, rate: int, frame: float = 0.03, pause: float = 0.3, shor
     """When each channel of (2, W) speaks: start and end in seconds, and the channel, in the order in which they begin.
 
     Shorter bursts than `shortest` seconds are no speech, and shorter gaps than `pause` no end of it; nor is what is below
-    `floor` dBFS speech, or `leak` dB below the other channel, which is then heard through the wall.
+    `floor` dBFS speech, or `leak` dB below the other channel, which is then audible through the wall.
     """
     if wav.dim() != 2 or wav.shape[0] != 2:
-        raise ValueError(f"the call is {tuple(wav.shape)}, wanted (2, W), a speaker a channel; read it with load_wav(path, channels=2)")
+        raise ValueError(f"the call is {tuple(wav.shape)}, expected (2, W), a speaker a channel; read it with load_wav(path, channels=2)")
     step = round(frame * rate)
     if wav.shape[1] < step:
         return []
@@ -173,11 +173,11 @@ def speech(level: Tensor, floor: float, pause: int, shortest: int, leaked: Tenso
     (someone who never pauses), and goes on 5 dB further down: loudness dips within words.
     """
     begin = max(floor, min(float(level.quantile(0.1)) + 9, float(level.quantile(0.95)) - 6))
-    heard = (level > leaked).tolist()
+    audible = (level > leaked).tolist()
     spans: list[tuple[int, int]] = []
     speaking = False
     for n, loud in enumerate(level.tolist()):
-        speaking = heard[n] and loud > (begin - 5 if speaking else begin)
+        speaking = audible[n] and loud > (begin - 5 if speaking else begin)
         if speaking and spans and n - spans[-1][1] < pause:
             spans[-1] = (spans[-1][0], n + 1)
         elif speaking:

@@ -5,8 +5,9 @@
 
 Nothing but the vocoder is trained: the tables are fitted in seconds by PCA and k-means.  A frame depends on its
 own 40 ms and 27 ms on each side, so the codes of two clips can be joined without encoding again: that is how the
-demo makes endless digit strings.  Griffin-Lim needs no weights: it is the fallback, and the tests' oracle.
+demo composes digit strings.  Griffin-Lim needs no weights: it is the fallback, and the tests' oracle.
 The vocoder is after Vocos (arXiv:2306.00814), trained by assets/build.py; Griffin-Lim after Perraudin et al., 2013.
+Next: mimi.py.
 """
 
 import math
@@ -115,7 +116,7 @@ class TinyCodec(nn.Module):
 
     @classmethod
     def load_coarse(cls, path, device: str = "cpu") -> "TinyCodec":
-        """The same with its first codebook alone, for models of one stream: speech that can be told, and no more."""
+        """The same with its first codebook alone, for models of one stream; intelligible speech, but no more."""
         codec = cls.load(path, device=device)
         codec.num_codebooks, codec.name = 1, "tiny:1"
         return codec
@@ -131,7 +132,7 @@ class TinyCodec(nn.Module):
         wanted = {name: list(tensor.shape) for name, tensor in codec.state_dict().items()}
         if found != wanted:                                                 # before any tensor is read
             wrong = sorted(name for name in found | wanted if found.get(name) != wanted.get(name))
-            raise ValueError(f"{path}: {wrong[0]} is {found.get(wrong[0])}, wanted {wanted.get(wrong[0])}; name another file or decoder")
+            raise ValueError(f"{path}: {wrong[0]} is {found.get(wrong[0])}, expected {wanted.get(wrong[0])}; name another file or decoder")
         for name, tensor in codec.state_dict().items():
             tensor.copy_(file.get_tensor(name))                             # state_dict shares memory with the module
             if not torch.isfinite(tensor).all():

@@ -1,10 +1,10 @@
-"""Sound files in and out, and the resampler.  Everything else in audio/ sees float32 tensors in [-1, 1].
+"""Sound files in and out, and the resampler.  Everything else in audio/ uses float32 tensors in [-1, 1].
 
     wav, rate = load_wav("prompt.flac", rate=16_000)     # (1, W): mixed down, resampled
-    save_wav("out.wav", wav, rate)                       # 16-bit PCM, whole or not at all
+    save_wav("out.wav", wav, rate)                       # 16-bit PCM, written atomically
 
-soundfile reads wav, flac, mp3, ogg and opus.  A file is judged by its header before a sample of it is read:
-a ten-hour recording costs nothing.  Next: rvq.py, then tiny.py.
+soundfile reads wav, flac, mp3, ogg and opus.  The header is checked before any sample is read, so a
+ten-hour recording is refused at once.  Next: rvq.py, then tiny.py.
 """
 
 import math
@@ -64,9 +64,9 @@ def _check_header(path: Path, file: soundfile.SoundFile, channels: int | None, m
     if seconds > max_seconds:
         raise ValueError(f"{path} lasts {seconds:,.0f} s, the limit is {max_seconds:,.0f} s; cut it into shorter files")
     if channels == 1 and file.channels > 2:
-        raise ValueError(f"{path} has {file.channels} channels, wanted are 1 or 2; mix it down, or choose the one with the voice")
+        raise ValueError(f"{path} has {file.channels} channels, expected 1 or 2; mix it down, or choose the one with the voice")
     if channels == 2 and file.channels != 2:
-        raise ValueError(f"{path} has {file.channels} channel(s), wanted is stereo; join the two speakers as left and right")
+        raise ValueError(f"{path} has {file.channels} channel(s), expected stereo; join the two speakers as left and right")
 
 
 def levels(wav: Tensor, rate: int) -> Tensor:
@@ -78,7 +78,7 @@ def levels(wav: Tensor, rate: int) -> Tensor:
 
 
 def save_wav(path, wav: Tensor, rate: int) -> None:
-    """Write (W,) or (C, W) samples as 16-bit PCM, whole or not at all, and make the folder."""
+    """Write (W,) or (C, W) samples as 16-bit PCM, written atomically, and make the folder."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=".wav")
@@ -94,7 +94,7 @@ def save_wav(path, wav: Tensor, rate: int) -> None:
 
 @contextmanager
 def _writing(path):
-    """Say as an OSError what soundfile says in its own way: it asserts that all samples were written."""
+    """Raise soundfile's failure to write all samples (an AssertionError) as an OSError."""
     try:
         yield
     except (soundfile.LibsndfileError, AssertionError) as error:

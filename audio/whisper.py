@@ -5,7 +5,7 @@
 
 Higgs Audio has such a tower as an option (`pool=2`, 25 states a second; its released 3B has none), named
 `audio_tower.*`.  The encoder of the MOSS-Speech codec is the same layer with a causal mask and causal convolutions
-(`causal=True, layers=16, final_norm=False`).  Parameter names are the official ones.
+(`causal=True, layers=16, final_norm=False`).  Parameter names are the official ones. Next: flow.py.
 """
 
 import math
@@ -62,7 +62,7 @@ class WhisperEncoder(nn.Module):
         start, most = past.get("positions", 0), self.config.positions
         T = start + (S + 1) // 2
         if F_ != self.config.mels or S < 1 or T > most:
-            raise ValueError(f"mel is {tuple(mel.shape)}, wanted (B, {self.config.mels}, 1..{2 * (most - start)}); make it with log_mel")
+            raise ValueError(f"mel is {tuple(mel.shape)}, expected (B, {self.config.mels}, 1..{2 * (most - start)}); make it with log_mel")
         x = F.gelu(self._conv(self.conv1, mel, past))
         x = F.gelu(self._conv(self.conv2, x, past)).transpose(1, 2)     # (B, D, S) -> (B, T, D), every second one
         past["positions"] = T
@@ -90,7 +90,7 @@ class WhisperEncoder(nn.Module):
         if lengths is None:
             return mask
         if int(lengths.min()) < 1:
-            raise ValueError(f"a clip has {int(lengths.min())} mel frames, wanted are 1 or more; leave empty clips out")
+            raise ValueError(f"a clip has {int(lengths.min())} mel frames, expected 1 or more; leave empty clips out")
         seen = torch.arange(T, device=device) < ((lengths.to(device) + 1) // 2)[:, None]        # (B, T)
         return seen[:, None, None] if mask is None else mask & seen[:, None, None]
 
@@ -152,7 +152,7 @@ def log_mel(wav: Tensor, mels: int = 128, seconds: float | None = SECONDS) -> Te
     whole clip: one loud bin raises the floor everywhere.
     """
     if wav.dim() != 2 or wav.shape[1] == 0 or not wav.is_floating_point():
-        raise ValueError(f"sound is {wav.dtype} {tuple(wav.shape)}, wanted float (B, W > 0) at 16 kHz; mix it down, pass wav[:, 0]")
+        raise ValueError(f"sound is {wav.dtype} {tuple(wav.shape)}, expected float (B, W > 0) at 16 kHz; mix it down, pass wav[:, 0]")
     if not torch.isfinite(wav).all():
         raise ValueError("the sound holds NaN or infinite samples; look upstream for the first of them")
     W = wav.shape[1] if seconds is None else round(seconds * RATE)

@@ -1,6 +1,6 @@
-"""What bench.py calls: how things are measured, what is measured, and the peers beside us.
+"""What bench.py calls: how it measures, the workloads, and the peers. Read it when you measure speed or memory.
 
-    measure.py      alternating pairs, memory, operations, where a figure comes from
+    measure.py      alternating pairs, memory, operations, versions and device of a figure
     peers.py        small models of each family, ours and the peers'
-    workloads.py    a training step, a generation; the work each needs at least
+    workloads.py    a training step, a generation; the minimum work of each
 """

@@ -1,7 +1,7 @@
-"""How things are measured: two sides in alternation, frame by frame, in memory, in operations, and what a row of figures says.
+"""How bench.py measures: two sides in alternation, time per frame, memory, operations, and the format of a result row.
 
-A side is a function that does the work once and returns what it computed. One that generates takes the number of columns,
-and calls `tick` behind every frame. On CUDA times come from events or end with a synchronization. Next: bench.py.
+A side is a function that does the work once and returns its result. A generating side takes the number of columns and
+calls `tick` after every frame. On CUDA, times come from events or end with a synchronization. Next: bench.py.
 """
 
 import importlib.metadata
@@ -59,7 +59,7 @@ def frame_times(side: Side, columns: int, frames: int) -> list[float]:
 
     side(columns, tick)
     if len(marks) <= frames:
-        raise ValueError(f"{columns} columns gave {len(marks)} frames, {frames} were to be timed; lower --frames")
+        raise ValueError(f"{columns} columns gave {len(marks)} frames, too few to time {frames}; lower --frames")
     if ON_GPU:
         torch.cuda.synchronize()
     return [a.elapsed_time(b) / 1e3 if ON_GPU else b - a for a, b in pairwise(marks[-frames - 1 :])]
@@ -82,13 +82,13 @@ def compare(ours: Sequence[float], peer: Sequence[float], units: int, places: tu
 # ---- equal answers ----
 
 def check(ours: Tensor, peer: Tensor, what: str, half: bool = False) -> str:
-    """Both sides computed the same, or nothing is measured. Greedy tokens of `half` precision part ways, and are counted."""
+    """Check that both sides agree; ValueError otherwise. In half precision greedy tokens may differ, and are counted."""
     same = ours.shape == peer.shape
     error = float((ours - peer).abs().max() / peer.abs().max().clamp(min=1e-9)) if same else float("inf")
     if same and half and not ours.is_floating_point():
         return f"{float((ours == peer).double().mean()):.0%} of {what} equal, in half precision; all of them in fp32 (--dtype=fp32)"
     if not error <= (TOLERANCE[half] if ours.is_floating_point() else 0):
-        raise ValueError(f"{what} differ from the peer's ({error:.1e}); a fast wrong answer is not measured, mend that first")
+        raise ValueError(f"{what} differ from the peer's ({error:.1e}); wrong results are not timed; fix that first")
     return f"{what} equal ({error:.0e})"
 
 
@@ -100,9 +100,9 @@ def resident(field: str) -> float:
 
 
 def extra_memory(side: Side, whole: bool = False) -> float:
-    """The MiB that a second run adds at most; what libraries keep for themselves is there by then. `whole`, on CUDA: all there are.
+    """Peak MiB that a second run adds, after libraries have allocated their own. `whole`, on CUDA: the total peak.
 
-    Not ru_maxrss: that cannot be reset, and begins at the size of the process that started this one.
+    Not ru_maxrss, which cannot be reset and starts at the size of the parent process.
     """
     side()
     if ON_GPU:
@@ -119,7 +119,7 @@ def extra_memory(side: Side, whole: bool = False) -> float:
 # ---- operations ----
 
 class Operations(TorchDispatchMode):
-    """Counts the operations that torch runs, composed ones by their parts, views not at all."""
+    """Counts the operations that torch runs, composite ones by their parts, without views."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -143,15 +143,15 @@ def operations(run: Callable[[], Any]) -> dict[str, float]:
 def syncs(run: Callable[[], Any]) -> int:
     """How often the host waits for the CUDA device."""
     torch.cuda.set_sync_debug_mode("warn")
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as recorded:
         warnings.simplefilter("always")
         run()
     torch.cuda.set_sync_debug_mode("default")
-    return sum("called a synchronizing CUDA operation" in str(w.message) for w in told)
+    return sum("called a synchronizing CUDA operation" in str(w.message) for w in recorded)
 
 
 def launches(run: Callable[[], Any]) -> dict[str, float]:
-    """What the host starts on the CUDA device: graphs and kernels; and how often it waits for it."""
+    """Kernels and graphs that the host launches on the CUDA device, and its synchronizations."""
     with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as profile:
         run()
         torch.cuda.synchronize()
@@ -161,8 +161,8 @@ def launches(run: Callable[[], Any]) -> dict[str, float]:
 
 
 def per_frame(side: Side, frames: int, lag: int = 0) -> dict[str, float]:
-    """Operations of one frame, on CUDA kernels, graphs and syncs: what `frames` more columns add to a generation."""
-    side(lag + frames)                                       # the first frame comes behind `lag` columns
+    """Operations per frame (on CUDA kernels, graphs, syncs): the difference that `frames` more columns make, divided by them."""
+    side(lag + frames)                                       # the first frame comes after `lag` columns
     once, twice = ((launches if ON_GPU else operations)(lambda n=n: side(lag + n * frames)) for n in (1, 2))
     return {name: (twice[name] - once[name]) / frames for name in once}
 
@@ -177,8 +177,8 @@ def origin(packages: Sequence[str] = ()) -> dict[str, Any]:
     """Commit, versions, device and threads."""
     describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
     commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-    told = CPUS.read_text().splitlines() if CPUS.is_file() else []
-    names = [line.partition(":")[2].strip() for line in told if line.startswith("model name")] or [platform.machine()]
+    lines = CPUS.read_text().splitlines() if CPUS.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")] or [platform.machine()]
     device = torch.cuda.get_device_name() if ON_GPU else f"{os.cpu_count()} cores, {names[0]}"
     others = {name: version(name) for name in packages if version(name)}
     return {"commit": commit or "not a checkout", "torch": torch.__version__, "triton": getattr(triton, "__version__", None),

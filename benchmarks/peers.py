@@ -1,10 +1,10 @@
-"""Small models with random weights, and what others do with them: the sides that bench.py measures us against.
+"""Small models with random weights, and the peers of bench.py: other libraries that run the same work.
 
     higgs, qwen    transformers + PEFT: its classes, its loss, its generate
     moshi          the moshi package: LMModel with its own LoRA and the loss of moshi-finetune, LMGen
 
-A side (measure.py) does the work once and returns what it computed: the loss, or all tokens. Only workloads.py and
-bench.py import this file.
+A side (measure.py) does the work once and returns its result: the loss, or all tokens. Only workloads.py and bench.py
+import this file. Next: workloads.py.
 """
 
 import importlib.util
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if not torch.cuda.is_available():
-    os.environ["NO_TORCH_COMPILE"] = "1"                     # nobody compiles on a CPU; moshi reads it on import
+    os.environ["NO_TORCH_COMPILE"] = "1"                     # moshi reads it on import; compiling on a CPU only costs time
 
 from benchmarks.measure import ON_GPU, Side
 from families.higgs import HIGGS_V2_3B
@@ -37,7 +37,7 @@ from streams import delay, is_audio, undelay
 TINY = Path(__file__).resolve().parents[1] / "configs" / "tiny.py"
 NEEDS = {"higgs": ("transformers", "peft"), "qwen": ("transformers", "peft"), "moshi": ("moshi",)}
 Training = tuple[nn.Module, Side]        # the network, and its loss with a gradient
-WARM = 0.8                               # temperature of what is not greedy
+WARM = 0.8                               # temperature of sampling that is not greedy
 
 
 def absent(package: str) -> bool:
@@ -60,7 +60,7 @@ def like(model: MultistreamLM) -> Tensor:
 # ---- small models, random tokens ----
 
 def architecture(name: str, D: int) -> ModelConfig:
-    """The family small, 4 layers of width D and 4,096 words, or with D = 0 as published. Nothing ends a text early."""
+    """The family small, 4 layers of width D and 4,096 words, or with D = 0 as published. Without stop ids."""
     if name == "tiny":
         return replace(run_config(TINY).model, dropout=0.0, input_drop=0.0)
     full, moshi = {"higgs": HIGGS_V2_3B, "moshi": MOSHI_7B, "moss": MOSS_9B, "qwen": QWEN2_5_1_5B}[name], name == "moshi"
@@ -77,12 +77,12 @@ def architecture(name: str, D: int) -> ModelConfig:
 
 
 def build(name: str, width: int, dtype: torch.dtype = torch.float32, checkpoint: int = 0) -> MultistreamLM:
-    """Random weights, made where they stay."""
+    """A model with random weights, initialised on its device."""
     torch.manual_seed(0)
     with torch.device("cuda" if ON_GPU else "cpu"):
         model = MultistreamLM(replace(architecture(name, width), checkpoint=checkpoint))
     with torch.no_grad():
-        if name == "higgs":                                  # no code ends the audio: random heads part ways behind an end
+        if name == "higgs":                                  # never sample the end id: random models diverge after it
             model.audio_head.weight.unflatten(0, (len(model.table.audio_out), -1))[:, model.table.streams[-1].end] = 0
     return model.to(dtype)
 
@@ -115,7 +115,7 @@ def training_batch(model: MultistreamLM, lengths: Sequence[int]) -> tuple[Tensor
 
 
 def autocast(model: MultistreamLM) -> AbstractContextManager:
-    """What train.py runs a forward in, and transformers' Trainer: adapters are fp32, what they hang on may be bf16."""
+    """What train.py runs a forward in, and transformers' Trainer: adapters are fp32, the base may be bf16."""
     weight = like(model)
     return nullcontext() if weight.dtype == torch.float32 else torch.autocast(weight.device.type, weight.dtype)
 
@@ -193,11 +193,11 @@ def transformers_model(folder: Path, model: MultistreamLM) -> nn.Module:
 
 
 def transformers_training(folder: Path, model: MultistreamLM, tokens: Tensor, weights: Tensor) -> Training:
-    """PEFT around transformers, with the loss of its own class. Placeholders stand among the ids, codes (B, n, Q) apart; all padded."""
+    """PEFT around transformers, with the loss of its own class. Codes (B, n, Q) are passed separately; all padded."""
     from peft import PeftModel
     net = PeftModel.from_pretrained(transformers_model(folder, model), folder / "adapter", is_trainable=True).train()
     if model.config.checkpoint:
-        net.enable_input_require_grads()                     # what is made again must want a gradient
+        net.enable_input_require_grads()                     # recomputation needs inputs that require a gradient
         net.gradient_checkpointing_enable({"use_reentrant": False})
     real = (tokens >= 0).any(1)
     given: dict[str, Any] = {"input_ids": tokens[:, 0].clamp(min=0), "labels": tokens[:, 0].masked_fill(weights[:, 0] == 0, -100)}
@@ -219,7 +219,7 @@ def transformers_training(folder: Path, model: MultistreamLM, tokens: Tensor, we
 
 
 def transformers_decoding(net: nn.Module, model: MultistreamLM, prompt: Tensor, top_k: int) -> Side:
-    """Greedy where top_k is 0. Its criteria of stopping are asked behind every column, which ticks."""
+    """Greedy where top_k is 0. Its stopping criteria run after every column and call `tick`."""
     ids = {"input_ids": prompt[:, 0], "attention_mask": torch.ones_like(prompt[:, 0])}
     rules = {"do_sample": True, "temperature": WARM, "top_k": top_k} if top_k else {"do_sample": False}
 
@@ -255,7 +255,7 @@ def weighted_mean(logits: Tensor, target: Tensor, mask: Tensor, factor: Tensor) 
 
 
 def moshi_training(folder: Path, model: MultistreamLM, tokens: Tensor, weights: Tensor, codec: bool = False) -> Training:
-    """Text padding counts half, the first codebook a hundredfold. Frames that no column holds are never scored. With `codec` a
+    """Weights: text padding 0.5, first codebook 100. Frames outside the grid have no loss. With `codec` a
     random Mimi encodes both channels of each recording in every step, one after the other, as moshi-finetune's loader does."""
     net, table = moshi_model(folder, model, folder / "adapter").train(), model.table
     for name, p in net.named_parameters():
@@ -281,7 +281,7 @@ def moshi_training(folder: Path, model: MultistreamLM, tokens: Tensor, weights: 
 
 
 def moshi_decoding(net: nn.Module, user: Tensor, top_k: int) -> Side:
-    """user (B, 8, T): what the other speaker says while the model writes. Greedy where top_k is 0."""
+    """user (B, 8, T): codes of the other speaker while the model generates. Greedy if top_k is 0."""
     from moshi.models import LMGen
     rules = {"temp": WARM, "temp_text": WARM, "top_k": top_k, "top_k_text": top_k} if top_k else {"use_sampling": False}
     generator = LMGen(net, **rules)

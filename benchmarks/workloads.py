@@ -1,4 +1,4 @@
-"""What bench.py measures of a model: a training step, a generation; the work that each needs at least.
+"""The workloads of bench.py: a training step, a generation, and the minimum work of each.
 
     Job -> a small model with random weights, or one as published -> our side, and that of a peer (peers.py)
 
@@ -33,22 +33,22 @@ LORA = {"higgs": ("attn.*", "audio_ffn.*"), "moshi": ("*",), **dict.fromkeys(("q
 
 @dataclass(frozen=True)
 class Job:
-    """What is measured, and how long."""
+    """Options of a measurement."""
 
     model: str = "tiny"        # tiny, higgs, moshi, moss or qwen
     preset: str = "tiny"       # tiny: small shapes, fp32; full: the published shape with random weights, bf16
     peer: bool = False         # also run the peer, alternately
-    width: int = 128           # of the tiny preset, a multiple of 32; at 256 more is memory traffic, which both sides share
+    width: int = 128           # of the tiny preset, a multiple of 32; from 256 on both sides are limited by memory bandwidth
     dtype: str = ""            # fp32 or bf16, where not the preset's
-    batch: int = 0             # sequences at once, 0 = 1 in generation, in training 2 of moshi and 4 of others
-    columns: int = 256         # train: of a sequence
-    packed: bool = False       # train: uneven sequences of that length on average, ours packed into one row, the peer's padded
+    batch: int = 0             # batch size, 0 = 1 for decode; for train 2 for moshi, 4 for others
+    columns: int = 256         # train: columns of a sequence
+    packed: bool = False       # train: log_normal_lengths sequences of that length on average, ours packed into one row, the peer's padded
     codec: bool = False        # train: moshi encodes its recordings in every step, as moshi-finetune does
-    rank: int = 16             # train: of the adapters
-    checkpoint: int = 0        # train: model.checkpoint, 0 to 4; above 0 the peer makes everything again
+    rank: int = 16             # train: rank of the adapters
+    checkpoint: int = 0        # train: model.checkpoint, 0 to 4; above 0 the peer recomputes everything
     compile: bool = False      # train: torch.compile our blocks
     context: int = 0           # decode: columns of the prompt of single frames, 0 = 32; aligned families: 1
-    frames: int = 0            # decode: frames timed one by one, behind a tenth as many that are not; 0 = 50, on CUDA 500
+    frames: int = 0            # decode: frames timed one by one, after 10 % warm-up; 0 = 50, on CUDA 500
     quantize: str = ""         # decode: "int8" holds every Linear in 8 bits
     pairs: int = 9             # timed repetitions of each side
     threads: int = 1           # threads of an operator
@@ -69,20 +69,20 @@ class Job:
         return (self.dtype or {"tiny": "fp32", "full": "bf16"}[self.preset]) == "bf16"
 
 
-class Pair(NamedTuple):
-    """What is compared: two sides, or ours alone, and what of them is equal or why there is no peer."""
+class Comparison(NamedTuple):
+    """Our side and the peer's, with the batch they run on."""
 
     ours: Side
     peer: Side | None
-    told: str
+    checked: str               # what was compared, or why there is no peer
     model: MultistreamLM
     tokens: Tensor             # (B, K, S) of ours
     weights: Tensor
     lengths: Sequence[int]     # columns of its sequences
 
 
-def write(job: Job, folder: Path) -> tuple[MultistreamLM, str]:
-    """The model, written in the peer's layout when that is to be measured; and why it is not."""
+def build_and_export(job: Job, folder: Path) -> tuple[MultistreamLM, str]:
+    """Build the model and export it in the peer's layout; returns it and the reason why there is no peer, "" if there is one."""
     dtype, why = DTYPES["bf16" if job.half else "fp32"], peers.missing(job.model)
     model = peers.build(job.model, job.width if job.preset == "tiny" else 0, dtype, job.checkpoint)
     why = why or ("" if job.peer else "not measured: add --peer")
@@ -93,7 +93,7 @@ def write(job: Job, folder: Path) -> tuple[MultistreamLM, str]:
 
 # ---- one training step ----
 
-def uneven(count: int, columns: int) -> list[int]:
+def log_normal_lengths(count: int, columns: int) -> list[int]:
     """Lengths of a log-normal distribution, `columns` on average."""
     share = (0.6 * torch.randn(count, generator=torch.Generator().manual_seed(3))).exp()
     lengths = (share / share.sum() * count * columns).int().clamp(min=4)
@@ -102,21 +102,21 @@ def uneven(count: int, columns: int) -> list[int]:
 
 
 def pack(tokens: Tensor, weights: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """All sequences in one row. Their first columns are nobody's target.   -> tokens, weights (1, K, S), positions, segments (1, S)"""
+    """All sequences in one row. First columns are not targets.   -> tokens, weights (1, K, S), positions, segments (1, S)"""
     tokens, weights = (torch.cat([row[:, :n] for row, n in zip(grid, lengths, strict=True)], 1)[None] for grid in (tokens, weights))
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
     segments = torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)])[None]
     return tokens, weights.masked_fill(positions[:, None] == 0, 0.0), positions, segments
 
 
-def train_case(job: Job, folder: Path) -> Pair:
-    model, why = write(job, folder)
+def train_workload(job: Job, folder: Path) -> Comparison:
+    model, why = build_and_export(job, folder)
     lora.inject(model, LoraConfig(rank=job.rank, alpha=2.0 * job.rank, targets=LORA[job.model])).train()
     for name, p in model.named_parameters():
         if "lora_B" in name:
-            nn.init.normal_(p, std=0.01)                     # not zero: every adapter has a gradient from the start
+            nn.init.normal_(p, std=0.01)                     # not zero, so that every adapter has a gradient
     device, batch = peers.like(model).device, job.batch or (2 if job.model == "moshi" else 4)
-    lengths = uneven(batch, job.columns) if job.packed else [job.columns] * batch
+    lengths = log_normal_lengths(batch, job.columns) if job.packed else [job.columns] * batch
     padded = peers.training_batch(model, lengths)
     grid = pack(*padded, lengths) if job.packed else padded
     plan, weights = make_plan(model.config, *grid).to(device), grid[1]     # on the host, as train.py does
@@ -135,34 +135,35 @@ def train_case(job: Job, folder: Path) -> Pair:
         with peers.autocast(model):
             return model(*grid, scale=scale, plan=plan).total
 
-    return Pair(peers.training_side(model, loss), peer, why or "losses of three updates", model, *grid[:2], lengths)
+    return Comparison(peers.training_side(model, loss), peer, why or "losses of three updates", model, *grid[:2], lengths)
 
 
-def useful_flops(pair: Pair) -> float:
-    """Operations of the products of a step: 2 for a weight and column forward, 2 for what the column hands back, 2 more for a weight
-    that is trained; causal attention. What is made again in the backward is no use."""
-    c, table, wanted = pair.model.config, pair.model.table, pair.weights[..., 1:] != 0
-    audio = is_audio(pair.tokens[..., :-1], table)                         # (B, S)
+def useful_flops(comparison: Comparison) -> float:
+    """FLOPs of the matrix products of a step: 2 per weight and column forward, 2 for the input gradient, 2 more for a trained weight;
+    causal attention. Recomputation in the backward does not count."""
+    c, table, wanted = comparison.model.config, comparison.model.table, comparison.weights[..., 1:] != 0
+    audio = is_audio(comparison.tokens[..., :-1], table)                         # (B, S)
     both, spoken = audio.numel(), int(audio.sum())
     texts, sounds = (int(wanted[:, rows].any(1).sum()) if rows else 0 for rows in (table.text_out, table.audio_out))
     special = {"embed": texts if c.tied else 0, "text_head": texts, "audio_head": sounds, "depth": sounds}
 
     def columns(name: str) -> int:
-        """How many of them meet a weight."""
-        if name.startswith(("depth.text.", "depth.audio.")):               # looked up
+        """How many columns are multiplied with a parameter."""
+        if name.startswith(("depth.text.", "depth.audio.")):               # embeddings are looked up
             return 0
         dual = {".ffn.": both - spoken, ".audio_ffn.": spoken} if c.dual_ffn else {}
         return special.get(name.partition(".")[0], next((n for part, n in dual.items() if part in name), both))
 
-    products = sum((6 if p.requires_grad else 4) * p.numel() * columns(name) for name, p in pair.model.named_parameters() if p.dim() > 1)
-    return products + 6 * sum(n * n for n in pair.lengths) * c.temporal.heads * c.temporal.head * (c.temporal.layers + 2 * c.tail)
+    products = sum((6 if p.requires_grad else 4) * p.numel() * columns(name)
+                   for name, p in comparison.model.named_parameters() if p.dim() > 1)
+    return products + 6 * sum(n * n for n in comparison.lengths) * c.temporal.heads * c.temporal.head * (c.temporal.layers + 2 * c.tail)
 
 
 # ---- decoding ----
 
 def decode_models(job: Job, folder: Path) -> tuple[MultistreamLM, nn.Module | None, str]:
-    """Ours, the peer's network, and why there is none."""
-    model, why = write(replace(job, peer=job.peer and not job.quantize), folder)
+    """Our model, the peer's or None, and the reason for None."""
+    model, why = build_and_export(replace(job, peer=job.peer and not job.quantize), folder)
     net = None if why else (peers.moshi_model if job.model == "moshi" else peers.transformers_model)(folder, model).eval()
     if job.quantize:
         lora.quantize(model.requires_grad_(False))
@@ -171,7 +172,7 @@ def decode_models(job: Job, folder: Path) -> tuple[MultistreamLM, nn.Module | No
 
 def decode_sides(model: MultistreamLM, net: nn.Module | None, batch: int, context: int, longest: int,
                  top_k: int) -> tuple[Side, Side | None]:
-    """Both sides behind a prompt of `context` columns, which LMGen makes by itself; `longest` columns at most, greedy where top_k is 0."""
+    """Both sides after a prompt of `context` columns (LMGen makes its own), up to `longest` columns; greedy if top_k is 0."""
     table, device = model.table, peers.like(model).device
     given = peers.frames(model, batch, context + longest)
     read = [k for k in table.audio if k not in table.audio_out]
@@ -201,7 +202,7 @@ def decode_sides(model: MultistreamLM, net: nn.Module | None, batch: int, contex
 
 
 def floor_bytes(model: MultistreamLM, batch: int, positions: float) -> float:
-    """Bytes that a speaking column reads at least: each weight it meets once, keys and values of `positions` for each of the batch."""
+    """Minimum bytes read for an audio column: each used weight once, keys and values of `positions` for each item of the batch."""
     c, stack = model.config, model.config.temporal
     passed = ["depth.text.", "depth.audio."] + ["embed."] * (not c.tied) + [".ffn."] * bool(c.dual_ffn)
     passed += ["text_head", "text_tail"] if model.table.audio and not model.table.aligned else []

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from config import TrainConfig
 from corpus.data_config import DataConfig
-from families.family import steered
+from families.family import with_tokenizer_ids
 from families.higgs import HIGGS_V2_3B
 from layers.architecture import ModelConfig, StackConfig
 from lora import LoraConfig
@@ -44,7 +44,7 @@ config = TrainConfig(
     eval_every=100, eval_batches=32, save_every=1000, keep=3, log_every=10,
     prompts=("مرحبا بكم، كيف يمكنني مساعدتكم؟",), listen=4)
 
-steer = steered(StreamTable((Stream("text", "text", 288, 288), *codebooks(8, 258, 258, 256, 257, range(8))), "chatml"),
+steer = with_tokenizer_ids(StreamTable((Stream("text", "text", 288, 288), *codebooks(8, 258, 258, 256, 257, range(8))), "chatml"),
                 load_tokenizer(Path(__file__).parents[1] / TINY))
 smoke = replace(
     config, model=ModelConfig(steer, StackConfig(dim=48, layers=2, heads=4, kv_heads=2, ffn=64, rope_theta=500000.0,

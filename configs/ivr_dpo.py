@@ -18,7 +18,7 @@ from pathlib import Path
 
 from config import DpoConfig, TrainConfig
 from corpus.data_config import DataConfig
-from families.family import steered
+from families.family import with_tokenizer_ids
 from families.qwen import QWEN2_5_1_5B
 from layers.architecture import ModelConfig, StackConfig
 from lora import LoraConfig
@@ -37,7 +37,8 @@ config = TrainConfig(
     lr=5e-5, schedule="linear", warmup=5, warmup_offset=1, betas=(0.9, 0.999), weight_decay=0.0, clip=1.0,
     dtype="auto", seed=42, eval_every=10, patience=3, save_every=10, keep=2, log_every=1)
 
-table = steered(StreamTable((Stream("text", "text", 544, 544),), "qwen2", stop=(0, 0)), load_tokenizer(Path(__file__).parents[1] / TINY))
+table = with_tokenizer_ids(StreamTable((Stream("text", "text", 544, 544),), "qwen2", stop=(0, 0)),
+                           load_tokenizer(Path(__file__).parents[1] / TINY))
 tiny = ModelConfig(
     table, StackConfig(dim=96, layers=2, heads=6, kv_heads=2, ffn=192, norm_eps=1e-6, rope_theta=1e6, qkv_bias=True), tied=True)
 smoke = replace(

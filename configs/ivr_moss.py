@@ -24,7 +24,7 @@ from pathlib import Path
 from config import TrainConfig
 from corpus.bundled import demo_calls
 from corpus.data_config import DataConfig
-from families.family import steered
+from families.family import with_tokenizer_ids
 from families.moss import MOSS_9B
 from layers.architecture import ModelConfig, StackConfig
 from lora import LoraConfig
@@ -44,7 +44,7 @@ config = TrainConfig(
     out="out/ivr_moss", epochs=3, steps=2000, batch_size=1, accum=4, lr=1e-4, schedule="linear", warmup=20, warmup_offset=1,
     betas=(0.9, 0.95), weight_decay=0.0, clip=1.0, eval_every=50, eval_batches=16, patience=3, save_every=50, keep=2, log_every=1)
 
-table = steered(StreamTable((Stream("text", "text", 544, 544), *codebooks(1, 384, 384, -1, 256)), "moss"),
+table = with_tokenizer_ids(StreamTable((Stream("text", "text", 544, 544), *codebooks(1, 384, 384, -1, 256)), "moss"),
                 load_tokenizer(Path(__file__).parents[1] / TINY))
 
 def smoke() -> TrainConfig:

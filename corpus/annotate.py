@@ -1,19 +1,19 @@
-"""Write down what dialogues say, and when: Whisper's words beside each stereo file, as Moshi's training reads them.
+"""Transcribe stereo dialogues with word times: Whisper writes a .json of alignments beside each file, as Moshi's training reads.
 
     python data.py annotate data/dialogues.jsonl --language=en          rows {"path": "a.wav"}, or a folder of sound files
-    python data.py annotate data/calls --model=large-v3 --shard 3/8     the part of machine 3 of 0..7
+    python data.py annotate data/calls --model=large-v3 --shard 3/8     the share of machine 3 of 0..7
 
     a.wav -> a.json    {"alignments": [["hello", [0.31, 0.52], "SPEAKER_MAIN"], ["yes", [0.9, 1.1], "SPEAKER_OTHER"]]}
 
-Each channel is heard on its own: the left one is SPEAKER_MAIN, the agent, the right one SPEAKER_OTHER, the user. A file that
-is there already is kept, and one is there whole or not at all, so the same command continues what was stopped. Needs
+Each channel is recognised on its own: left is SPEAKER_MAIN, the agent, right is SPEAKER_OTHER, the user. Existing files are
+kept and new ones are written atomically, so the same command continues an interrupted run. Needs
 faster-whisper: pip install -e ".[annotate]".
 
-    python data.py fix-alignments data/calls --out=data/mended --first --longest=0.2      writes copies, changes nothing
-    python data.py fix-alignments data/calls --dry_run                                     only says what it would do
+    python data.py fix-alignments data/calls --out=data/fixed --first --longest=0.2      writes copies, changes nothing
+    python data.py fix-alignments data/calls --dry_run                                     only prints what it would do
 
-A recogniser lets a short word last too long, mostly the first of a file: a word longer than `longest` seconds keeps its end
-and begins `keep` seconds before it. With `--words=a,i` only those. Next: text/word_times.py, which makes text rows of the words.
+A recogniser often makes a short word too long, mostly the first of a file: a word longer than `longest` seconds keeps its end
+and now begins `keep` seconds before it. `--words=a,i` limits this to those words. Next: text/word_times.py.
 """
 
 import json
@@ -28,25 +28,25 @@ from tqdm import tqdm
 
 from audio.wav import load_wav
 from corpus.layouts import json_rows
-from corpus.manifest import SOUNDS, Manifest, Unusable, inside
+from corpus.manifest import SOUNDS, Manifest, Unusable, path_inside
 from options import apply, check_types, help_text, read_json, split_arguments, write_text
 from text.word_times import MAIN, OTHER, Alignment, as_json, parse_alignments, tidy_words
 
-RATE = 16_000                                   # what Whisper hears
-Heard = list[tuple[str, float, float]]          # words with start and end in seconds
-Hear = Callable[[Tensor], Heard]                # of one channel (W,) at RATE
+RATE = 16_000                                   # Hz, the input rate of Whisper
+TimedWords = list[tuple[str, float, float]]          # words with start and end in seconds
+Recogniser = Callable[[Tensor], TimedWords]                # of one channel (W,) at RATE
 
 
 @dataclass(frozen=True)
 class AnnotateConfig:
-    """How to listen."""
+    """Options of `data.py annotate`."""
 
     model: str = "medium"           # Whisper for faster-whisper: a size, a folder, or a hub id
-    language: str = "en"            # what is spoken, such as ar or ja; "auto" guesses for each channel
-    shard: str = "0/1"              # i/n: every n-th file from the i-th on, for n machines
-    beam: int = 5                   # hypotheses kept
+    language: str = "en"            # spoken language, such as ar or ja; "auto" detects it for each channel
+    shard: str = "0/1"              # i/n: every n-th file, starting with the i-th (from 0); for n machines
+    beam: int = 5                   # beam size
     device: str = "auto"            # cpu, cuda, or auto
-    allow_outside: bool = False     # a list may name files outside its folder
+    allow_outside: bool = False     # the list may name files outside its folder
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -56,8 +56,8 @@ class AnnotateConfig:
         assert self.beam > 0, "beam is at least 1"
 
 
-def whisper(config: AnnotateConfig) -> Hear:
-    """A function that hears words; ValueError says what to install, or which model there is not."""
+def whisper_recogniser(config: AnnotateConfig) -> Recogniser:
+    """Load Whisper as a function of one channel; ValueError when the package or the model is missing."""
     try:
         from faster_whisper import WhisperModel
     except ModuleNotFoundError as error:
@@ -68,16 +68,16 @@ def whisper(config: AnnotateConfig) -> Hear:
         reason = " ".join(str(error).split())[:80]
         raise ValueError(f"Whisper model {config.model!r} cannot be loaded ({reason}); name a folder or another size by --model") from None
 
-    def hear(channel: Tensor) -> Heard:
+    def recognise(channel: Tensor) -> TimedWords:
         segments, _ = model.transcribe(channel.numpy(), language=None if config.language == "auto" else config.language, vad_filter=True,
                                        beam_size=config.beam, word_timestamps=True, condition_on_previous_text=False)
         return [(word.word.strip(), word.start, word.end) for segment in segments for word in segment.words or ()]
 
-    return hear
+    return recognise
 
 
 def sound_files(source: Path, allow_outside: bool) -> tuple[list[Path], list[str]]:
-    """The sound files of a folder or a jsonl, each once, in order; and what is wrong with lines that name none."""
+    """The sound files of a folder or a jsonl, each once, in order; and the faults of lines that name none."""
     if source.is_dir():
         return sorted(p for p in source.rglob("*") if p.suffix.lower() in SOUNDS), []
     if not source.is_file():
@@ -85,42 +85,43 @@ def sound_files(source: Path, allow_outside: bool) -> tuple[list[Path], list[str
     m, found = Manifest(source, allow_outside=allow_outside), dict[Path, None]()
     for where, row in json_rows(m):
         try:
-            found[inside(m, str(row.get("path") or row.get("audio") or "(no path)"))] = None
+            found[path_inside(m, str(row.get("path") or row.get("audio") or "(no path)"))] = None
         except Unusable as error:
             m.reject(where, *error.args)
     return list(found), [f"{bad.where}: {bad.reason}; {bad.fix}" for bad in m.bad]
 
 
-def annotate_file(path: Path, hear: Hear) -> None:
+def annotate_file(path: Path, recognise: Recogniser) -> None:
     """Write the words of a stereo file beside it."""
     wav, _ = load_wav(path, RATE, 2)
     end = wav.shape[1] / RATE
     words = [(word, round(start, 3), round(min(stop, end), 3), who) for channel, who in zip(wav, (MAIN, OTHER), strict=True)
-             for word, start, stop in hear(channel)]
+             for word, start, stop in recognise(channel)]
     write_text(path.with_suffix(".json"), json.dumps({"alignments": as_json(tidy_words(words)[0])}, ensure_ascii=False) + "\n")
 
 
-def annotate(source: str | Path, config: AnnotateConfig, hear: Hear | None = None) -> dict[str, Any]:
-    """Annotate what is not annotated yet; returns how many files were written, kept, and the faults of the others.
+def annotate(source: str | Path, config: AnnotateConfig, recognise: Recogniser | None = None) -> dict[str, Any]:
+    """Annotate the files without a .json; returns how many were written and kept, and the faults of the others.
 
-    ValueError when nothing is left that can be used.
+    ValueError when no file could be annotated.
     """
     files, faults = sound_files(Path(source), config.allow_outside)
     first, count = map(int, config.shard.split("/"))
     mine = files[first::count]
     left = [path for path in mine if not path.with_suffix(".json").is_file()]
-    hear = hear or (whisper(config) if left else None)
+    recognise = recognise or (whisper_recogniser(config) if left else None)
     for path in tqdm(left, "annotate", unit="file", disable=not sys.stderr.isatty()):
         try:
-            annotate_file(path, hear)
+            annotate_file(path, recognise)
         except (FileNotFoundError, ValueError) as error:
             faults.append(str(error))
     written = sum(path.with_suffix(".json").is_file() for path in left)
     for fault in faults:
         print(f"left out: {fault}", file=sys.stderr)
     if not files or (left and not written and len(left) == len(mine)):
-        raise ValueError(f"{source} holds no stereo file that could be annotated; see the lines above, or name another folder")
-    print(f"annotated {written} files, {len(mine) - len(left)} were there already, {len(faults)} left out")
+        raise ValueError(f"{source}: none of {len(files)} sound files could be annotated; "
+                         + ("fix the faults listed above" if faults else "name a folder with stereo recordings"))
+    print(f"annotated {written} files, {len(mine) - len(left)} existed already, {len(faults)} left out")
     return {"written": written, "kept": len(mine) - len(left), "faults": faults}
 
 
@@ -136,11 +137,11 @@ def main(argv: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class FixAlignmentsConfig:
-    """What to mend, and where to."""
+    """Options of `data.py fix-alignments`."""
 
-    out: str = ""                   # folder for the mended copies
-    longest: float = 1.0            # seconds that a word may last
-    keep: float = 0.08              # seconds that are left of one that lasts longer
+    out: str = ""                   # folder for the corrected copies
+    longest: float = 1.0            # longest plausible word, seconds
+    keep: float = 0.08              # seconds that remain of a longer word
     first: bool = False             # only the first word of each speaker
     words: tuple[str, ...] = ()     # only these, in lower case; () = all
     dry_run: bool = False           # write nothing
@@ -151,17 +152,17 @@ class FixAlignmentsConfig:
 
 
 def clamp_words(words: list[Alignment], job: FixAlignmentsConfig) -> tuple[list[Alignment], list[str]]:
-    """Words with plausible times, in the same order, and those that were changed."""
+    """Shorten implausibly long words; returns all words in the same order, and a description of each change."""
     seen: set[str] = set()
-    mended, changed = [], []
+    fixed, changed = [], []
     for word, start, end, who in words:
         meant = (not job.first or who not in seen) and (not job.words or word.lower() in job.words)
         seen.add(who)
         if meant and end - start > job.longest:
             start = round(end - job.keep, 3)
             changed.append(f"{word} at {start}")
-        mended.append((word, start, end, who))
-    return mended, changed
+        fixed.append((word, start, end, who))
+    return fixed, changed
 
 
 def fix_alignments(argv: list[str]) -> None:
@@ -177,18 +178,18 @@ def fix_alignments(argv: list[str]) -> None:
     if not files or not files[0].is_file():
         raise FileNotFoundError(f"{folder} holds no alignments (*.json); write them with python data.py annotate")
     if not job.out and not job.dry_run:
-        raise ValueError("give --out=FOLDER for the mended copies, or --dry_run to look first")
+        raise ValueError("give --out=FOLDER for the corrected copies, or --dry_run to see the changes first")
     if job.out and Path(job.out).resolve() == (folder if folder.is_dir() else folder.parent).resolve():
-        raise ValueError(f"--out={job.out} is where the originals lie; name another folder")
+        raise ValueError(f"--out={job.out} is the folder of the originals; name another one")
     total = 0
     for file in files:
         try:
-            mended, changed = clamp_words(parse_alignments(read_json(file)), job)
+            fixed, changed = clamp_words(parse_alignments(read_json(file)), job)
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from None
         total += len(changed)
         if changed:
             print(f"{file.name}: {', '.join(changed[:5])}{' ...' if len(changed) > 5 else ''}")
         if not job.dry_run:
-            write_text(Path(job.out) / file.name, json.dumps({"alignments": as_json(mended)}, ensure_ascii=False))
+            write_text(Path(job.out) / file.name, json.dumps({"alignments": as_json(fixed)}, ensure_ascii=False))
     print(f"{total} words in {len(files)} files {'would be ' if job.dry_run else ''}shortened")

@@ -1,5 +1,4 @@
-"""Small data sets made of the bundled recordings, for the smoke twins of the configs: stereo dialogues and phone calls.
-"""
+"""Small data sets from the bundled recordings, for --smoke: stereo dialogues and phone calls. Next: annotate.py."""
 
 import json
 from pathlib import Path
@@ -16,7 +15,7 @@ ASSETS = Path(__file__).resolve().parents[1] / "assets" / "speech"
 
 
 def demo_dialogues(folder: str | Path, count: int = 24) -> str:
-    """Make small stereo dialogues of the bundled clips, once: left Allison asks, right a synthetic voice answers.
+    """Make small stereo dialogues from the bundled clips, if they do not exist yet: left Allison asks, right a synthetic voice answers.
 
     Writes NNN.wav, NNN.json, dialogues.jsonl and words.json (ids 0..3 stay free for EPAD, <s>, </s>, PAD) into `folder`;
     returns the path of the manifest.
@@ -41,7 +40,7 @@ def demo_dialogues(folder: str | Path, count: int = 24) -> str:
         save_pair(folder / f"{n:03d}", sides, rate, words)
         lines.append(json.dumps({"path": f"{n:03d}.wav", "duration": round(max(s.shape[1] for s in sides) / rate, 3)}) + "\n")
     known = ["<s>", "</s>", "<pad>", *json.loads((ASSETS / "words.json").read_text(encoding="utf-8"))]
-    for name, text in (("words.json", json.dumps(known)), ("dialogues.jsonl", "".join(lines))):      # the manifest last: all is there
+    for name, text in (("words.json", json.dumps(known)), ("dialogues.jsonl", "".join(lines))):      # the manifest last
         write_text(folder / name, text)
     return str(folder / "dialogues.jsonl")
 
@@ -53,9 +52,9 @@ def save_pair(path: Path, sides: list[Tensor], rate: int, words: list[list[Any]]
 
 
 def demo_calls(folder: str | Path, count: int = 40) -> str:
-    """Make small calls of the bundled clips, once: a synthetic caller reads a number, Allison says it back.
+    """Make small calls from the bundled clips, if they do not exist yet: a synthetic caller reads a number, Allison repeats it.
 
-    Speech and text alternate on both sides, all four ways; a fifth is held out. Returns the path of the manifest.
+    Turns are speech or text, in all four combinations; a fifth is held out. Returns the path of the manifest.
     """
     folder = Path(folder)
     if (folder / "calls.jsonl").is_file():

@@ -1,9 +1,9 @@
 """The token cache: recordings -> codes on disk. Nothing is encoded twice and training never runs a codec.
 
-    CACHE/codes/<hash>.safetensors      uint16 codes of ~64 clips, keyed by a hash of everything that made them
+    CACHE/codes/<hash>.safetensors      uint16 codes of ~64 clips, keyed by a hash of audio, codec and options
 
-A clip is stored in `variants` versions, one behind the other, that differ a little in time, gain and speed: with a single
-code sequence per clip a model could ignore the text. Next: index.py.
+A clip is stored in `variants` versions, concatenated, that differ slightly in time, gain and speed: with a single code
+sequence per clip a model could memorise the codes and ignore the text. Next: index.py.
 """
 
 import hashlib
@@ -27,34 +27,34 @@ from tqdm import tqdm
 from audio import augment
 from audio.augment import AugmentConfig
 from audio.wav import RESAMPLER, resample
-from corpus.checks import digest, header_faults, usable_clip
+from corpus.checks import audio_digest, header_faults, usable_clip
 from corpus.data_config import DataConfig
-from corpus.manifest import Bad, Manifest, Row
+from corpus.manifest import Manifest, RejectedRow, Row
 from options import FULL, replace_file
 
-SHARD = 64                  # clips per shard: what an interrupted `prepare` can lose
+SHARD = 64                  # clips per shard; an interrupted `prepare` encodes at most this many again
 CACHE_VERSION = "1"         # part of every key: change it when the same input would be encoded or split differently
 
 
 def store_codes(manifests: list[Manifest], codec: Any, duplex: bool, config: DataConfig) -> int:
-    """Encode every clip that no shard holds. A usable clip gets its key, shard and frames; returns how many were encoded."""
+    """Encode every clip that is not in a shard yet. Usable clips get key, shard and frames; returns how many were encoded."""
     folder, version = Path(config.cache) / "codes", codec_version(codec)
-    stored, jobs = scan(folder), {}
+    stored, jobs = stored_clips(folder), {}
     clips = [(m, clip) for m in manifests for clip in m.clips.values() if clip["file"]]
     for m, clip in clips:
         clip["stereo"] = duplex or bool(clip.get("stereo"))
         try:
-            clip["mark"] = digest(clip)
+            clip["mark"] = audio_digest(clip)
         except OSError as error:
             m.reject(clip["id"], "missing file", f"{clip['file']}: {error.strerror}")
             continue
-        clip["key"] = sha(CACHE_VERSION, clip["mark"], version, RESAMPLER, config.variants, duplex,
+        clip["key"] = hash_of(CACHE_VERSION, clip["mark"], version, RESAMPLER, config.variants, duplex,
                           *([config.augment] if config.augment else []))
         if clip["key"] not in stored:
             jobs[clip["key"]] = clip
-    name_warnings(jobs.values())
+    print_warnings(jobs.values())
     bad = encode_missing(jobs, folder, codec, duplex, config)
-    stored = scan(folder) if jobs else stored
+    stored = stored_clips(folder) if jobs else stored
     for m, clip in clips:
         if clip["key"] in bad:
             m.reject(clip["id"], bad[clip["key"]].reason, bad[clip["key"]].fix)
@@ -63,8 +63,8 @@ def store_codes(manifests: list[Manifest], codec: Any, duplex: bool, config: Dat
     return len(jobs) - len(bad)
 
 
-def name_warnings(clips: Iterable[Row]) -> None:
-    """Print what the headers of recordings warn of, a line a reason; the clips are used."""
+def print_warnings(clips: Iterable[Row]) -> None:
+    """Print warnings about the headers of recordings, one line for each reason; the clips are still used."""
     named: dict[tuple[str, str], list[str]] = {}
     for clip in clips:
         for _, reason, fix in header_faults(clip):
@@ -74,41 +74,41 @@ def name_warnings(clips: Iterable[Row]) -> None:
         print(f"warning: {shown}: {reason}; {fix}", file=sys.stderr)
 
 
-def sha(*parts: Any) -> str:
+def hash_of(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:32]
 
 
 def codec_version(codec: Any) -> str:
-    """Hash of a codec's name and weights: other weights, other codes."""
+    """Hash of a codec's name and weights: a codec with other weights gets another cache key."""
     hashed = hashlib.sha256(codec.name.encode())
     for name, value in sorted(codec.state_dict().items() if hasattr(codec, "state_dict") else {}):
         hashed.update(name.encode() + value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return hashed.hexdigest()
 
 
-def encode_missing(jobs: dict[str, Row], folder: Path, codec: Any, duplex: bool, config: DataConfig) -> dict[str, Bad]:
-    """Encode clips into shards, each written whole: a killed run loses the last one only. Returns the unusable clips by key."""
-    bad: dict[str, Bad] = {}
+def encode_missing(jobs: dict[str, Row], folder: Path, codec: Any, duplex: bool, config: DataConfig) -> dict[str, RejectedRow]:
+    """Encode clips into shards, each written atomically, so a killed run repeats the last one only. Returns the unusable clips by key."""
+    bad: dict[str, RejectedRow] = {}
     left, bar = iter(jobs), tqdm(desc="encoding", total=len(jobs), disable=None if jobs else True, unit="clip")
-    with bar, one_thread_each(), ThreadPoolExecutor(max(1, config.workers)) as pool:
+    with bar, single_threaded(), ThreadPoolExecutor(max(1, config.workers)) as pool:
         while keys := list(islice(left, SHARD)):
             frames, arrays = {}, {}
             found = pool.map(lambda key: encode_clip(key, jobs[key], codec, duplex, config), keys)
             for key, codes in zip(keys, found, strict=True):
                 bar.update()
-                if isinstance(codes, Bad):
+                if isinstance(codes, RejectedRow):
                     bad[key] = codes
                 else:
                     frames[key] = " ".join(str(c.shape[1]) for c in codes)
                     arrays[key] = np.concatenate(codes, axis=1)
-            if arrays:                                  # the name says what is in it, so two runs at once do not collide
-                write_tensors(folder / f"{sha(*arrays)[:16]}.safetensors", arrays, frames)
+            if arrays:                                  # named after its content, so two runs at once do not collide
+                write_tensors(folder / f"{hash_of(*arrays)[:16]}.safetensors", arrays, frames)
     return bad
 
 
 @contextmanager
-def one_thread_each() -> Iterator[None]:
-    """Let torch use one thread for an operation: clips are short, and threads that wait for one another cost six times that."""
+def single_threaded() -> Iterator[None]:
+    """Let torch use one thread for an operation: clips are short, and synchronising threads made this six times slower."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -117,57 +117,57 @@ def one_thread_each() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def encode_clip(key: str, row: Row, codec: Any, duplex: bool, config: DataConfig) -> list[np.ndarray] | Bad:
+def encode_clip(key: str, row: Row, codec: Any, duplex: bool, config: DataConfig) -> list[np.ndarray] | RejectedRow:
     """Encode all variants of a clip, each (C * Q, T) uint16, or say why it cannot be used."""
     try:
         wav, rate = usable_clip(row, (config.min_seconds, config.max_seconds))
     except ValueError as error:
-        return Bad(row["id"], *error.args)
+        return RejectedRow(row["id"], *error.args)
     wav = resample(wav if duplex else wav[:1], rate, codec.sample_rate)
     hop = codec.sample_rate / codec.frame_rate
-    versions = (vary(wav, key, v, hop, config.augment, codec.sample_rate) for v in range(config.variants))
+    versions = (make_variant(wav, key, v, hop, config.augment, codec.sample_rate) for v in range(config.variants))
     return [encode(codec, version).numpy().astype(np.uint16) for version in versions]
 
 
 def encode(codec: Any, wav: Tensor) -> Tensor:
-    """Codes of a clip: (C, W) -> (C * Q, T), the channels one below the other."""
+    """Codes of a clip: (C, W) -> (C * Q, T), channels stacked."""
     with torch.inference_mode():
         codes = codec.encode(wav[:, None])              # (C, 1, W) -> (C, Q, T)
     return codes.flatten(0, 1).clone()
 
 
-def variant(key: str, number: int) -> tuple[float, float, float]:
-    """How a version of a clip differs: shift in frames, gain in dB, speed. Number 0 is the clip as it is."""
+def variant_parameters(key: str, number: int) -> tuple[float, float, float]:
+    """Shift in frames, gain in dB and speed of a variant. Number 0 is the unchanged clip."""
     if number == 0:
         return 0.0, 0.0, 1.0
     draw = random.Random(f"{key}/{number}")
     return draw.random(), draw.uniform(-3, 3), draw.randint(-3, 3) / 50 + 1      # steps of 2 %: short resampling filters
 
 
-def moved(key: str, number: int, rate: float, config: AugmentConfig | None) -> tuple[float, float]:
-    """By how many seconds the words of a version come later, and at which speed; `rate` is the codec's."""
+def word_shift(key: str, number: int, rate: float, config: AugmentConfig | None) -> tuple[float, float]:
+    """The delay in seconds and the speed of the words in a variant; `rate` is the codec's frame rate in Hz."""
     if config is None or number == 0:
-        shift, _, speed = variant(key, number)
+        shift, _, speed = variant_parameters(key, number)
         return shift / rate, speed
     change = augment.draw(config, f"{key}/{number}")
     return max(0.0, -change.shift), change.speed
 
 
-def vary(wav: Tensor, key: str, number: int, hop: float, config: AugmentConfig | None = None, rate: int = 0) -> Tensor:
-    """Version `number` of a clip (C, W)."""
+def make_variant(wav: Tensor, key: str, number: int, hop: float, config: AugmentConfig | None = None, rate: int = 0) -> Tensor:
+    """Variant `number` of a clip.   wav (C, W) -> (C, W')"""
     if number == 0:
         return wav
     if config is not None:
         return augment.apply(wav, rate, augment.draw(config, f"{key}/{number}"), augment.recordings(config.noise_dir))
-    shift, gain, speed = variant(key, number)
+    shift, gain, speed = variant_parameters(key, number)
     wav = resample(wav, round(100 * speed), 100) * 10 ** (gain / 20)
     wav = torch.nn.functional.pad(wav, (round(shift * hop), 0))
     noise = torch.randn(wav.shape, generator=torch.Generator().manual_seed(int(key[:12], 16) + number))
     return (wav + 1e-3 * noise).clamp(-1, 1)            # -60 dBFS
 
 
-def scan(folder: Path) -> dict[str, tuple[str, list[int]]]:
-    """What the shards of a cache hold, read from their headers: key -> shard, frames of each variant."""
+def stored_clips(folder: Path) -> dict[str, tuple[str, list[int]]]:
+    """The clips in the shards of a cache, read from their headers: key -> shard, frames of each variant."""
     found = {}
     for path in sorted(folder.glob("*.safetensors")):
         for key, frames in (open_shard(path).metadata() or {}).items():
@@ -182,10 +182,10 @@ def open_shard(path: Path) -> Any:
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing; run `python data.py prepare CONFIG.py` again") from None
     except (SafetensorError, OSError) as error:
-        raise ValueError(damaged(path, error)) from None
+        raise ValueError(damaged_message(path, error)) from None
 
 
-def damaged(path: Path, what: object) -> str:
+def damaged_message(path: Path, what: object) -> str:
     return f"{path} is damaged ({what}); delete it and run `python data.py prepare CONFIG.py` again"
 
 

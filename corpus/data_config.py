@@ -1,5 +1,4 @@
-"""DataConfig: where examples come from and how they become rows of a batch. Next: manifest.py.
-"""
+"""DataConfig: the options of a data set, from its sources to the packed rows of a batch. Next: manifest.py."""
 
 from dataclasses import dataclass
 
@@ -14,33 +13,33 @@ class DataConfig:
     """Where examples come from and how they become rows of a batch."""
 
     sources: tuple[str, ...] = ()           # manifests or folders, each "path" or "path:weight"
-    cache: str = "out/cache"                # where prepared tokens live
+    cache: str = "out/cache"                # folder of the token cache
     codec: str = "tiny"                     # name, file or hub id of the codec
     tokenizer: str = "bytes"                # "bytes", a word list (.json), a SentencePiece .model, or a tokenizer.json
     normaliser: str = "none"                # "none", "english-v1", "arabic-v1", "higgs-v1", joined by +; stored in the checkpoint
-    variants: int = 1                       # encoded versions of a clip: shift < 1 frame, 3 dB, 6 % speed, noise; first as it is
-    augment: AugmentConfig | None = None    # dialogues: what the variants behind the first suffer instead
+    variants: int = 1                       # encoded versions of a clip: shift < 1 frame, 3 dB, 6 % speed, noise; the first is unchanged
+    augment: AugmentConfig | None = None    # dialogues: augmentation of the variants after the first, instead
     split: str = "hash"                     # "hash", "speaker" or "manifest" (the rows' own "split")
     held_out: float = 0.05                  # fraction for validation under hash and speaker
     columns: int = 1200                     # columns of one packed row
-    window: int = 256                       # examples that packing may choose from
-    max_seconds: float = 30.0               # longer clips are left out
-    min_seconds: float = 0.2                # shorter clips are left out
+    window: int = 256                       # examples in the buffer of first-fit packing
+    max_seconds: float = 30.0               # seconds; longer clips are left out
+    min_seconds: float = 0.2                # seconds; shorter clips are left out
     max_text: int = 0                       # rows whose text has more ids are left out, 0 = no limit
-    reference: float = 0.0                  # probability that another clip of the same speaker goes before an example
-    reference_in: str = "assistant"         # conversations: where it stands, in an "assistant" turn or in the "system" message
-    scene: str = ""                         # conversations: scene description of rows that bring none
-    system: str = ""                        # conversations: system message of rows that bring none, "" = the family's own
+    reference: float = 0.0                  # probability of another clip of the same speaker as a voice reference
+    reference_in: str = "assistant"         # conversations: put the reference in an "assistant" turn or in the "system" message
+    scene: str = ""                         # conversations: scene description of rows without one
+    system: str = ""                        # conversations: system message of rows without one, "" = the family's own
     assistant_text: str = "drop"            # one-turn clone requests: "drop" or "keep" the text before the answer's speech
-    chunk_seconds: float = 100.0            # dialogues: longer ones are cut evenly into chunks of at most this
-    interleaver: str = "queue"              # dialogues: "queue" keeps every token, "reference" drops what a word leaves unsaid
-    contextual: bool = False                # dialogues: whole sentences become ids at once, not word by word
+    chunk_seconds: float = 100.0            # dialogues: longer ones are cut evenly into chunks of at most this many seconds
+    interleaver: str = "queue"              # dialogues: "queue" keeps every token, "reference" drops those that the next word overtakes
+    contextual: bool = False                # dialogues: tokenize whole sentences, not word by word
     spaces: bool = True                     # dialogues: words of a sentence are joined by spaces
-    both_speakers: bool = False             # dialogues: the user's side is also learnt as the agent's, channels swapped
-    text_padding_weight: float = 0.5        # dialogues: how much padding counts in the text row
+    both_speakers: bool = False             # dialogues: also train on the user's side as the agent, channels swapped
+    text_padding_weight: float = 0.5        # dialogues: target weight of padding in the text row
     stream_weights: tuple[float, ...] = ()  # factor on the target weights of each row of the grid; () = ones
-    seed: int = 0                           # of drawing, shuffling, variants and references
-    workers: int = 0                        # clips that prepare encodes at once, a core each; 0 = one
+    seed: int = 0                           # of sampling, shuffling, variants and references
+    workers: int = 0                        # clips that prepare encodes in parallel, one thread each; 0 = 1
     prefetch: int = 4                       # batches built ahead by a thread; 0 = none
     allow_outside: bool = False             # manifests may name files outside their folder
 

@@ -1,6 +1,6 @@
-"""Examples: entries of an index, or a text and a voice, -> what a layout function needs.
+"""Examples: the input of a layout function, made from an entry of an index, or from a text and a voice.
 
-`build_example` makes the example of an entry, `prompt_example` what sampling starts from. Next: data.py.
+`build_example` makes training examples, `prompt_example` and `reply_example` make prompts. Next: data.py.
 """
 
 import random
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from audio.wav import resample
-from corpus.cache import encode, name_warnings
+from corpus.cache import encode, print_warnings
 from corpus.checks import usable_clip
 from corpus.data_config import DataConfig
 from corpus.index import Index, new_chat
@@ -33,7 +33,7 @@ def clip_example(index: Index, number: int, version: int, aligned: bool) -> Exam
 
 
 def joined_example(index: Index, number: int, versions: Sequence[int], aligned: bool) -> Example:
-    """Clips joined: codes one behind the other (frames of the codec are local), words with the frames before them added."""
+    """A join of clips: codes concatenated (codec frames are local), word starts shifted by the frames before them."""
     entry = index.entries[number]
     clips = [clip_example(index, part, version, aligned) for part, version in zip(entry.parts, versions, strict=True)]
     codes = torch.cat([clip.codes for clip in clips], dim=1)                    # (Q, T1) ... -> (Q, T)
@@ -45,7 +45,7 @@ def joined_example(index: Index, number: int, versions: Sequence[int], aligned: 
 
 
 def build_example(index: Index, number: int, table: StreamTable, draw: random.Random | None = None, reference: int = -1) -> Example:
-    """Example of an entry: variants drawn with `draw`, or the clips as they are. Its own reference goes before a drawn one."""
+    """Example of an entry, with random variants from `draw`, else the unchanged clips. Its own reference wins over `reference`."""
     entry = index.entries[number]
     if index.chat is not None:
         return chat_example(index, number, draw, reference)
@@ -67,7 +67,7 @@ def draw_version(index: Index, number: int, draw: random.Random | None) -> int:
 
 
 def dialogue_example(index: Index, number: int, version: int, context: int) -> Example:
-    """A chunk of a dialogue, with `context` frames of what was before where there is something: left agent, right user."""
+    """A chunk of a dialogue, preceded by up to `context` frames of the chunk before: left agent, right user."""
     entry = index.entries[number]
     n, chunks = entry.chunk
     T, at = entry.frames[version], sum(entry.frames[:version])
@@ -76,9 +76,9 @@ def dialogue_example(index: Index, number: int, version: int, context: int) -> E
     agent, user = index.codes(number, version)[:, first:end].chunk(2)
     text = index.text(number - n)[0, at + first : at + end]             # all chunks share the row of the first
     codes = {"codes": user, "user": agent} if entry.swapped else {"codes": agent, "user": user}
-    told = torch.tensor(entry.conditions, dtype=torch.long) if entry.conditions else None
+    conditions = torch.tensor(entry.conditions, dtype=torch.long) if entry.conditions else None
     weights = text_weights(text, *index.padding)
-    return Example(text, **codes, weights=weights, conditions=told, before=begin - first, name=entry.id)
+    return Example(text, **codes, weights=weights, conditions=conditions, before=begin - first, name=entry.id)
 
 
 def chat_example(index: Index, number: int, draw: random.Random | None, reference: int) -> Example:
@@ -88,53 +88,53 @@ def chat_example(index: Index, number: int, draw: random.Random | None, referenc
 
     entry = index.entries[number]
     if entry.messages:
-        return chat_of(index.chat.segments(entry.messages, [codes(n) for n in entry.clips], entry.start), entry.id)
+        return segments_example(index.chat.segments(entry.messages, [codes(n) for n in entry.clips], entry.start), entry.id)
     if index.chat.template.clone_prompt is None:
-        return chat_of(index.chat.plain(entry.text), entry.id)
+        return segments_example(index.chat.plain(entry.text), entry.id)
     own, reference = codes(number), entry.reference if entry.reference >= 0 else reference
     references = [(index.entries[reference].text, codes(reference))] if reference >= 0 else []
-    return chat_of(index.chat.spoken(entry.text, own, references, entry.scene), entry.id)
+    return segments_example(index.chat.spoken(entry.text, own, references, entry.scene), entry.id)
 
 
-def chat_of(segments: list[Segment], name: str) -> Example:
+def segments_example(segments: list[Segment], name: str) -> Example:
     return Example(torch.zeros(0, dtype=torch.long), segments=segments, name=name)
 
 
 def prompt_example(text: str, config: DataConfig, tokenizer: Tokenizer, codec: Any = None, voices: Sequence[tuple[str, str]] = (),
                    table: StreamTable | None = None, before: Sequence[tuple[str, Tensor]] = (), reply: str = "") -> Example:
-    """Build what sampling starts from: a text and, for cloning, `voices`: (wav file, its transcript), or ("", "profile:...").
+    """Build the prompt of a text and, for cloning, of `voices`: (wav file, its transcript), or ("", "profile:...").
 
-    `table` tells aligned rows and conversations from plain sequences; a conversation goes on behind `before`, pairs of
-    text and codes that were spoken already. `reply` asks for "text" or "speech" where a model has both.
+    `table` decides between aligned rows, conversations and plain sequences; `before` are earlier turns of a conversation,
+    pairs of text and codes. `reply` selects "text" or "speech" where a model has both.
     """
     aligned, chat = table is not None and table.aligned, new_chat(config, tokenizer, table)
 
     def ids(text: str) -> Tensor:
         words = normalise(text, config.normaliser)
         if not words.strip():
-            raise ValueError(f"text {text!r} is empty under normaliser {config.normaliser}; give it some words")
+            raise ValueError(f"text {text!r} is empty under normaliser {config.normaliser}; give it words to say")
         return torch.tensor([i for part in (words.split() if aligned else [words]) for i in tokenizer.encode(part)])
 
     example = Example(ids(text), name="prompt")
     nothing = torch.zeros(0, 0, dtype=torch.long)
     found = [(said, reference_codes(name, said, config, codec) if name else nothing) for name, said in voices]
     if chat is not None:
-        return chat_of(chat.prompt(text, found, before=before, reply=reply), "prompt")
+        return segments_example(chat.prompt(text, found, before=before, reply=reply), "prompt")
     most = 1 if table is None else family_of(table).references
     if len(voices) > most or any(not name for name, _ in voices):
-        raise ValueError(f"{len(voices)} voices were given, a prompt of this model holds {most or 'none'}; leave --ref out"
-                         + (" but for one recording" if most else ""))
+        raise ValueError(f"{len(voices)} voices were given, a prompt of this model takes {most}; "
+                         + ("give one recording as --ref" if most else "leave --ref out"))
     for said, codes in found:
         example.reference = Example(ids(said), codes, name=voices[0][0])
     return example
 
 
 def spoken_prompt(index: Index, number: int, voice: int, config: DataConfig, table: StreamTable) -> Example:
-    """The prompt that asks for what an entry says, in the voice of another entry (-1 = none)."""
+    """The prompt for the text of an entry, in the voice of another entry (-1 = none)."""
     entry = index.entries[number]
     if index.chat is not None:
         voices = [(index.entries[voice].text, index.codes(voice, 0))] if voice >= 0 else []
-        return chat_of(index.chat.prompt(entry.text, voices, entry.scene), entry.id)
+        return segments_example(index.chat.prompt(entry.text, voices, entry.scene), entry.id)
     example = prompt_example(entry.text, config, load_tokenizer(config.tokenizer), table=table)
     example.reference = clip_example(index, voice, 0, table.aligned) if voice >= 0 else None
     return example
@@ -142,16 +142,16 @@ def spoken_prompt(index: Index, number: int, voice: int, config: DataConfig, tab
 
 def reply_example(messages: list[dict[str, Any]], codes: Sequence[Tensor], config: DataConfig, tokenizer: Tokenizer, table: StreamTable,
                   reply: str = "") -> Example:
-    """Build what a reply to messages starts from; `codes` (Q, T) of their recordings, `reply` "text" or "speech" ("" = if it can)."""
+    """Build the prompt of a reply to messages. `codes` (Q, T) of their recordings; `reply` "text", "speech", or "" = speech if possible."""
     chat = new_chat(config, tokenizer, table)
     if chat is None:
-        raise ValueError(f"{family_of(table).name} knows no conversation; give it --text")
-    return chat_of(chat.segments(messages, codes, reply=reply or ("speech" if chat.template.speak else "text")), "prompt")
+        raise ValueError(f"{family_of(table).name} has no chat template and cannot reply; use --text")
+    return segments_example(chat.segments(messages, codes, reply=reply or ("speech" if chat.template.audio_out else "text")), "prompt")
 
 
 def reference_codes(name: str, said: str, config: DataConfig, codec: Any) -> Tensor:
-    """Codes (Q, T) of a reference recording; ValueError when it cannot serve as one."""
-    name_warnings([{"id": name, "file": name}])
+    """Codes (Q, T) of a reference recording; ValueError names its fault."""
+    print_warnings([{"id": name, "file": name}])
     try:
         wav, rate = usable_clip({"file": name, "text": said}, (config.min_seconds, config.max_seconds))
     except ValueError as error:

@@ -1,7 +1,7 @@
-"""The index of a data set: manifest rows -> entries, their ids and where their codes lie.
+"""The index of a data set: manifest rows -> entries with text ids and the location of their codes.
 
     CACHE/<hash>/index.json             the examples of one DataConfig, each an `Entry`
-    CACHE/<hash>/text.safetensors       beside it: their int32 ids and, where text is aligned, its first frames
+    CACHE/<hash>/text.safetensors       their int32 text ids and, where text is aligned, the first frame of each
 
 `prepare` writes, `open_cache` opens. Another split, tokenizer or normaliser is another index over the same codes. Next: examples.py.
 """
@@ -19,15 +19,15 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from audio import load_codec
-from corpus.cache import CACHE_VERSION, damaged, moved, open_shard, sha, store_codes, variant, write_tensors
+from corpus.cache import CACHE_VERSION, damaged_message, hash_of, open_shard, store_codes, variant_parameters, word_shift, write_tensors
 from corpus.data_config import DataConfig
 from corpus.layouts import read_manifest
-from corpus.manifest import Manifest, Row, fraction
+from corpus.manifest import Manifest, Row, hash_fraction
 from families.family import family_of
 from layers.conditioning import condition_ids
 from options import read_json, write_json
 from streams import StreamTable
-from text.conversation import Chat, written
+from text.conversation import Chat, with_transcripts
 from text.normalisers import normalise
 from text.tokenizers import Tokenizer, load_tokenizer
 from text.word_times import MAIN, OTHER, aligned_ids, check_length, frame_starts, interleave, row_words, tokenise
@@ -42,7 +42,7 @@ class Entry:
     id: str
     text: str
     source: int = 0                                     # which of DataConfig.sources
-    split: str = "train"                                # "train", "held-out", or "" for clips that only serve others
+    split: str = "train"                                # "train", "held-out", or "" for clips that other entries use
     speaker: str = ""
     group: str = ""
     shard: str = ""                                     # file of its codes
@@ -50,8 +50,8 @@ class Entry:
     frames: list[int] = field(default_factory=list)     # of each variant
     parts: list[int] = field(default_factory=list)      # entries that are joined
     reference: int = -1                                 # entry of its own reference clip
-    rejected: int = -1                                  # entry of the reply that is liked less than this one
-    messages: list[dict[str, Any]] = field(default_factory=list)    # a conversation as it was written
+    rejected: int = -1                                  # entry of the rejected reply of a preference pair
+    messages: list[dict[str, Any]] = field(default_factory=list)    # a conversation as it was with_transcripts
     clips: list[int] = field(default_factory=list)      # entries of its recordings, in reading order
     start: int | None = None                            # its first message that is trained, None = the default
     scene: str = ""                                     # its scene description
@@ -68,7 +68,7 @@ class Index:
     info: dict[str, Any]                                # version, frame_rate, duplex
     entries: list[Entry]
     files: dict[str, Any] = field(default_factory=dict)
-    chat: Chat | None = None                            # how conversations are written, for tables that want them
+    chat: Chat | None = None                            # chat template and tokenizer, for families with conversations
     padding: tuple[float, int, int] = (0.5, 3, 0)       # weight of padding in the text row of a dialogue, and its ids
 
     def text(self, number: int) -> Tensor:
@@ -76,11 +76,11 @@ class Index:
         return torch.from_numpy(self.read("", str(number)).astype(np.int64))
 
     def codes(self, number: int, version: int) -> Tensor:
-        """Codes of one variant of a clip, of two channels one below the other.   (C * Q, T)"""
+        """Codes of one variant of a clip, two channels stacked.   (C * Q, T)"""
         entry = self.entries[number]
         found = self.read(entry.shard, entry.key)
         if found.ndim != 2 or found.shape[1] != sum(entry.frames):
-            raise ValueError(damaged(self.path(entry.shard), f"{entry.id}: {found.shape} codes"))
+            raise ValueError(damaged_message(self.path(entry.shard), f"{entry.id}: {found.shape} codes"))
         begin = sum(entry.frames[:version])
         return torch.from_numpy(found[:, begin : begin + entry.frames[version]].astype(np.int64))
 
@@ -93,7 +93,7 @@ class Index:
         try:
             return self.files[shard].get_tensor(key)
         except SafetensorError as error:
-            raise ValueError(damaged(self.path(shard), error)) from None
+            raise ValueError(damaged_message(self.path(shard), error)) from None
 
 
 def prepare(config: DataConfig, table: StreamTable) -> Index:
@@ -102,20 +102,21 @@ def prepare(config: DataConfig, table: StreamTable) -> Index:
     Rows that cannot be used are named and left out; ValueError when none is left.
     """
     if config.split not in ("hash", "speaker", "manifest") or not config.sources:
-        raise ValueError(f"data.split={config.split!r}, data.sources={config.sources}; give hash, speaker or manifest, and a source")
+        raise ValueError(f"data.split={config.split!r}, data.sources={config.sources}; "
+                         + "set split to hash, speaker or manifest and name a source")
     tokenizer, codec = load_tokenizer(config.tokenizer), load_codec(config.codec) if table.audio else None
-    duplex = fit(table, tokenizer, codec)
+    duplex = check_fit(table, tokenizer, codec)
     if config.augment and not (duplex and config.variants > 1):
-        raise ValueError("data.augment changes the user's side of dialogues; it needs one, and data.variants above 1")
+        raise ValueError(f"data.augment needs a duplex model and data.variants above 1 (now {config.variants}); or drop data.augment")
     chat = new_chat(config, tokenizer, table)
     manifests = [read_manifest(source_weight(s)[0], config.allow_outside, assistant_text=config.assistant_text) for s in config.sources]
     encoded = store_codes(manifests, codec, duplex, config) if codec else 0
     info = {"version": CACHE_VERSION, "frame_rate": codec.frame_rate if codec else 0.0, "duplex": duplex}
     index = Index(index_folder(config, table), info, [], chat=chat, padding=(config.text_padding_weight, table.pad, table.epad))
-    indexer = Indexer(index, config, table, tokenizer, joined_audio(manifests))
+    indexer = Indexer(index, config, table, tokenizer, composed_audio(manifests))
     for source, m in enumerate(manifests):
         indexer.add(m, source)
-    bad = name_left_out(manifests, table)
+    bad = print_left_out(manifests, table)
     index = indexer.index
     count = sum(e.split != "" for e in index.entries)
     if not count:
@@ -129,24 +130,26 @@ def prepare(config: DataConfig, table: StreamTable) -> Index:
 
 
 def new_chat(config: DataConfig, tokenizer: Tokenizer, table: StreamTable | None) -> Chat | None:
-    """How conversations are written for a table; None for one that has none."""
+    """The chat template of a table's family with its options; None for a family without conversations."""
     template = family_of(table).template if table is not None else None
     if template is None:
         return None
-    return Chat(tokenizer, template, config.normaliser, config.scene, config.reference_in == "system", config.system).fit(table)
+    return Chat(tokenizer, template, config.normaliser, config.scene, config.reference_in == "system", config.system).check_tokenizer(table)
 
 
-def fit(table: StreamTable, tokenizer: Tokenizer, codec: Any) -> bool:
-    """Check that tokenizer and codec fit the rows of the grid; True when the model also listens (duplex)."""
+def check_fit(table: StreamTable, tokenizer: Tokenizer, codec: Any) -> bool:
+    """Check that tokenizer and codec check_fit the rows of the grid; True when the model also listens (duplex)."""
     vocab = table.streams[0].vocab
     if tokenizer.size > vocab:
-        raise ValueError(f"tokenizer {tokenizer.name} has {tokenizer.size} ids, the text row {vocab}; raise its vocab")
+        raise ValueError(f"tokenizer {tokenizer.name} has {tokenizer.size} ids, the model's text row {vocab}; "
+                         + "use the tokenizer of the model, or raise the vocab of that row")
     if codec is None:
         return False
     Q, rows = codec.num_codebooks, len(table.audio)
     if rows not in (Q, 2 * Q) or codec.codebook_size > min(table.streams[i].vocab for i in table.audio):
         found = f"codec {codec.name} has {Q} codebooks of {codec.codebook_size} codes"
-        raise ValueError(f"{found}, the model {rows} audio rows of {table.streams[table.audio[0]].vocab}; choose the codec it was made for")
+        raise ValueError(f"{found}, the model {rows} audio rows of {table.streams[table.audio[0]].vocab}; "
+                         + "choose the codec it was made for with --data.codec")
     return rows == 2 * Q
 
 
@@ -156,8 +159,8 @@ def source_weight(source: str) -> tuple[str, float]:
     return (path, float(number)) if path and re.fullmatch(r"\d+(\.\d*)?|\.\d+", number) else (source, 1.0)
 
 
-def name_left_out(manifests: list[Manifest], table: StreamTable) -> int:
-    """Print the rows that are left out, with reason and fix; returns their number."""
+def print_left_out(manifests: list[Manifest], table: StreamTable) -> int:
+    """Print the rejected rows with reason and fix; returns their number."""
     bad = [b for m in manifests for b in m.bad]
     for b in bad[:10]:
         print(f"left out: {b.where}: {b.reason}; {b.fix}", file=sys.stderr)
@@ -166,14 +169,14 @@ def name_left_out(manifests: list[Manifest], table: StreamTable) -> int:
     untimed = sum("words" not in row and "parts" not in row for m in manifests for row in m.rows)
     untimed = untimed if table.aligned and not table.monologue else 0
     if untimed:
-        print(f"{untimed} rows have no word times: their words share the clip in proportion to their letters", file=sys.stderr)
+        print(f"{untimed} rows have no word times: the clip is divided among the words by their length in letters", file=sys.stderr)
     return len(bad)
 
 
 def index_folder(config: DataConfig, table: StreamTable) -> Path:
-    """Where the index of this config lives: whatever would change an entry is part of the name."""
+    """The folder of the index for this config; its name hashes every option that would change an entry."""
     sources = [source_weight(s)[0] for s in config.sources]
-    return Path(config.cache) / sha(CACHE_VERSION, sources, config.codec, config.tokenizer, config.normaliser, config.variants,
+    return Path(config.cache) / hash_of(CACHE_VERSION, sources, config.codec, config.tokenizer, config.normaliser, config.variants,
                                     config.split, config.held_out, config.min_seconds, config.max_seconds,
                                     config.allow_outside, table.aligned, len(table.audio), config.max_text,
                                     *([config.assistant_text, table.layout] if family_of(table).template else []),
@@ -194,24 +197,24 @@ def open_cache(config: DataConfig, table: StreamTable) -> Index:
         return Index(folder, found, [Entry(**entry) for entry in found.pop("entries")], chat=chat,
                      padding=(config.text_padding_weight, table.pad, table.epad))
     except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(damaged(folder / "index.json", error)) from None
+        raise ValueError(damaged_message(folder / "index.json", error)) from None
 
 
-def joined_audio(manifests: list[Manifest]) -> set[str]:
-    """Hashes of the audio that composed training rows use: never held out on its own."""
+def composed_audio(manifests: list[Manifest]) -> set[str]:
+    """Hashes of the audio in composed training rows; such clips are never held out on their own."""
     return {m.clips[p]["mark"] for m in manifests for row in m.rows if row.get("split", "train") == "train"
             for p in row.get("parts", [])} - {""}
 
 
 def split_of(row: Row, mark: str, config: DataConfig) -> str:
-    """Put a row on one side. `mark` is the hash of its audio, or its text: never its place in a file."""
+    """Assign a row to "train" or "held-out". `mark` is the hash of its audio or its text, never its position in a file."""
     if config.split == "manifest" or ("parts" in row and "split" in row):
         return "train" if row.get("split", "train") == "train" else "held-out"
     if len(row.get("parts", [])) == 1:
         return "train"
     if config.split == "speaker" and row.get("speaker"):
         mark = row["speaker"]
-    return "held-out" if fraction(mark) < config.held_out else "train"
+    return "held-out" if hash_fraction(mark) < config.held_out else "train"
 
 
 @dataclass
@@ -223,13 +226,13 @@ class Indexer:
     table: StreamTable
     tokenizer: Tokenizer
     joined: set[str]
-    drawn: set[str] = field(default_factory=set)        # ids of the manifest's rows; its other clips serve them
+    drawn: set[str] = field(default_factory=set)        # ids of the manifest's rows; other clips are used by them
     texts: dict[str, np.ndarray] = field(default_factory=dict)
 
     def add(self, m: Manifest, source: int) -> None:
         """Append the usable rows of a manifest and reject the others."""
         self.drawn, numbers = {row["id"] for row in m.rows}, {}
-        for row in m.clips.values():                    # parts and references stand before the rows that use them
+        for row in m.clips.values():                    # parts and references come before the rows that use them
             entry = Entry(row["id"], row["text"], source, "", str(row.get("speaker") or ""), str(row.get("group") or ""))
             try:
                 if self.table.audio or self.index.chat is not None:
@@ -238,7 +241,7 @@ class Indexer:
             except LookupError:                         # its audio was rejected before
                 continue
             except ValueError as error:
-                m.reject(row["id"], str(error), "mend or remove the row")
+                m.reject(row["id"], str(error), "fix or remove the row")
                 continue
             numbers[row["id"]] = len(self.index.entries)
             for entry, text in entries:                 # all chunks of a dialogue fall on the same side
@@ -256,7 +259,7 @@ class Indexer:
                 raise ValueError("its rejected reply was left out")
             entry.rejected = numbers[f"{row['id']}#rejected"]
         if self.index.chat is not None:
-            self.converse(entry, row, numbers)
+            self.add_messages(entry, row, numbers)
             if not self.table.audio or (entry.messages and not row["file"]):
                 return                                  # a turn of text
         if "parts" in row:
@@ -274,8 +277,8 @@ class Indexer:
         if not low <= entry.frames[0] / self.index.info["frame_rate"] <= high + 1:      # the codec pads the last frame
             raise ValueError(f"duration outside {low:g}..{high:g} s")
 
-    def converse(self, entry: Entry, row: Row, numbers: dict[str, int]) -> None:
-        """Keep the messages of a row and the entries of their recordings."""
+    def add_messages(self, entry: Entry, row: Row, numbers: dict[str, int]) -> None:
+        """Store the messages of a row and the entries of their recordings; ValueError when they cannot be trained."""
         entry.scene = str(row.get("scene") or "")
         chat = self.index.chat
         if "clips" not in row and chat.template.clone_prompt is None:
@@ -286,19 +289,19 @@ class Indexer:
         if "clips" not in row:
             if entry.reference >= 0 and not self.index.entries[entry.reference].text.strip():
                 raise ValueError("its reference has no transcript")
-            chat.prompt(row["text"])                        # a text that would bring marks of turns is refused here
+            chat.prompt(row["text"])                        # raises when the text contains special tokens
             return
-        lost = [name for name in row["clips"] if name and row["id"] + name not in numbers]
-        if lost and self.table.audio:
-            raise ValueError(f"a recording of its messages was left out ({lost[0]})")
-        entry.messages = row["messages"] if self.table.audio else written(row["messages"])
+        missing = [name for name in row["clips"] if name and row["id"] + name not in numbers]
+        if missing and self.table.audio:
+            raise ValueError(f"a recording of its messages was left out ({missing[0]})")
+        entry.messages = row["messages"] if self.table.audio else with_transcripts(row["messages"])
         if self.table.audio:
             entry.clips = [numbers[row["id"] + name] if name else len(self.index.entries) for name in row["clips"]]
         start = row.get("start_index")
         entry.start = start if isinstance(start, int) and not isinstance(start, bool) else None
         nothing = [torch.zeros(len(self.table.audio), 0, dtype=torch.long)] * len(entry.clips)
         if not any(weight for _, weight in chat.segments(entry.messages, nothing, entry.start)):
-            raise ValueError(f"start_index {entry.start} leaves nothing to learn")
+            raise ValueError(f"start_index {entry.start} leaves no target")
 
     def dialogue(self, entry: Entry, row: Row) -> list[tuple[Entry, np.ndarray | None]]:
         """The chunks of a dialogue, once or for each speaker as the agent; the first of a run has the text row of all
@@ -314,11 +317,11 @@ class Indexer:
             raise ValueError(f"a side of a pair lasts over data.chunk_seconds={c.chunk_seconds:g}")
         for swapped, who in enumerate((MAIN, OTHER)[: 1 + c.both_speakers]):
             own = [(word, *rest) for said, *rest in words if rest[-1] == who and (word := normalise(said, c.normaliser).strip())]
-            if swapped and (one_of_two or not own):     # nobody wrote down what the user says
+            if swapped and (one_of_two or not own):     # the user has no transcript
                 continue
             tokens, rows = tokenise(own, self.tokenizer, c.contextual, c.spaces), []
             for version, frames in enumerate(entry.frames):
-                later, speed = moved(entry.key, version, rate, c.augment)
+                later, speed = word_shift(entry.key, version, rate, c.augment)
                 timed = [(ids, start / speed + later) for ids, start in tokens]
                 rows.append(interleave(timed, frames, rate, c.interleaver, self.table.pad, self.table.epad))
             for n in range(chunks):
@@ -330,7 +333,7 @@ class Indexer:
     def text(self, entry: Entry, row: Row) -> np.ndarray | None:
         """Ids of a row (1, n) and, in aligned layouts, the first frame of each under every variant (1 + V, n)."""
         if self.index.chat is not None and not row["text"].strip():
-            return None                                 # a voice in a message that does not say what it says
+            return None                                 # a recording in a message, without transcript
         rate, normaliser, starts = self.index.info["frame_rate"], self.config.normaliser, []
         if not self.table.aligned:
             ids = self.tokenizer.encode(normalise(row["text"], normaliser))
@@ -339,7 +342,7 @@ class Indexer:
         else:
             ids, times = aligned_ids(row, entry.frames[0] / rate, self.tokenizer, normaliser)
             for version, frames in enumerate(entry.frames):
-                shift, _, speed = variant(entry.key, version)
+                shift, _, speed = variant_parameters(entry.key, version)
                 starts.append(frame_starts(times, rate, speed, shift, frames))
         if not ids:
             raise ValueError(f"no text is left after {normaliser}")

@@ -1,4 +1,4 @@
-"""The layouts that speech comes in: each is recognised, read and converted to rows of a manifest.
+"""The layouts of speech data sets: each is recognised, read and converted to rows of a manifest.
 
     stereo dialogues    {"path", "duration"} and a .json of alignments beside the wav (Moshi, J-Moshi, DailyTalkContiguous)
     conversations       {"messages": [...]}, a json list or jsonl (Higgs ChatML, ms-swift, TRL)
@@ -7,7 +7,7 @@
     metadata            metadata.csv, LJSpeech, a csv or tsv with a header
     wav + txt, wav + json    folders of pairs
 
-LAYOUTS says how each is read and made ours. Next: checks.py.
+LAYOUTS maps the name of a layout to its reader and its converter. Next: checks.py.
 """
 
 import csv
@@ -17,13 +17,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from corpus.manifest import OURS, SOUNDS, Manifest, Row, Unusable, accept, compose, inside, readable
-from families.family import marks_of_turns
+from corpus.manifest import CACHE_FIELDS, SOUNDS, Manifest, Row, Unusable, accept, compose, path_inside, unusable_on_error
+from families.family import special_tokens
 from options import parse_row
 from text.conversation import Message, bare, checked, clips, parts, said
 from text.word_times import MAIN, as_json, parse_alignments, tidy_words
 
-MAX_MANIFEST = 1 << 30      # bytes; what is larger is not a manifest
+MAX_MANIFEST = 1 << 30      # bytes; a larger file is refused
 COLUMNS = {"audio": ("file_name", "audio", "path", "wav", "filename"),
            "text": ("text", "transcription", "sentence", "transcript", "normalized_text"),
            "speaker": ("speaker", "speaker_id", "source", "client_id")}
@@ -39,7 +39,7 @@ def read_manifest(path: str | Path, allow_outside: bool = False, nested: bool = 
     read, convert = LAYOUTS[kind]
     for where, row in read(m):
         try:
-            row = pair(m, row, convert) if "rejected" in row else convert(m, row)
+            row = preference_row(m, row, convert) if "rejected" in row else convert(m, row)
             if "rejected" in row:
                 accept_pair(m, where, row)
             elif {"parts", "compose", "manifest"} & row.keys():
@@ -48,7 +48,7 @@ def read_manifest(path: str | Path, allow_outside: bool = False, nested: bool = 
                 accept(m, where, row)
         except Unusable as error:
             m.reject(where, *error.args)
-    for where, row in [] if nested else virtual:        # a manifest that another one names lends its clips only
+    for where, row in [] if nested else virtual:        # of a manifest named by another one only the clips are used
         try:
             add_virtual(m, where, row)
         except Unusable as error:
@@ -94,7 +94,7 @@ def text_lines(m: Manifest, path: Path | None = None) -> Iterator[tuple[int, str
 
 
 def json_rows(m: Manifest) -> Iterator[tuple[str, Row]]:
-    """Yield the objects of a jsonl file, or of a json list, with the place where each stands."""
+    """Yield the objects of a jsonl file or a json list, each with its place ("line 3", "item 2")."""
     if m.path.suffix == ".json":
         yield from json_list(m)
         return
@@ -102,7 +102,7 @@ def json_rows(m: Manifest) -> Iterator[tuple[str, Row]]:
         try:
             row = parse_row(text)
         except ValueError as error:
-            m.reject(f"line {number}", "malformed json", f"mend it: {error}")
+            m.reject(f"line {number}", "malformed json", f"fix this line: {error}")
             continue
         yield f"line {number}", row
 
@@ -111,7 +111,7 @@ def json_list(m: Manifest) -> Iterator[tuple[str, Row]]:
     try:
         found = json.loads("\n".join(line for _, line in text_lines(m)))
     except (ValueError, RecursionError) as error:
-        m.reject(f"line {getattr(error, 'lineno', 1)}", "malformed json", f"mend it: {error}")
+        m.reject(f"line {getattr(error, 'lineno', 1)}", "malformed json", f"fix the file: {error}")
         return
     for i, row in enumerate(found if isinstance(found, list) else [found]):
         if isinstance(row, dict):
@@ -120,17 +120,17 @@ def json_list(m: Manifest) -> Iterator[tuple[str, Row]]:
             m.reject(f"item {i}", "malformed json", "each item must be an object {...}")
 
 
-def metadata(m: Manifest) -> Iterator[tuple[str, Row]]:
+def metadata_rows(m: Manifest) -> Iterator[tuple[str, Row]]:
     """Read LJSpeech `id|text|normalised`, or a csv / tsv / jsonl with a header (datasets' AudioFolder, Common Voice)."""
     if m.path.suffix == ".jsonl":
-        yield from ((where, renamed(row, m)) for where, row in json_rows(m))
+        yield from ((where, rename_columns(row, m)) for where, row in json_rows(m))
         return
     lines = [text for _, text in text_lines(m)]
     mark = next((c for c in "|\t" if lines and c in lines[0]), ",")
     try:
         table = list(csv.reader(lines, delimiter=mark, quoting=csv.QUOTE_NONE if mark == "|" else csv.QUOTE_MINIMAL))
     except csv.Error as error:
-        raise ValueError(f"{m.path} is not a readable table ({error}); save it again as csv in UTF-8") from None
+        raise ValueError(f"{m.path} is not a unusable_on_error table ({error}); save it again as csv in UTF-8") from None
     header = [name.strip().lower() for name in table[0]] if table else []
     headed = any(name in header for name in COLUMNS["audio"])
     if not headed and mark != "|":
@@ -139,15 +139,15 @@ def metadata(m: Manifest) -> Iterator[tuple[str, Row]]:
         m.notes.append("no header: read as LJSpeech id|text|normalised text")
     for number, cells in enumerate(table[headed:], 1 + headed):
         if headed:
-            yield f"row {number}", renamed(dict(zip(header, cells, strict=False)), m)
+            yield f"row {number}", rename_columns(dict(zip(header, cells, strict=False)), m)
         else:
             places = [f"wavs/{cells[0]}.wav", f"wav/{cells[0]}.wav", f"{cells[0]}.wav"]
             audio = next((p for p in places if (m.root / p).is_file()), places[0])
             yield f"row {number}", {"id": cells[0], "audio": audio, "text": next(filter(None, reversed(cells[1:])), "")}
 
 
-def renamed(row: Row, m: Manifest) -> Row:
-    """Give the columns of other people's tables our names; say once which."""
+def rename_columns(row: Row, m: Manifest) -> Row:
+    """Rename the columns of a table to ours (audio, text, speaker) and note the mapping once."""
     found = {ours: next((n for n in names if n in row), "") for ours, names in COLUMNS.items()}
     note = "columns: " + ", ".join(f"{theirs} -> {ours}" for ours, theirs in found.items() if theirs)
     if note not in m.notes:
@@ -158,12 +158,12 @@ def renamed(row: Row, m: Manifest) -> Row:
     return {k: row[k] for k in ("id", "language", "split") if k in row} | new
 
 
-def pairs(m: Manifest) -> Iterator[tuple[str, Row]]:
+def wav_text_pairs(m: Manifest) -> Iterator[tuple[str, Row]]:
     """Read a folder of sound files that each have a .txt of the same name; a folder inside it is a speaker."""
     for path in sorted(p for p in m.path.rglob("*") if p.suffix.lower() in SOUNDS):
         name, transcript, before = path.relative_to(m.path), path.with_suffix(".txt"), len(m.bad)
         if not transcript.is_file():
-            m.reject(str(name), "no transcript", f"write what is said into {transcript.name}, or run data.py annotate for dialogues")
+            m.reject(str(name), "no transcript", f"write the transcript into {transcript.name}, or run data.py annotate for dialogues")
             continue
         text = "\n".join(line for _, line in text_lines(m, transcript))
         if len(m.bad) == before:
@@ -177,7 +177,7 @@ SEED_REQUEST = re.compile(r"\s*please generate speech for given text[^:]*:\s*", 
 
 def chat_row(m: Manifest, sample: Row) -> Row:
     """Conversations: the last assistant turn is the row, an earlier turn with audio its reference (`sample_row`)."""
-    return readable(sample_row, readable(untagged, sample) if "audios" in sample else sample, m.assistant_text)
+    return unusable_on_error(sample_row, unusable_on_error(expand_audio_tags, sample) if "audios" in sample else sample, m.assistant_text)
 
 
 def as_clone_request(messages: list[Message], assistant_text: str = "drop") -> list[Message]:
@@ -194,7 +194,7 @@ def as_clone_request(messages: list[Message], assistant_text: str = "drop") -> l
     return [*before, *({"role": role, "content": content} for role, content in turns)]
 
 
-def untagged(sample: Message) -> Message:
+def expand_audio_tags(sample: Message) -> Message:
     """An ms-swift sample, <audio> in its texts and the files apart in "audios", as a ChatML sample."""
     messages, files = sample.get("messages"), sample["audios"] if isinstance(sample["audios"], list) else [sample["audios"]]
     messages = messages if isinstance(messages, list) else []
@@ -218,18 +218,18 @@ def sample_row(sample: Message, assistant_text: str = "drop") -> Message:
     `clips` names the audio parts in reading order by a suffix to the row's id ("" is the row itself), `others` holds
     those that are neither.
     """
-    messages = as_clone_request(checked(sample.get("messages"), marks_of_turns()), assistant_text)
+    messages = as_clone_request(checked(sample.get("messages"), special_tokens()), assistant_text)
     replies = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     last = max((i for i in replies if clips(messages[i]["content"])), default=replies[-1])
-    heard = [(i, part) for i, m in enumerate(messages) for part in clips(m["content"])]
-    own = max((n for n, (i, _) in enumerate(heard) if i == last), default=-1)
+    recordings = [(i, part) for i, m in enumerate(messages) for part in clips(m["content"])]
+    own = max((n for n, (i, _) in enumerate(recordings) if i == last), default=-1)
     row = {k: sample[k] for k in ("id", "speaker", "language", "split", "group", "start_index") if sample.get(k) not in (None, "")}
     row = {k: v for k, v in row.items() if v == v}                              # tables write NaN for what is missing
     misc = sample.get("misc")
     if "speaker" not in row and isinstance(misc, dict) and misc.get("speaker"):
         row["speaker"] = misc["speaker"]
     row |= {"text": said(messages, last), "messages": [bare(m) for m in messages], "clips": [], "others": {}}
-    for n, (i, part) in enumerate(heard):
+    for n, (i, part) in enumerate(recordings):
         about = {"text": said(messages, i), "audio": part.get("audio_url") or "(inline)"}
         about |= {k: part[k] for k in ("offset", "duration", "raw_audio") if part.get(k) is not None}
         row["clips"].append("" if n == own else "#reference" if n == own - 1 else f"#{n}")
@@ -245,21 +245,21 @@ def sample_row(sample: Message, assistant_text: str = "drop") -> Message:
 def stereo_row(m: Manifest, item: Row) -> Row:
     """Moshi's {"path", "duration"}: words and their times come from the .json beside the stereo file."""
     name = str(item.get("path") or "(no path)")
-    side = inside(m, name).with_suffix(".json")
+    side = path_inside(m, name).with_suffix(".json")
     if not side.is_file():
         form = '{"alignments": [[word, [start, end], speaker]]}'
         raise Unusable("no alignment file", f"put {side.name} {form} beside {name}, or run data.py annotate")
     text = "\n".join(line for _, line in text_lines(m, side))
     try:
         given = json.loads(text)
-        found, told = parse_alignments(given), given.get("text_conditions") if isinstance(given, dict) else None
-        if not (told is None or isinstance(told, dict) and all(v is None or isinstance(v, str) for v in told.values())):
-            raise ValueError(f"text_conditions is {str(told)[:60]}, wanted names with one word each")
+        found, conditions = parse_alignments(given), given.get("text_conditions") if isinstance(given, dict) else None
+        if not (conditions is None or isinstance(conditions, dict) and all(v is None or isinstance(v, str) for v in conditions.values())):
+            raise ValueError(f"text_conditions is {str(conditions)[:60]}, expected an object whose values are texts")
     except (ValueError, RecursionError) as error:
-        raise Unusable("malformed alignments", f"mend {side.name}: {error}") from None
+        raise Unusable("malformed alignments", f"fix {side.name}: {error}") from None
     words = [[word, start] for word, start, _, who in tidy_words(found)[0] if who == MAIN]
     said = " ".join(word for word, _ in words)
-    kept = {key: item[key] for key in ("id", "speaker", "split") if key in item} | ({"text_conditions": told} if told else {})
+    kept = {key: item[key] for key in ("id", "speaker", "split") if key in item} | ({"text_conditions": conditions} if conditions else {})
     return kept | {"audio": name, "stereo": True, "text": said, "words": words, "alignments": as_json(found)}
 
 
@@ -282,7 +282,7 @@ def clone_samples(m: Manifest) -> Iterator[tuple[str, Row]]:
 
 
 def clone_sample(m: Manifest, item: Row) -> Row:
-    """train-higgs-audio: the words of a recording and of its reference stand in files, or beside them in the sample."""
+    """train-higgs-audio: the transcripts of the recording and its reference are files, or fields of the sample."""
     row = {"audio": str(item.get("audio_file") or ""), "text": transcript_of(m, item, "transcript"),
            "speaker": str(item.get("speaker_id") or item.get("speaker_name") or "")}
     name = str(item.get("id") or item.get("audio_id") or "")
@@ -293,48 +293,48 @@ def clone_sample(m: Manifest, item: Row) -> Row:
 
 
 def transcript_of(m: Manifest, item: Row, key: str) -> str:
-    """What is said, from item[key] or from the file that item[key + "_file"] names; "" when there is neither."""
+    """The transcript: item[key], or the content of the file that item[key + "_file"] names; "" without either."""
     if isinstance(item.get(key), str) or not item.get(f"{key}_file"):
         return str(item.get(key) or "")
-    path = inside(m, str(item[f"{key}_file"]))
+    path = path_inside(m, str(item[f"{key}_file"]))
     if not path.is_file():
-        raise Unusable("no transcript", f"{path} does not exist: write into it what is said")
+        raise Unusable("no transcript", f"{path} does not exist: write the transcript into it")
     return "\n".join(line for _, line in text_lines(m, path))
 
 
-def tagged_row(m: Manifest, item: Row) -> Row:
+def tagged_transcript_row(m: Manifest, item: Row) -> Row:
     """MOSS-TTSD: speakers are numbered from 1 and marked [S1], ours from 0 and [SPEAKER0]."""
     text = re.sub(r"\[S(\d+)\]", lambda mark: f"[SPEAKER{int(mark[1]) - 1}] ", str(item.get("full_transcript") or ""))
     return {k: v for k, v in item.items() if k not in ("file_path", "full_transcript")} | {"audio": item.get("file_path"), "text": text}
 
 
-def own_row(m: Manifest, row: Row) -> Row:
+def manifest_row(m: Manifest, row: Row) -> Row:
     """A row of ours, or one that names its reference as MOSS-TTSD does."""
     if "reference_audio" in row and "reference" not in row:
         row["reference"] = {"audio": row.pop("reference_audio"), "text": row.pop("reference_text", "")}
     return row
 
 
-def as_it_is(m: Manifest, row: Row) -> Row:
+def unchanged(m: Manifest, row: Row) -> Row:
     return row
 
 
-LAYOUTS = {"manifest": (json_rows, own_row), "metadata": (metadata, as_it_is), "wav + txt": (pairs, as_it_is),
+LAYOUTS = {"manifest": (json_rows, manifest_row), "metadata": (metadata_rows, unchanged), "wav + txt": (wav_text_pairs, unchanged),
            "conversations": (json_rows, chat_row), "stereo dialogues": (json_rows, stereo_row),
-           "cloning samples": (clone_samples, clone_sample), "tagged transcripts": (json_rows, tagged_row),
-           "wav + json": (stereo_pairs, stereo_row)}                                           # how rows are read, and made ours
+           "cloning samples": (clone_samples, clone_sample), "tagged transcripts": (json_rows, tagged_transcript_row),
+           "wav + json": (stereo_pairs, stereo_row)}                                           # name: (reader, converter)
 
 
-def pair(m: Manifest, row: Row, convert: Callable[[Manifest, Row], Row]) -> Row:
-    """A preference row as the row of its better side, that of the other one under "rejected"."""
+def preference_row(m: Manifest, row: Row, convert: Callable[[Manifest, Row], Row]) -> Row:
+    """Convert a preference row: the row of its chosen side, with the row of the other side under "rejected"."""
     shared = {k: v for k, v in row.items() if k not in ("chosen", "rejected", "prompt")}
     if "prompt" in row:
         shared["messages"] = [{"role": "user", "content": row["prompt"]}] if isinstance(row["prompt"], str) else row["prompt"]
     before = shared.get("messages") if "chosen" in row else None
     if before is not None:
         if not isinstance(before, list):
-            raise Unusable("malformed pair", '"messages" is the list of what was said before both replies')
-        asked = [[*before, *answer(row[name])] for name in ("chosen", "rejected")]
+            raise Unusable("malformed pair", '"messages" is the list of messages before the two replies')
+        asked = [[*before, *reply_messages(row[name])] for name in ("chosen", "rejected")]
         better, worse = (convert(m, shared | {"messages": messages}) for messages in asked)
     elif isinstance(row["rejected"], dict) and isinstance(row.get("chosen", {}), dict) and "parts" not in row:
         better = convert(m, shared | row.get("chosen", {}))
@@ -342,19 +342,19 @@ def pair(m: Manifest, row: Row, convert: Callable[[Manifest, Row], Row]) -> Row:
     else:
         raise Unusable("malformed pair", 'give "messages" and a "chosen" and "rejected" reply, or two objects that each name their audio')
     for side in (better, worse) if "clips" in better and "clips" in worse else ():
-        side.setdefault("start_index", len(side["messages"]) - 1)       # all before the reply is the same on both sides
+        side.setdefault("start_index", len(side["messages"]) - 1)       # the messages before the reply are shared
     return better | {"rejected": worse}
 
 
-def answer(reply: Any) -> list[Row]:
-    """The turn of a reply: its content, or TRL's list of one message."""
+def reply_messages(reply: Any) -> list[Row]:
+    """A reply as messages: from its content, or TRL's list of one message."""
     if isinstance(reply, list) and reply and all(isinstance(part, dict) and "role" in part for part in reply):
         return reply
     return [{"role": "assistant", "content": reply}]
 
 
 def accept_pair(m: Manifest, where: str, row: Row) -> None:
-    """Add a preference row. Its rejected side lends what it holds, as a reference does; it is no row of its own."""
+    """Add a preference row. The clips of its rejected side are kept, as those of a reference; it is not a row of its own."""
     row["id"] = str(row.get("id") or where)
     row["rejected"]["id"] = f"{row['id']}#rejected"
     accept(m, where, row["rejected"])
@@ -368,7 +368,7 @@ def add_virtual(m: Manifest, where: str, row: Row) -> None:
     clips = m.clips
     if name := str(row.get("manifest") or ""):
         if name not in m.named:
-            other = read_manifest(inside(m, name), m.allow_outside, nested=True)
+            other = read_manifest(path_inside(m, name), m.allow_outside, nested=True)
             m.named[name], m.bad = other.clips, m.bad + other.bad
         clips = m.named[name]
     if "compose" in row:
@@ -389,5 +389,5 @@ def add_virtual(m: Manifest, where: str, row: Row) -> None:
             continue
         m.clips |= {p: clips[p] for p in new["parts"] if p not in m.clips}
         text = str(new.get("text") or " ".join(clips[p]["text"] for p in new["parts"]))
-        m.clips[name] = new | OURS | {"id": name, "text": text, "speaker": clips[new["parts"][0]]["speaker"]}
+        m.clips[name] = new | CACHE_FIELDS | {"id": name, "text": text, "speaker": clips[new["parts"][0]]["speaker"]}
         m.rows.append(m.clips[name])

@@ -4,17 +4,17 @@ A manifest is a jsonl file, one object a line, audio paths relative to its folde
 
     {"id": "digits/4", "audio": "digits/4.opus", "text": "four", "speaker": "allison", "group": "digits", "words": [["four", 0.08]]}
 
-Also understood: language, synthetic, split ("train"; any other word is held out), offset and duration (seconds, a piece of a longer
+Optional fields: language, synthetic, split ("train"; any other word is held out), offset and duration (seconds, a piece of a longer
 file), reference {"audio", "text"}, stereo (left = agent, right = user), alignments (words of both, see below). Without "audio" a row
 is text only.
-Two kinds of line are virtual: codes of clips joined, and a rule that writes such lines. "manifest" says in which other
-file the clips live (default: this one).
+Two kinds of line are virtual: a join of clips (their codes one after the other), and a rule that generates such lines.
+"manifest" names the file that lists the clips (default: this one).
 
     {"manifest": "manifest.jsonl", "id": "42", "parts": ["digits/4", "digits/2"], "text": "four two"}
     {"manifest": "manifest.jsonl", "compose": {"group": "digits", "count": [1, 6], "rows": 4000, "seed": 0, "held_out": 0.1}}
 
-A dialogue has alignments [[word, [start, end], "SPEAKER_MAIN" or another], ...]; beside them may stand text_conditions
-{name: value} for a model that has some (Hibiki). Moshi's {"path", "duration"} takes them
+A dialogue has alignments [[word, [start, end], "SPEAKER_MAIN" or another], ...]; optional: text_conditions
+{name: value} for a model that has conditions (Hibiki). Moshi's {"path", "duration"} takes them
 from the .json beside the wav ({"alignments": ...}, or J-Moshi's [{"speaker", "word", "start", "end"}]); a folder of such
 pairs needs no list.
 
@@ -29,7 +29,7 @@ A preference row has two sides (objective.py), replies to the same messages or w
     {"id": "7", "messages": [...], "chosen": "Your order is on its way.", "rejected": [{"type": "audio", "audio_url": "curt.wav"}]}
     {"id": "8", "chosen": {"path": "good.wav"}, "rejected": {"path": "bad.wav"}}
 
-A bad row is named with its reason and its fix and left out. Next: layouts.py, which reads files.
+A bad row is reported with its reason and its fix and left out. Next: layouts.py, which reads files.
 """
 
 import base64
@@ -47,16 +47,16 @@ from typing import Any
 
 import soundfile
 
-from families.family import marks_of_turns
+from families.family import special_tokens
 from text.conversation import checked, clips
 
 SOUNDS = (".wav", ".flac", ".ogg", ".opus", ".mp3")
 MAX_ROWS = 10_000_000       # rows that one compose line may ask for, and clips in one of them
 MAX_PARTS = 1000
 MAX_INLINE = 64 << 20       # characters of base64 that one recording may have
-INLINE = "(inline)"         # file name of a recording that stands in the manifest itself
+INLINE = "(inline)"         # file name of a recording inside the manifest (base64)
 ALLOW = "or allow it: check --allow-outside, --data.allow_outside=True"
-OURS = {"file": "", "mark": "", "key": "", "shard": ""}     # what cache.py fills in: nothing that a manifest could say
+CACHE_FIELDS = {"file": "", "mark": "", "key": "", "shard": ""}     # filled in by cache.py, never read from a manifest
 Row = dict[str, Any]
 
 
@@ -65,8 +65,8 @@ class Unusable(ValueError):
 
 
 @dataclass(frozen=True)
-class Bad:
-    """A row that is left out: where it stands, why, and what would mend it."""
+class RejectedRow:
+    """A row that is left out: its place in the source, the reason, and how to fix it."""
 
     where: str
     reason: str
@@ -81,10 +81,10 @@ class Manifest:
     kind: str = "manifest"
     allow_outside: bool = False
     rows: list[Row] = field(default_factory=list)
-    clips: dict[str, Row] = field(default_factory=dict)     # by id: own rows and those of the manifests it names
+    clips: dict[str, Row] = field(default_factory=dict)     # by id: rows of this manifest and of those it names
     named: dict[str, dict[str, Row]] = field(default_factory=dict)      # clips of those manifests, by file
     virtual: list[Row] = field(default_factory=list)        # compose lines as they were written
-    bad: list[Bad] = field(default_factory=list)
+    bad: list[RejectedRow] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     assistant_text: str = "drop"                            # DataConfig.assistant_text: of one-turn clone requests
 
@@ -93,11 +93,11 @@ class Manifest:
         return self.path if self.path.is_dir() else self.path.parent
 
     def reject(self, where: str, reason: str, fix: str) -> None:
-        self.bad.append(Bad(where, reason, fix))
+        self.bad.append(RejectedRow(where, reason, fix))
 
 
-def inside(m: Manifest, name: str) -> Path:
-    """The file that a manifest names; Unusable when it is not in the manifest's folder."""
+def path_inside(m: Manifest, name: str) -> Path:
+    """The path of a file that a manifest names; Unusable when it is outside the manifest's folder."""
     path, reason = m.root / name, ""
     if "\0" in name:
         reason = "malformed path"
@@ -121,7 +121,7 @@ def accept(m: Manifest, where: str, row: Row) -> None:
         name = str(part.get("audio") or "")
         if name == INLINE:
             inline_bytes(part)
-        part |= OURS | {"file": name if name == INLINE else str(inside(m, name)) if name else ""}
+        part |= CACHE_FIELDS | {"file": name if name == INLINE else str(path_inside(m, name)) if name else ""}
     start = f"@{row['offset']}" if row.get("offset") else ""
     named = row.get("audio") and row["audio"] != INLINE
     row["id"] = str(row.get("id") or (os.path.splitext(str(row["audio"]))[0] + start if named else where))
@@ -146,15 +146,15 @@ def recordings_beside(row: Row) -> dict[str, Row]:
     if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in found.values()):
         raise Unusable("malformed field", 'a reference has "audio" and "text"')
     if "clips" not in row:
-        row.pop("messages", None)               # they belong to another tool: the row speaks for itself
+        row.pop("messages", None)               # written by another tool; this layout does not use them
     elif not isinstance(row["clips"], list) or not all(name in ("", *found) for name in row["clips"]):
         raise Unusable("malformed field", '"clips" names the recordings of "messages" by suffix')
     else:
-        readable(checked, row.get("messages"), marks_of_turns())
+        unusable_on_error(checked, row.get("messages"), special_tokens())
     return found
 
 
-def readable(read: Callable[..., Any], *given: Any) -> Any:
+def unusable_on_error(read: Callable[..., Any], *given: Any) -> Any:
     """Call a function of text/conversation.py; its ValueError "reason; fix" becomes Unusable."""
     try:
         return read(*given)
@@ -176,8 +176,8 @@ def inline_bytes(part: Row) -> bytes:
 
 
 @contextmanager
-def opened(row: Row) -> Iterator[str]:
-    """A path at which the audio of a row can be read; one that stands in the manifest lies there for a moment."""
+def open_audio(row: Row) -> Iterator[str]:
+    """Yield a path to the audio of a row; inline audio is written to a temporary file."""
     if row["file"] != INLINE:
         yield row["file"]
         return
@@ -189,10 +189,10 @@ def opened(row: Row) -> Iterator[str]:
 
 def check_fields(m: Manifest, row: Row, others: list[Row]) -> None:
     words = row.get("words", [])
-    if not isinstance(row.get("text"), str) or not (row["text"].strip() or "alignments" in row or answers(row)):
-        raise Unusable("empty text", "write what is said, or remove the row")
+    if not isinstance(row.get("text"), str) or not (row["text"].strip() or "alignments" in row or needs_no_text(row)):
+        raise Unusable("empty text", "write the transcript, or remove the row")
     if "\ufffd" in row["text"]:
-        raise Unusable("bad encoding", "the text holds U+FFFD: save it again as UTF-8 from its origin")
+        raise Unusable("bad encoding", "the text contains U+FFFD: save it again as UTF-8 from its source")
     if row["id"] in m.clips:
         raise Unusable("duplicate id", "ids must be unique in a manifest: rename one")
     if not all(is_time(part.get(k, 0)) for k in ("offset", "duration") for part in (row, *others)):
@@ -202,12 +202,12 @@ def check_fields(m: Manifest, row: Row, others: list[Row]) -> None:
         raise Unusable("malformed field", 'words look like [["four", 0.08], ...]')
 
 
-def answers(row: Row) -> bool:
-    """A row that needs no transcript: the agent of a dialogue may only listen, and a spoken reply to speech speaks for itself."""
+def needs_no_text(row: Row) -> bool:
+    """Whether a row may have an empty transcript: conversations with a recorded user turn are trained on their codes."""
     return "clips" in row and any(clips(m["content"]) for m in row["messages"] if m["role"] == "user")
 
 
-def fraction(*words: object) -> float:
+def hash_fraction(*words: object) -> float:
     """Hash words to a number in [0, 1): the same on every machine and in every run."""
     return int.from_bytes(hashlib.sha256("\0".join(map(str, words)).encode()).digest()[:7], "big") / (1 << 56)
 
@@ -217,7 +217,7 @@ def compose(rule: Row, clips: dict[str, Row]) -> list[Row]:
     from the text, so no string is on both sides; rows of one clip always train. Same rule, same clips: same rows."""
     group, (low, high), count, seed = rule["group"], rule["count"], int(rule["rows"]), rule.get("seed", 0)
     if not 0 < low <= high <= MAX_PARTS or not 0 <= count <= MAX_ROWS:
-        raise ValueError(f"count {rule['count']} or rows {count} make no sense")
+        raise ValueError(f"count is {rule['count']}, expected [low, high] in 1..{MAX_PARTS}; rows is {count}, expected 0..{MAX_ROWS}")
     voices: dict[str, list[str]] = {}
     for name, clip in sorted(clips.items()):
         wanted = name in rule["ids"] if "ids" in rule else clip.get("group") == group
@@ -232,7 +232,7 @@ def compose(rule: Row, clips: dict[str, Row]) -> list[Row]:
         names = voices[draw.choice(sorted(voices))]
         parts = [draw.choice(names) for _ in range(draw.randint(low, high))]
         text = " ".join(clips[p]["text"] for p in parts)
-        held = len(parts) > 1 and fraction(text) < rule.get("held_out", 0.0)
+        held = len(parts) > 1 and hash_fraction(text) < rule.get("held_out", 0.0)
         rows.append({"id": f"{group}+{seed}/{i}", "parts": parts, "text": text, "group": group, "composed": True,
                      "split": "held-out" if held else "train"})
     return rows

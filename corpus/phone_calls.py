@@ -1,18 +1,19 @@
-"""Phone calls: what a lookup answers, what the caller wants, what a reply may not make up, and recordings as conversations.
+"""Phone calls: lookup turns, the intent of a caller, invented facts in a reply, and stereo recordings as conversations.
 
     lookup_turn({"order": "48213", "status": "shipped"})     {"role": "system", "content": "lookup: order=48213; status=shipped"}
-    intent("where is my parcel")                             "order_tracking", by key words; "unknown" when none is there
-    ungrounded("It comes on 4 June.", "lookup: date=3 June") ["4"]: neither the call nor the lookup said so
+    intent("where is my parcel")                             "order_tracking", by key words; "unknown" without any
+    ungrounded("It comes on 4 June.", "lookup: date=3 June") ["4"], which is in neither the call nor the lookup
 
-A reply may name an order, an amount, a date or a person only when the call or a lookup named it before. `entities` says
-what counts: figures, spelled or not, codes such as E42, and words with a capital inside a sentence. The first word of a
-sentence has its capital anyway and is not looked at, nor is the word "one" alone. Used by report.py and
-assets/build_ivr.py. 
+A reply may name an order, an amount, a date or a person only when the call or a lookup named it before. `entities` finds
+them: numbers in digits or words, codes such as E42, and capitalised words inside a sentence. The first word of a sentence
+is always capitalised and therefore ignored, and so is the word "one" alone. Used by evaluation/report.py and
+assets/build_ivr.py.
 
     python data.py calls FOLDER_OR_WAV ... --out=DIR [--agent=right]     stereo recordings, one speaker a channel -> DIR/calls.jsonl
 
 cuts every call into its turns by loudness (audio/telephone.py), a wav each, and writes one conversation a call that
 train.py reads (speech in, speech out). Turns during which the other one speaks too are marked "crosstalk".
+Next: swap_tokenizer.py.
 """
 
 import re
@@ -36,14 +37,14 @@ Message = dict[str, str]
 
 
 def lookup_turn(facts: Mapping[str, str]) -> Message:
-    """The turn in which the order system answers, as training rows have it and a live call must write it."""
+    """The turn with the answer of the order system, in the form of the training rows; ValueError for reserved characters."""
     marked = [f"{name}={value}" for name, value in facts.items() if re.search(r"[;=\n]", f"{name}{value}")]
     if marked:
-        raise ValueError(f"the lookup's {marked[0]!r} holds one of ; = or a line end; leave them out")
+        raise ValueError(f"the lookup field {marked[0]!r} contains ; or = or a line break; remove it")
     return {"role": "system", "content": "lookup: " + "; ".join(f"{name}={value}" for name, value in facts.items())}
 
 
-# ---- what the caller wants ----
+# ---- intent of the caller ----
 
 KEYWORDS = r"""
 greetings: hello|hi|hey|good (morning|afternoon|evening)|anyone there|hear me|customer service|help desk
@@ -86,7 +87,7 @@ def intent(text: str) -> str:
     return best if lengths[best] else UNKNOWN
 
 
-# ---- what a reply names ----
+# ---- entities of a reply ----
 
 NUMBERS = {word: n for n, word in enumerate(ONES)} | {spell(n): n for n in range(20, 100, 10)}
 SCALES = {"hundred": 100, "thousand": 1000}
@@ -95,7 +96,7 @@ NAME = re.compile(r"(?<![.!?:؟\n])(?<![.!?:؟] )(?<!^)\b[A-Z][a-z]\w*")
 
 
 def spelled(words: list[str]) -> list[str]:
-    """Figures among lower-case words: "four eight two" is 482, "thirty-one" 31; "one" alone is no figure."""
+    """Numbers among lower-case words: "four eight two" is 482, "thirty-one" 31; "one" alone does not count."""
     found: list[str] = []
     run: list[str] = []
     for word in [*words, ""]:
@@ -103,13 +104,13 @@ def spelled(words: list[str]) -> list[str]:
             run.append(word)
         elif run:
             if run != ["one"]:
-                found.append(value(run))
+                found.append(number_value(run))
             run = []
     return found
 
 
-def value(run: list[str]) -> str:
-    """Number words as figures, digit by digit when all are digits and there are several."""
+def number_value(run: list[str]) -> str:
+    """Number words as digits; several digit words are read one by one."""
     if len(run) > 1 and all(NUMBERS.get(word, 10) < 10 for word in run):
         return "".join(str(NUMBERS[word]) for word in run)
     total = part = 0
@@ -124,19 +125,19 @@ def value(run: list[str]) -> str:
 
 
 def figures(text: str) -> list[str]:
-    """Every figure and code of a text in one writing: "4 8 2 1 3" and "48213", "38,50" and "38.50", "E-42" and "e42" are equal."""
+    """Every number and code of a text in normal form: "4 8 2 1 3" and "48213", "38,50" and "38.50", "E-42" and "e42" are equal."""
     text = re.sub(r"(?<!\d)\d(?:[ -]\d(?!\d)){2,}", lambda m: re.sub("[ -]", "", m[0]), text.translate(ARABIC))     # read digit by digit
     found = [m[0].lower().rstrip(".,:/").replace(",", ".").replace("-", "") for m in FIGURE.finditer(text)]
     return found + spelled(re.findall(r"[a-z]+", text.lower()))
 
 
 def entities(text: str) -> list[str]:
-    """What a text names: its figures and codes, and the names inside its sentences, in lower case."""
+    """The entities of a text: numbers, codes, and capitalised names inside its sentences, in lower case."""
     return figures(text) + [m[0].lower() for m in NAME.finditer(text)]
 
 
 def ungrounded(reply: str, context: str) -> list[str]:
-    """The entities of a reply that its context, everything said and looked up before, does not hold."""
+    """The entities of a reply that its context (everything said or looked up before) does not contain."""
     known = set(figures(context)) | set(re.findall(r"\w+", context.lower()))
     return [entity for entity in entities(reply) if entity not in known]
 
@@ -146,10 +147,10 @@ def ungrounded(reply: str, context: str) -> list[str]:
 SIDES = ("left", "right")
 
 
-def cut(path: Path, folder: Path, agent: str = "left") -> dict[str, Any]:
-    """Cut a stereo call into turns, written into FOLDER/NAME; -> its conversation, which ends with what the agent says last.
+def cut_call(path: Path, folder: Path, agent: str = "left") -> dict[str, Any]:
+    """Cut a stereo call into turns, written into FOLDER/NAME; returns its conversation, up to the last turn of the agent.
 
-    ValueError names a channel that says nothing: half a call is a monologue, or both speakers are on the other channel.
+    ValueError names a silent channel: then only one speaker was recorded, or both are on the other channel.
     """
     wav, rate = load_wav(path, channels=2)
     found = turns(wav, rate)
@@ -157,7 +158,7 @@ def cut(path: Path, folder: Path, agent: str = "left") -> dict[str, Any]:
     if silent:
         role = "the agent" if silent[0] == agent else "the caller"
         who = "both channels are" if len(silent) == 2 else f"the {silent[0]} channel, {role}, is"
-        raise ValueError(f"{path}: {who} silent; record each speaker on a channel of his own, or leave the call out")
+        raise ValueError(f"{path}: {who} silent; record each speaker on a separate channel, or leave the call out")
     messages: list[dict[str, Any]] = []
     for n, turn in enumerate(found):
         role = "assistant" if SIDES[turn.channel] == agent else "user"
@@ -182,11 +183,11 @@ def main(argv: Sequence[str]) -> None:
     rows, bad = [], 0
     for path in paths:
         try:
-            rows.append(cut(path, out, agent))
+            rows.append(cut_call(path, out, agent))
         except (ValueError, FileNotFoundError) as error:
             bad += 1
             print(f"left out: {error}", file=sys.stderr)
     if not rows:
-        raise ValueError(f"no usable call among {len(paths)} recordings; the lines above say why")
+        raise ValueError(f"none of {len(paths)} recordings is a usable call; fix those listed above, or name a folder of stereo wavs")
     write_rows(out / "calls.jsonl", rows)
     print(f"{out}/calls.jsonl: {len(rows)} calls, {sum(len(row['messages']) for row in rows)} turns, {bad} left out")

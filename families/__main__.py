@@ -1,6 +1,6 @@
 """List the families: `python -m families`."""
 
-from families.family import every
+from families.family import all_families
 
-for family in every():
+for family in all_families():
     print(f"{family.name:<18} {family.layout or '-':<8} {family.about}")

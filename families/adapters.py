@@ -1,6 +1,6 @@
-"""Adapters in other libraries' files: PEFT's, for every family whose names it uses, and what readers of such files share.
+"""Adapter files of other libraries: PEFT, for every family whose names it uses, and helpers for other formats.
 
-Import takes the rank from the tensors and keeps it; export writes official names. Source: peft 0.21.
+Import takes the rank from the tensors and keeps it; export writes official names. Source: peft 0.21. Next: tiny.py.
 """
 
 import re
@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 import lora
-from families.family import every
-from families.formats import About, AdapterFormat, Format, Tensors, join, lost, official_names, refuse
+from families.family import all_families
+from families.formats import About, AdapterFormat, Format, Tensors, config_differences, join, official_names, require
 from layers.architecture import ModelConfig
 from lora import LoraConfig
 from model import MultistreamLM
@@ -27,35 +27,35 @@ def theirs_of(model: MultistreamLM, layout: Format) -> dict[str, list[str]]:
     return {n: official_names(n, shape, model.config, layout) for n, shape in shapes.items()}
 
 
-def module(name: str) -> str:
+def module_path(name: str) -> str:
     return name.rpartition(".")[0]
 
 
 def peft_formats(config: ModelConfig) -> list[Format]:
     """The layouts whose names a PEFT adapter of this model may use."""
-    return [form for family in every() for form in family.formats if form.peft and form.fits(config)]
+    return [form for family in all_families() for form in family.formats if form.peft and form.fits(config)]
 
 
 def peft_layout(config: ModelConfig) -> Format:
     """The layout whose names we write: the first that can express the model."""
     head = {"text_lm_head.weight": torch.empty(0)} if config.table.text_out else {}
     for form in peft_formats(config):
-        if not lost(config, form.read(form.write(config, "float32"), head)):
+        if not config_differences(config, form.read(form.write(config, "float32"), head)):
             return form
-    raise ValueError("--to=peft needs official names, and no layout whose adapters PEFT knows has this model; export --to=multistream")
+    raise ValueError("--to=peft needs official names, and this model fits no layout that PEFT supports; export --to=multistream")
 
 
 def export_peft(model: MultistreamLM, base: str, dtype: str) -> tuple[About, Tensors]:
     """adapter_config.json and tensors of a PEFT adapter with official names."""
     layout, config = peft_layout(model.config), model.lora
     names = {n: theirs for n, (theirs,) in theirs_of(model, layout).items()}
-    official = {path: module(names[f"{path}.weight"]) for path in lora.linears(model)}
+    official = {path: module_path(names[f"{path}.weight"]) for path in lora.linears(model)}
     found = {official[path]: adapter for path, _, adapter in lora.adapters(model)}
-    saved = sorted({module(names[n]) for n in lora.trained_parameters(model, config)})
+    saved = sorted({module_path(names[n]) for n in lora.trained_parameters(model, config)})
     tensors = {}
     for name, parameter in model.named_parameters():
         path, _, part = name.partition(".adapter.")
-        if part or module(names[name]) in saved:
+        if part or module_path(names[name]) in saved:
             tensors[PREFIX + (f"{official[path]}.{PARTS[part]}" if part else names[name])] = parameter.detach()
     about = {
         "peft_type": "LORA", "task_type": layout.task_type,
@@ -78,30 +78,30 @@ def suffixes(chosen: set[str], everything: set[str]) -> list[str]:
     return sorted(found)
 
 
-PEFT_PLAIN = {"peft_type": ("LORA",), "bias": ("none",), "fan_in_fan_out": (False,), "lora_bias": (False,),
+PEFT_FIXED = {"peft_type": ("LORA",), "bias": ("none",), "fan_in_fan_out": (False,), "lora_bias": (False,),
               "trainable_token_indices": (None,), "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva", None)}     # not PiSSA
 PEFT_READ = """task_type auto_mapping peft_version base_model_name_or_path revision inference_mode r target_modules exclude_modules
 lora_alpha lora_dropout use_rslora modules_to_save layers_to_transform layers_pattern rank_pattern alpha_pattern megatron_core use_dora
-qalora_group_size ensure_weight_tying""".split()                   # read, told by the tensors, or without effect on the outcome
+qalora_group_size ensure_weight_tying""".split()                   # read, implied by the tensors, or without effect
 
 
 def import_peft(model: MultistreamLM, about: About, tensors: Tensors, source: str) -> tuple[LoraConfig, Tensors]:
     """Read a PEFT adapter, in either official naming of this model's family."""
-    refuse(about, PEFT_PLAIN | {key: (None, {}) for key in about if key.endswith("_config")})
-    strange = [key for key, value in about.items() if value and key not in PEFT_READ and key not in PEFT_PLAIN]
+    require(about, PEFT_FIXED | {key: (None, {}) for key in about if key.endswith("_config")})
+    strange = [key for key, value in about.items() if value and key not in PEFT_READ and key not in PEFT_FIXED]
     if strange:
-        raise ValueError(f"adapter {source} has {strange[0]} = {about[strange[0]]!r}, which this code does not know; "
+        raise ValueError(f"adapter {source} has {strange[0]} = {about[strange[0]]!r}, which is not supported; "
                          + "merge it with the library that wrote it, or train it again without")
     bare = {peft_name(n): t for n, t in tensors.items()}
     fitting = peft_formats(model.config)
     if not fitting:
-        raise ValueError(f"{source}: PEFT has no names for models of this family; use its own kind of adapter")
+        raise ValueError(f"{source}: PEFT has no names for this family; use the adapter format of the family")
     layout = max(fitting, key=lambda x: len(adapter_keys(model, x).keys() & bare.keys()))
-    ours, names = take(model, layout, bare, source), theirs_of(model, layout)
-    paths = {module(module(n)) for n in ours if n.endswith("lora_A")}
-    official = {p: module(names[f"{p}.weight"][0]) for p in paths}
-    patterns, usually = about.get("alpha_pattern") or {}, float(about.get("lora_alpha", 8))
-    alphas = {p: next((float(v) for k, v in patterns.items() if re.fullmatch(rf"(.*\.)?({k})", official[p])), usually) for p in paths}
+    ours, names = adapter_to_ours(model, layout, bare, source), theirs_of(model, layout)
+    paths = {module_path(module_path(n)) for n in ours if n.endswith("lora_A")}
+    official = {p: module_path(names[f"{p}.weight"][0]) for p in paths}
+    patterns, default_alpha = about.get("alpha_pattern") or {}, float(about.get("lora_alpha", 8))
+    alphas = {p: next((float(v) for k, v in patterns.items() if re.fullmatch(rf"(.*\.)?({k})", official[p])), default_alpha) for p in paths}
     flags = (about.get("lora_dropout", 0.0), about.get("use_rslora", False), about.get("use_dora", False))
     return adapter_config(model, ours, alphas, *flags), ours
 
@@ -119,42 +119,42 @@ def adapter_keys(model: MultistreamLM, layout: Format) -> dict[str, tuple[str, i
     for name, theirs in theirs_of(model, layout).items():
         for k, official in enumerate(theirs):
             keys[official] = (name, k, len(theirs))
-            if name.endswith(".weight") and module(name) in linears:
-                keys |= {f"{module(official)}.{b}": (f"{module(name)}.adapter.{a}", k, len(theirs)) for a, b in PARTS.items()}
+            if name.endswith(".weight") and module_path(name) in linears:
+                keys |= {f"{module_path(official)}.{b}": (f"{module_path(name)}.adapter.{a}", k, len(theirs)) for a, b in PARTS.items()}
     return keys
 
 
-def take(model: MultistreamLM, layout: Format, tensors: Tensors, source: str) -> Tensors:
+def adapter_to_ours(model: MultistreamLM, layout: Format, tensors: Tensors, source: str) -> Tensors:
     """Rename and join the tensors of an adapter file, strictly."""
     keys, groups = adapter_keys(model, layout), {}
     unknown = sorted(tensors.keys() - keys.keys())
     if unknown:
         raise ValueError(f"adapter {source}: {len(unknown)} tensors have no place in this model {unknown[:3]}; "
-                         + "it was made for another one, or adapts an embedding or a convolution")
+                         + "use an adapter for this model, without embeddings and convolutions")
     for name, tensor in tensors.items():
         ours, k, count = keys[name]
         groups.setdefault(ours, [None] * count)[k] = tensor
     broken = sorted(n for n, parts in groups.items() if any(p is None for p in parts))
     if broken:
-        raise ValueError(f"adapter {source} lacks some steps of {broken[:3]}; it needs all of them")
+        raise ValueError(f"adapter {source} lacks some depth steps of {broken[:3]}; use a complete adapter file")
     shapes = {n: p.shape for n, p in model.named_parameters()}
     sets = {path for path, linear in lora.linears(model).items() if linear.weight.dim() == 3}
-    return {n: (parts[0].view(shapes[n]) if n in shapes else parts[0]) if len(parts) == 1 and module(module(n)) not in sets else
+    return {n: (parts[0].view(shapes[n]) if n in shapes else parts[0]) if len(parts) == 1 and module_path(module_path(n)) not in sets else
             join(parts, shapes.get(n, torch.Size((len(parts), 0, 0)))) for n, parts in groups.items()}
 
 
 def adapter_config(model: MultistreamLM, ours: Tensors, alphas: dict[str, float], dropout: float, rslora: bool, dora: bool) -> LoraConfig:
     """The LoraConfig under which `inject` builds exactly the adapters of a file."""
-    ranks = {module(module(n)): t.shape[-2] for n, t in ours.items() if n.endswith("lora_A")}
+    ranks = {module_path(module_path(n)): t.shape[-2] for n, t in ours.items() if n.endswith("lora_A")}
     if not ranks:
-        raise ValueError("the adapter file holds no lora_A; it adapts nothing")
-    (rank, rank_patterns), (alpha, alpha_patterns) = usual(ranks), usual({p: alphas[p] for p in ranks})
+        raise ValueError("the adapter file contains no lora_A; use another file")
+    (rank, rank_patterns), (alpha, alpha_patterns) = most_common(ranks), most_common({p: alphas[p] for p in ranks})
     return LoraConfig(rank, alpha, globs(set(ranks), lora.linears(model)), dropout, rslora, dora,
                       tuple(n for n in ours if "lora_" not in n), rank_patterns, alpha_patterns)
 
 
-def usual(values: dict[str, Any]) -> tuple[Any, tuple[tuple[str, Any], ...]]:
-    """The commonest value, and those that differ from it."""
+def most_common(values: dict[str, Any]) -> tuple[Any, tuple[tuple[str, Any], ...]]:
+    """The most common value, and the (path, value) pairs that differ from it."""
     common = Counter(values.values()).most_common(1)[0][0]
     return common, tuple((path, value) for path, value in sorted(values.items()) if value != common)
 
@@ -173,4 +173,4 @@ PEFT = AdapterFormat("peft", "adapter_config.json", "adapter_model.safetensors",
 
 def adapter_formats() -> tuple[AdapterFormat, ...]:
     """Adapters of other libraries that can be read and written."""
-    return (PEFT, *(form for family in every() for form in family.adapters))
+    return (PEFT, *(form for family in all_families() for form in family.adapters))

@@ -12,7 +12,7 @@ transformers 5.23 (csm), whose sampling ends a turn when all codebooks but the l
 from collections.abc import Sequence
 
 from families.family import Family
-from families.formats import About, Format, Tensors, by_model_type, llama, refuse, same, stack, write_llama
+from families.formats import About, Format, Tensors, by_model_type, drop_duplicate, llama, require, stack, write_llama
 from layers.architecture import ModelConfig, StackConfig
 from streams import Example, Grid, Stream, StreamTable, chat_grid, codebooks
 from text.conversation import Message, Template
@@ -45,8 +45,8 @@ def voices(text: str, references: Sequence[str] = (), scene: str = "", in_system
     return [*said, {"role": "assistant", "content": text}]
 
 
-TEMPLATE = Template("CSM", BEGIN + "[{role}]", "", "", (BEGIN, END), (BEGIN, END, AUDIO, AUDIO_END), hear=END, speak=END,
-                    targets="clone", joint=True,
+TEMPLATE = Template("CSM", BEGIN + "[{role}]", "", "", (BEGIN, END), (BEGIN, END, AUDIO, AUDIO_END), audio_in=END, audio_out=END,
+                    targets="clone", joint_header=True,
                     roles=(("assistant", "0"), ("user", "1")), one_turn=True, clone_prompt=voices)
 
 
@@ -70,7 +70,7 @@ HEADS = "depth_decoder.codebooks_head.weight"           # (Q - 1, d, V) there, (
 def tidy(tensors: Tensors, config: ModelConfig) -> Tensors:
     """Without the codec, which audio/ reads; one copy of the tables that both transformers share."""
     kept = {n: t.transpose(1, 2) if n == HEADS else t for n, t in tensors.items() if not n.startswith("codec_model.")}
-    same(kept, "backbone_model.embed_tokens.embed_audio_tokens.weight", f"{DEPTH}.embed_tokens.weight")
+    drop_duplicate(kept, "backbone_model.embed_tokens.embed_audio_tokens.weight", f"{DEPTH}.embed_tokens.weight")
     if f"{DEPTH}.embed_tokens.weight" in kept:          # transformers may store the shared tables under this name alone
         kept["backbone_model.embed_tokens.embed_audio_tokens.weight"] = kept.pop(f"{DEPTH}.embed_tokens.weight")
     return kept
@@ -84,8 +84,8 @@ def untidy(tensors: Tensors, config: ModelConfig) -> Tensors:
 
 def read(about: About, tensors: Tensors) -> ModelConfig:
     deep, Q, codes = about["depth_decoder_config"], about["num_codebooks"], about["vocab_size"]
-    refuse(about, {"tie_codebooks_embeddings": (True,)})
-    refuse(deep, {"num_codebooks": (Q,), "vocab_size": (codes,), "backbone_hidden_size": (about["hidden_size"],)})
+    require(about, {"tie_codebooks_embeddings": (True,)})
+    require(deep, {"num_codebooks": (Q,), "vocab_size": (codes,), "backbone_hidden_size": (about["hidden_size"],)})
     start = about.get("bos_token_id", 128000) + 1       # <|end_of_text|> stands behind <|begin_of_text|> in the released tokenizer
     return ModelConfig(
         stream_table(about["text_vocab_size"], codes, Q, about["codebook_eos_token_id"], start),
@@ -116,7 +116,7 @@ def write(c: ModelConfig, dtype: str) -> About:
 RULES = {"temperature": 0.9, "top_k": 50, "max_frames": 1125}           # the official generator's, 90 s at 12.5 Hz
 FAMILIES = (Family(
     "CSM", "csm", "CSM-1B: conversational speech in the voices of the turns before", grid, TEMPLATE, rules=lambda table: RULES,
-    companions={"codec": "kyutai/mimi"}, reads_aloud=True, references=99,
+    companions={"codec": "kyutai/mimi"}, text_to_speech=True, references=99,
     formats=(Format("csm", "hf", lambda c: NAMES, read, write, lambda c: c.table.joint_end and c.depth is not None and c.depth.prefix,
                     by_model_type("csm"), tidy, untidy,
                     stacked=True, peft=True),)),)

@@ -1,4 +1,4 @@
-"""DSAA: a frozen text language model beside a frozen Moshi, fused behind the last layer of both.
+"""DSAA: a frozen text language model next to a frozen Moshi, fused after the last layer of both.
 
 Rows, layout and rules are Moshi's; the modules that join the two are layers/fusion.py. Here: the config of a new model,
 its warm start from plain Moshi and any text model (`checkpoint.py setup-dsaa`), and the layout of the reference,
@@ -131,16 +131,17 @@ def read_dsaa(about: About, tensors: Tensors) -> ModelConfig:
     """As Moshi, with the text model's vocabulary; text_llm says which model that is, and how it is fused."""
     llm, steps = about["text_llm"], about["dep_q"]
     tower, V = from_json(ModelConfig, llm["model"], "text_llm.model"), tensors["text_head.weight"].shape[0]
-    ears = read_moshi(about, tensors)
+    base_config = read_moshi(about, tensors)
     start, pad = about.get("existing_bos_id"), about["existing_text_padding_id"]
-    first = replace(ears.table.streams[0], vocab=V, classes=V, start=V if start is None else start)
+    first = replace(base_config.table.streams[0], vocab=V, classes=V, start=V if start is None else start)
     fusion = FusionConfig(tower, str(llm.get("hf_repo_id") or ""), str(llm.get("revision") or ""),
                           hidden=tensors["text_projector.fusion.1.weight"].shape[0],
                           **{k: llm[k] for k in ("rate", "dropout", "split_norm") if k in llm})
-    if fusion.tower.table.streams[0].vocab != V or steps != len(ears.table.audio_out):
+    if fusion.tower.table.streams[0].vocab != V or steps != len(base_config.table.audio_out):
         raise ValueError(f"text_llm has {fusion.tower.table.streams[0].vocab} ids, text_head {V}; name the text model it was made with")
-    table = replace(ears.table, streams=(first, *ears.table.streams[1:]), pad=pad, epad=about.get("existing_text_end_padding_id", pad))
-    return replace(ears, table=table, fusion=fusion)
+    epad = about.get("existing_text_end_padding_id", pad)
+    table = replace(base_config.table, streams=(first, *base_config.table.streams[1:]), pad=pad, epad=epad)
+    return replace(base_config, table=table, fusion=fusion)
 
 
 def write_dsaa(c: ModelConfig, dtype: str) -> About:

@@ -1,10 +1,10 @@
 """Official layouts: the engine that turns their names and configs into ours, and ours into theirs.
 
-A rule is (our name, their name). {n} {x} {p} stand for the same text on both sides; {k} on their side counts tensors
-that we keep in one, rows above each other or, in a depth transformer, stacked by step. Our parameters drive both ways:
-import looks up the names that a parameter is made of, export cuts the parameter into them, and what is left over on
-either side is an error. A config that its official layout cannot express is refused by name. The tables themselves stand
-in the file of each family. Sources: transformers 5.23, boson-multimodal 0.1.1, moshi 0.2.13, peft 0.21.
+A rule is (our name, their name). {n} {x} {p} match the same text on both sides; {k} on their side numbers the tensors that
+we keep as one, concatenated or, in a depth transformer, stacked by step. Import joins the official tensors of each of our
+parameters, export splits the parameter again, and anything left over on either side is an error. A config that an
+official layout cannot express is an error that names the field. The tables are in the file of each family.
+Sources: transformers 5.23, boson-multimodal 0.1.1, moshi 0.2.13, peft 0.21. Next: adapters.py.
 """
 
 import re
@@ -23,7 +23,7 @@ from options import difference
 
 Rules = tuple[tuple[str, str], ...]
 Tensors = dict[str, Tensor]             # or LazyTensor (tensor_files.py): rules and tables use shapes and types, and move nothing
-About = dict[str, Any]                  # what a config.json says
+About = dict[str, Any]                  # the content of a config.json
 BLOCK = (("attn_norm.weight", "input_layernorm.weight"), ("ffn_norm.weight", "post_attention_layernorm.weight"),
          ("audio_attn_norm.weight", "audio_input_layernorm.weight"), ("audio_ffn_norm.weight", "audio_post_attention_layernorm.weight"),
          ("attn.{x}.{p}", "self_attn.{x}_proj.{p}"), ("attn.{x}_norm.weight", "self_attn.{x}_norm.weight"),
@@ -37,25 +37,25 @@ def stack(ours: str, theirs: str, block: Rules = BLOCK) -> Rules:
 WILD = {"{n}": r"(?P<n>\d+)", "{x}": "(?P<x>[a-z]+)", "{c}": r"(?P<c>\w+)", "{p}": "(?P<p>weight|bias)"}
 
 
-# ---- what a family says of its official files ----
+# ---- the official files of a family ----
 
 @dataclass(frozen=True)
 class Format:
     """An official file layout: its names and its config.json."""
 
-    name: str                                                   # what messages call it
-    to: str                                                     # what `export --to=` calls it
-    rules: Callable[[ModelConfig], Rules]                       # (our name, their name), the first that fits holds
+    name: str                                                   # name in messages
+    to: str                                                     # value of `export --to=`
+    rules: Callable[[ModelConfig], Rules]                       # (our name, their name); the first match is used
     read: Callable[[About, Tensors], ModelConfig]               # their config.json -> ours
     write: Callable[[ModelConfig, str], About]                  # our config and the type of the weights -> theirs
     fits: Callable[[ModelConfig], bool]                         # could a model be of this family?
     recognise: Callable[[About], bool]                          # is this config.json of this layout?
-    tidy: Callable[[Tensors, ModelConfig], Tensors]             # every accepted spelling -> the one of the rules
+    tidy: Callable[[Tensors, ModelConfig], Tensors]             # accepted variants of names -> those of the rules
     finish: Callable[[Tensors, ModelConfig], Tensors] = lambda tensors, config: tensors
     stacked: bool = False                                       # weights of all depth steps are one tensor, as ours are
     shards: bool = False                                        # its readers know an index: a large model is several files
-    peft: bool = False                                          # PEFT adapters of this family use its names
-    task_type: str | None = None                                # what PEFT calls the task
+    peft: bool = False                                          # PEFT adapters use these names
+    task_type: str | None = None                                # task_type of PEFT
     weight_file: Callable[[About], str] = lambda about: "model.safetensors"
     complete: Callable[[About, Tensors, str, Callable[[str], ModelConfig]], About] = lambda about, tensors, source, config_of: about
 
@@ -64,7 +64,7 @@ class Format:
 class AdapterFormat:
     """An adapter as another library stores it: two files in a folder."""
 
-    to: str                                                     # what `export --to=` calls it
+    to: str                                                     # value of `export --to=`
     config_file: str
     weight_file: str
     read: Callable[[MultistreamLM, About, Tensors, str], tuple[LoraConfig, Tensors]]
@@ -73,19 +73,19 @@ class AdapterFormat:
 
 @dataclass(frozen=True)
 class Conversion:
-    """A command of checkpoint.py that makes a model out of others: `make` gets them loaded, and the options as text or values."""
+    """A command of checkpoint.py that builds a model from others: `make` gets the loaded models, and its options as text or values."""
 
     name: str
     usage: str                                                  # its lines of `checkpoint.py --help`
     make: Callable[..., tuple[ModelConfig, Tensors, dict[str, Any] | None]]     # -> config, weights, DataConfig fields
-    sources: tuple[str, ...] = ()                               # options that name a checkpoint each; () = the word behind the command
+    sources: tuple[str, ...] = ()                               # options that name a checkpoint each; () = the argument of the command
     options: tuple[str, ...] = ()                               # its other options
 
 
 # ---- the engine: one table of names, used in both directions ----
 
 def official_names(name: str, shape: torch.Size, config: ModelConfig, form: Format) -> list[str]:
-    """Their names of what one of our parameters is made of, in order."""
+    """The official names of the tensors that form one of our parameters, in order."""
     for ours, theirs in form.rules(config):
         pattern = re.escape(ours).replace(r"\{", "{").replace(r"\}", "}")
         for mark, group in WILD.items():
@@ -96,7 +96,7 @@ def official_names(name: str, shape: torch.Size, config: ModelConfig, form: Form
             whole = len(shape) == 3 and form.stacked
             count = 1 if whole else shape[0] if len(shape) == 3 else shape[0] // codes if "{k}" in named else 1
             return [named.format(k=k, K=k + 1) for k in range(count)]
-    raise ValueError(f"{name} has no counterpart in the layout {form.name}; the model is of another family")
+    raise ValueError(f"{name} has no name in the layout {form.name}; export the model with the layout of its own family")
 
 
 def split(tensor: Tensor, names: list[str], form: Format) -> list[Tensor]:
@@ -118,13 +118,13 @@ def to_ours(form: Format, wanted: Tensors, config: ModelConfig, tensors: Tensors
         parts = [left.pop(n) for n in names if n in left]
         for official, part, like in zip(names, parts, split(target, names, form), strict=len(parts) == len(names)):
             if part.shape != like.shape:
-                raise ValueError(f"{source}: {official} is {tuple(part.shape)}, its config wants {tuple(like.shape)}; "
+                raise ValueError(f"{source}: {official} is {tuple(part.shape)}, its config expects {tuple(like.shape)}; "
                                  + "check that weights and config.json belong together")
         if len(parts) == len(names):
             result[name] = join(parts, target.shape)
     if missing or left:
         raise ValueError(f"{source} does not fit its config.json ({form.name}): {len(missing)} tensors missing {sorted(missing)[:3]}, "
-                         + f"{len(left)} unexpected {sorted(left)[:3]}; fetch all its files again")
+                         + f"{len(left)} unexpected {sorted(left)[:3]}; download all its files again")
     return result
 
 
@@ -145,36 +145,36 @@ def by_model_type(*names: str) -> Callable[[About], bool]:
 # ---- what several layouts share ----
 
 def drop_buffers(tensors: Tensors, config: ModelConfig) -> Tensors:
-    """Leave out what transformers computes itself, and the head where it is the embedding."""
+    """Drop buffers that transformers computes, and the head when it is tied to the embedding."""
     kept = {n: t for n, t in tensors.items() if not n.endswith("rotary_emb.inv_freq")}
     if config.tied:
-        same(kept, "model.embed_tokens.weight", "lm_head.weight")
+        drop_duplicate(kept, "model.embed_tokens.weight", "lm_head.weight")
     return kept
 
 
-def same(tensors: Tensors, name: str, copy: str) -> None:
-    """Forget a tensor that is written twice."""
+def drop_duplicate(tensors: Tensors, name: str, copy: str) -> None:
+    """Drop a tensor that is stored twice; ValueError when the copies differ."""
     if copy in tensors and name in tensors:
         if not torch.equal(tensors[name], tensors[copy]):
-            raise ValueError(f"{copy} differs from {name}, its config says that they are one; fetch the files again")
+            raise ValueError(f"{copy} differs from {name}, but config.json ties them; download the files again")
         del tensors[copy]
 
 
-def refuse(about: About, allowed: dict[str, tuple[Any, ...]]) -> None:
-    """ValueError when a field has a value that we cannot compute; the first allowed value stands for an absent field."""
+def require(about: About, allowed: dict[str, tuple[Any, ...]]) -> None:
+    """ValueError when a field has an unsupported value; the first allowed value is the default of an absent field."""
     for key, values in allowed.items():
         if about.get(key, values[0]) not in values:
-            raise ValueError(f"config.json has {key} = {about[key]!r}, this code reads {' or '.join(map(repr, values))} only")
+            raise ValueError(f"config.json has {key} = {about[key]!r}, supported is only {' or '.join(map(repr, values))}")
 
 
-PLAIN = {"attention_bias": (False,), "mlp_bias": (False,), "use_sliding_window": (False, None), "quantization_config": (None,)}
+FIXED = {"attention_bias": (False,), "mlp_bias": (False,), "use_sliding_window": (False, None), "quantization_config": (None,)}
 
 
 def llama(about: About, layers: int, eps: float, **more: Any) -> StackConfig:
-    """Read the Llama-like stack of a transformers config, old or new way of writing RoPE; absent fields have their class defaults."""
-    refuse(about, PLAIN)
+    """Read the Llama-like stack of a transformers config, with old or new RoPE fields; absent fields have their class defaults."""
+    require(about, FIXED)
     rope = about.get("rope_parameters") or about.get("rope_scaling") or {}
-    refuse({"rope_type": rope.get("rope_type", rope.get("type", "default"))}, {"rope_type": ("default", "llama3")})
+    require({"rope_type": rope.get("rope_type", rope.get("type", "default"))}, {"rope_type": ("default", "llama3")})
     scaling = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     heads, dim = about["num_attention_heads"], about["hidden_size"]
     kv, head = about.get("num_key_value_heads") or heads, about.get("head_dim") or 0
@@ -201,29 +201,29 @@ def ids(value: int | list[int] | None) -> tuple[int, ...]:
 
 
 def placeholder(official: int, vocab: int, place: int) -> int:
-    """A text id that never reaches our grid: the official one, or one from the end of a small vocabulary."""
+    """A text id that our grid does not use: the official one, or one from the end of a small vocabulary."""
     return official if official < vocab else vocab - place
 
 
 def read_config(form: Format, about: About, tensors: Tensors, source: str) -> ModelConfig:
-    """Translate a config.json; ValueError names `source` and the field that is missing or cannot be computed."""
+    """Translate a config.json; ValueError names `source` and the field that is missing or unsupported."""
     try:
         return form.read(about, tensors)
     except KeyError as error:
-        raise ValueError(f"{source}/config.json lacks {error}; restore the official one") from None
+        raise ValueError(f"{source}/config.json lacks {error}; download the official file again") from None
     except (ValueError, AssertionError) as error:
         raise ValueError(f"{source}: {error}") from None
     except (TypeError, AttributeError, IndexError, ArithmeticError) as error:       # a field of another type than the official one
-        raise ValueError(f"{source}/config.json is damaged ({error}); restore the official one") from None
+        raise ValueError(f"{source}/config.json is damaged ({error}); download the official file again") from None
 
 
-def lost(config: ModelConfig, other: ModelConfig) -> list[str]:
+def config_differences(config: ModelConfig, other: ModelConfig) -> list[str]:
     """What differs between two architectures, one line each."""
-    return difference(plain(config), plain(other))
+    return difference(comparable_config(config), comparable_config(other))
 
 
-def plain(config: ModelConfig) -> ModelConfig:
-    """A config without what no layout stores: names of rows, training switches, and numbers left to their default."""
+def comparable_config(config: ModelConfig) -> ModelConfig:
+    """A config without what official layouts do not store: row names, training options, implied defaults."""
     s = config.temporal
     fusion = config.fusion and replace(config.fusion, remember=0)
     return replace(config, fusion=fusion, dropout=0.0, input_drop=0.0, text_drop=0.0, depth_share=1.0, checkpoint=0,
@@ -232,7 +232,7 @@ def plain(config: ModelConfig) -> ModelConfig:
 
 
 def official_files(folder: Path) -> dict[str, str]:
-    """The codec and the tokenizer that lie beside official weights, as DataConfig fields: Moshi's, or a tokenizer.json."""
+    """The codec and tokenizer files in a folder of official weights, as DataConfig fields."""
     patterns = {"codec": ("tokenizer-*.safetensors", "mimi-*.safetensors"), "tokenizer": ("tokenizer.json", "*.model")}
     found = {name: [path for mark in marks for path in folder.glob(mark)] for name, marks in patterns.items()}
     return {name: str(paths[0]) for name, paths in found.items() if paths}

@@ -1,15 +1,16 @@
 """Higgs Audio v2 3B: text to speech in the voice of a recording. Sizes, prompts, rules, both official file layouts.
 
     system     Generate audio following instruction.  <|scene_desc_start|> A quiet room. <|scene_desc_end|>
-    user       what the reference recording says
+    user       transcript of the reference recording
     assistant  <|audio_out_bos|> its codes <|audio_eos|>                    read: weight 0
-    user       what is to be said
-    assistant  <|audio_out_bos|> codes <|audio_eos|> <|eot_id|>             trained; a prompt ends behind <|audio_out_bos|>
+    user       text to synthesise
+    assistant  <|audio_out_bos|> codes <|audio_eos|> <|eot_id|>             trained; a prompt ends after <|audio_out_bos|>
 
-Llama-3.2-3B with a second feed-forward network for audio columns; 8 codebooks, each a column behind the one before.
+Llama-3.2-3B with a second feed-forward network for audio columns; 8 codebooks, each delayed by one column more than the one before.
 Sources: boson-multimodal 0.1.1 (prepare_chatml_sample, its collator) and the generation example of its repository; the
 chat template that transformers has differs (it trims text and has a role `scene`) and is not followed. Layouts: `higgs`
 (transformers 5.23, higgs_audio_v2) and `boson` (first release; split frozen | trainable tensors, heads written twice).
+Next: moshi.py.
 """
 
 import re
@@ -20,7 +21,20 @@ from typing import Any
 import torch
 
 from families.family import Closing, Family
-from families.formats import About, Format, Tensors, by_model_type, drop_buffers, ids, llama, placeholder, refuse, same, stack, write_llama
+from families.formats import (
+    About,
+    Format,
+    Tensors,
+    by_model_type,
+    drop_buffers,
+    drop_duplicate,
+    ids,
+    llama,
+    placeholder,
+    require,
+    stack,
+    write_llama,
+)
 from layers.architecture import ModelConfig, StackConfig
 from streams import Stream, StreamTable, chat_grid, codebooks
 from text.conversation import Message, Template, audio_turn
@@ -36,15 +50,15 @@ HIGGS_V2_3B = ModelConfig(
 # ---- how turns are written ----
 
 BEGIN, END, EOT, EOM = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"
-SPEAK, HEAR, AUDIO_END = "<|audio_out_bos|>", "<|audio_bos|>", "<|audio_eos|>"      # around codes that are said, or heard
+AUDIO_OUT, AUDIO_IN, AUDIO_END = "<|audio_out_bos|>", "<|audio_bos|>", "<|audio_eos|>"    # around generated codes, and around a recording
 HEADER, HEADER_END, RECIPIENT = "<|start_header_id|>", "<|end_header_id|>", "<|recipient|>"
 SCENE, SCENE_END = "<|scene_desc_start|>", "<|scene_desc_end|>"
 PLACEHOLDERS = ("<|AUDIO|>", "<|AUDIO_OUT|>")       # one id a clip in the official files; never in our grid
-SPECIALS = (BEGIN, END, HEADER, HEADER_END, EOM, EOT, HEAR, AUDIO_END, SPEAK, RECIPIENT, SCENE, SCENE_END)
+SPECIALS = (BEGIN, END, HEADER, HEADER_END, EOM, EOT, AUDIO_IN, AUDIO_END, AUDIO_OUT, RECIPIENT, SCENE, SCENE_END)
 TEMPLATE = Template(
     "Higgs Audio v2", HEADER + "{role}" + HEADER_END + "\n\n", EOT, END, SPECIALS,
-    (BEGIN, END, HEADER, HEADER_END, EOM, EOT, HEAR, AUDIO_END, SPEAK, RECIPIENT, *PLACEHOLDERS), again=EOM, begin=BEGIN,
-    recipient=RECIPIENT, hear=HEAR, speak=SPEAK, end=AUDIO_END, chooses=True, targets="clone",
+    (BEGIN, END, HEADER, HEADER_END, EOM, EOT, AUDIO_IN, AUDIO_END, AUDIO_OUT, RECIPIENT, *PLACEHOLDERS), close_continued=EOM, begin=BEGIN,
+    recipient=RECIPIENT, audio_in=AUDIO_IN, audio_out=AUDIO_OUT, audio_end=AUDIO_END, predicts_audio_start=True, targets="clone",
     clone_prompt=lambda *given: clone_messages(*given))
 INSTRUCTION = "Generate audio following instruction."
 SPEAKERS = """You are an AI assistant designed to convert text into speech.
@@ -108,7 +122,7 @@ def tidy_boson(tensors: Tensors, config: ModelConfig) -> Tensors:
         if rest in kept:
             kept[re.sub(r"(embedding|linear)_frozen\.", "", name)] = torch.cat([kept.pop(name), kept.pop(rest)])
     for head in ("audio_lm_head.weight", "text_lm_head.weight"):
-        same(kept, f"audio_decoder_proj.{head}", head)
+        drop_duplicate(kept, f"audio_decoder_proj.{head}", head)
         if head in kept:
             kept[f"audio_decoder_proj.{head}"] = kept.pop(head)
     return kept
@@ -127,12 +141,12 @@ def read_higgs(about: About, tensors: Tensors) -> ModelConfig:
     table = higgs_table(about, about["vocab_size"], about["num_codebooks"], about["codebook_size"], about["audio_bos_token_id"],
                         ids(about.get("eos_token_id")), "text_lm_head.weight" in tensors)
     layers = about["num_hidden_layers"]
-    refuse(about, {"tie_word_embeddings": (False,)})
+    require(about, {"tie_word_embeddings": (False,)})
     return ModelConfig(table, llama(about, layers, 1e-5), dual_ffn=tuple(range(layers)))
 
 
 def write_higgs(c: ModelConfig, dtype: str) -> About:
-    """transformers wants the text head by hand: from_pretrained(dir, use_text_head=True)."""
+    """transformers loads the text head only with from_pretrained(dir, use_text_head=True)."""
     first, vocab, rope = c.table.streams[1], c.table.streams[0].vocab, write_llama(c, c.temporal.layers, dtype)
     parameters = {**(rope.pop("rope_scaling") or {"rope_type": "default"}), "rope_theta": rope.pop("rope_theta")}
     return {"architectures": ["HiggsAudioV2ForConditionalGeneration"], "model_type": "higgs_audio_v2", **rope,
@@ -145,7 +159,7 @@ def write_higgs(c: ModelConfig, dtype: str) -> About:
 
 
 def read_boson(about: About, tensors: Tensors) -> ModelConfig:
-    refuse(about, {"use_delay_pattern": (True,), "audio_embed_avg": (False,), "use_audio_out_embed_projector": (False,),
+    require(about, {"use_delay_pattern": (True,), "audio_embed_avg": (False,), "use_audio_out_embed_projector": (False,),
                    "use_audio_out_self_attention": (False, 0, None), "use_rq_transformer": (False,), "skip_audio_tower": (True,),
                    "audio_decoder_proj_num_layers": (0,), "audio_adapter_type": ("dual_ffn", "dual_ffn_fast_forward", "stack")})
     text, kind = about["text_config"], about["audio_adapter_type"]
@@ -187,6 +201,6 @@ FORMATS = (
 FAMILIES = (Family(
     "Higgs Audio v2", "chatml", "Higgs Audio v2 3B: text to speech, cloned voices, several speakers", chat_grid, TEMPLATE,
     rules=lambda table: RULES, companions={"codec": "bosonai/higgs-audio-v2-tokenizer", "normaliser": "higgs-v1"},
-    reads_aloud=True, references=99, formats=FORMATS,
+    text_to_speech=True, references=99, formats=FORMATS,
     # boson-multimodal still draws one column freely and drops it in the end; transformers closes row k after k + 1 columns
     closings={"boson": Closing(grace=1), "hf": Closing(by_row=True)}),)

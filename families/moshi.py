@@ -7,7 +7,7 @@
 Sizes, layout, rules, and three official layouts: `moshi` (flat keyword list; attention fused in one tensor, or one
 tensor a step), `moshi_hf` (transformers; q and k turned the other way, the codec in it is left to audio/), and the
 adapters of moshi.server. Conditions and voices are layers/conditioning.py. Sources: arXiv:2410.00037, moshi 0.2.13,
-transformers 5.23, moshi-finetune, the released config.json files.
+transformers 5.23, moshi-finetune, the released config.json files. Next: moss.py.
 """
 
 import re
@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 import lora
-from families.adapters import adapter_config, module, take, theirs_of
+from families.adapters import adapter_config, adapter_to_ours, module_path, theirs_of
 from families.family import Family
-from families.formats import PLAIN, About, AdapterFormat, Conversion, Format, Tensors, by_model_type, llama, refuse, stack, to_theirs
+from families.formats import FIXED, About, AdapterFormat, Conversion, Format, Tensors, by_model_type, llama, require, stack, to_theirs
 from layers.architecture import ModelConfig, StackConfig
 from lora import LoraConfig
 from model import MultistreamLM
@@ -58,14 +58,14 @@ HIBIKI_1B = hibiki(8, kyutai(2048, 16, 16, 3000, 1e5))
 
 
 def recogniser(words: int, temporal: StackConfig, extra_heads: int = 0) -> ModelConfig:
-    """Kyutai's speech to text: 32 codebooks are heard, the text comes a while later; extra heads tell pauses."""
+    """Kyutai's speech to text: 32 input codebooks, the text is delayed; extra heads predict pauses."""
     return ModelConfig(StreamTable((Stream("text", "text", words + 1, words, start=words), *codebooks(32, 2049, 0, 2048, name="user")),
                                    "duplex", aligned=True), temporal, extra_heads=extra_heads)
 
 
 STT_1B = recogniser(8000, kyutai(2048, 16, 16, 750, 1e5), extra_heads=4)        # en, fr; 0.5 s late
 STT_2_6B = recogniser(4000, kyutai(2048, 48, 32, 375, 1e5))                     # en; 2.5 s late
-# Kyutai's text to speech: the words to say and those two ahead are given, 32 codebooks drawn, up to five voices heard.
+# Kyutai's text to speech: input is the current word and the one two ahead, output 32 codebooks; up to five voices.
 TTS_1_6B = ModelConfig(
     StreamTable((Stream("text", "text", 8001, 8000, start=8000), Stream("ahead", "text", 8001),
                  Stream("control", "condition", 2, start=1, rank=2048, values=("ok",)),
@@ -97,7 +97,7 @@ def duplex_grid(example: Example, table: StreamTable) -> Grid:
 
 
 def rules(table: StreamTable) -> dict[str, tuple[float, ...]]:
-    """How moshi draws by default: text at 0.7 of the best 25, codes at 0.8 of the best 250; a recogniser takes the likeliest text."""
+    """Moshi's sampling defaults: text T = 0.7, top-k 25; codes T = 0.8, top-k 250; greedy text for a recogniser."""
     Q = len(table.audio_out)
     return {"temperature": (0.7, *[0.8] * Q), "top_k": (25.0, *[250.0] * Q)} if Q else {"temperature": (0.0,)}
 
@@ -118,17 +118,17 @@ def predict_user(config: Any) -> Any:
     """The ModelConfig of `expand_depth`: every audio row is predicted, each by a depth step of its own."""
     table, depth, Q = config.table, config.depth, len(config.table.audio_out)
     if depth is None or depth.schedule or depth.low_rank or len(table.audio) != 2 * Q:
-        raise ValueError(f"{Q} of {len(table.audio)} audio rows are predicted; expand-depth wants a depth transformer and half of them")
+        raise ValueError(f"{Q} of {len(table.audio)} audio rows are predicted; expand-depth needs half of them, and a depth transformer")
     classes = table.streams[table.audio[0]].classes
     streams = [replace(s, classes=classes) if k in table.audio else s for k, s in enumerate(table.streams)]
     return replace(config, table=replace(table, streams=tuple(streams)), depth=replace(depth, steps=2 * Q))
 
 
 def trim_depth(config: Any, weights: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
-    """Undo `expand_depth`: predict the agent only, the first half of the rows, as moshi's server wants it."""
+    """Undo `expand_depth`: predict the agent only, the first half of the rows, as moshi's server expects."""
     table, depth, Q = config.table, config.depth, len(config.table.audio_out) // 2
     if depth is None or depth.schedule or depth.low_rank or len(table.audio) != 2 * Q:
-        raise ValueError(f"{2 * Q} of {len(table.audio)} audio rows are predicted; trim-depth wants all of them, and a depth transformer")
+        raise ValueError(f"{2 * Q} of {len(table.audio)} audio rows are predicted; trim-depth needs all of them, and a depth transformer")
     streams = [replace(s, classes=0) if k in table.audio[Q:] else s for k, s in enumerate(table.streams)]
     half = {name: t[:Q] for name, t in weights.items() if depth_sets(name, t, depth.steps)}
     read = sum(table.streams[k].vocab for k in table.audio[: Q - 1])
@@ -195,7 +195,7 @@ def tidy_moshi(tensors: Tensors, config: ModelConfig) -> Tensors:
 
 
 def fuse_moshi(tensors: Tensors, config: ModelConfig) -> Tensors:
-    """Write attention as the released files do: fused over the depth steps. What moshi wants and never uses is zero."""
+    """Write attention as the released files do: fused over the depth steps. Tensors that moshi requires and never uses are zero."""
     if config.demux and config.depth and config.depth.low_rank and "depformer_text_emb.weight" in tensors:
         tensors = tensors | {UNREAD: tensors["depformer_text_emb.weight"].new_zeros(config.depth.dim, config.depth.low_rank)}
     groups: dict[str, list[Tensor]] = {}
@@ -244,15 +244,15 @@ def weight_sets(c: StackConfig) -> int:
 
 
 NORMS = {"rms_norm_f32": 1e-8, "rms_norm": 1e-5}       # the first computes in fp32 whatever the model's type, as ours does
-MOSHI_PLAIN = {
+MOSHI_FIXED = {
     "layer_scale": (None,), "kv_repeat": (1,), "causal": (True,), "norm_emb": (False,), "bias_proj": (False,),
     "quantize": (False,), "depformer_norm": (None,), "depformer_layer_scale": (None,)}
 
 
 def read_moshi(about: About, tensors: Tensors) -> ModelConfig:
-    refuse(about, MOSHI_PLAIN)
+    require(about, MOSHI_FIXED)
     # these are read, but what the class does without them is not what we compute
-    refuse({"gating": "none", "norm": "layer_norm", "positional_embedding": "sin", **about},
+    require({"gating": "none", "norm": "layer_norm", "positional_embedding": "sin", **about},
            {"gating": ("silu",), "norm": tuple(NORMS), "positional_embedding": ("rope", "none")})
     steps, count, card, text, delays = about["dep_q"], about["n_q"], about["card"], about["text_card"], about["delays"]
     if len(delays) != count + 1:
@@ -273,13 +273,13 @@ def moshi_voice(about: About) -> dict[str, Any]:
     """Cross-attention to the features of voices: the `tensor` conditioner that the fuser calls cross."""
     fuser, found = about.get("fuser") or {}, about.get("conditioners") or {}
     cross = fuser.get("cross") or []
-    refuse(fuser, {"cross": ([], [VOICES], None)})
+    require(fuser, {"cross": ([], [VOICES], None)})
     if bool(about.get("cross_attention")) != bool(cross):
         raise ValueError(f"config.json has cross_attention = {about.get('cross_attention')!r} and cross = {cross!r}; restore it")
     if not cross:
         return {}
-    refuse(found[VOICES], {"type": ("tensor",)})
-    refuse(found[VOICES]["tensor"], {"force_linear": (True,), "learn_padding": (True,), "output_bias": (False,)})
+    require(found[VOICES], {"type": ("tensor",)})
+    require(found[VOICES]["tensor"], {"force_linear": (True,), "learn_padding": (True,), "output_bias": (False,)})
     places = float(fuser.get("cross_attention_pos_emb_scale", 1.0)) if fuser.get("cross_attention_pos_emb") else 0.0
     return {"voice": found[VOICES]["tensor"]["dim"], "voice_places": places}
 
@@ -287,15 +287,15 @@ def moshi_voice(about: About) -> dict[str, Any]:
 def moshi_conditions(about: About) -> list[Stream]:
     """A row for each conditioner: lookup tables whose sum is added to every column."""
     found, fuser = about.get("conditioners") or {}, about.get("fuser") or {}
-    refuse(fuser, {"prepend": ([], None)})
+    require(fuser, {"prepend": ([], None)})
     used = sorted([*fuser.get("sum", []), *(fuser.get("cross") or [])])
     if used != sorted(found):
         raise ValueError(f"config.json has conditioners {sorted(found)}, of which {used} are fused; wanted all")
     rows = []
     for name in fuser.get("sum", []):
-        refuse(found[name], {"type": ("lut",)})
+        require(found[name], {"type": ("lut",)})
         lut = found[name]["lut"]
-        refuse(lut, {"tokenizer": ("noop",), "force_linear": (True,), "learn_padding": (True,), "output_bias": (False,)})
+        require(lut, {"tokenizer": ("noop",), "force_linear": (True,), "learn_padding": (True,), "output_bias": (False,)})
         bins = lut["n_bins"]
         rows.append(Stream(name, "condition", bins + 1, start=bins, rank=lut["dim"], values=tuple(lut.get("possible_values") or ())))
     return rows
@@ -309,7 +309,7 @@ def moshi_stack(about: About) -> StackConfig:
 
 
 def moshi_depth(about: About) -> StackConfig:
-    refuse({"depformer_multi_linear": False, "depformer_weights_per_step": False, "depformer_pos_emb": "sin", **about},
+    require({"depformer_multi_linear": False, "depformer_weights_per_step": False, "depformer_pos_emb": "sin", **about},
            {"depformer_multi_linear": (True,), "depformer_weights_per_step": (True,), "depformer_gating": ("silu",),
             "depformer_pos_emb": ("none",)})
     dim = about["depformer_dim"]
@@ -378,9 +378,9 @@ def write_moshi(c: ModelConfig, dtype: str) -> About:
 
 def read_moshi_hf(about: About, tensors: Tensors) -> ModelConfig:
     """transformers has Moshi as published: equal codebooks of both speakers, the acoustic ones a frame late."""
-    refuse(about, PLAIN | {"num_key_value_heads": (about["num_attention_heads"], None)})
+    require(about, FIXED | {"num_key_value_heads": (about["num_attention_heads"], None)})
     deep, words, Q = about["depth_decoder_config"], about["vocab_size"], about["num_codebooks"]
-    refuse(deep, {"num_key_value_heads": (deep["num_attention_heads"], None), "num_codebooks": (Q,), "hidden_act": ("silu",)})
+    require(deep, {"num_key_value_heads": (deep["num_attention_heads"], None), "num_codebooks": (Q,), "hidden_act": ("silu",)})
     codes = about.get("audio_vocab_size") or about["audio_encoder_config"]["codebook_size"]
     delays = (0, *[1] * (Q - 1))
     table = replace(MOSHI_7B.table, streams=(
@@ -426,10 +426,10 @@ def export_moshi_lora(model: MultistreamLM, base: str, dtype: str) -> tuple[Abou
     for path, linear in lora.linears(model).items():
         a, b = padded(linear, found.get(path), rank, scale)
         for n, (one, other) in zip(names[f"{path}.weight"], zip(a, b, strict=True), strict=True):
-            result |= {f"{module(n)}.lora_A.weight": one, f"{module(n)}.lora_B.weight": other}
+            result |= {f"{module_path(n)}.lora_A.weight": one, f"{module_path(n)}.lora_B.weight": other}
     depth = model.config.depth
     if model.config.demux and depth and depth.low_rank:
-        stem = module(UNREAD)
+        stem = module_path(UNREAD)
         result |= {f"{stem}.lora_A.weight": torch.zeros(rank, depth.low_rank), f"{stem}.lora_B.weight": torch.zeros(depth.dim, rank)}
     trained = lora.trained_parameters(model, model.lora)
     result |= to_theirs(FORMAT, {n: p.detach() for n, p in trained.items()}, model.config)
@@ -448,12 +448,12 @@ def padded(linear: nn.Module, adapter: lora.Adapter | None, rank: int, scale: fl
 
 def import_moshi_lora(model: MultistreamLM, about: About, tensors: Tensors, source: str) -> tuple[LoraConfig, Tensors]:
     """Read moshi's own adapter file; pairs that are all zero are left out."""
-    refuse(about, {"lora": (True,)})
-    ours = take(model, FORMAT, tidy_moshi(tensors, model.config), source)
-    empty = [module(n) for n, t in ours.items() if n.endswith("lora_B") and not t.any()]
-    ours = {n: t.float() for n, t in ours.items() if module(n) not in empty}
+    require(about, {"lora": (True,)})
+    ours = adapter_to_ours(model, FORMAT, tidy_moshi(tensors, model.config), source)
+    empty = [module_path(n) for n, t in ours.items() if n.endswith("lora_B") and not t.any()]
+    ours = {n: t.float() for n, t in ours.items() if module_path(n) not in empty}
     rank, scale = about.get("lora_rank", 128), about.get("lora_scaling", 2.0)
-    alphas = {module(module(n)): scale * rank for n in ours if n.endswith("lora_A")}
+    alphas = {module_path(module_path(n)): scale * rank for n in ours if n.endswith("lora_A")}
     return adapter_config(model, ours, alphas, 0.0, False, False), ours
 
 
@@ -482,7 +482,7 @@ FORMAT = Format("moshi", "moshi", lambda c: (*DEMUX, *NAMES) if c.demux else NAM
 HF = Format("moshi_hf", "hf", lambda c: HF_NAMES, read_moshi_hf, write_moshi_hf, is_moshi, by_model_type("moshi"), tidy_moshi_hf,
             split_moshi_hf, stacked=True, shards=True)
 FAMILIES = (Family(
-    "Moshi", "duplex", "Moshi 7B, Hibiki, Kyutai's STT and TTS: both speakers at once", duplex_grid, rules=rules, listens="duplex",
+    "Moshi", "duplex", "Moshi 7B, Hibiki, Kyutai's STT and TTS: both speakers at once", duplex_grid, rules=rules, user_audio="duplex",
     formats=(FORMAT, HF), adapters=(AdapterFormat("moshi-lora", "config.json", "lora.safetensors", import_moshi_lora, export_moshi_lora),),
     conversions=(
         Conversion("expand-depth", "expand-depth CKPT --out=DIR       predict the user too: the agent's depth steps, copied",

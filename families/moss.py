@@ -4,7 +4,7 @@
     <|im_start|>assistant    <|object_ref_start|> codes<|im_end|>           trained; or text
 
 One codebook at 12.5 Hz, no delay, no start column. `split_tails` makes a model of this shape out of a text model.
-Sources: the released config, index and processor of MOSS-Speech.
+Sources: the released config, index and processor of MOSS-Speech. Next: qwen.py.
 """
 
 from dataclasses import replace
@@ -29,7 +29,7 @@ MOSS_9B = ModelConfig(
     StackConfig(dim=4096, layers=32, heads=32, kv_heads=8, head_dim=128, ffn=12288, norm_eps=1e-6, rope_theta=1e6, qk_norm=True),
     tail=4)
 TEMPLATE = replace(
-    QWEN2_TEMPLATE, family="MOSS-Speech", marks=(*CHATML, SOSP), hear=SOSP, speak=SOSP, joint=False,
+    QWEN2_TEMPLATE, family="MOSS-Speech", marks=(*CHATML, SOSP), audio_in=SOSP, audio_out=SOSP, joint_header=False,
     system=("You are a helpful assistant. Answer the user's questions with text.",
             "You are a helpful voice assistant. Answer the user's questions with spoken responses."))
 
@@ -62,7 +62,7 @@ def write_moss(c: ModelConfig, dtype: str) -> About:
 
 def split_tails(config: ModelConfig, weights: dict[str, Tensor], tail: int, codes: int, audio_start: int,
                 words: int = 0, seed: int = 0) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Make of a text model one whose last `tail` layers exist for text and for audio, as MOSS-Speech was made of Qwen3-8B.
+    """Turn a text model into one whose last `tail` layers exist for text and for audio, as MOSS-Speech was made from Qwen3-8B.
 
     ModelConfig and tensors in, both out. `codes` is the size of the codec's table, its end id comes behind; `words` keeps
     so many text ids (0 = all); a tied head becomes a copy. Audio embedding and head are N(0, 0.02); text logits are unchanged.
@@ -111,7 +111,7 @@ def split_from_qwen(model: Any, tail: int | str = 4, codes: int | str = 16384, w
 RULES = {"temperature": 0.7, "top_k": 20, "top_p": 0.95, "min_frames": 10, "max_frames": 1000}      # of the official generation script
 FAMILIES = (Family(
     "MOSS-Speech", "moss", "MOSS-Speech 9B: spoken conversations by turns", chat_grid, TEMPLATE, rules=lambda table: RULES,
-    companions={"codec": "fnlp/MOSS-Speech-Codec"}, listens="turns",
+    companions={"codec": "fnlp/MOSS-Speech-Codec"}, user_audio="turns",
     formats=(Format("moss", "hf", lambda c: NAMES, read_moss, write_moss, lambda c: c.tail > 0, by_model_type("moss_speech"), drop_buffers,
                     shards=True, peft=True),),
     conversions=(Conversion("split-from-qwen", """split-from-qwen CKPT --out=DIR    a model of MOSS-Speech's shape out of a text model:

@@ -1,10 +1,11 @@
 """Qwen2.5 and Qwen3, text models: sizes, chat templates, the layout of transformers. Plain text is laid out here, too.
 
-    <|im_start|>system       Qwen2.5 puts its own system turn where a conversation brings none; Qwen3 does not
-    <|im_start|>user         what is asked<|im_end|>
-    <|im_start|>assistant    the reply<|im_end|>               trained; in Qwen3 only the last reply, behind an empty thought
+    <|im_start|>system       Qwen2.5 adds a default system turn if there is none; Qwen3 does not
+    <|im_start|>user         the question<|im_end|>
+    <|im_start|>assistant    the reply<|im_end|>               trained; in Qwen3 only the last reply, after an empty reasoning block
 
 Sources: the released config.json files; the chat templates beside Qwen2.5 and Qwen3; transformers 5.23 (qwen2, qwen3).
+Next: dsaa.py.
 """
 
 from dataclasses import replace
@@ -40,10 +41,10 @@ QWEN3_8B = qwen(36, 4096, 12288, 32, 8, generation=3, tied=False)
 SOSP = "<|object_ref_start|>"                       # what MOSS-Speech opens speech with; a mark of pictures in Qwen
 CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 QWEN2_TEMPLATE = Template(
-    "Qwen2.5", "<|im_start|>{role}\n", "<|im_end|>", "<|endoftext|>", CHATML, (*CHATML, SOSP, *THOUGHTS), behind="\n", joint=True,
+    "Qwen2.5", "<|im_start|>{role}\n", "<|im_end|>", "<|endoftext|>", CHATML, (*CHATML, SOSP, *THOUGHTS), separator="\n", joint_header=True,
     system=("You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",) * 2)
-# In Qwen3 only the last reply stands behind the empty thought with which it will be asked for: only it is trained.
-QWEN3_TEMPLATE = replace(QWEN2_TEMPLATE, family="Qwen3", system=("", ""), thought="<think>\n\n</think>\n\n", targets="last")
+# Qwen3's template puts the empty reasoning block only before the last reply, so only that one is trained.
+QWEN3_TEMPLATE = replace(QWEN2_TEMPLATE, family="Qwen3", system=("", ""), empty_thinking="<think>\n\n</think>\n\n", targets="last")
 
 
 # ---- the layout of transformers ----

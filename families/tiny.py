@@ -5,7 +5,7 @@
     advance       1    0    0 ...     1    0       a word begins; the model predicts this row
     cb 1..8                                        trail the text by 2, 3, ... frames
 
-`WordFeed` fills the word rows while sampling. A config of this family is in configs/tiny.py.
+`WordFeed` fills the word rows while sampling. A config of this family is in configs/tiny.py. Next: tiny_clone.py.
 """
 
 from collections.abc import Sequence
@@ -89,4 +89,4 @@ class WordFeed:
 
 
 FAMILIES = (Family("tiny", "words", "embedded: aligned text to speech on a CPU (configs/tiny.py)", words_grid, feed=WordFeed,
-                   reads_aloud=True, token_rows=3),)
+                   text_to_speech=True, token_rows=3),)

@@ -2,7 +2,7 @@
 
     reference transcript, audio_start, its codes, audio_end, transcript, audio_start, codes, audio_end
 
-A config of this family is in configs/tiny_clone.py.
+A config of this family is in configs/tiny_clone.py. Next: higgs.py.
 """
 
 import torch
@@ -29,4 +29,4 @@ def clone_grid(example: Example, table: StreamTable) -> Grid:
 
 
 FAMILIES = (Family("tiny_clone", "clone", "embedded: sequential voice cloning on a CPU (configs/tiny_clone.py)", clone_grid,
-                   reads_aloud=True, references=1),)
+                   text_to_speech=True, references=1),)

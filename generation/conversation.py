@@ -41,7 +41,7 @@ from corpus.cache import encode
 from corpus.data_config import DataConfig
 from corpus.examples import reply_example
 from corpus.phone_calls import NUMBERS, SCALES, figures, lookup_turn
-from families.family import family_of, lay_out, marks_of_turns
+from families.family import family_of, lay_out, special_tokens
 from generation.reply_stream import reply_pieces
 from options import read_json
 from streams import StreamTable
@@ -173,13 +173,13 @@ class Session:
                  clock: Callable[[], float] = time.perf_counter) -> None:
         family = family_of(table)
         if family.template is None:
-            fix = "give it a recording with --user=in.wav" if family.listens else "give it --text"
+            fix = "give it a recording with --user=in.wav" if family.user_audio else "give it --text"
             raise ValueError(f"{family.name} knows no turns; {fix} instead of --chat")
         self.table, self.data, self.config, self.say, self.lookup, self.log, self.clock = table, data, config, say, lookup, log, clock
         self.tokenizer = load_tokenizer(data.tokenizer)
         self.codec = load_codec(data.codec) if table.audio else None
-        self.reply = reply or ("speech" if family.template.speak else "text")
-        if self.reply == "speech" and not family.template.speak:
+        self.reply = reply or ("speech" if family.template.audio_out else "text")
+        if self.reply == "speech" and not family.template.audio_out:
             raise ValueError(f"{family.name} does not speak; leave --reply=speech out")
         self.exchanges: list[Exchange] = []
         self.slots: dict[str, str] = {}
@@ -362,7 +362,7 @@ class Session:
 
 def unmarked(text: str) -> str:
     """A reply without the marks that no turn may hold: drawn as words, they would become structure when it is read again."""
-    for mark in marks_of_turns():
+    for mark in special_tokens():
         text = text.replace(mark, "")
     return text
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from generation.decode_step import ColumnKind, DecodeStep, EagerRunner, Feed, SampleConfig, column_kind
 from generation.turns import FREE, DecodeState, predicted_state, required_ids, with_endings
-from kernels.choice import numbers, power
+from kernels.choice import device_constant, power_of_2
 from model import MultistreamLM
 
 ROOM, SLOTS = 256, 4        # columns are allocated in multiples of ROOM; launches whose results the host may still read
@@ -56,8 +56,8 @@ class GraphRunner:
     def __init__(self, decode_step: DecodeStep) -> None:
         self.decode_step, cache = decode_step, decode_step.cache
         (B, _), K, device = decode_step.position.shape, len(decode_step.table), decode_step.position.device
-        if cache.turns is not None and decode_step.model.config.temporal.rope_theta:
-            cache.turns.reach(decode_step.columns + SLOTS)
+        if cache.rope is not None and decode_step.model.config.temporal.rope_theta:
+            cache.rope.extend(decode_step.columns + SLOTS)
         self.known = torch.full((B, K), FREE, device=device)
         self.result = torch.zeros(B, K + 1, dtype=torch.int64, device=device)
         self.stalled = torch.zeros((), dtype=torch.bool, device=device)
@@ -112,13 +112,13 @@ class GraphRunner:
         decode_step, table = self.decode_step, self.decode_step.table
         special = column.new_zeros((), dtype=torch.bool)
         if table.audio_out and decode_step.end >= 0:
-            ends = numbers(tuple(table.streams[k].end for k in table.audio_out), column.device)
+            ends = device_constant(tuple(table.streams[k].end for k in table.audio_out), column.device)
             drawn = (column[:, table.spoken] == ends) & (self.known[:, table.spoken] == FREE) & self.real
             special = special | (drawn.all(1) if table.joint_end else drawn).any()
         if table.text_out and not table.aligned:
             row, ids = table.text_out[0], tuple(id for id in (*table.stop, table.audio_start) if id >= 0)
             drawn = torch.where(self.known[:, row] == FREE, column[:, row], -1)
-            special = special | ((drawn[:, None] == numbers(ids, column.device)) & self.real).any()
+            special = special | ((drawn[:, None] == device_constant(ids, column.device)) & self.real).any()
         return special
 
     # ---- the host's side ----
@@ -206,7 +206,7 @@ def start_runner(model: MultistreamLM, prompt: Tensor, config: SampleConfig, fee
     ahead, feed = (feed, None) if hasattr(feed, "ahead") else (None, feed)       # fed column by column, or captured
     columns = -(-(S + config.max_frames) // ROOM) * ROOM
     plain = SampleConfig(**{f.name: getattr(config, f.name) for f in fields(SampleConfig)})
-    batch = B if feed is not None else power(B)
+    batch = B if feed is not None else power_of_2(B)
     size = batch, columns, prompt.device, replace(plain, seed=0, max_frames=1, max_speech=0)
     filled = torch.cat([prompt, prompt[:1].expand(batch - B, -1, -1)])
     key, kept = (size, weights_of(model)), model.__dict__.pop("replay", None)

@@ -18,8 +18,8 @@ from torch import Tensor
 from families.family import closings
 from generation.guidance import Guidance
 from generation.turns import FREE, DecodeState, next_is_audio, recent_codes, required_ids, with_endings
-from kernels.attention import Cache
-from kernels.choice import fused, numbers
+from kernels.attention import KVCache
+from kernels.choice import device_constant, use_triton
 from kernels.sample import gumbel, sample
 from model import MultistreamLM
 
@@ -201,7 +201,8 @@ class DecodeStep:
         predicted = [table.streams[k] for k in table.audio_out]
         Q, may_end = len(predicted), getattr(self.feed, "may_end", lambda: None)()
         if history is not None and closings()[config.closing].by_row:                    # start and end ids do not count as repetition
-            starts, ends = (numbers(tuple(ids), h.device)[:, None] for ids in zip(*((s.start, s.end) for s in predicted), strict=True))
+            starts, ends = (device_constant(tuple(ids), h.device)[:, None]
+                            for ids in zip(*((s.start, s.end) for s in predicted), strict=True))
             history = history.masked_fill((history == starts) | (history == ends), -1)
 
         def choose(logits: Tensor, at: slice) -> Tensor:
@@ -221,7 +222,7 @@ class DecodeStep:
             out.copy_(self.kept(drawn, held, free))
             return
         greedy = config.temperature == 0 and not config.ras_window and may_end is None and end < 0
-        if not greedy and not fused(h):
+        if not greedy and not use_triton(h):
             own = int(model.config.depth.prefix)                              # the first codebook has a head, and noise, of its own
             self.noise.prepare(slice(first + own, first + Q), model.depth.head.weight.shape[-2])
         token = column[:, table.text[0] : table.text[0] + model.depth.texts]
@@ -262,7 +263,7 @@ class EagerRunner:
         return column
 
 
-def prefill(model: MultistreamLM, prompt: Tensor, padding: Tensor, cache: Cache, guide: Guidance,
+def prefill(model: MultistreamLM, prompt: Tensor, padding: Tensor, cache: KVCache, guide: Guidance,
             chunk: int = 256) -> tuple[Tensor, Tensor]:
     """Read the prompt into the cache, `chunk` columns at a time; -> states of its last column, (B, 1, D) twice"""
     if bool((prompt >= model.table.column("vocab").to(prompt.device)).any()):

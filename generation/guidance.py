@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.choice import numbers
+from kernels.choice import device_constant
 from streams import StreamTable
 
 
@@ -34,7 +34,7 @@ class Guidance:
         if not self.on:
             return columns
         table, less = self.table, columns.clone()
-        frame = positions[:, None] - 1 - numbers(tuple(table.delays), columns.device)[:, None]       # (B, K, n) which frame stands there
+        frame = positions[:, None] - 1 - device_constant(tuple(table.delays), columns.device)[:, None]       # (B, K, n) frame numbers
         unseen = torch.zeros_like(frame, dtype=torch.bool)
         if self.no_text:
             unseen[:, : len(table.text)] = frame[:, : len(table.text)] >= 0

@@ -1,7 +1,7 @@
 """One op a file: its equation, `op_ref` in PyTorch, which is the definition, Triton forward and backward, and `op`.
 
-Model code calls `op` and never asks how it is computed: KERNELS=auto|ref|triton, read once, says so (choice.py). `PAIRS`
-lists every op with its reference.
+Model code calls `op`; KERNELS=auto|ref|triton selects the implementation (choice.py). `PAIRS` lists every op with its
+reference. Read it when you measure or port an op; choice.py and attention.py come first.
 """
 
 from kernels import cross_entropy, decode_attention, depth_attention, embed_sum, int8, lora_linear, rms_norm, rope, route, sample, swiglu

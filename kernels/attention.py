@@ -1,8 +1,9 @@
-"""Attention of queries over keys that know their positions.
+"""Attention with masks by position, packed rows, and the KV cache.
 
     softmax(q k^T / sqrt(d) + mask) v      mask: 0 <= p_q - p_k < window, p_k >= 0, and the same segment
 
-Positions, not places, decide who sees whom: the keys may lie in a ring, in packed rows, or behind padding.
+The mask depends on positions, not on the order in memory: keys may be in a ring buffer, in packed rows, or after padding.
+Next: decode.py, which runs one column over the cache.
 """
 
 import inspect
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PADDING = 64       # padding attends to padding in pieces of this length: cheap, and never empty
+PADDING = 64       # padding attends to itself in runs of this length: cheap, and no softmax row is empty
 
 
 def attention_mask(q: Tensor, k: Tensor, window: int, q_segments: Tensor | None, k_segments: Tensor | None) -> Tensor:
@@ -28,13 +29,13 @@ def attention_mask(q: Tensor, k: Tensor, window: int, q_segments: Tensor | None,
     return mask[:, None]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: "Tensor | Runs | None") -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: "Tensor | PackedRows | None") -> Tensor:
     """Grouped-query attention.   q (B, H, S, d), k and v (B, H_kv, L, d) -> (B, H, S, d)
 
     Without a mask, S = L queries are causal and a single query sees everything.
     """
-    if isinstance(mask, Runs):
-        return (uncompiled() if torch.compiler.is_compiling() else run_attention)(q, k, v, mask)
+    if isinstance(mask, PackedRows):
+        return (uncompiled_packed_attention() if torch.compiler.is_compiling() else packed_attention)(q, k, v, mask)
     causal = mask is None and q.shape[2] == k.shape[2]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
 
@@ -42,17 +43,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: "Tensor | Runs | None") -> Ten
 # ---- packed rows ----
 
 @dataclass
-class Runs:
-    """Packed rows as plain causal runs, one behind the other: nobody sees another run, so no mask covers all pairs of columns."""
+class PackedRows:
+    """Packed rows as consecutive causal runs: attention stays inside a run, so no mask over all pairs of columns is needed."""
 
     lengths: list[list[int]]                   # of the runs of each row
-    window: int                                # a query sees this many columns, 0 = all
-    starts: Tensor                             # of all runs of all rows, and the end; int32
-    masks: dict[int, Tensor] | list[Tensor] = field(default_factory=dict)      # by length where the window cuts; or one for each run
+    window: int                                # attention window in columns, 0 = all
+    cu_seqlens: Tensor                             # (runs + 1,) int32: where each run of all rows begins, and the end
+    masks: dict[int, Tensor] | list[Tensor] = field(default_factory=dict)      # by length for windowed runs; or a list with one per run
 
     @classmethod
-    def of(cls, positions: Tensor, segments: Tensor, window: int) -> "Runs | None":
-        """positions, segments (B, S); None where an example does not lie in one piece with positions that count up by one."""
+    def from_segments(cls, positions: Tensor, segments: Tensor, window: int) -> "PackedRows | None":
+        """positions, segments (B, S); None when an example is not contiguous with positions increasing by one."""
         (B, S), (p, s) = positions.shape, (positions.cpu(), segments.cpu())
         first = torch.ones(B, S, dtype=torch.bool)
         first[:, 1:] = s[:, 1:] != s[:, :-1]
@@ -70,17 +71,17 @@ class Runs:
         flat = [n for row in lengths for n in row]
         return cls(lengths, window, torch.tensor([0, *flat]).cumsum(0).int().to(positions.device))
 
-    def to(self, device: torch.device) -> "Runs":
-        return replace(self, starts=self.starts.to(device, non_blocking=True))
+    def to(self, device: torch.device) -> "PackedRows":
+        return replace(self, cu_seqlens=self.cu_seqlens.to(device, non_blocking=True))
 
-    def hiding(self, keys: Tensor) -> "Runs":
-        """The same runs, in which a query sees none of `keys` (B, S) except itself."""
+    def with_hidden_keys(self, keys: Tensor) -> "PackedRows":
+        """The same runs with `keys` (B, S) bool hidden from every query but themselves."""
         lengths = [n for row in self.lengths for n in row]
-        return replace(self, masks=[self.causal(n, keys.device) & ~part | torch.eye(n, dtype=torch.bool, device=keys.device)
+        return replace(self, masks=[self.causal_mask(n, keys.device) & ~part | torch.eye(n, dtype=torch.bool, device=keys.device)
                                     for n, part in zip(lengths, keys.flatten().split(lengths), strict=True)])
 
-    def causal(self, n: int, device: torch.device) -> Tensor:
-        """Who sees whom in a run of n.   -> (n, n) bool"""
+    def causal_mask(self, n: int, device: torch.device) -> Tensor:
+        """Causal mask of a run of n columns.   -> (n, n) bool"""
         seen = torch.ones(n, n, dtype=torch.bool, device=device).tril()
         return seen.triu(1 - self.window) if 0 < self.window < n else seen
 
@@ -89,14 +90,14 @@ class Runs:
         if isinstance(self.masks, list):
             return self.masks[number]
         if 0 < self.window < n and n not in self.masks:
-            self.masks[n] = self.causal(n, device)
+            self.masks[n] = self.causal_mask(n, device)
         return self.masks.get(n)
 
 
-def run_attention(q: Tensor, k: Tensor, v: Tensor, runs: Runs) -> Tensor:
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, runs: PackedRows) -> Tensor:
     """`attend` within each run.   q (B, H, S, d), k and v (B, H_kv, S, d) -> (B, H, S, d)"""
-    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and isinstance(runs.masks, dict) and variable_length():
-        return flash_runs(q, k, v, runs)
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and isinstance(runs.masks, dict) and varlen_attention():
+        return flash_packed_attention(q, k, v, runs)
     rows, number, grouped = [], 0, q.shape[1] != k.shape[1]
     for lengths, *row in zip(runs.lengths, q.split(1), k.split(1), v.split(1), strict=True):
         parts = []
@@ -108,14 +109,14 @@ def run_attention(q: Tensor, k: Tensor, v: Tensor, runs: Runs) -> Tensor:
     return torch.cat(rows) if len(rows) > 1 else rows[0]
 
 
-def uncompiled() -> Any:
-    """`run_attention` as a compiled block calls it: the runs differ from batch to batch, it would be compiled for each."""
-    return torch.compiler.disable(run_attention)
+def uncompiled_packed_attention() -> Any:
+    """`packed_attention` outside torch.compile: the runs differ between batches, so it would be recompiled every time."""
+    return torch.compiler.disable(packed_attention)
 
 
 @lru_cache(maxsize=1)
-def variable_length() -> Any:
-    """torch's attention over runs (flash, CUDA), or None where this version has none with a window."""
+def varlen_attention() -> Any:
+    """torch's varlen_attn (flash, CUDA), or None when this version has none with a window."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -123,18 +124,19 @@ def variable_length() -> Any:
     return varlen_attn if "window_size" in inspect.signature(varlen_attn).parameters else None
 
 
-def flash_runs(q: Tensor, k: Tensor, v: Tensor, runs: Runs) -> Tensor:
+def flash_packed_attention(q: Tensor, k: Tensor, v: Tensor, runs: PackedRows) -> Tensor:
     """All runs of all rows in one kernel."""
     B, H, S, _ = q.shape
     k, v = (t.repeat_interleave(H // t.shape[1], 1) if t.shape[1] != H else t for t in (k, v))
     flat = (t.transpose(1, 2).flatten(0, 1).contiguous() for t in (q, k, v))                      # -> (B S, H, d)
     longest = max(n for row in runs.lengths for n in row)
-    y = variable_length()(*flat, runs.starts, runs.starts, longest, longest, window_size=(runs.window - 1 if runs.window else -1, 0))
+    window = (runs.window - 1 if runs.window else -1, 0)
+    y = varlen_attention()(*flat, runs.cu_seqlens, runs.cu_seqlens, longest, longest, window_size=window)
     return y.unflatten(0, (B, S)).transpose(1, 2)
 
 
-class Cache:
-    """Keys and values of one stack in a ring of `capacity` slots, allocated once; a slot knows its position."""
+class KVCache:
+    """KV cache of one stack: a ring buffer of `capacity` slots, allocated once, with the position of every slot."""
 
     def __init__(self, layers: int, batch: int, heads: int, capacity: int, head: int, like: Tensor) -> None:
         self.store = like.new_zeros(layers, 2, batch, heads, capacity, head)
@@ -142,33 +144,33 @@ class Cache:
         self.positions = torch.full((batch, capacity), -1, device=like.device)      # -1 = empty, or padding
         self.audio = torch.zeros(batch, capacity, dtype=torch.bool, device=like.device)
         self.capacity, self.count, self.live = capacity, 0, 0
-        self.plain = True               # slots hold columns in order, none of them padding
-        self.fast: Any = None           # kernels/decode.py: how a single column goes through the stack, its angles, its places
-        self.turns: Any = None
-        self.places: Any = None
+        self.plain = True               # all slots are in order and none is padding
+        self.fast: Any = None           # kernels/decode.py: the fast path of a single column, its RoPE table, its slots
+        self.rope: Any = None
+        self.step_slots: Any = None
         self.tables: Any = None
-        self.voice: Tensor | None = None   # what the blocks listen to
-        self.side: bool | None = None   # what the caller knows of the next columns: all are audio, all are text, or not known
-        self.counter: Tensor | None = None      # columns written and columns of padding (B,), where the device counts them:
+        self.voice: Tensor | None = None   # (B, n, D) voice features for cross-attention
+        self.side: bool | None = None   # set by the caller: the next columns are all audio, all text, or None = mixed
+        self.counter: Tensor | None = None      # columns written and padding columns (B,), if the device counts them:
         self.padding: Tensor | None = None      # kernels/decode.py, Ring
 
-    def single(self, S: int) -> bool:
-        """Whether S columns go the fast way: one does."""
+    def takes_fast_path(self, S: int) -> bool:
+        """Whether S columns take the fast path of kernels/decode.py: a single one does, without gradients."""
         return S == 1 and self.fast is not None and not torch.is_grad_enabled()
 
     def clear(self) -> None:
-        """Begin again in the same memory."""
+        """Empty the cache and keep its memory."""
         self.positions.fill_(-1)
         self.count, self.live, self.plain, self.side, self.counter = 0, 0, True, None, None
 
     def reserve(self, positions: Tensor, audio: Tensor | None) -> None:
-        """Take slots for the next columns.   positions (B, n), audio (B, n) or None where nobody will ask"""
+        """Take slots for the next columns.   positions (B, n), audio (B, n) bool, or None if it is not needed"""
         n = positions.shape[1]
         assert n <= self.capacity, (n, self.capacity)
         at = self.count % self.capacity
         wraps = at + n > self.capacity
         self.slots = torch.arange(at, at + n, device=positions.device) % self.capacity if wraps else slice(at, at + n)
-        if n > 1:                       # a single column behind them is never padding
+        if n > 1:                       # a later single column is never padding
             self.plain = self.plain and bool((positions[:, 0] >= 0).all() and (positions.diff(dim=1) == 1).all())
         self.positions[:, self.slots] = positions
         if audio is not None:

@@ -1,11 +1,11 @@
-"""How an op is computed: KERNELS=auto|ref|triton, read once.
+"""Which implementation an op runs: KERNELS=auto|ref|triton, read once.
 
     auto     Triton for CUDA tensors, otherwise the reference; under torch.compile the reference, which the compiler fuses
     ref      the reference everywhere
     triton   Triton everywhere; on a CPU only where TRITON_INTERPRET=1 had Triton interpreted before its import
 
-What is asked for and missing is an error. Kernels keep sums in fp32 whatever the tensors are. Two rules hold in all of
-them: row numbers are int64 before they are multiplied, and matrix products go through `dot`.
+A requested implementation that is missing is an error. Kernels accumulate in fp32 for every dtype. Two rules hold in all of
+them: row numbers are int64 before they are multiplied, and matrix products go through `dot`. Next: rms_norm.py, a short op.
 """
 
 import os
@@ -20,17 +20,17 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
-except ImportError:                     # everything still runs, by the references
+except ImportError:                     # everything still runs, with the references
     triton, tl = None, SimpleNamespace(constexpr=lambda value: value)
 
 MODE = os.environ.get("KERNELS", "auto")
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-IN_NUMPY = tl.constexpr(INTERPRET)
-HALVES = (torch.bfloat16, torch.float16)
+INTERPRETED = tl.constexpr(INTERPRET)
+HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 
 class Kernel(object if triton is None else triton.JITFunction):
-    """A kernel that runs where its first tensor is; Triton by itself would take the device that happens to be the current one."""
+    """A kernel that runs on the device of its first tensor; plain Triton uses the current device."""
 
     def run(self, *args, **named):
         with torch.cuda.device_of(args[0]) if args[0].is_cuda else nullcontext():
@@ -38,26 +38,26 @@ class Kernel(object if triton is None else triton.JITFunction):
 
 
 def jit(function):
-    """`triton.jit`, or the function as it is where Triton is missing: it is never called then."""
+    """`triton.jit`; without Triton the function unchanged, which is then never called."""
     return function if triton is None else triton.jit(function) if INTERPRET else Kernel(function)
 
 
 @jit
 def dot(a, b):
-    """a @ b in the type of a, summed in fp32. The interpreter would calculate with the bit patterns of bf16: fp32 there."""
-    if IN_NUMPY:
+    """a @ b in the type of a, accumulated in fp32. In the interpreter both are fp32, because it misreads bf16."""
+    if INTERPRETED:
         out = tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
     else:
         out = tl.dot(a, b.to(a.dtype), input_precision="ieee")
     return out
 
 
-def fused(x: Tensor) -> bool:
-    """Whether the op that reads x runs its Triton kernel. ValueError where KERNELS wants what is not there."""
+def use_triton(x: Tensor) -> bool:
+    """Whether an op with input x runs its Triton kernel. ValueError when KERNELS asks for one that cannot run."""
     if MODE == "auto" and not x.is_cuda or MODE == "ref":
         return False
     if MODE not in ("auto", "triton"):
-        raise ValueError(f"KERNELS={MODE} is none of auto, ref, triton; unset it or choose one of them")
+        raise ValueError(f"KERNELS={MODE} is unknown; set auto, ref or triton, or unset it")
     if x.is_cuda and INTERPRET:
         raise ValueError("TRITON_INTERPRET=1 with tensors on CUDA: the interpreter computes on the CPU; unset it, or use --device=cpu")
     if MODE == "auto":
@@ -72,22 +72,22 @@ def fused(x: Tensor) -> bool:
 @lru_cache(maxsize=1)
 def installed() -> bool:
     if triton is None:
-        warnings.warn("Triton is not installed: CUDA tensors go through the slower references; pip install triton", stacklevel=2)
+        warnings.warn("Triton is not installed: CUDA tensors use the slower PyTorch references; pip install triton", stacklevel=2)
     return triton is not None
 
 
-@cache         # a captured graph reads them where they lie
+@cache         # a captured CUDA graph keeps reading the same memory
 @torch.inference_mode(False)
-def numbers(values: tuple[int, ...], device: torch.device) -> Tensor:
-    """A few numbers of the host as a tensor, sent once: sending waits for the device."""
+def device_constant(values: tuple[int, ...], device: torch.device) -> Tensor:
+    """Integers of the host as an int64 tensor on a device, copied once: a copy waits for the device.   -> (n,)"""
     return torch.tensor(values, dtype=torch.int64, device=device)
 
 
-def full(x: Tensor) -> Tensor:
-    """Half precision becomes fp32, what is wider stays."""
-    return x.float() if x.dtype in HALVES else x
+def at_least_fp32(x: Tensor) -> Tensor:
+    """x as fp32 if it is fp16 or bf16; wider dtypes are unchanged."""
+    return x.float() if x.dtype in HALF_DTYPES else x
 
 
-def power(n: int, least: int = 1, most: int = 1 << 30) -> int:
-    """The power of two that holds n, between `least` and `most`."""
+def power_of_2(n: int, least: int = 1, most: int = 1 << 30) -> int:
+    """The smallest power of two >= n, clamped to `least`..`most`: block sizes and warp counts."""
     return max(least, min(most, 1 << max(0, n - 1).bit_length()))

@@ -1,12 +1,13 @@
-"""Weighted cross-entropy of many streams whose logits are needed by nobody else: a chunk of rows at a time.
+"""Weighted cross-entropy of many streams, a chunk of rows at a time, without keeping the logits.
 
     nll_s = sum_m w_ms (lse_ms - l_ms,t)      lse = log sum_v exp(l_v)      total = sum_s scale_s (nll_s + z sum_m w_ms lse_ms^2)
     d total / d l_v = scale w (p_v (1 + 2 z lse) - [v = t])                 p_v = exp(l_v - lse)
 
-`multistream_ce_ref` is the definition, `multistream_ce` what trains: rows that no stream wants never reach the head, and
+`multistream_ce_ref` is the definition, `multistream_ce` what trains: rows without a target skip the head, and
 logits exist for `chunk_rows` rows at a time. With `scale` known the gradients of the hidden states and of the head are made
 in the forward, chunk by chunk, where the logits were: two products with a frozen head. Without it each chunk is computed
-again in the backward: three products. Nothing here waits for the device; a count of rows is a number of the host.
+again in the backward: three products. Nothing here synchronises with the device; row counts are host integers.
+Next: depth_attention.py.
 """
 
 import math
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.utils.checkpoint import checkpoint
 
-from kernels.choice import full, fused, jit, power, tl
+from kernels.choice import at_least_fp32, jit, power_of_2, tl, use_triton
 
 CHUNK_BYTES = 32 << 20      # fp32 logits of one chunk; small enough to stay near the caches, large enough for the matmul
 MIN_ROWS = 64
@@ -63,7 +64,7 @@ def stats_kernel(logits, targets, nll, top, lse, N, V, stride_s, stride_n, BLOCK
             new = tl.maximum(largest, high)
             total = total * tl.exp(largest - new) + tl.sum(tl.exp(x - new), axis=0)
             largest = new
-        chosen = tl.load(row + t, mask=t < V, other=float("nan")).to(tl.float32)      # a target that is no class is seen in the loss
+        chosen = tl.load(row + t, mask=t < V, other=float("nan")).to(tl.float32)      # an out-of-range target makes the loss NaN
         total = tl.log(total) + largest
     tl.store(nll + s * N + n, total - chosen)
     tl.store(top + s * N + n, best)
@@ -86,14 +87,15 @@ def slope_kernel(logits, targets, lse, down, out, N, V, stride_s, stride_n, BLOC
 
 def stats(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """nll, likeliest class, log-sum-exp (S, N), and what `slope` needs in place of the logits (S, N, V): they are spent."""
-    if fused(logits):
+    if use_triton(logits):
         (S, N, V), targets = logits.shape, targets.contiguous()
         logits = logits if logits.stride(-1) == 1 else logits.contiguous()
         nll, lse = torch.empty(2, S, N, dtype=torch.float32, device=logits.device)
         top = torch.empty(S, N, dtype=torch.int64, device=logits.device)
-        block = power(V, most=4096)
+        block = power_of_2(V, most=4096)
         if nll.numel():
-            stats_kernel[(N, S)](logits, targets, nll, top, lse, N, V, *logits.stride()[:2], block, num_warps=power(block // 256, 1, 8))
+            stats_kernel[(N, S)](logits, targets, nll, top, lse, N, V, *logits.stride()[:2], block,
+                                 num_warps=power_of_2(block // 256, 1, 8))
         return nll, top, lse, logits
     largest, top = logits.max(-1, keepdim=True) if logits.numel() else (logits.sum(-1, keepdim=True), targets[..., None])
     chosen = logits.gather(-1, targets.clamp(min=0)[..., None])
@@ -106,11 +108,11 @@ def stats(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tens
 def slope(spent: Tensor | tuple[Tensor, Tensor], targets: Tensor, lse: Tensor, out: Tensor, down: Tensor) -> Tensor:
     """out * p - down * [v = t], in place.   lse, out and down (S, N) -> (S, N, V)"""
     if isinstance(spent, Tensor):
-        (S, N, V), block = spent.shape, power(spent.shape[2], most=4096)
+        (S, N, V), block = spent.shape, power_of_2(spent.shape[2], most=4096)
         targets, lse, out, down = (x.contiguous() for x in (targets, lse, out, down))
         if lse.numel():
-            slope_kernel[(N, S)](spent, targets, lse, down, out, N, V, *spent.stride()[:2], block, num_warps=power(block // 256, 1, 8))
-        increment_version(spent)                                     # so that whoever still wants the logits is told
+            slope_kernel[(N, S)](spent, targets, lse, down, out, N, V, *spent.stride()[:2], block, num_warps=power_of_2(block // 256, 1, 8))
+        increment_version(spent)                                     # so that autograd raises if the logits are used again
         return spent
     powers, largest = spent
     powers.mul_((out * (largest - lse).exp())[..., None])
@@ -133,7 +135,7 @@ class RowNll(torch.autograd.Function):
 
 
 def row_nll(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`row_nll_ref` of logits (S, N, V) that nobody else reads: they are overwritten, here and once more by the backward."""
+    """`row_nll_ref` of logits (S, N, V) that are not used elsewhere: they are overwritten, here and again in the backward."""
     return RowNll.apply(logits, targets)
 
 
@@ -188,11 +190,11 @@ def finish(sums: StreamSums, scale: Tensor | None, z_loss: float) -> StreamSums:
 def chunk_sums(h: Tensor, inputs: Tensor, targets: Tensor, weights: Tensor | None, head: Head, row: Callable = row_nll) -> StreamSums:
     """Sums of one chunk of rows, differentiable."""
     logits = head(h, inputs)                                                             # (S, n, V)
-    logits = logits if row is row_nll and fused(logits) else logits.float() if logits.dtype != torch.float64 else logits
+    logits = logits if row is row_nll and use_triton(logits) else logits.float() if logits.dtype != torch.float64 else logits
     t, w = wanted_targets(targets, weights)
     nll, top, lse = row(logits, t if row is row_nll else t.clamp(min=0)) if t.numel() else (logits.sum(-1), t, logits.sum(-1))
     hits, count = ((top == t) & (t >= 0)).float(), (t >= 0).float()
-    nll = torch.where(t >= 0, w * nll, 0.0)                                 # where nothing counts nll may be infinite
+    nll = torch.where(t >= 0, w * nll, 0.0)                                 # without a target nll may be infinite
     return StreamSums(nll.sum(1), w.sum(1), hits.sum(1), count.sum(1), (w * lse.square()).sum(1), nll.sum(0))
 
 
@@ -222,7 +224,7 @@ class ScaledCE(torch.autograd.Function):
             for n, need in enumerate(needed[1:]):
                 grad = next(made) if need else None
                 if grad is not None and len(h) > rows:                     # chunks add up in fp32
-                    grads[n] = full(grad) if grads[n] is None else grads[n].add_(grad)
+                    grads[n] = at_least_fp32(grad) if grads[n] is None else grads[n].add_(grad)
                 elif grad is not None:
                     grads[n] = grad
         ctx.save_for_backward(dh, *(None if g is None else g.to(p.dtype) for g, p in zip(grads, parameters, strict=True)))
@@ -247,12 +249,12 @@ def columns_of(part: slice, *tensors: Tensor | None) -> list[Tensor | None]:
 def chunk_gradient(logits: Tensor, targets: Tensor, weights: Tensor | None, scale: Tensor, z: float) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient of the total with respect to logits (S, n, V), where they were, the five sums (5, S), the nll of rows (n,)."""
     spent = logits.detach()
-    if not fused(spent):
+    if not use_triton(spent):
         spent = spent.float() if spent.dtype != torch.float64 else spent
     t, w = wanted_targets(targets, weights)
     nll, top, lse, spent = stats(spent, t)
     hits, count = (top == t) & (t >= 0), t >= 0
-    nll = torch.where(t >= 0, w * nll, 0.0)                                 # where nothing counts nll may be infinite
+    nll = torch.where(t >= 0, w * nll, 0.0)                                 # without a target nll may be infinite
     sums = torch.stack([nll.sum(1), w.sum(1), hits.sum(1), count.sum(1), (w * lse.square()).sum(1)])
     down = scale[:, None] * w
     return slope(spent, t, lse, down * (1 + 2 * z * lse), down).to(logits.dtype), sums, nll.sum(0)
@@ -263,7 +265,7 @@ def multistream_ce(h: Tensor, w: Tensor | Sequence[Tensor] | Head, targets: Tens
                    chunk_rows: int = 0, parameters: Sequence[Tensor] = ()) -> StreamSums:
     """`multistream_ce_ref` in chunks; without a scale `nll` and `square` carry gradients, with it `total` alone does.
 
-    rows (n,): the numbers of the rows that some stream wants, counted by whoever laid them out, or a slice; None counts
+    rows (n,): indices of the rows with a target in some stream, from the batch plan, or a slice; None counts
     them here where that costs no wait, on the CPU. `parameters` are those of a Head that has some. Of no rows one empty chunk runs: on
     every rank every parameter takes part in the backward.
     """
@@ -291,7 +293,7 @@ def multistream_ce(h: Tensor, w: Tensor | Sequence[Tensor] | Head, targets: Tens
 
 
 def rows_of_a_chunk(logits: int, cuda: bool = False) -> int:
-    """How many rows of `logits` numbers lie near the caches; a GPU wants more to be busy."""
+    """How many rows of `logits` values fit into CHUNK_BYTES; more on a GPU, to keep it busy."""
     return max(512 if cuda else MIN_ROWS, CHUNK_BYTES // (4 * logits))
 
 

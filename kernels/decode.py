@@ -1,12 +1,12 @@
-"""One column of a transformer stack, where no gradient is wanted: what generation spends its time on.
+"""One column through a transformer stack without gradients: the inner loop of generation.
 
     x = x + o(attend(rope(qkv(norm x))))        x = x + down(act(gate(norm x)) * up(norm x))        x (B, D)
 
 `Block` in model.py is the definition. This computes the same from fewer, larger operations: q, k, v are one product and
 so are gate and up, the residual is added by the product that makes it, the queries of a key head share one attention.
-It takes stacks whose blocks are plain: adapters merged, one type of weights or 8 bits, no fast-forward. The place of the
-column is told by the host, which then reads no more of the cache than is live, or by the device (`Ring`), where the same
-launches must serve every column.
+Requirements: adapters merged, one dtype of weights or int8, no fast-forward (`supports_fast_decode`). The slot of the column
+comes from the host, which then reads only the live part of the cache, or from the device (`RingPosition`), so that a
+captured CUDA graph serves every column. Next: decode_attention.py.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.attention import Cache
+from kernels.attention import KVCache
 from kernels.decode_attention import decode_attention
 from kernels.int8 import int8_linear
 from kernels.rope import rope, rope_tables, rotation, turned
@@ -25,19 +25,19 @@ from kernels.swiglu import ACTIVATIONS, swiglu
 Places = tuple[Sequence[Tensor], Sequence[Tensor]]
 
 
-class Ring(NamedTuple):
-    """Where a column stands, told by the device: a captured graph finds its place anew at every replay."""
+class RingPosition(NamedTuple):
+    """The slot of a column as device tensors, so that a captured graph reads it at every replay."""
 
-    slot: Tensor                # (1,) of the column in the ring of the cache
-    count: Tensor               # (B,) columns written with it
-    first: Tensor               # (B,) of them padding, which nobody sees
+    slot: Tensor                # (1,) slot of the column in the ring buffer
+    count: Tensor               # (B,) columns written, this one included
+    first: Tensor               # (B,) padding columns before the first real one
 
 
 class Product:
-    """x W^T + b of one column; W (out, in) is of the model's type, or holds 8 bits and a scale a row."""
+    """x W^T + b of one column; W (out, in) has the dtype of the model, or is int8 with one scale per row."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, row_scale: Tensor | None = None) -> None:
-        self.weight, self.bias, self.row_scale, self.across = weight, bias, row_scale, weight.mT
+        self.weight, self.bias, self.row_scale, self.transposed = weight, bias, row_scale, weight.mT
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (B, in) -> (B, out)"""
@@ -48,22 +48,22 @@ class Product:
         if self.row_scale is not None:
             y = int8_linear(x, self.weight, self.row_scale)
             return out.copy_(y) if self.bias is None else torch.add(y, self.bias, out=out)
-        return torch.mm(x, self.across, out=out) if self.bias is None else torch.addmm(self.bias, x, self.across, out=out)
+        return torch.mm(x, self.transposed, out=out) if self.bias is None else torch.addmm(self.bias, x, self.transposed, out=out)
 
     def onto(self, x: Tensor, y: Tensor) -> None:
         """x += the product with y; without bias"""
         if self.row_scale is None:
-            x.addmm_(y, self.across)
+            x.addmm_(y, self.transposed)
         else:
             x.add_(int8_linear(y, self.weight, self.row_scale))
 
 
-def joined(linears: Sequence[Any]) -> Product:
-    """One product for Linears that read the same input. Their weights become views of one: nothing is held twice or grows stale."""
+def joined_product(linears: Sequence[Any]) -> Product:
+    """One product for Linears that read the same input. Their weights become views of the joined one, so there is no second copy."""
     weights = [m.weight for m in linears]
     first, place = weights[0], weights[0].data_ptr()
     together = len(weights) > 1
-    for w in weights:                                        # do they lie one behind the other already?
+    for w in weights:                                        # already adjacent in memory?
         together = together and w.data_ptr() == place and w.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
         place += w.numel() * w.element_size()
     rows = sum(w.shape[0] for w in weights)
@@ -72,7 +72,7 @@ def joined(linears: Sequence[Any]) -> Product:
     elif together:
         whole = first.as_strided((rows, first.shape[1]), (first.shape[1], 1))
     else:
-        with torch.inference_mode(False), torch.no_grad():   # the parameters stay ordinary ones, ready to be trained
+        with torch.inference_mode(False), torch.no_grad():   # keep ordinary parameters that can be trained
             whole = torch.cat([w.detach() for w in weights])
             for w, part in zip(weights, whole.split([w.shape[0] for w in weights]), strict=True):
                 w.data = part
@@ -94,7 +94,7 @@ class Layer:
 
     def __init__(self, block: nn.Module, packed: bool, gated: bool) -> None:
         attn = block.attn
-        self.qkv, self.o = per_step(attn.qkv) if packed else [joined([attn.q, attn.k, attn.v])], per_step(attn.o)
+        self.qkv, self.o = per_step(attn.qkv) if packed else [joined_product([attn.q, attn.k, attn.v])], per_step(attn.o)
         self.head_norm = None
         if hasattr(attn, "q_norm"):
             heads = [attn.c.heads, attn.c.kv]
@@ -104,13 +104,13 @@ class Layer:
         self.sides += [self.side(block.audio_attn_norm, block.audio_ffn_norm, block.audio_ffn, packed, gated)] if block.dual else self.sides
         self.dual = block.dual
 
-    def side(self, first: Any, second: Any, ffn: Any, packed: bool, gated: bool) -> "Side":
-        up = per_step(ffn.gate_up) if packed and gated else [joined([ffn.gate, ffn.up])] if gated else per_step(ffn.up)
-        return Side(twice(first.weight), twice(second.weight), up, per_step(ffn.down))
+    def side(self, first: Any, second: Any, ffn: Any, packed: bool, gated: bool) -> "BlockSide":
+        up = per_step(ffn.gate_up) if packed and gated else [joined_product([ffn.gate, ffn.up])] if gated else per_step(ffn.up)
+        return BlockSide(twice(first.weight), twice(second.weight), up, per_step(ffn.down))
 
 
-class Side(NamedTuple):
-    attn_norm: Tensor           # twice the weight, as Pair wants it
+class BlockSide(NamedTuple):
+    attn_norm: Tensor           # the weight twice, for NormBuffer
     ffn_norm: Tensor
     up: list[Product]           # of each depth step; gate and up in one
     down: list[Product]
@@ -120,8 +120,8 @@ def twice(weight: Tensor) -> Tensor:
     return torch.cat([weight.detach(), weight.detach()])
 
 
-class Pair:
-    """Memory for x (..., D) and -x beside it.
+class NormBuffer:
+    """Preallocated memory for x (..., D) and -x, next to each other.
 
     x / rms(x) is the LayerNorm of (x, -x), whose mean is 0: on a CPU that is one operation where RMSNorm is eight.
     """
@@ -140,39 +140,39 @@ class Pair:
 
 
 class ColumnStep:
-    """Runs one column through a stack, in memory taken once.   `c` is its StackConfig, `cache` holds its keys and values in
+    """Runs one column through a stack, in preallocated memory.   `c` is its StackConfig, `cache` holds its keys and values in
     the layers from `first` on, `norm` comes behind the last.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], c: Any, cache: Cache, first: int = 0, norm: nn.Module | None = None) -> None:
+    def __init__(self, blocks: Sequence[nn.Module], c: Any, cache: KVCache, first: int = 0, norm: nn.Module | None = None) -> None:
         self.c, self.act, self.norm = c, ACTIVATIONS[c.activation], None if norm is None else twice(norm.weight)
         self.layers = [Layer(block, c.packed, c.gated) for block in blocks]
         self.store = cache.store[first : first + len(self.layers)].flatten(0, 1)        # (2 layers, B, H_kv, slots, head)
         B, turning = cache.store.shape[2], c.heads + c.kv
-        self.pair = Pair(cache.store, B, c.dim)
-        self.x = self.pair.x                                                            # where a column may be put
+        self.pair = NormBuffer(cache.store, B, c.dim)
+        self.x = self.pair.x                                                            # input buffer that callers may write to
         self.up = cache.store.new_empty(B, (1 + c.gated) * c.ffn)
         self.halves = self.up.chunk(1 + c.gated, 1)
         self.qkv = cache.store.new_empty(B, (turning + c.kv) * c.head)
         heads = self.qkv.view(B, -1, c.head)
         self.raw, self.v = heads.split([turning, c.kv], 1)                              # before RoPE
         self.plain = cache.store.dtype == torch.float32
-        aside = c.rope_theta and not (self.plain and c.rope_interleaved)                # RoPE then writes elsewhere
+        aside = c.rope_theta and not (self.plain and c.rope_interleaved)                # RoPE then writes to another buffer
         self.qk = torch.empty_like(self.raw) if aside else self.raw
         self.q, self.k = self.qk.split([c.heads, c.kv], 1)
-        self.groups = self.q.view(B, c.kv, -1, c.head)                                  # the queries of a key head together
+        self.groups = self.q.view(B, c.kv, -1, c.head)                                  # queries grouped by key head
         self.pairs, self.turned = (qk.unflatten(-1, (2, -1)) for qk in (self.raw, self.qk))       # (B, H', 2, head / 2)
         self.parts = [*self.pairs.unbind(2), *self.turned.unbind(2)]
-        self.heads = Pair(cache.store, *self.raw.shape)
+        self.heads = NormBuffer(cache.store, *self.raw.shape)
         self.complex = torch.view_as_complex(self.raw.unflatten(-1, (-1, 2))) if self.plain and c.rope_interleaved else None
 
     def places(self, slot: int, live: int) -> Places:
-        """Where the keys and values of the new column go, and those that it sees: of each layer the keys, then the values."""
+        """Views of the slots of the new column and of all live ones: keys and values of each layer, alternating."""
         return self.store.select(3, slot).unbind(), self.store.narrow(3, 0, live).unbind()
 
-    def __call__(self, x: Tensor, places: Places | Ring, turn: Tensor | None, mask: Tensor | None, audio: bool | Tensor = False,
+    def __call__(self, x: Tensor, places: Places | RingPosition, turn: Tensor | None, mask: Tensor | None, audio: bool | Tensor = False,
                  step: int = 0) -> Tensor:
-        """x (B, D) -> (B, D), which the next call may overwrite
+        """x (B, D) -> (B, D), overwritten by the next call
 
         mask (B, 1, 1, live) or None; `audio` is the side of all columns, or of each (B, 1).
         """
@@ -199,9 +199,9 @@ class ColumnStep:
                 self.feed(side, step)
         return self.x if self.norm is None else self.pair.norm(self.norm, eps)
 
-    def attend(self, n: int, places: Places | Ring, mask: Tensor | None) -> Tensor:
-        """Keep the keys and values of the column in layer n and look at all that it sees.   -> (B, H head)"""
-        if isinstance(places, Ring):
+    def attend(self, n: int, places: Places | RingPosition, mask: Tensor | None) -> Tensor:
+        """Store the keys and values of the column in layer n and attend.   -> (B, H head)"""
+        if isinstance(places, RingPosition):
             keys, values = self.store[2 * n], self.store[2 * n + 1]
             keys.index_copy_(2, places.slot, self.k.unsqueeze(2))
             values.index_copy_(2, places.slot, self.v.unsqueeze(2))
@@ -211,7 +211,7 @@ class ColumnStep:
         new[2 * n + 1].copy_(self.v)
         return F.scaled_dot_product_attention(self.groups, seen[2 * n], seen[2 * n + 1], attn_mask=mask).reshape(len(self.x), -1)
 
-    def feed(self, side: Side, step: int) -> None:
+    def feed(self, side: BlockSide, step: int) -> None:
         """x += feed-forward network of x"""
         side.up[step].into(self.pair.norm(side.ffn_norm, self.c.norm_eps), self.up)
         if self.c.gated and self.up.is_cuda:
@@ -222,7 +222,7 @@ class ColumnStep:
         side.down[step].onto(self.x, y)
 
     def feed_both(self, layer: Layer, audio: Tensor, step: int) -> None:
-        """`feed` where text and audio columns stand side by side: both networks run, each column keeps its own."""
+        """`feed` for a batch with text and audio columns: both networks run, each column keeps its own result."""
         before = self.x.clone()
         self.feed(layer.sides[0], step)
         text = self.x.clone()
@@ -246,8 +246,8 @@ class ColumnStep:
             self.qk.copy_(turned(self.raw, rotation(angles, self.c.rope_interleaved)))
 
 
-class Turns:
-    """The angles of RoPE by position, computed once; a fast column looks its own up."""
+class RopeTable:
+    """RoPE angles by position, computed once and looked up by the fast path."""
 
     def __init__(self, c: Any, like: Tensor) -> None:
         self.c, self.complex = c, c.rope_interleaved and like.dtype == torch.float32
@@ -255,11 +255,11 @@ class Turns:
 
     def __call__(self, positions: Tensor, below: int) -> Tensor:
         """positions (B,), all of them < below -> (B, 1, head/2) complex, or (B, 1, 2, head/2): cosines, sines"""
-        self.reach(below)
+        self.extend(below)
         return self.table.index_select(0, positions)
 
-    def reach(self, below: int) -> None:
-        """Have the angles of all positions < below."""
+    def extend(self, below: int) -> None:
+        """Compute the angles of all positions < below."""
         if self.table is None or below > len(self.table):
             count = max(256, 2 * below)
             cos, sin = rope_tables(self.c.head, self.c.rope_theta, self.c.rope_scaling, torch.arange(count, device=self.device)[None])
@@ -267,8 +267,8 @@ class Turns:
             self.table = torch.complex(cos, sin) if self.complex else torch.stack([cos, sin], 2)
 
 
-def plain(blocks: Sequence[nn.Module], c: Any, dtype: torch.dtype) -> bool:
-    """Whether a stack can go the fast way."""
+def supports_fast_decode(blocks: Sequence[nn.Module], c: Any, dtype: torch.dtype) -> bool:
+    """Whether a stack can use `ColumnStep`."""
     linears = [m for block in blocks for m in block.modules() if hasattr(m, "adapter")]
     adapted = any(m.adapter is not None and m.adapter.enabled and m.adapter.base is None for m in linears)
     packed = {id(m.weight) for m in linears if m.row_scale is not None}                  # in 8 bits
@@ -278,6 +278,6 @@ def plain(blocks: Sequence[nn.Module], c: Any, dtype: torch.dtype) -> bool:
     return not adapted and not odd and types == {dtype}
 
 
-def column_step(blocks: Sequence[nn.Module], c: Any, cache: Cache, first: int = 0, norm: nn.Module | None = None) -> ColumnStep | None:
-    """The fast way through a stack, or None when it must go block by block."""
-    return ColumnStep(blocks, c, cache, first, norm) if plain(blocks, c, cache.store.dtype) else None
+def column_step(blocks: Sequence[nn.Module], c: Any, cache: KVCache, first: int = 0, norm: nn.Module | None = None) -> ColumnStep | None:
+    """The fast path of a stack, or None when it must run block by block."""
+    return ColumnStep(blocks, c, cache, first, norm) if supports_fast_decode(blocks, c, cache.store.dtype) else None

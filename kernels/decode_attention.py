@@ -1,16 +1,16 @@
-"""Attention of one new column over a static cache: only the columns that it can see are read.
+"""Attention of one new column over a static cache; it reads only the visible keys.
 
     y = softmax(q . k[p] / sqrt(d)) v[p]      p = the last min(count, capacity, window) positions from `first` on, each in slot p % capacity
 
 `count` is a tensor on the device, the column being written included, so a captured graph replays at any length. The
-cache is linear while count <= capacity and a ring afterwards. The live range is cut into SPLITS parts that run side by
-side; a second kernel joins them.   Forward only: nothing is trained through a cache.
+cache is linear while count <= capacity and a ring afterwards. The live range is split into SPLITS parts that run in
+parallel (flash decoding); a second kernel joins them. Forward only: a cache is never trained through. Next: sample.py.
 """
 
 import torch
 from torch import Tensor
 
-from kernels.choice import dot, full, fused, jit, power, tl
+from kernels.choice import at_least_fp32, dot, jit, power_of_2, tl, use_triton
 
 SPLITS, KEYS = 16, 64        # parts of the live range, and keys of one tile
 
@@ -24,9 +24,9 @@ def decode_attention_ref(q: Tensor, keys: Tensor, values: Tensor, count: Tensor,
     last = count[:, None] - 1
     position = last - (last - torch.arange(C, device=q.device)) % C                      # the newest position in each slot
     seen = (position >= (0 if first is None else first[:, None].clamp(min=0))) & (position > last - (window or C))
-    s = torch.einsum("bghd,bgcd->bghc", full(q).view(B, G, H // G, d), full(keys)) * d**-0.5
+    s = torch.einsum("bghd,bgcd->bghc", at_least_fp32(q).view(B, G, H // G, d), at_least_fp32(keys)) * d**-0.5
     p = s.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1).nan_to_num(0.0)
-    return torch.einsum("bghc,bgcd->bghd", p, full(values)).reshape(B, H, d).to(q.dtype)
+    return torch.einsum("bghc,bgcd->bghd", p, at_least_fp32(values)).reshape(B, H, d).to(q.dtype)
 
 
 @jit
@@ -79,10 +79,10 @@ def join_kernel(parts, sums, y, H, G, D, SPLITS: tl.constexpr, HEADS: tl.constex
 
 def decode_attention(q: Tensor, keys: Tensor, values: Tensor, count: Tensor, window: int = 0, first: Tensor | None = None) -> Tensor:
     """`decode_attention_ref`; no length is read on the host"""
-    if not fused(q):
+    if not use_triton(q):
         return decode_attention_ref(q, keys, values, count, window, first)
     (B, H, d), (_, G, C, _) = q.shape, keys.shape
-    heads, block = power(H // G, least=16), power(d, least=16)
+    heads, block = power_of_2(H // G, least=16), power_of_2(d, least=16)
     parts, sums = (torch.empty(B * G * SPLITS * heads, n, dtype=torch.float32, device=q.device) for n in (block, 2))
     y = torch.empty_like(q.contiguous())
     live, count = min(window or C, C), count.contiguous()

@@ -4,15 +4,15 @@
 
     dp[t, s] = dy[t] . v[s]      ds = p (dp - sum_s p dp) / sqrt(d)      dq = ds k      dk = ds^T q      dv = p^T dy
 
-Tiles of 64 or 128 queries, as flash attention has them, would be nearly empty: here one program holds all the steps of
-one column and head, its T x T scores in registers, and the backward recomputes them.
+Tiles of 64 or 128 queries, as flash attention has them, would be nearly empty: here one program computes all steps of
+one column and head with its T x T scores in registers; the backward recomputes them. Next: attention.py.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.choice import fused, jit, power, tl
+from kernels.choice import jit, power_of_2, tl, use_triton
 
 
 def depth_attention_ref(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ def backward_kernel(q, k, v, dy, dq, dk, dv, T, N, H, D, GROUP, qt, qn, qh, kt, 
 
 def warps(T: int, d: int) -> int:
     """As many as hold a product (T, T, d) in registers; more take too much shared memory."""
-    return power(power(T) ** 2 * power(d) // 4096, 1, 4)
+    return power_of_2(power_of_2(T) ** 2 * power_of_2(d) // 4096, 1, 4)
 
 
 def rows(x: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ class DepthAttention(torch.autograd.Function):
         y = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         if N:
             forward_kernel[(N, H)](q, k, v, y, T, N, H, d, H // k.shape[2], *(s for x in (q, k, v) for s in x.stride()[:3]), d**-0.5,
-                                   power(T), power(d), num_warps=warps(T, d))
+                                   power_of_2(T), power_of_2(d), num_warps=warps(T, d))
         return y
 
     @staticmethod
@@ -98,11 +98,11 @@ class DepthAttention(torch.autograd.Function):
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
         if N:
             backward_kernel[(N, k.shape[2])](q, k, v, dy, dq, dk, dv, T, N, H, d, H // k.shape[2],
-                                             *(s for x in (q, k, v, dy) for s in x.stride()[:3]), d**-0.5, power(T), power(d),
+                                             *(s for x in (q, k, v, dy) for s in x.stride()[:3]), d**-0.5, power_of_2(T), power_of_2(d),
                                              num_warps=warps(T, d))
         return dq, dk, dv
 
 
 def depth_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """`depth_attention_ref`, for up to 16 steps"""
-    return DepthAttention.apply(q, k, v) if fused(q) and q.shape[0] <= 16 else depth_attention_ref(q, k, v)
+    return DepthAttention.apply(q, k, v) if use_triton(q) and q.shape[0] <= 16 else depth_attention_ref(q, k, v)

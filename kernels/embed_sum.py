@@ -1,9 +1,10 @@
-"""The sum of one embedding a row; an id below zero adds exactly zero.
+"""The sum of one embedding per row of the grid; an id below zero adds exactly zero.
 
     x[m] = sum over rows k with ids[k, m] >= 0 of  W[offset_k + ids[k, m]]
     dW[v] = sum over the places (k, m) that hold v, in the order of (m, k), of dx[m]
 
-The backward sorts the places by id and adds up each id's places in that order: no atomics, the same bits every time.
+The backward sorts the positions by id and sums each id's positions in that order: no atomics, bit-reproducible.
+Next: route.py.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.choice import fused, jit, numbers, power, tl
+from kernels.choice import device_constant, jit, power_of_2, tl, use_triton
 
 PLACES = 32      # places of one id that are added at a time
 
@@ -36,7 +37,7 @@ def embed_row(ids: Tensor, weight: Tensor, offset: int) -> Tensor:
 
 @jit
 def forward_kernel(ids, weight, x, K, D, V, BLOCK: tl.constexpr):
-    """A sum with an id that is in no table is NaN: nothing beyond the weight is read."""
+    """An out-of-range id gives NaN; nothing beyond the weight is read."""
     m = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = d < D
@@ -69,11 +70,11 @@ class EmbedSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, ids: Tensor, weight: Tensor, offsets: Sequence[int]) -> Tensor:
         (B, K, S), D = ids.shape, weight.shape[1]
-        shift = numbers(tuple(offsets), ids.device)
+        shift = device_constant(tuple(offsets), ids.device)
         flat = ids.transpose(1, 2).reshape(-1, K)
         flat = torch.where(flat >= 0, flat + shift, -1).contiguous()                      # (M, K)
         x = torch.empty(B, S, D, dtype=weight.dtype, device=weight.device)
-        block = power(D, most=1024)
+        block = power_of_2(D, most=1024)
         if B * S:
             forward_kernel[(B * S, -(-D // block))](flat, weight.detach().contiguous(), x, K, D, weight.shape[0], block)
         ctx.save_for_backward(flat)
@@ -86,11 +87,11 @@ class EmbedSum(torch.autograd.Function):
         (flat,), ((V, D), dtype) = ctx.saved_tensors, ctx.like
         ids, places = flat.flatten().sort(stable=True)
         starts = torch.searchsorted(ids, torch.arange(V + 1, device=ids.device))           # ids of -1 lie before the first
-        dw, block = torch.empty(V, D, dtype=dtype, device=dx.device), power(D, most=128)
+        dw, block = torch.empty(V, D, dtype=dtype, device=dx.device), power_of_2(D, most=128)
         backward_kernel[(V, -(-D // block))](places, starts, dx.contiguous(), dw, flat.shape[1], D, PLACES, block)
         return None, dw, None
 
 
 def embed_sum(ids: Tensor, weight: Tensor, offsets: Sequence[int]) -> Tensor:
     """`embed_sum_ref`, added in fp32"""
-    return EmbedSum.apply(ids, weight, offsets) if fused(weight) else embed_sum_ref(ids, weight, offsets)
+    return EmbedSum.apply(ids, weight, offsets) if use_triton(weight) else embed_sum_ref(ids, weight, offsets)

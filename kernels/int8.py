@@ -1,16 +1,16 @@
-"""Linear with a weight of 8 bits: half the bytes of bf16, which is what a small batch waits for.
+"""Linear with an int8 weight: half the bytes of bf16, and small batches are limited by memory bandwidth.
 
     y[o] = scale[o] sum_i x[i] q[o, i]        scale[o] = max_i |w[o, i]| / 127,  q = round(w / scale)        dx = (dy scale) q
 
-Weights become numbers in registers, tile by tile. There is no gradient of q: it serves frozen bases, in training under
-adapters, and decoding.
+Weights are dequantised in registers, tile by tile. q has no gradient: it is for frozen bases under adapters, and for
+decoding. Next: cross_entropy.py.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.choice import dot, fused, jit, power, tl
+from kernels.choice import dot, jit, power_of_2, tl, use_triton
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,8 +58,8 @@ def product(a: Tensor, q: Tensor, scale: Tensor, back: bool) -> Tensor:
     rows, (qn, qk) = a if steps else a.view(1, -1, a.shape[-1]), q.stride()[-2:]
     (T, M, K), N = rows.shape, q.shape[-1] if back else q.shape[-2]
     y = torch.empty(T, M, N, dtype=a.dtype, device=a.device)
-    tile = power(M, least=16, most=64)
-    columns, inner = (16, 256) if M <= 16 else (64, 64)              # few rows wait for the bytes of q: many programs
+    tile = power_of_2(M, least=16, most=64)
+    columns, inner = (16, 256) if M <= 16 else (64, 64)              # few rows are memory-bound: many programs
     if M:
         product_kernel[(-(-M // tile), -(-N // columns), T)](
             rows, q, scale, y, M, N, K, M * K, K, q.stride(0) if steps else 0, *((qk, qn) if back else (qn, qk)),
@@ -71,7 +71,7 @@ class Int8Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
         ctx.save_for_backward(q, scale)
-        return product(x, q, scale, back=False) if fused(x) else int8_linear_ref(x, q, scale)
+        return product(x, q, scale, back=False) if use_triton(x) else int8_linear_ref(x, q, scale)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -81,7 +81,7 @@ class Int8Linear(torch.autograd.Function):
 
 def int8_back(dy: Tensor, q: Tensor, scale: Tensor) -> Tensor:
     """dx = (dy scale) q.   dy (..., out) -> (..., in)"""
-    if fused(dy):
+    if use_triton(dy):
         return product(dy, q, scale, back=True)
     return torch.matmul(dy * (scale if q.dim() == 2 else scale[:, None]).to(dy.dtype), q.to(dy.dtype))
 

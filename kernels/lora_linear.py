@@ -3,9 +3,9 @@
     y = x W^T + b + s (x A^T) B^T
     dx = dy W + s (dy B) A      dA = s (dy B)^T x      dB = s dy^T (x A^T)      dW only where W is trained
 
-x is kept once, the update is added into the product that W made, and so is its part of dx: 6 bytes an element of the
-output instead of 14. W may hold 8 bits and a scale a row (int8.py). One pair (A, B) and W (out, in), or one a step of x
-(T, N, in): W (T, out, in), A (T, R, in), B (T, out, R).
+x is saved once and both updates are accumulated in place: 6 bytes per output element instead of 14. W may be int8 with
+one scale per row (int8.py). One pair (A, B) and W (out, in), or one a step of x
+(T, N, in): W (T, out, in), A (T, R, in), B (T, out, R). Next: int8.py.
 """
 
 import torch

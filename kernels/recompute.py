@@ -1,11 +1,11 @@
-"""Outputs that are cheaper to make again than to keep.
+"""Recompute cheap outputs in the backward instead of keeping them.
 
     with Recompute():
-        y = recomputed(swiglu, gate, up)       # its inputs are kept anyway; y and whatever swiglu kept are not
-        z = down(y)                            # the backward of `down` makes y again when it wants it
+        y = recomputed(swiglu, gate, up)       # its inputs are kept anyway; y and what swiglu would keep are not
+        z = down(y)                            # the backward of `down` recomputes y
 
-A checkpoint (torch.utils.checkpoint) drops what a function keeps inside and what it is given by, not what it returns: the next
-Linear keeps that. Here the tensor that would be kept is recognised and replaced by its recipe.
+A checkpoint (torch.utils.checkpoint) drops what a function saves inside, but not its output, which the next Linear saves.
+Here that saved tensor is recognised by its address and replaced by the function that recomputes it. Next: lora_linear.py.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ SCOPES: list["Recompute"] = []
 
 
 class Recompute(torch.autograd.graph.saved_tensors_hooks):
-    """While active, what `recomputed` returns is kept as a recipe; an inactive one changes nothing."""
+    """While active, the results of `recomputed` are saved as recipes, not tensors; inactive it changes nothing."""
 
     def __init__(self, active: bool = True) -> None:
         super().__init__(self.pack, self.unpack)

@@ -3,7 +3,7 @@
     theta_i = base^(-2i/d)      (a, b) -> (a cos(p theta_i) - b sin(p theta_i), a sin(p theta_i) + b cos(p theta_i))
 
 A pair (a, b) is (x[i], x[i + d/2]) in Llama ("halves") and (x[2i], x[2i + 1]) in Moshi ("interleaved"). Angles and
-rotation are fp32 whatever x is.
+rotation are fp32 whatever x is. Next: embed_sum.py.
 """
 
 import math
@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from kernels.choice import full, fused, jit, power, tl
+from kernels.choice import at_least_fp32, jit, power_of_2, tl, use_triton
 
 
 def rope_tables(head: int, theta: float, scaling: Sequence[float], positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -28,13 +28,13 @@ def rope_tables(head: int, theta: float, scaling: Sequence[float], positions: Te
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
 def rope_frequencies(head: int, theta: float, scaling: tuple[float, ...], device: torch.device) -> Tensor:
-    """How fast each pair turns, made once.   -> (head/2,)"""
+    """Angular frequency of each pair, computed once.   -> (head/2,)"""
     frequencies = 1.0 / theta ** (torch.arange(0, head, 2, dtype=torch.float32, device=device) / head)
     return llama3_scaling(frequencies, *scaling) if scaling else frequencies
 
 
 def llama3_scaling(frequencies: Tensor, factor: float, low: float, high: float, original: float) -> Tensor:
-    """Slow the long waves by `factor`, keep the short ones, blend between (Llama 3.1)."""
+    """Divide low frequencies by `factor`, keep high ones, interpolate between (Llama 3.1)."""
     waves = 2 * math.pi / frequencies
     blend = ((original / waves - low) / (high - low)).clamp(0, 1)
     return frequencies * (blend + (1 - blend) / factor)
@@ -49,7 +49,7 @@ Rotation = tuple[Tensor, Tensor, int]
 
 
 def rotation(tables: tuple[Tensor, Tensor], interleaved: bool) -> Rotation:
-    """Tables as `turned` wants them: cosines, (-sine, sine), and the axis of a pair.   Shapes end in (head/2, 2) or (2, head/2)"""
+    """Tables in the form that `turned` takes: cosines, (-sine, sine), and the axis of a pair.   Shapes end in (head/2, 2) or (2, head/2)"""
     axis, (cos, sin) = -1 if interleaved else -2, tables
     return cos.unsqueeze(axis), torch.stack([-sin, sin], axis), axis
 
@@ -58,7 +58,7 @@ def turned(x: Tensor, rotation: Rotation) -> Tensor:
     """x (B, H, S, head) -> same; or without S, as the tables are"""
     cos, sin, axis = rotation
     half = x.shape[-1] // 2
-    pairs = full(x).reshape(*x.shape[:-1], *((half, 2) if axis == -1 else (2, half)))       # (a, b) along `axis`
+    pairs = at_least_fp32(x).reshape(*x.shape[:-1], *((half, 2) if axis == -1 else (2, half)))       # (a, b) along `axis`
     return torch.addcmul(pairs * cos, pairs.flip(axis), sin).view(x.shape).to(x.dtype)
 
 
@@ -101,7 +101,7 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, sign: float) ->
     B, H, S, d = x.shape
     x = x if x.stride(-1) == 1 else x.contiguous()
     y = torch.empty(B, S, H, d, dtype=x.dtype, device=x.device).transpose(1, 2)             # the heads of a column together
-    heads, block = power(H, most=32), power(d // 2)
+    heads, block = power_of_2(H, most=32), power_of_2(d // 2)
     if y.numel():
         turn_kernel[(B * S, -(-H // heads))](x, y, cos.contiguous(), sin.contiguous(), S, H, *x.stride()[:3], *y.stride()[:3],
                                              S * d // 2 if cos.shape[0] > 1 else 0, d // 2, sign, interleaved, heads, block)
@@ -110,4 +110,4 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, sign: float) ->
 
 def rope(x: Tensor, tables: tuple[Tensor, Tensor], interleaved: bool) -> Tensor:
     """`rope_ref`"""
-    return Rope.apply(x, *tables, interleaved) if fused(x) else rope_ref(x, tables, interleaved)
+    return Rope.apply(x, *tables, interleaved) if use_triton(x) else rope_ref(x, tables, interleaved)

@@ -1,9 +1,9 @@
-"""Rows in another order, and back: columns of text first, columns of audio behind them.
+"""Permute rows, and back: text columns first, then audio columns.
 
     y[i] = x[order[i]]      dx[j] = dy[back[j]]      back is the inverse of order
 
-The order is made once a batch; two networks then read two slices, and no layer looks for its columns. A gather knows
-nothing of permutations and would add up its gradient with atomics: here that is a gather too.
+The order is made once a batch; two networks then read two slices. The backward of a plain gather uses atomics; for a
+permutation it is a gather as well. Next: recompute.py.
 """
 
 import torch

@@ -1,11 +1,12 @@
-"""Drawing a token of every row in one kernel: temperature, top-k, top-p, min-p, Gumbel noise, argmax.
+"""Sample a token for every row in one kernel: temperature, top-k, top-p, min-p, Gumbel noise, argmax.
 
     kept v:   #{u: l_u > l_v} < k   and   sum of p_u over kept-so-far u with l_u > l_v  <= top_p   and   p_v >= min_p max p
     id = argmax over kept v of  l_v / T - log(-log u_v)        T = 0: the likeliest        p = softmax(l / T)
 
-Equal logits share their fate, so no sort is needed: both thresholds are found by bisection over the 32 bits of a
-float's order. Noise is counted, not consumed: u_v depends on (seed, step, v) alone, so each row brings a seed of its own.
-Seed and step lie on the device: a captured graph draws anew at every replay, and a run repeats exactly.
+Equal logits are kept or dropped together, so no sort is needed: both thresholds are found by bisection over the 32 bits of a
+float's order. The noise is counter-based: u_v depends on (seed, step, v) only, and each row has its own seed.
+Seed and step are device tensors: a captured graph samples new tokens at every replay, and a run is reproducible.
+Next: shapes.py.
 """
 
 from functools import cache
@@ -13,7 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from kernels.choice import fused, jit, power, tl
+from kernels.choice import jit, power_of_2, tl, use_triton
 
 GOLDEN, MIX1, MIX2 = 0x9E3779B9, 0x85EBCA6B, 0xC2B2AE35      # odd constants of the finaliser of MurmurHash3
 COLD, WIDEST = 1e-5, 1 << 15     # least temperature to divide by; vocabularies above go through the reference: a program holds a whole row
@@ -35,7 +36,7 @@ def mixed(x: Tensor) -> Tensor:
 @cache
 @torch.inference_mode(False)
 def scattered(V: int, device: torch.device) -> Tensor:
-    """A word for each of V places, made once."""
+    """A 32-bit hash of each of V vocabulary indices, computed once."""
     return (torch.arange(V, device=device) * GOLDEN).to(torch.int32)
 
 
@@ -52,7 +53,7 @@ def gumbel(seed: Tensor, step: Tensor, V: int) -> Tensor:
 
 
 def kept(logits: Tensor, top_k: Rule = None, top_p: Rule = None, min_p: Rule = None) -> Tensor:
-    """What the rules leave of logits / T.   (R, V), rules as in `sample`, those of rows (R, 1) -> (R, V) bool"""
+    """Which tokens top-k, top-p and min-p keep, from logits / T.   (R, V), rules as in `sample`, those of rows (R, 1) -> (R, V) bool"""
     V = logits.shape[-1]
     if isinstance(top_k, int) and top_p is None:                      # no need to sort what is dropped
         least = logits.topk(min(top_k or V, V), sorted=False).values.amin(-1, keepdim=True)
@@ -77,7 +78,7 @@ def sample_ref(logits: Tensor, temperature: Rule, top_k: Rule, top_p: Rule, min_
     """logits (R, V), seed (R,), step () -> (R,) int64
 
     A rule is a number, or one for each row (R,); top_k 0, top_p 1 and min_p 0 drop nothing, and neither does None. `noise`
-    is `gumbel` of these seeds where somebody has made it already.
+    is `gumbel` of these seeds if it was computed before.
     """
     t, *rules = (rule[:, None] if isinstance(rule, Tensor) else rule for rule in (temperature, top_k, top_p, min_p))
     noise = gumbel(seed, step, logits.shape[1]) if noise is None else noise
@@ -121,7 +122,7 @@ def sample_kernel(logits, temperature, top_k, top_p, min_p, seed, step, out, V, 
     v = tl.arange(0, BLOCK)
     x = tl.load(logits + r * stride + v, mask=v < V, other=-float("inf")).to(tl.float32) / tl.maximum(t, 1e-5)
     high = tl.max(x, axis=0)
-    key = tl.where(v < V, order(x), 0)                                  # 0 lies below every float
+    key = tl.where(v < V, order(x), 0)                                  # 0 sorts below every float
     floor = tl.full([], 1, tl.uint32)
     if TOP_K:
         k = tl.load(top_k + r)
@@ -159,7 +160,7 @@ def sample_kernel(logits, temperature, top_k, top_p, min_p, seed, step, out, V, 
 @cache
 @torch.inference_mode(False)
 def spread(rule: float, R: int, device: torch.device) -> Tensor:
-    """One number for all of R rows, made once."""
+    """A scalar rule as a tensor for R rows, created once."""
     return torch.full((R,), rule, device=device)
 
 
@@ -167,11 +168,11 @@ def sample(logits: Tensor, temperature: Rule, top_k: Rule, top_p: Rule, min_p: R
            noise: Tensor | None = None) -> Tensor:
     """`sample_ref`; nothing is read on the host, and the kernel makes its own noise"""
     (R, V), logits = logits.shape, logits if logits.stride(-1) == 1 else logits.contiguous()
-    if not fused(logits) or V > WIDEST:
+    if not use_triton(logits) or V > WIDEST:
         return sample_ref(logits, temperature, top_k, top_p, min_p, seed, step, noise)
-    out, block = torch.empty(R, dtype=torch.int64, device=logits.device), power(V)
+    out, block = torch.empty(R, dtype=torch.int64, device=logits.device), power_of_2(V)
     given = [rule is not None for rule in (top_k, top_p, min_p)]
     rules = [rule if isinstance(rule, Tensor) else spread(rule or 0.0, R, logits.device) for rule in (temperature, top_k, top_p, min_p)]
     if R:
-        sample_kernel[(R,)](logits, *rules, seed, step, out, V, logits.stride(0), *given, block, num_warps=power(block // 512, 1, 32))
+        sample_kernel[(R,)](logits, *rules, seed, step, out, V, logits.stride(0), *given, block, num_warps=power_of_2(block // 512, 1, 32))
     return out

@@ -2,7 +2,7 @@
 
     python bench.py kernels      on CUDA each op against torch.compile of its reference; elsewhere only what runs there
 
-`rows` scales everything that counts columns, so that a CPU comes through in seconds.
+`rows` scales everything that counts columns, so that a CPU finishes in seconds. Next: bench.py.
 """
 
 from collections.abc import Callable
@@ -54,7 +54,7 @@ def tensors(value: object) -> list[Tensor]:
 
 
 def op_side(op: Callable[..., Any], case: Case) -> Callable[[], Tensor]:
-    """Forward, and backward where something wants a gradient. Returns what came out, as one vector."""
+    """Forward, and backward if an input requires a gradient. Returns outputs and gradients as one vector."""
     args, named = case
     leaves = [t for t in tensors([*args, *named.values()]) if t.requires_grad]
 
@@ -69,7 +69,7 @@ def op_side(op: Callable[..., Any], case: Case) -> Callable[[], Tensor]:
 
 
 def moved(case: Case, result: Tensor) -> int:
-    """Bytes that the op must read and write at least: each tensor that goes in once, each result once in the same type."""
+    """Minimum bytes of memory traffic: every input read once, every result written once in the same dtype."""
     inputs = tensors([*case[0], *case[1].values()])
     size = next(t.element_size() for t in inputs if t.is_floating_point())
     return sum(t.numel() * t.element_size() for t in inputs) + result.numel() * size

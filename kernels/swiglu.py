@@ -4,8 +4,8 @@
     silu   act(g) = g s(g),  act'(g) = s(g) (1 + g (1 - s(g)))             s the logistic function
     gelu   act(g) = g P(g),  act'(g) = P(g) + g p(g)                       P and p of the normal distribution
 
-Only g and u are kept: the product and the activation, two more widths of every row, are not. `packed` g and u lie side
-by side in one tensor, and so does their gradient.
+Only g and u are saved, not the activation and the product. Packed g and u are halves of one tensor, and so is their
+gradient. Next: rope.py.
 """
 
 import math
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.choice import fused, jit, power, tl
+from kernels.choice import jit, power_of_2, tl, use_triton
 
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu}
 
@@ -76,7 +76,7 @@ class SwiGlu(torch.autograd.Function):
         g, u = rows(gate).chunk(2, -1) if up is None else (rows(gate), rows(up))
         y = torch.empty(g.shape, dtype=torch.promote_types(g.dtype, u.dtype), device=g.device)
         N, D = g.shape
-        block = power(D, most=1024)
+        block = power_of_2(D, most=1024)
         if N:
             forward_kernel[(N, math.ceil(D / block))](g, u, y, g.stride(0), u.stride(0), D, ctx.gelu, block)
         return y.view(*gate.shape[:-1], D)
@@ -90,7 +90,7 @@ class SwiGlu(torch.autograd.Function):
         g, u = (rows(gate), rows(rest[0])) if rest else rows(gate).chunk(2, -1)
         dg, du = (rows(dgate), rows(dup)) if rest else rows(dgate).chunk(2, -1)
         N, D = g.shape
-        block = power(D, most=1024)
+        block = power_of_2(D, most=1024)
         if N:
             strides = (x.stride(0) for x in (g, u, dg, du))
             backward_kernel[(N, math.ceil(D / block))](g, u, dy.contiguous(), dg, du, *strides, D, ctx.gelu, block)
@@ -100,4 +100,4 @@ class SwiGlu(torch.autograd.Function):
 def swiglu(gate: Tensor, up: Tensor | None = None, activation: str = "silu") -> Tensor:
     """`swiglu_ref`"""
     assert activation in ACTIVATIONS, activation
-    return SwiGlu.apply(gate, up, activation) if fused(gate) else swiglu_ref(gate, up, activation)
+    return SwiGlu.apply(gate, up, activation) if use_triton(gate) else swiglu_ref(gate, up, activation)

@@ -1,4 +1,4 @@
-"""Parts of a model that only some families have, and what the blocks of a stack share. Read it when model.py names one.
+"""Parts of a model that only some families have, and what the blocks of a stack share. Read a file when model.py uses it.
 
     architecture.py    StackConfig, ModelConfig: a model in numbers
     batch_plan.py      attention masks, positions and routing of a batch, computed once

@@ -1,12 +1,12 @@
-"""Embeddings that pass through a Linear, for Moshi's relatives.
+"""Low-rank embeddings, conditions and voices, for the relatives of Moshi.
 
     narrow tables    y_n = P_n E_n[id]            TTS, Hibiki: the depth transformer's tables, `low_rank` wide
-    one table        y_n = P_n E[id]              TTS: two text rows, the word that is said and one that lies ahead (`demux`)
-    condition        y = P E[id], or a learnt u   Hibiki, TTS: one choice for the whole sequence, added to every column
-    voice            every layer attends to P f   TTS: features f (n, F) of the speakers, in the order in which they speak
+    one table        y_n = P_n E[id]              TTS: two text rows, the current word and one ahead (`demux`)
+    condition        y = P E[id], or a learned u   Hibiki, TTS: one choice for the whole sequence, added to every column
+    voice            every layer attends to P f   TTS: features f (n, F) of the speakers, in speaking order
 
--1 adds exactly zero, as in `Embedding` of model.py, whose `Linear` these are given. A condition is a row of the grid
-that holds its id in every column; its last id says that nothing was chosen: guidance without the condition reads that.
+-1 adds exactly zero, as in `Embedding` of model.py, whose `Linear` is passed in. A condition is a row of the grid
+with its id in every column; the last id means no choice, and is what classifier-free guidance reads.
 Sources: moshi 0.2.13 (ScaledEmbedding, LUTConditioner), arXiv:2502.03382 (Hibiki). `condition_ids` reads choices by name. Next: model.py.
 """
 
@@ -24,9 +24,9 @@ Linear = Callable[..., nn.Module]
 
 
 class ProjectedEmbedding(nn.Module):
-    """Tables of width `rank`, each row of the grid widened by a Linear of its own.   ids (B, n, S) -> (B, S, D)
+    """Tables of width `rank`; each row of the grid has its own Linear to `dim`.   ids (B, n, S) -> (B, S, D)
 
-    `shared`: all rows read the table of the first.
+    `shared`: all rows use the table of the first.
     """
 
     def __init__(self, vocabularies: Sequence[int], rank: int, dim: int, linear: Linear, shared: bool = False) -> None:
@@ -49,7 +49,7 @@ class ProjectedEmbedding(nn.Module):
 
 
 class ConditionEmbedding(nn.Module):
-    """A choice among `vocab - 1` values; the last id is none of them.   ids (B, S) -> (B, S, D)"""
+    """A choice among `vocab - 1` values; the last id is no choice.   ids (B, S) -> (B, S, D)"""
 
     def __init__(self, vocab: int, rank: int, dim: int, linear: Linear) -> None:
         super().__init__()
@@ -63,14 +63,14 @@ class ConditionEmbedding(nn.Module):
 
 
 class VoiceConditioner(nn.Module):
-    """Features of voices, widened, with their places if `scale`.   (B, n, F), known (B, n) bool -> (B, n, D); what is unknown is learnt"""
+    """Project voice features (B, n, F), plus positions if `scale`.   known (B, n) bool; unknown ones are a learned vector -> (B, n, D)"""
 
     def __init__(self, width: int, dim: int, linear: Linear, scale: float = 0.0) -> None:
         super().__init__()
         self.out, self.none, self.scale = linear(width, dim), nn.Parameter(torch.empty(1, dim)), scale
 
-    def nobody(self, batch: int) -> Tensor:
-        """What is heard where no voice is known.   -> (B, 1, D)"""
+    def unknown_voice(self, batch: int) -> Tensor:
+        """Features for items without a voice.   -> (B, 1, D)"""
         nothing = self.out.weight.new_zeros(batch, 1, self.out.weight.shape[1])
         return self(nothing, torch.zeros(batch, 1, dtype=torch.bool, device=nothing.device))
 
@@ -83,7 +83,7 @@ class VoiceConditioner(nn.Module):
 
 
 class VoiceAttention(nn.Module):
-    """What a block hears of the voices: attention over all of them.   x (B, S, D), voice (B, n, D) -> (B, S, D)
+    """Cross-attention of a block to the voice features.   x (B, S, D), voice (B, n, D) -> (B, S, D)
 
     Its Linears take no adapter, as in the package.
     """
@@ -101,18 +101,18 @@ class VoiceAttention(nn.Module):
 
 
 def condition_id(stream: Any, value: str) -> int:
-    """The id of a value: its place among the row's `values`, or a hash where it names none. "" chooses nothing."""
+    """The id of a value: its index in the row's `values`, or a hash if the row has none. "" = no choice; ValueError if unknown."""
     if not value:
         return stream.vocab - 1
     if not stream.values:
         return int(hashlib.sha256(value.encode()).hexdigest(), 16) % (stream.vocab - 1)
     if value not in stream.values:
-        raise ValueError(f"condition {stream.name} is {value!r}; it is one of {', '.join(stream.values)}, or nothing")
+        raise ValueError(f"condition {stream.name} is {value!r}; choose one of {', '.join(stream.values)}, or leave it empty")
     return stream.values.index(value)
 
 
 def condition_column(table: StreamTable, text: str) -> Tensor:
-    """Ids of the condition rows from "name=value,name=value"; what is not named is not chosen.   -> (C, 1)"""
+    """Ids of the condition rows from "name=value,name=value"; unnamed ones are not chosen.   -> (C, 1)"""
     return torch.tensor(condition_ids(table, dict(part.partition("=")[::2] for part in text.split(",") if part)), dtype=torch.long)[:, None]
 
 
@@ -120,5 +120,5 @@ def condition_ids(table: StreamTable, pairs: dict[str, str]) -> list[int]:
     """Ids of the condition rows from names and values."""
     known = [table.streams[k] for k in table.conditions]
     for name in pairs.keys() - {s.name for s in known}:
-        raise ValueError(f"there is no condition {name!r}; this model has {', '.join(s.name for s in known) or 'none'}")
+        raise ValueError(f"condition {name!r} is unknown; this model has {', '.join(s.name for s in known) or 'none'}")
     return [condition_id(s, pairs.get(s.name) or "") for s in known]

@@ -1,12 +1,13 @@
-"""A contrastive term for voice cloning: what is said in a sample lies nearer to its own reference than to those of others.
+"""A contrastive term for voice cloning: the speech of a sample is closer to its own reference than to those of others.
 
     r, y    mean final hidden state over the columns of a sample's reference speech, and of its trained speech; unit length
     L = - mean over samples i of log( exp(y_i r_i / t) / sum over j of exp(y_i r_j / t) )
 
 j runs over i and the samples of other speakers in the same micro-batch: two clips of one voice are never pushed apart.
-InfoNCE (arXiv:1807.03748) with t = 0.07. Off unless LossConfig.contrastive is set: the plain objective holds all the
-released models were trained with, and unlike it this one depends on how samples meet in micro-batches. A sample without
-a reference, or alone with its speaker, has no part in it. `pairs` tells from the grid who has; `info_nce` is the sum.
+InfoNCE (arXiv:1807.03748) with t = 0.07. Off unless LossConfig.contrastive is set: the released models were trained
+without it, and unlike the other terms it depends on which samples share a micro-batch. Samples without a reference, or
+without another speaker in the batch, are left out. `contrastive_pairs` finds the others; `info_nce` is the sum.
+Next: loss.py.
 """
 
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ TEMPERATURE = 0.07
 
 @dataclass
 class Pairs:
-    """Which columns of a batch make the vectors of its n samples, and who stands against whom."""
+    """The columns that form the vectors of the n samples of a batch, and the negatives of each."""
 
     reference: Tensor       # (B, S) number of the sample whose reference speech a column is, -1 = none
     target: Tensor          # (B, S) the same for its trained speech
@@ -35,7 +36,7 @@ class Pairs:
 
 
 def contrastive_pairs(tokens: Tensor, weights: Tensor, segments: Tensor, speakers: Tensor, table: StreamTable) -> Pairs:
-    """Find the samples of packed rows that have a reference and somebody to be told from.
+    """Find the samples of packed rows that have a reference and at least one negative.
 
     tokens and weights (B, K, S); segments (B, S), -1 = padding; speakers (B, S), a number for each voice, -1 = unknown
     """
@@ -44,14 +45,14 @@ def contrastive_pairs(tokens: Tensor, weights: Tensor, segments: Tensor, speaker
     before = F.pad(audio, (1, -1)) & (segments == F.pad(segments, (1, -1), value=-1))
     run = (audio & ~before).flatten().cumsum(0).view(B, S)                       # number of each stretch of speech, from 1
     counted = (weights[:, table.audio].sum(1) * audio).flatten()
-    learnt = torch.zeros(B * S + 1, device=tokens.device).index_add(0, run.flatten(), counted) > 0
-    trained = audio & learnt[run]
+    has_target = torch.zeros(B * S + 1, device=tokens.device).index_add(0, run.flatten(), counted) > 0
+    trained = audio & has_target[run]
     n = B * max(1, int(segments.max()) + 1)
     sample = torch.where(segments >= 0, segments + torch.arange(B, device=tokens.device)[:, None] * (n // B), 0)
     reference, target = (torch.where(of, sample, -1) for of in (audio & ~trained, trained))
     both = present(reference, n) & present(target, n)
-    heard = torch.where(segments >= 0, speakers, -1).flatten()
-    voice = torch.full((n,), -1, device=tokens.device).scatter_reduce(0, sample.flatten(), heard, "amax")
+    speaker = torch.where(segments >= 0, speakers, -1).flatten()
+    voice = torch.full((n,), -1, device=tokens.device).scatter_reduce(0, sample.flatten(), speaker, "amax")
     other = (voice[:, None] != voice) | (voice < 0)
     others = both[:, None] & both & other & ~torch.eye(n, dtype=torch.bool, device=tokens.device)
     return Pairs(reference, target, others | torch.diag(others.any(1)))

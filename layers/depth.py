@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.attention import Cache
-from kernels.decode import Turns, column_step, per_step
+from kernels.attention import KVCache
+from kernels.decode import RopeTable, column_step, per_step
 from kernels.rope import rope_tables
 from layers.architecture import FusionConfig, StackConfig
 from layers.batch_plan import Context
@@ -84,7 +84,7 @@ class Depth(nn.Module):
         x = self.join(h, torch.stack([self.embed(k, token) for k, token in enumerate(read)]), step)
         return self.run(self.layers, x, Context(step=step), level=level)
 
-    def step(self, k: int, h: Tensor, token: Tensor, cache: Cache, known: bool = False) -> Tensor:
+    def step(self, k: int, h: Tensor, token: Tensor, cache: KVCache, known: bool = False) -> Tensor:
         """One step of sampling: logits of codebook k.   h (B, D), token as in `embed`, `known`: none is -1 -> (B, V)"""
         step, cache.slots, cache.live = slice(k, k + 1), slice(k, k + 1), k + 1      # step 0 overwrites the column before
         if k == 0 and self.text_map is None:
@@ -95,7 +95,7 @@ class Depth(nn.Module):
             x = cache.inputs[k] + self.embed(k, token) if self.text_map is None else self.join(h, self.embed(k, token)[None], step)[0]
         if cache.fast is None or torch.is_grad_enabled():
             return self.head(self.run(self.layers, x[None], Context(step=step, cache=cache)), step)[0]
-        x = cache.fast(x, cache.places[k], None, None, step=k)
+        x = cache.fast(x, cache.step_slots[k], None, None, step=k)
         return self.head(x[None], step)[0] if self.head.adapter else cache.heads[k](x)
 
     def inputs(self, h: Tensor) -> Tensor:
@@ -106,12 +106,12 @@ class Depth(nn.Module):
         sets = F.linear(h, self.input.weight.flatten(0, 1)).unflatten(-1, (-1, self.c.dim))
         return self.input.pick(sets.transpose(0, 1), every)
 
-    def cache(self, batch: int) -> Cache:
+    def cache(self, batch: int) -> KVCache:
         weight = self.layers[0].attn_norm.weight
-        cache = Cache(self.c.layers, batch, self.c.kv, self.c.steps, self.c.head, weight)
+        cache = KVCache(self.c.layers, batch, self.c.kv, self.c.steps, self.c.head, weight)
         cache.fast = None if self.c.rope_theta else column_step(self.layers, self.c, cache)
         if cache.fast is not None:
-            cache.places = [cache.fast.places(k, k + 1) for k in range(self.c.steps)]
+            cache.step_slots = [cache.fast.places(k, k + 1) for k in range(self.c.steps)]
             cache.heads = per_step(self.head)
             if self.plain_tables:
                 tables = [self.text.weight.detach()]             # of each step: one row of ids, none of them -1, is one operation
@@ -153,7 +153,7 @@ class PrefixDepth(nn.Module):
 
     # ---- sampling, one codebook at a time ----
 
-    def step(self, k: int, x: Tensor, token: Tensor, cache: Cache, tables: nn.Module | None = None) -> Tensor:
+    def step(self, k: int, x: Tensor, token: Tensor, cache: KVCache, tables: nn.Module | None = None) -> Tensor:
         """Read what stands at position k: the state x (B, D) for k = 0, codebook k - 1 as token (B,) behind it.
 
         -> logits (B, V) of codebook k; for k = 0 nothing but a place in the cache: (B, 0)
@@ -165,17 +165,17 @@ class PrefixDepth(nn.Module):
             context = Context(rope=rope_tables(self.c.head, self.c.rope_theta, self.c.rope_scaling, positions), cache=cache)
             y = self.norm(self.run(self.layers, x[:, None], context)[:, 0])
         else:
-            y = cache.fast(x, cache.places[k], cache.turns.table[k : k + 1], None)
+            y = cache.fast(x, cache.step_slots[k], cache.rope.table[k : k + 1], None)
         if k == 0:
             return y[:, :0]
         return self.head(y[None], slice(k - 1, k))[0] if self.head.adapter or cache.heads is None else cache.heads[k - 1](y)
 
     def cache(self, batch: int) -> Any:
         weight = self.layers[0].attn_norm.weight
-        cache = Cache(self.c.layers, batch, self.c.kv, self.steps, self.c.head, weight)
-        cache.fast, cache.turns, cache.heads = column_step(self.layers, self.c, cache, 0, self.norm), Turns(self.c, weight), None
+        cache = KVCache(self.c.layers, batch, self.c.kv, self.steps, self.c.head, weight)
+        cache.fast, cache.rope, cache.heads = column_step(self.layers, self.c, cache, 0, self.norm), RopeTable(self.c, weight), None
         if cache.fast is not None:
-            cache.turns.reach(self.steps)
-            cache.places = [cache.fast.places(k, k + 1) for k in range(self.steps)]
+            cache.rope.extend(self.steps)
+            cache.step_slots = [cache.fast.places(k, k + 1) for k in range(self.steps)]
             cache.heads = per_step(self.head)
         return cache

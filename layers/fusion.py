@@ -1,14 +1,14 @@
-"""A frozen text language model beside the temporal transformer, fused behind the last layer of both (DSAA).
+"""A frozen text language model next to the temporal transformer, fused after the last layer of both (DSAA).
 
     text row ---> text tower (Qwen) ---> h_t (B, S, Dt) --+
                                                           +-- h = [h_t; h_a] --text projector--> (B, S, Dt) --> text_head
     audio rows -> temporal (Moshi) ----> h_a (B, S, Da) --+         |
                                                                     +-- [h; e_k] --projector k--> depth transformer, step k
 
-The tower is a model of its own, read and never trained; checkpoints name it and leave its weights out. It steps once a
-column ("frame") or only where a word piece stands ("token": the last state holds until the next one). The two meet in
-the projectors alone: what the user says never reaches the text model. Formulas: the reference slavivo/dsaa, whose
-projectors these are; norms of their own for each part and the token rate are ours. Set-up: families/dsaa.py.
+The tower is a separate model that is never trained; checkpoints name it and leave its weights out. It steps once per
+column ("frame") or only at text tokens ("token": the last state is held until the next one). Only the projectors combine
+the two: the user's speech never reaches the text model. Formulas: the reference slavivo/dsaa, whose
+projectors these are; a norm for each part and the token rate are ours. Set-up: families/dsaa.py. Next: contrastive.py.
 """
 
 import hashlib
@@ -111,9 +111,9 @@ KINDS = ("preserve", "residual", "mlp", "gated", "text_residual")
 
 
 class TextTower:
-    """A frozen text model that reads the text row.   `body` is its MultistreamLM, `padding` the ids that say nothing
+    """A frozen text model that reads the text row.   `body` is its MultistreamLM, `padding` the ids of padding
 
-    No nn.Module: what holds it neither saves, trains nor adapts it.
+    Not an nn.Module, so its owner does not save, train or adapt it.
     """
 
     def __init__(self, body: nn.Module, rate: str, padding: Sequence[int]) -> None:
@@ -125,7 +125,7 @@ class TextTower:
 
     @torch.no_grad()
     def __call__(self, ids: Tensor, positions: Tensor | None, segments: Tensor | None, cache: Any) -> Tensor:
-        """States behind the last norm.   ids (B, S), positions and segments (B, S) or None -> (B, S, Dt)"""
+        """States after the last norm.   ids (B, S), positions and segments (B, S) or None -> (B, S, Dt)"""
         if self.rate == "frame":
             return self.body.hidden(ids[:, None], positions, segments, cache)[0]
         said = ids >= 0
@@ -134,7 +134,7 @@ class TextTower:
         return self.packed(ids, said, segments) if cache is None else self.step(ids, said, cache)
 
     def packed(self, ids: Tensor, said: Tensor, segments: Tensor | None) -> Tensor:
-        """Token rate: drop the padding, read each row once, and hold every state until the next token."""
+        """Token rate: drop the padding, read each row once, and repeat every state until the next token."""
         B, S = ids.shape
         n = max(1, int(said.sum(1).max()))
         order = (~said).sort(dim=1, stable=True).indices[:, :n]                        # -> (B, n) columns of the tokens
@@ -143,11 +143,11 @@ class TextTower:
         kept = None if segments is None else segments.gather(1, order)
         h = self.body.hidden(torch.where(real, ids.gather(1, order), -1)[:, None], torch.where(real, places, -1), kept)[0]
         last = said.cumsum(1) - 1                                                      # (B, S), -1 before the first token
-        heard = last >= 0
+        started = last >= 0
         if segments is not None:
-            heard &= kept.gather(1, last.clamp(min=0)) == segments
+            started &= kept.gather(1, last.clamp(min=0)) == segments
         states = h.gather(1, last.clamp(min=0)[..., None].expand(-1, -1, h.shape[-1]))
-        return torch.where(heard[..., None], states, 0.0)
+        return torch.where(started[..., None], states, 0.0)
 
     def step(self, ids: Tensor, said: Tensor, cache: Any) -> Tensor:
         """The same for the next columns (B, n) of a generation; the cache counts tokens and keeps the last state."""
@@ -162,7 +162,7 @@ class TextTower:
 
     def cache(self, batch: int, columns: int) -> Any:
         cache = self.body.cache(batch, columns)
-        cache.plain = self.rate == "frame"             # otherwise columns without a token are padding in its middle
+        cache.plain = self.rate == "frame"             # otherwise columns without a token count as padding
         weight = self.body.embed["text"].weight
         cache.counts = torch.zeros(batch, dtype=torch.long, device=weight.device)
         cache.held = weight.new_zeros(batch, weight.shape[1])
@@ -170,9 +170,9 @@ class TextTower:
 
 
 class Remembered:
-    """States of frozen towers, computed once for each example and kept in memory as fp16, oldest out first.
+    """LRU cache of the states of frozen towers, computed once per example and kept in memory as fp16.
 
-    Each example is computed alone and always read back, so that a resumed run sees the very same states.
+    Each example is computed alone and always rounded to fp16, so that a resumed run reads the same values.
     """
 
     def __init__(self, megabytes: int) -> None:
@@ -203,12 +203,13 @@ class Remembered:
 
 
 def remember(model: nn.Module, megabytes: int) -> Remembered:
-    """Memory for the states of a model whose towers are frozen; ValueError names what is trained there."""
+    """The state cache of a model with frozen towers; ValueError names what is trained there."""
     parts = ("temporal.", "embed.", "feed_text.")
     trained = [n for n, p in model.named_parameters() if p.requires_grad and n.startswith(parts)]
     if trained or model.config.dropout or model.config.input_drop or model.config.text_drop:
         found = f"{trained[0]} is trained" if trained else "the model drops inputs or states"
-        raise ValueError(f"model.fusion.remember keeps states of frozen towers, but {found}; freeze it with --rates, or set remember to 0")
+        raise ValueError(f"model.fusion.remember caches the states of frozen towers, but {found}; "
+                         + "freeze it with --rates, or set model.fusion.remember=0")
     return Remembered(megabytes)
 
 
@@ -221,7 +222,7 @@ def runs(tokens: Tensor, segments: Tensor | None) -> list[tuple[int, int]]:
 
 
 def fingerprint(weights: dict[str, Tensor]) -> str:
-    """Sixteen letters that differ between two sets of weights: a sample of every tensor, whatever type it is stored in."""
+    """16 hex digits, a hash of a sample of every tensor as bf16, so independent of the stored dtype."""
     found = hashlib.blake2b(digest_size=8)
     for name, tensor in sorted(weights.items()):
         flat = tensor.detach().flatten()
@@ -231,5 +232,5 @@ def fingerprint(weights: dict[str, Tensor]) -> str:
 
 
 def as_stored(tower: ModelConfig, stored: ModelConfig) -> ModelConfig:
-    """A tower's config with the attention window of the model that it came from: how far it looks back is ours to say."""
+    """A tower's config with the attention window of the stored model, to compare them: the window is our choice."""
     return replace(tower, temporal=replace(tower.temporal, window=stored.temporal.window))

@@ -15,7 +15,7 @@ from families.higgs import HIGGS_V2_3B
 from families.moshi import MOSHI_7B
 from families.moss import MOSS_9B
 from families.qwen import QWEN2_5_1_5B
-from kernels.attention import Runs
+from kernels.attention import PackedRows
 from kernels.rope import rope, rope_tables
 from layers.architecture import ModelConfig, StackConfig
 from layers.batch_plan import make_plan
@@ -252,7 +252,7 @@ def test_runs_of_packed_rows_equal_a_mask_over_all_pairs(name: str, monkeypatch:
             monkeypatch.undo()
             monkeypatch.setattr("layers.batch_plan.attention_mask", None)
         else:
-            monkeypatch.setattr(Runs, "of", lambda *_: None)
+            monkeypatch.setattr(PackedRows, "from_segments", lambda *_: None)
         sums = model(tokens, weights, positions, segments)
         sums.nll.sum().backward()
         found.append([sums.stacked(), *(p.grad for p in model.parameters())])
@@ -262,7 +262,7 @@ def test_runs_of_packed_rows_equal_a_mask_over_all_pairs(name: str, monkeypatch:
 @pytest.mark.parametrize(("positions", "segments"), [
     ([0, 1, 3, 4], [0, 0, 0, 0]), ([0, 1, 0, 1], [0, 0, 1, 0]), ([-1, 0, 1, 2], [0, 0, 0, 0])], ids=["gap", "two pieces", "negative"])
 def test_what_is_no_plain_run_goes_by_a_mask(positions: list[int], segments: list[int]) -> None:
-    assert Runs.of(torch.tensor([positions]), torch.tensor([segments]), 0) is None
+    assert PackedRows.from_segments(torch.tensor([positions]), torch.tensor([segments]), 0) is None
 
 
 def test_a_plan_from_the_host_is_the_plan() -> None:

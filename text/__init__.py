@@ -1,6 +1,6 @@
-"""Text <-> ids, usable alone: what a string becomes before a model reads it, and when each word is said.
+"""Text <-> ids, usable alone: normalisation, tokenization, word times, chat templates. Read it when you change what a prompt says.
 
-    normalisers.py     versioned rewriting of texts
+    normalisers.py     versioned normalisation of texts
     tokenizers.py      bytes, word lists, SentencePiece, tokenizer.json
     word_times.py      words with times -> the text row of an aligned grid
     conversation.py    messages -> segments, by the chat template of a family

@@ -1,9 +1,9 @@
 """Conversations: messages -> segments of text ids and codes, in the chat template that a family was trained on.
 
-A message is {"role", "content"}: a text, or a list of texts, {"type": "text", "text"} and {"type": "audio", ...}. How a
-family marks turns is a value, a `Template`, which stands in its file in families/. `Chat.segments` writes training
-examples and prompts alike; a layout function lays them out. Which turns are targets: those of the assistant from `start`
-on, headers never.
+A message is {"role", "content"}: a text, or a list of texts, {"type": "text", "text"} and {"type": "audio", ...}. The chat
+template of a family is a value, a `Template` in its file in families/. `Chat.segments` builds training examples and
+prompts alike; a layout function makes their grid. Targets are the assistant's turns from `start` on, without headers.
+Next: coverage.py.
 """
 
 import re
@@ -24,43 +24,43 @@ Segment = tuple[Tensor, float]      # text ids (n,) or codes (Q, T), and the wei
 
 @dataclass(frozen=True)
 class Template:
-    """How a family writes turns: header ({role} is filled in), content, close, behind. "" = it has no such mark."""
+    """The chat template of a family: header ({role} is filled in), content, close, separator. "" = no such token."""
 
-    family: str                         # for messages
+    family: str                             # for messages
     header: str
-    close: str                          # a target where the assistant speaks
-    stop: str                           # ends a text that is no conversation
-    marks: tuple[str, ...]              # special tokens it writes with; each is one id of the tokenizer
-    refused: tuple[str, ...]            # what no text may hold: it would be structure
-    behind: str = ""                    # between turns, never a target
-    again: str = ""                     # closes an assistant turn that another one follows
-    begin: str = ""                     # before the first turn
-    recipient: str = ""                 # behind whom an assistant turn is for
-    hear: str = ""                      # opens a recording
-    speak: str = ""                     # opens the assistant's speech
-    end: str = ""                       # follows codes, where no code does
-    chooses: bool = False               # the model itself opens speech; otherwise the prompt says which reply it wants
-    system: tuple[str, str] = ("", "")  # system turn of conversations that bring none, for a text and for a spoken reply
-    thought: str = ""                   # opens a reply that was not thought about
-    targets: str = "all"                # of the replies, "all" or the "last"; "clone": the last where one before it is speech
-    joint: bool = False                 # header and content become ids as one text
-    roles: tuple[tuple[str, str], ...] = ()     # what the header calls a role, where it has another name
-    one_turn: bool = False              # a text and its speech are one turn
-    # text, transcripts of the voices, scene, whether the voices stand in the system turn -> messages of a prompt
+    close: str                              # ends a turn; a target in the assistant's turns
+    stop: str                               # ends a plain text
+    marks: tuple[str, ...]                  # its special tokens; each must be one id of the tokenizer
+    refused: tuple[str, ...]                # special tokens that are refused inside a text
+    separator: str = ""                     # after every turn, never a target
+    close_continued: str = ""               # closes an assistant turn that is followed by another one
+    begin: str = ""                         # before the first turn
+    recipient: str = ""                     # after the recipient of an assistant turn
+    audio_in: str = ""                      # before the codes of a recording of the user
+    audio_out: str = ""                     # before the codes of the assistant's speech
+    audio_end: str = ""                     # after codes; "" where an audio code ends them
+    predicts_audio_start: bool = False      # the model generates audio_out itself; otherwise the prompt contains it
+    system: tuple[str, str] = ("", "")      # default system message, for a text and for a spoken reply
+    empty_thinking: str = ""                # begins a reply without reasoning (Qwen3)
+    targets: str = "all"                    # trained replies: "all", "last", or "clone": the last if an earlier one is speech
+    joint_header: bool = False              # tokenize header and content as one text
+    roles: tuple[tuple[str, str], ...] = () # (role, its name in the header), where they differ
+    one_turn: bool = False                  # a text and its speech are one turn
+    # (text, transcripts of the voices, scene, references in the system message) -> messages of a prompt
     clone_prompt: Callable[[str, Sequence[str], str, bool], list[Message]] | None = None
 
-    def steered(self, table: StreamTable, tokenizer: Tokenizer) -> StreamTable:
-        """A table whose steering ids are those of a tokenizer."""
+    def with_tokenizer_ids(self, table: StreamTable, tokenizer: Tokenizer) -> StreamTable:
+        """The table with the ids of audio_start, audio_end and stop taken from a tokenizer."""
         ids = token_ids(tokenizer, self.marks, self.family) | {"": -1}
         stop = tuple(ids[mark] for mark in (self.stop, self.close) if mark)
-        return replace(table, audio_start=ids[self.speak], audio_end=ids[self.end], stop=stop)
+        return replace(table, audio_start=ids[self.audio_out], audio_end=ids[self.audio_end], stop=stop)
 
 
 ROLES = ("system", "user", "assistant")
 
 
 def token_ids(tokenizer: Tokenizer, names: Sequence[str], family: str) -> dict[str, int]:
-    """The id of each special token, read off the tokenizer; ValueError when one is not a single id there."""
+    """The id of each special token; ValueError when the tokenizer splits one."""
     found = {name: tokenizer.encode(name) for name in names}
     missing = [name for name, ids in found.items() if len(ids) != 1]
     if missing:
@@ -91,16 +91,16 @@ def clips(content: Any) -> list[Message]:
 
 
 def checked(messages: Any, marks: Sequence[str]) -> list[Message]:
-    """Messages of known roles with readable content, none of which holds `marks`; ValueError (reason; fix) otherwise."""
+    """Check roles and content of messages, and that no text contains `marks`; ValueError "reason; fix" otherwise."""
     if not isinstance(messages, list) or not all(isinstance(m, dict) and m.get("role") in ROLES and "content" in m for m in messages):
         raise ValueError(f'malformed messages; a list of {{"role", "content"}}, roles {", ".join(ROLES)}')
     for message in messages:
         if message.get("tool_calls") or message.get("reasoning_content"):
-            raise ValueError("malformed messages; tool_calls and reasoning_content are not written here: leave them out")
+            raise ValueError("malformed messages; tool_calls and reasoning_content are not supported: leave them out")
         for part in parts(message["content"]):
             refuse_marks(part if isinstance(part, str) else "", message["role"], marks)
     if not any(m["role"] == "assistant" for m in messages):
-        raise ValueError("no assistant turn; the last assistant turn holds what the model should say")
+        raise ValueError("no assistant turn; add one with the reply that the model should learn")
     return messages
 
 
@@ -108,18 +108,18 @@ THOUGHTS = ("<think>", "</think>")
 
 
 def refuse_marks(text: str, role: str, marks: Iterable[str]) -> str:
-    """The text, which may not open or close turns, nor bring placeholders: what is data never becomes structure."""
+    """Return the text; ValueError when it contains a special token, which would change the structure of the turns."""
     held = next((mark for mark in marks if mark in text), "")
     if held in THOUGHTS:
-        raise ValueError(f"reasoning in a turn; the text of a {role} turn holds {held}, keep only what is said behind </think>")
+        raise ValueError(f"reasoning in a turn; the text of the {role} turn holds {held}, keep only the answer after </think>")
     if held:
-        raise ValueError(f"wrong placeholder count; the text of a {role} turn holds {held}, "
+        raise ValueError(f"wrong placeholder count; the text of the {role} turn holds {held}, "
                          + 'name each recording in a part of type "audio" and leave such marks out')
     return text
 
 
 def bare(message: Message) -> Message:
-    """A message without inline audio: what is kept of it once its recordings are rows."""
+    """A message without its inline audio, which is stored in rows of its own."""
     content = message["content"]
     if isinstance(content, (list, dict)):
         content = [part if isinstance(part, str) else {k: v for k, v in part.items() if k != "raw_audio"}
@@ -129,19 +129,20 @@ def bare(message: Message) -> Message:
 
 
 def said(messages: list[Message], i: int) -> str:
-    """The words of turn i: its own text, the "text" of its recording, or the words of the user turn before it."""
+    """The transcript of turn i: its own text, the "text" of its recording, or the text of the user turn before it."""
     before = [text_of(m["content"]) for m in reversed(messages[:i]) if m["role"] == "user"]
-    heard = " ".join(str(part["text"]) for part in clips(messages[i]["content"]) if part.get("text"))
-    return text_of(messages[i]["content"]) or heard or next(filter(None, before), "")
+    recorded = " ".join(str(part["text"]) for part in clips(messages[i]["content"]) if part.get("text"))
+    return text_of(messages[i]["content"]) or recorded or next(filter(None, before), "")
 
 
-def written(messages: list[Message]) -> list[Message]:
-    """A conversation for a model that only reads: what its recordings say stands in their place."""
+def with_transcripts(messages: list[Message]) -> list[Message]:
+    """A conversation for a text-only model: recordings are replaced by their transcripts; ValueError without one."""
     out = []
     for message in messages:
-        lost = [part for part in clips(message["content"]) if not part.get("text")]
-        if lost:
-            raise ValueError(f'the model reads text only; give the recording {lost[0].get("audio_url", "(inline)")} a "text", what it says')
+        missing = [part for part in clips(message["content"]) if not part.get("text")]
+        if missing:
+            name = missing[0].get("audio_url", "(inline)")
+            raise ValueError(f'the model reads text only; give the recording {name} a "text" with its transcript')
         spelled = [part if isinstance(part, str) else part["text"] for part in parts(message["content"])]
         out.append(message | {"content": " ".join(spelled)})
     return out
@@ -153,16 +154,16 @@ def audio_turn() -> Message:
 
 
 def first_target(messages: list[Message], targets: str = "clone") -> int:
-    """Default `start_index`: the first turn, or the last assistant turn; under "clone", where an earlier one has audio (a reference)."""
+    """Default `start_index`: 0, or the last assistant turn under "last", and under "clone" if an earlier one has audio (a reference)."""
     replies = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     last = targets == "last" or (targets == "clone" and any(clips(messages[i]["content"]) for i in replies[:-1]))
     return replies[-1] if last and replies else 0
 
 
 def chunks(text: str, limit: int) -> list[str]:
-    """Cut a long text: at lines that begin with [SPEAKER where there are any, else after `limit` words of a paragraph.
+    """Split a long text: at lines that begin with [SPEAKER if there are any, else after `limit` words of a paragraph.
 
-    Turns of speakers are joined while they stay within `limit` words, and never cut.
+    Turns of speakers are joined up to `limit` words and never split.
     """
     if limit <= 0:
         return [text]
@@ -179,21 +180,21 @@ def chunks(text: str, limit: int) -> list[str]:
 
 @dataclass(frozen=True)
 class Chat:
-    """How the conversations of a data set or a prompt are written: the tokenizer and the options of DataConfig."""
+    """Writes conversations as segments: tokenizer, template and the options of DataConfig."""
 
     tokenizer: Tokenizer
     template: Template
     normaliser: str = "none"
-    scene: str = ""                 # cloned voices: scene description of rows that bring none
+    scene: str = ""                 # cloned voices: scene description of rows without one
     in_system: bool = False         # cloned voices: reference audio goes into the system message
-    system: str = ""                # system turn of conversations that bring none, "" = that of the template
-    thinking: bool = False          # prompts leave it to Qwen3 whether it thinks first
+    system: str = ""                # system message of conversations without one, "" = that of the template
+    thinking: bool = False          # Qwen3: prompts do not suppress reasoning
 
-    def fit(self, table: StreamTable) -> "Chat":
-        """Check that the model steers by the ids of this tokenizer."""
+    def check_tokenizer(self, table: StreamTable) -> "Chat":
+        """Check that the control tokens of the model have the ids of this tokenizer; ValueError names the first that differs."""
         t = self.template
         ids = token_ids(self.tokenizer, t.marks + marks_of(self.normaliser), t.family)
-        for name, wanted in ((t.speak, [table.audio_start]), (t.end, [table.audio_end]), (t.close, table.stop)):
+        for name, wanted in ((t.audio_out, [table.audio_start]), (t.audio_end, [table.audio_end]), (t.close, table.stop)):
             if name and ids[name] not in wanted:
                 found = f"{name} is {ids[name]} in tokenizer {self.tokenizer.name}, {', '.join(map(str, wanted))} in the model"
                 raise ValueError(f"{found}; use the tokenizer that belongs to the model")
@@ -203,9 +204,9 @@ class Chat:
         return torch.tensor(self.tokenizer.encode(text), dtype=torch.long)
 
     def segments(self, messages: list[Message], codes: Sequence[Tensor], start: int | None = None, reply: str = "") -> list[Segment]:
-        """Write messages with the codes (Q, T) of their audio parts, in reading order; targets begin at message `start`.
+        """Segments of messages with the codes (Q, T) of their audio parts, in reading order; targets begin at message `start`.
 
-        `reply`, "text" or "speech", opens an assistant turn behind them: the grid is then a prompt.
+        `reply`, "text" or "speech", opens an assistant turn after them: the result is a prompt.
         """
         t = self.template
         wanted = sum(len(clips(m["content"])) for m in messages)
@@ -221,17 +222,17 @@ class Chat:
         for n, message in enumerate(messages):
             role, closing = message["role"], n + 1 == len(messages)
             weight = float(role == "assistant" and n >= start and not reply)
-            thought = t.thought if closing and role == "assistant" and any(m["role"] == "user" for m in messages) else ""
+            thinking = t.empty_thinking if closing and role == "assistant" and any(m["role"] == "user" for m in messages) else ""
             header = t.header.format(role=dict(t.roles).get(role, role))
-            out += self.turn(message, (t.begin if n == 0 else "") + header + thought, given, weight)
-            again = t.again and role == "assistant" and not closing and messages[n + 1]["role"] == "assistant"
-            out.append((self.encode(t.again if again else t.close), weight))
-            out += [(self.encode(t.behind), 0.0)] if t.behind else []
+            out += self.turn(message, (t.begin if n == 0 else "") + header + thinking, given, weight)
+            continued = t.close_continued and role == "assistant" and not closing and messages[n + 1]["role"] == "assistant"
+            out.append((self.encode(t.close_continued if continued else t.close), weight))
+            out += [(self.encode(t.separator), 0.0)] if t.separator else []
         if not reply:
             return out
         if t.one_turn and reply == "speech":                        # the speech of the last text
-            return [*out, (self.encode(t.speak), 0.0)]
-        opened = t.speak if reply == "speech" else t.thought if not self.thinking else ""
+            return [*out, (self.encode(t.audio_out), 0.0)]
+        opened = t.audio_out if reply == "speech" else t.empty_thinking if not self.thinking else ""
         return [*out, (self.encode(t.header.format(role="assistant") + opened), 0.0)]
 
     def turn(self, message: Message, header: str, codes: Iterator[Tensor], weight: float) -> Iterator[Segment]:
@@ -241,25 +242,25 @@ class Chat:
         for text in texts:
             refuse_marks(text if isinstance(text, str) else "", role, t.refused)
         head = self.encode(header)
-        if t.joint and texts and isinstance(texts[0], str):         # "\n" and a text that begins with it may share an id
+        if t.joint_header and texts and isinstance(texts[0], str):         # "\n" and a text that begins with it may become one id
             first = texts.pop(0)
-            whole = self.encode(header + (first.lstrip("\n") if t.thought and header.endswith(t.thought) else first))
+            whole = self.encode(header + (first.lstrip("\n") if t.empty_thinking and header.endswith(t.empty_thinking) else first))
             yield whole[: len(head)], 0.0
             yield whole[len(head) :], weight
         else:
             yield head, 0.0
         if message.get("recipient"):
             if not t.recipient:
-                raise ValueError(f"malformed messages; {t.family} has no recipient: leave it out")
+                raise ValueError(f"malformed messages; {t.family} does not support a recipient: leave it out")
             yield self.encode(refuse_marks(str(message["recipient"]), role, t.refused) + t.recipient), weight
         for part in texts:
             if isinstance(part, str):
                 yield self.encode(part), weight
                 continue
-            yield self.encode(t.speak if role == "assistant" else t.hear), weight * t.chooses
+            yield self.encode(t.audio_out if role == "assistant" else t.audio_in), weight * t.predicts_audio_start
             yield next(codes), weight
-            if t.end:
-                yield self.encode(t.end), weight
+            if t.audio_end:
+                yield self.encode(t.audio_end), weight
 
     def spoken(self, text: str, codes: Tensor, references: Sequence[tuple[str, Tensor]] = (), scene: str = "") -> list[Segment]:
         """The training example of a recording: its clone prompt and its codes."""
@@ -273,19 +274,19 @@ class Chat:
         return [*messages[:-1], messages[-1] | {"content": [messages[-1]["content"], *audio_turn()["content"]]}]
 
     def plain(self, text: str) -> list[Segment]:
-        """The training example of a text that is no conversation: all of it, and the mark that ends it."""
+        """The training example of a plain text: all of it, and the token that ends it."""
         text = refuse_marks(normalise(text, self.normaliser), "plain", self.template.refused)
         return [(self.encode(text + self.template.stop), 1.0)]
 
     def prompt(self, text: str, references: Sequence[tuple[str, Tensor]] = (), scene: str = "",
                before: Sequence[tuple[str, Tensor]] = (), reply: str = "") -> list[Segment]:
-        """What sampling starts from. `before` are turns already spoken, (text, codes): a long text goes on in their voice.
+        """The prompt of a text. `before` are (text, codes) of the chunks of a long text that were spoken already.
 
-        `reply` is "speech" where the model speaks, and "text" otherwise.
+        `reply` is "text" or "speech"; by default speech if the model has it.
         """
         t = self.template
         if t.clone_prompt is None and references:
-            raise ValueError(f"{t.family} takes no reference recording; leave --ref out")
+            raise ValueError(f"{t.family} does not take a reference recording; leave --ref out")
         turns = [{"role": "user", "content": text}]
         if t.clone_prompt is not None:
             turns = t.clone_prompt(text, [said for said, _ in references], scene or self.scene, self.in_system)
@@ -293,5 +294,5 @@ class Chat:
         for said, _ in before:
             opening += self.with_speech([{"role": "assistant" if t.one_turn else "user", "content": said}])
         voices = [codes for said, codes in references if not said.startswith("profile:")]
-        reply = reply or ("speech" if t.speak else "text")
+        reply = reply or ("speech" if t.audio_out else "text")
         return self.segments([*opening, ask], [*voices, *(codes for _, codes in before)], reply=reply)

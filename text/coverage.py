@@ -1,17 +1,17 @@
-"""How well a tokenizer knows the texts of a data set, script by script and character by character.
+"""How well a tokenizer covers the texts of a data set, by script and by character.
 
     python data.py check data/ar.jsonl --tokenizer=bosonai/higgs-audio-v2-generation-3B-base --normaliser=arabic-v1+higgs-v1
 
     script        words  letters   tokens  a word  unknown  as bytes  changed
     ARABIC         4120    19311     7402    1.80        0        12        0
-    not known: U+06D0 ARABIC LETTER E as bytes, 6 times
+    as bytes: U+06D0 ARABIC LETTER E 6 times
 
-unknown   tokens that stand for what the tokenizer does not have; it is lost
-as bytes  tokens that are no whole character: nothing is lost, but a letter takes several tokens and was rarely seen
-changed   words that do not come back from their tokens as they were
+unknown   unknown tokens: the model cannot read these characters
+as bytes  tokens that are only part of a character: readable, but a letter takes several tokens and was rare in pretraining
+changed   words that differ after encode and decode
 
-Each word is read on its own, behind the normaliser that training will use. Words of several scripts count under the one
-of most of their letters. A new language wants few bytes, nothing unknown, and 1 to 3 tokens a word.
+Each word is encoded on its own, after the normaliser that training will use. A word in several scripts counts under the
+script of most of its letters. Good values for a new language: few bytes, nothing unknown, 1 to 3 tokens a word.
 """
 
 import unicodedata
@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from text.normalisers import normalise
 from text.tokenizers import Tokenizer
 
-SHOWN = 8       # characters that are named
+SHOWN = 8       # characters listed in the report
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Script:
 
 @dataclass
 class Coverage:
-    """What `cover` found: sums by script, most words first, and how often each character is unknown, or bytes."""
+    """Result of `measure_coverage`: sums by script, most words first, and how often each character is unknown, or bytes."""
 
     scripts: dict[str, Script] = field(default_factory=dict)
     unknown: Counter[str] = field(default_factory=Counter)
@@ -59,7 +59,7 @@ class Coverage:
 
 
 def measure_coverage(texts: Iterable[str], tokenizer: Tokenizer, normaliser: str = "none") -> Coverage:
-    """Read every word of the texts with a tokenizer."""
+    """Encode every word of the texts with a tokenizer and count."""
     words = Counter(word for text in texts for word in normalise(text, normaliser).split())
     found, characters = Coverage(), Counter()
     for word, count in words.items():
@@ -79,10 +79,10 @@ def measure_coverage(texts: Iterable[str], tokenizer: Tokenizer, normaliser: str
 
 
 def read(word: str, tokenizer: Tokenizer) -> tuple[int, int, int, bool]:
-    """Tokens of a word, those that are unknown, those that are no whole character, and whether the word comes back."""
+    """Tokens of a word, those that are unknown, those that are part of a character, and whether decode restores the word."""
     try:
         ids = tokenizer.encode(word)
-    except ValueError:                              # a list of words refuses what is not in it
+    except ValueError:                              # a word list raises for a word that is not in it
         return 1, 1, 0, False
     unknown = sum(i == tokenizer.unknown for i in ids)
     as_bytes = sum("\ufffd" in tokenizer.decode([i]) for i in ids if i != tokenizer.unknown)

@@ -1,8 +1,8 @@
-"""Versioned normalisers: how a text is written before it becomes ids.
+"""Versioned text normalisers, applied before tokenization.
 
     normalise("Dial 49!", "english-v1")                  "dial four nine"; several are joined: "arabic-v1+higgs-v1"
 
-What a normaliser's name means never changes: checkpoints and caches hold on to it. Next: tokenizers.py.
+The meaning of a name never changes, because checkpoints and caches store it. Next: tokenizers.py.
 """
 
 import re
@@ -58,11 +58,11 @@ SOUNDS = ("<SE>", "</SE>", "<SE_s>", "</SE_s>", "<SE_e>", "</SE_e>")            
 
 @dataclass(frozen=True)
 class Normaliser:
-    """What a name stands for. Names are stored in checkpoints and caches: what one means never changes."""
+    """A rewriting of texts. Checkpoints and caches store its name, so a change needs a new name."""
 
     rewrite: Callable[[str], str]
-    lines: bool = False                 # lines stay apart
-    marks: tuple[str, ...] = ()         # special tokens that it writes
+    lines: bool = False                 # keeps line breaks
+    marks: tuple[str, ...] = ()         # special tokens that it inserts
 
 
 NORMALISERS = {"none": Normaliser(str), "english-v1": Normaliser(english), "arabic-v1": Normaliser(arabic),
@@ -79,7 +79,7 @@ def check_normaliser(names: str) -> None:
 def normalise(text: str, names: str) -> str:
     """Apply normalisers, "arabic-v1" or "arabic-v1+higgs-v1", and fold white space.
 
-    "none" leaves all as it is. Lines stay apart where a line may begin with its [SPEAKERn].
+    "none" changes nothing. Line breaks are kept by normalisers whose lines may begin with [SPEAKERn].
     """
     check_normaliser(names)
     if names == "none":
@@ -91,5 +91,5 @@ def normalise(text: str, names: str) -> str:
 
 
 def marks_of(names: str) -> tuple[str, ...]:
-    """The special tokens that normalisers write: a tokenizer must have them."""
+    """The special tokens that normalisers insert; the tokenizer must have them."""
     return tuple(mark for name in names.split("+") for mark in NORMALISERS[name].marks)

@@ -1,7 +1,7 @@
 """Tokenizers: text <-> ids.
 
     load_tokenizer("assets/speech/words.json")           .encode, .decode, .size; also "bytes", .model, tokenizer.json
-    TextStream(tokenizer).push(id)                       text as its ids come, a character as soon as it is whole
+    TextStream(tokenizer).push(id)                       text while its ids arrive, each character once it is complete
 
 Next: word_times.py.
 """
@@ -27,10 +27,10 @@ class Tokenizer:
     encode: Callable[[str], list[int]]
     decode: Callable[[Sequence[int]], str]
     content: bytes = b""
-    unknown: int = -1           # the id of what it does not have, -1 = it has everything
+    unknown: int = -1           # the id of the unknown token, -1 = none
 
     def save(self, folder: str | Path) -> str:
-        """Write its file into a folder; returns what load_tokenizer wants, relative to that folder."""
+        """Write its file into a folder; returns the argument of load_tokenizer, relative to that folder."""
         if self.content:
             replace_file(Path(folder) / self.name, lambda temporary: Path(temporary).write_bytes(self.content))
         return self.name
@@ -58,16 +58,18 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     if not path.is_file():
         raise FileNotFoundError(f"tokenizer {spec} does not exist; give \"bytes\", a word list .json, .model, tokenizer.json or hub id")
     if path.stat().st_size > MAX_TOKENIZER:
-        raise ValueError(f"tokenizer {path} has more than {MAX_TOKENIZER} bytes; check that it is one")
+        raise ValueError(f"tokenizer {path} has more than {MAX_TOKENIZER} bytes, too large for a tokenizer; check the path")
     content = path.read_bytes()
     try:
         if path.suffix == ".model":
             return sentencepiece(path.name, content)
         found = json.loads(content)
-        return word_list(path.name, content, [str(word) for word in found]) if isinstance(found, list) else fast(path.name, content)
+        if isinstance(found, list):
+            return word_list(path.name, content, [str(word) for word in found])
+        return tokenizer_json(path.name, content)
     except ImportError as error:
         raise ValueError(f"{path} needs the package {error.name}; pip install {error.name}") from None
-    except Exception as error:      # the libraries raise bare Exception and RuntimeError on a broken file
+    except Exception as error:      # the libraries raise plain Exception and RuntimeError for a broken file
         raise ValueError(f"tokenizer {path} cannot be read ({error}); restore the file") from None
 
 
@@ -77,7 +79,7 @@ def sentencepiece(name: str, content: bytes) -> Tokenizer:
     return Tokenizer(name, pieces.vocab_size(), pieces.encode, lambda ids: pieces.decode(list(ids)), content, pieces.unk_id())
 
 
-def fast(name: str, content: bytes) -> Tokenizer:
+def tokenizer_json(name: str, content: bytes) -> Tokenizer:
     """A tokenizer.json of Hugging Face."""
     from tokenizers import Tokenizer as Fast
     found, about = Fast.from_str(content.decode()), json.loads(content).get("model") or {}
@@ -87,7 +89,7 @@ def fast(name: str, content: bytes) -> Tokenizer:
 
 
 def word_list(name: str, content: bytes, words: list[str]) -> Tokenizer:
-    """Whole words as ids 1..n; 0 stays free for "no word"."""
+    """Whole words as ids 1..n; 0 is "no word"."""
     ids = {word: i for i, word in enumerate(words, 1)}
 
     def encode(text: str) -> list[int]:
@@ -101,11 +103,11 @@ def word_list(name: str, content: bytes, words: list[str]) -> Tokenizer:
 
 
 class TextStream:
-    """Spell ids as they come: `push` gives what is new as soon as its bytes are whole characters, `flush` the rest."""
+    """Streaming decoder: `push` returns the new text once its bytes are whole characters, `flush` the rest."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.decode, self.ids = tokenizer.decode, list[int]()
-        self.begin = self.told = 0          # ids before `told` are spelled; those from `begin` on are spelled again with the next
+        self.begin = self.emitted = 0       # ids before `emitted` are decoded; those from `begin` on are decoded again with the next
 
     def push(self, token: int) -> str:
         self.ids.append(token)
@@ -115,8 +117,8 @@ class TextStream:
         return self.rest(whole=False)
 
     def rest(self, whole: bool) -> str:
-        before, now = self.decode(self.ids[self.begin : self.told]), self.decode(self.ids[self.begin :])
-        if len(now) <= len(before) or (whole and now.endswith("\ufffd")):       # bytes of a character are still to come
+        before, now = self.decode(self.ids[self.begin : self.emitted]), self.decode(self.ids[self.begin :])
+        if len(now) <= len(before) or (whole and now.endswith("\ufffd")):       # the character is not complete yet
             return ""
-        self.begin, self.told = self.told, len(self.ids)
+        self.begin, self.emitted = self.emitted, len(self.ids)
         return now[len(before) :]

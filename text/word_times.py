@@ -1,16 +1,16 @@
-"""When words are said: times of words -> the frames in which a text row holds them.
+"""Word times: words with their times -> the text row of an aligned grid.
 
     words     hello [0.3, 0.5]           there [0.55, 0.9]                     12.5 frames a second
     frame     0    1    2    3    4    5    6    7    8  ...
-    text      PAD  PAD  EPAD a    b    EPAD c    d    e  PAD        a token a frame from where its word begins, EPAD
-                                                                    in the frame before, PAD elsewhere
+    text      PAD  PAD  EPAD a    b    EPAD c    d    e  PAD        one token per frame from the start of its word,
+                                                                    EPAD in the frame before, PAD elsewhere
 
     aligned_ids(row, seconds, tokenizer, "english-v1")   ids, and the second at which each begins (one speaker)
     interleave(tokens, frames, 12.5)                     the text row of a dialogue (inner monologue)
 
-A word list of a dialogue comes from a sidecar {"alignments": [[word, [start, end], speaker]]} or a list of {"speaker",
-"word", "start", "end"}; the agent is SPEAKER_MAIN. `interleave` never loses a token: what a fast speaker leaves unsaid
-waits. After moshi-finetune (Kyutai) and J-Moshi's trainer. Next: conversation.py.
+The words of a dialogue come from a sidecar {"alignments": [[word, [start, end], speaker]]} or a list of {"speaker",
+"word", "start", "end"}; the agent is SPEAKER_MAIN. `interleave` never drops a token: with a fast speaker they
+queue. After moshi-finetune (Kyutai) and J-Moshi's trainer. Next: conversation.py.
 """
 
 import json
@@ -26,7 +26,7 @@ from text.tokenizers import Tokenizer
 
 
 def spread(words: Sequence[str], start: float, end: float) -> list[tuple[str, float]]:
-    """Share a span of seconds among words in proportion to their letters."""
+    """Divide a span of seconds among words in proportion to their letters; returns (word, start)."""
     total, place, out = sum(map(len, words)), 0, []
     for word in words:
         out.append((word, start + (end - start) * place / total))
@@ -35,7 +35,7 @@ def spread(words: Sequence[str], start: float, end: float) -> list[tuple[str, fl
 
 
 def aligned_ids(row: dict[str, Any], seconds: float, tokenizer: Tokenizer, normaliser: str) -> tuple[list[int], list[float]]:
-    """Ids of a row word by word, and the second at which each word begins; rows without word times share by letters."""
+    """Ids of a row word by word, and the second at which each word begins; without word times the clip is divided by letters."""
     given = row.get("words") or spread(row["text"].split(), 0.0, seconds)
     ends = [start for _, start in given[1:]] + [seconds]
     words = [pair for (word, start), end in zip(given, ends, strict=True)
@@ -55,10 +55,10 @@ def frame_starts(times: Sequence[float], frame_rate: float, speed: float, shift:
 
 
 MAIN, OTHER = "SPEAKER_MAIN", "SPEAKER_OTHER"
-EPAD, PAD = 0, 3            # Moshi's ids, which a stream table may change: <unk> stands before a word, <pad> where nothing is said
+EPAD, PAD = 0, 3            # Moshi's ids, which a stream table may change: <unk> before a word, <pad> in silence
 INTERLEAVERS = ("queue", "reference")
 PAUSE = 1.0                 # seconds of silence that end a sentence
-SLACK = 0.5                 # seconds that the last word may reach behind the end of its wav
+SLACK = 0.5                 # seconds that the last word may end after its wav
 Alignment = tuple[str, float, float, str]       # word, start and end in seconds, MAIN or OTHER
 Timed = tuple[list[int], float]                 # ids, and the second at which they begin
 
@@ -66,7 +66,7 @@ Timed = tuple[list[int], float]                 # ids, and the second at which t
 def parse_alignments(found: Any) -> list[Alignment]:
     """Read words and times from parsed json: Moshi's sidecar, its bare list, or J-Moshi's list, in which A is the agent.
 
-    ValueError names the first entry that is none.
+    ValueError names the first malformed entry.
     """
     items = found.get("alignments") if isinstance(found, dict) else found
     if not isinstance(items, list):
@@ -81,18 +81,18 @@ def parse_alignments(found: Any) -> list[Alignment]:
             if not isinstance(word, str) or not (0 <= float(start) < 1e6 and 0 <= float(end) < 1e6):
                 raise ValueError
         except (KeyError, IndexError, TypeError, ValueError):
-            raise ValueError(f"entry {n} is {json.dumps(item, ensure_ascii=False)[:60]}, wanted [word, [start, end], speaker]") from None
+            raise ValueError(f"entry {n} is {json.dumps(item, ensure_ascii=False)[:60]}, expected [word, [start, end], speaker]") from None
         words.append((word.strip(), float(start), float(end), MAIN if main else OTHER))
     return words
 
 
 def as_json(words: Sequence[Alignment]) -> list[list[Any]]:
-    """Alignments as a manifest row and Moshi's sidecar hold them."""
+    """Alignments in the form of a manifest row and of Moshi's sidecar."""
     return [[word, [start, end], who] for word, start, end, who in words]
 
 
 def tidy_words(words: Sequence[Alignment]) -> tuple[list[Alignment], Counter[str]]:
-    """Sort words by time and drop those without letters or length; count what was wrong."""
+    """Sort words by time and drop those without letters or length; count the corrections."""
     found: Counter[str] = Counter()
     kept = [w for w in words if w[0] and w[1] < w[2]]
     found["without length"] = len(words) - len(kept)
@@ -126,7 +126,7 @@ def tokenise(words: Sequence[Alignment], tokenizer: Tokenizer, contextual: bool 
 
 
 def sentences(words: Sequence[Alignment]) -> Iterator[list[Alignment]]:
-    """Cut words where a mark or a pause ends a sentence."""
+    """Split words into sentences at end marks and pauses."""
     part: list[Alignment] = []
     for word in words:
         if part and (part[-1][0].endswith((".", "?", "!", "。", "？", "！")) or word[1] - part[-1][2] > PAUSE):
@@ -138,13 +138,13 @@ def sentences(words: Sequence[Alignment]) -> Iterator[list[Alignment]]:
 
 
 def sentence_tokens(words: Sequence[Alignment], tokenizer: Tokenizer, glue: str) -> list[Timed]:
-    """Tokens of one sentence: the time of a word is shared by its letters, the glue before a word begins with it."""
+    """Tokens of one sentence: a word's time is divided among its letters; the glue before a word starts with it."""
     times: list[float] = []
     for word, start, end, _ in words:
         times += [start] * (len(glue) if times else 0) + [start + (end - start) * n / len(word) for n in range(len(word))]
     ids, tokens, at = tokenizer.encode(glue.join(word for word, *_ in words)), [], 0
     for n, token in enumerate(ids):
-        at = max(at, min(len(tokenizer.decode(ids[:n])), len(times) - 1))      # letters before it; half a letter decodes to one
+        at = max(at, min(len(tokenizer.decode(ids[:n])), len(times) - 1))      # letters before it; an incomplete letter decodes to one
         tokens.append(([token], times[at]))
     return tokens
 
@@ -153,8 +153,8 @@ def interleave(tokens: Sequence[Timed], frames: int, frame_rate: float, interlea
                epad: int = EPAD) -> Tensor:
     """Put each token into a frame of its own, from the one in which its word begins.   -> (frames,) ids, EPAD and PAD
 
-    "queue": tokens that are left over wait behind those of the next word, and at the end padding gives way to them, so
-    none is lost. "reference": they are dropped, as moshi-finetune does.
+    "queue": remaining tokens of a word come before those of the next one, and at the end they replace padding, so that none
+    is dropped. "reference": they are dropped, as in moshi-finetune.
     """
     row: list[int] = []
     waiting: deque[int] = deque()
@@ -177,20 +177,20 @@ def interleave(tokens: Sequence[Timed], frames: int, frame_rate: float, interlea
 
 
 def text_weights(text: Tensor, padding: float, pad: int = PAD, epad: int = EPAD) -> Tensor:
-    """How much each id of a text row counts: padding less than words, -1 nothing.   (T,) -> (T,)"""
+    """Target weights of a text row: `padding` for PAD and EPAD, 1 for words, 0 for -1.   (T,) -> (T,)"""
     weights = torch.where((text == pad) | (text == epad), padding, 1.0)
     return weights * (text >= 0)
 
 
 def check_length(words: Sequence[Alignment], seconds: float) -> None:
-    """ValueError when words lie behind the end of their recording: they would be lost."""
+    """ValueError when words begin or end after their recording, where they would be dropped."""
     end = max((w[2] for w in words), default=0.0)
     if end > seconds + SLACK or any(w[1] >= seconds for w in words):
         raise ValueError(f"wav shorter than its alignments: it lasts {seconds:.2f} s, the last word ends at {end:.2f} s")
 
 
 def phrases(text: Tensor, frame_rate: float, pads: Sequence[int]) -> list[list[tuple[int, int]]]:
-    """The frames and ids that say something in a text row (T,), parted where a second of padding lies between them."""
+    """The (frame, id) pairs of the words in a text row (T,), split where more than a second of padding lies between them."""
     found: list[list[tuple[int, int]]] = []
     for t, token in enumerate(text.tolist()):
         if token in pads or token < 0:
@@ -202,13 +202,13 @@ def phrases(text: Tensor, frame_rate: float, pads: Sequence[int]) -> list[list[t
 
 
 def timed_transcript(text: Tensor, tokenizer: Tokenizer, frame_rate: float, pad: int = PAD, epad: int = EPAD) -> str:
-    """What a text row (T,) says: a line a phrase, begun with its time; a second of padding ends a phrase."""
+    """Transcript of a text row (T,): one line per phrase with its start in seconds; a second of padding ends a phrase."""
     return "".join(f"{phrase[0][0] / frame_rate:7.2f}  {tokenizer.decode([token for _, token in phrase]).strip()}\n"
                    for phrase in phrases(text, frame_rate, (pad, epad)))
 
 
 def timed_words(text: Tensor, tokenizer: Tokenizer, frame_rate: float, pad: int, epad: int) -> list[Alignment]:
-    """The words of a text row (T,) with their times, as alignments: a word lasts from its first token to behind its last one."""
+    """The words of a text row (T,) with their times, as alignments: a word lasts from its first token to the end of its last."""
     words: list[Alignment] = []
     for phrase in phrases(text, frame_rate, (pad, epad)):
         before = len(words)

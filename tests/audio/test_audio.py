@@ -216,11 +216,11 @@ def test_codec_says_what_it_is(codec):
 def test_ids_that_are_no_codes_are_refused(codec):
     codes = torch.zeros(1, 8, 3, dtype=torch.int64)
     for wrong in (-1, 256, 1024):
-        with pytest.raises(ValueError, match="the codec knows 0..255"):
+        with pytest.raises(ValueError, match="the codec has 0..255"):
             codec.decode(codes.index_fill(2, torch.tensor([1]), wrong))
     with pytest.raises(ValueError, match="8 codebooks, got 7"):
         codec.decode(codes[:, :7])
-    with pytest.raises(ValueError, match="wanted integers"):
+    with pytest.raises(ValueError, match="expected integers"):
         codec.decode(codes.float())
 
 
@@ -315,7 +315,7 @@ def test_saved_codec_is_the_same_codec(codec, tmp_path):
 
 def test_refused_codec_files(tmp_path, griffin):
     griffin.save(tmp_path / "tables.safetensors")
-    with pytest.raises(ValueError, match="vocoder.* is None, wanted"):
+    with pytest.raises(ValueError, match="vocoder.* is None, expected"):
         TinyCodec.load(tmp_path / "tables.safetensors", decoder="vocoder")
     griffin.mean[0] = float("nan")
     griffin.save(tmp_path / "nan.safetensors")

@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT
 
 from audio.augment import AugmentConfig, Change, apply, draw, pitched, recordings, stretched
-from corpus.cache import moved
+from corpus.cache import word_shift
 from corpus.examples import build_example
 from corpus.index import prepare
 from model import MultistreamLM
@@ -96,8 +96,8 @@ def test_words_follow_speed_and_shift():
     config = AugmentConfig(speed=1.0, shift=1.0)
     for n in range(1, 9):
         change = draw(config, f"key/{n}")
-        assert moved("key", n, 12.5, config) == (max(0.0, -change.shift), change.speed)
-    assert moved("key", 0, 12.5, config) == (0.0, 1.0) and moved("key", 1, 25.0, None)[0] <= 1 / 25
+        assert word_shift("key", n, 12.5, config) == (max(0.0, -change.shift), change.speed)
+    assert word_shift("key", 0, 12.5, config) == (0.0, 1.0) and word_shift("key", 1, 25.0, None)[0] <= 1 / 25
 
 
 def test_prepared_dialogues_have_augmented_versions(tmp_path):

@@ -226,11 +226,11 @@ def test_load_codec_knows_them_by_content(case, codec, folder, tmp_path):
     (tmp_path / "config.json").write_text(case.metadata["boson_config"])
     (tmp_path / "any.pth").rename(tmp_path / "model.pth")
     assert is_higgs(tmp_path)
-    with pytest.raises(ValueError, match=r"acoustic_encoder.* is \(1,\), wanted|lacks"):         # boson's widths stand in its code
+    with pytest.raises(ValueError, match=r"acoustic_encoder.* is \(1,\), expected|lacks"):         # boson's widths stand in its code
         load_codec(tmp_path)
     for name, data in (("cut.pth", (tmp_path / "model.pth").read_bytes()[:3000]), ("cut.safetensors", b"\0" * 9), ("x.wav", b"RIFF")):
         (tmp_path / name).write_bytes(data)
-        with pytest.raises(ValueError, match="holds no codec known here; name one of"):
+        with pytest.raises(ValueError, match="contains no known codec; name one of"):
             load_codec(tmp_path / name)
 
 
@@ -247,7 +247,7 @@ def test_configs_of_both_layouts(case, tmp_path):
     for changes, message in (({"sample_rate": 16000}, "sample_rate is 16000"), ({"semantic_techer": "wavlm_base_plus"}, "wavlm_base_plus"),
                              ({"n_q": None}, "lacks 'n_q'"), ({"ratios": [8, 5, 4]}, "multiple of 480"),
                              ({"n_q": 0}, "num_codebooks is 0"), ({"ratios": 960}, "not a Higgs tokenizer's config"),
-                             ({"downsample_mode": "avg"}, "downsample_mode is avg, this codec knows step_down")):
+                             ({"downsample_mode": "avg"}, "downsample_mode is avg, this codec supports step_down")):
         with pytest.raises(ValueError, match=message):
             told(**changes)
     official = case.config
@@ -270,7 +270,7 @@ def test_configs_of_both_layouts(case, tmp_path):
     ("fc3.bias", torch.zeros(3), "holds the unknown fc3.bias;"),
     ("acoustic_encoder.conv1.weight_g", torch.ones(1, 1, 1), "holds the unknown acoustic_encoder.conv1.weight_g;"),
     ("fc_prior.bias", torch.zeros(28), "holds the unknown fc_prior.bias|unknown fc.bias"),
-    ("fc.bias", torch.zeros(3), r"fc.bias is \(3,\), wanted \(28,\)"),
+    ("fc.bias", torch.zeros(3), r"fc.bias is \(3,\), expected \(28,\)"),
     ("quantizer.quantizers.7.codebook.embed", torch.full((32, 6), float("nan")), "7.codebook.embed holds NaN"),
 ])
 def test_a_wrong_file_is_named_with_its_tensor(case, tmp_path, name, change, message):
@@ -303,8 +303,8 @@ def test_files_that_hold_no_tensors(case, tmp_path):
 @pytest.mark.parametrize(("wav", "message"), [
     (torch.zeros(1, 1, 0), "sound is empty"),
     (torch.zeros(0, 1, 960), "sound is empty"),
-    (torch.zeros(1, 960), r"wanted float \(B, 1, W\)"),
-    (torch.zeros(1, 2, 960), r"wanted float \(B, 1, W\)"),
+    (torch.zeros(1, 960), r"expected float \(B, 1, W\)"),
+    (torch.zeros(1, 2, 960), r"expected float \(B, 1, W\)"),
     (torch.zeros(1, 1, 960, dtype=torch.int16), "torch.int16"),
     (torch.full((1, 1, 960), float("nan")), "NaN or infinite"),
 ])
@@ -316,8 +316,9 @@ def test_sound_that_cannot_be_encoded(codec, wav, message):
 
 def test_codes_that_cannot_be_decoded(codec):
     stream = codec.stream()
-    for codes, message in ((draw(1, 9, 3), "wanted integers"), (draw(8, 3), "wanted integers"), (draw(1, 8, 3).float(), "wanted integers"),
-                           (draw(1, 8, 3) - 40, "run from -40"), (torch.full((1, 8, 3), 32), "the codec knows 0..31")):
+    for codes, message in ((draw(1, 9, 3), "expected integers"), (draw(8, 3), "expected integers"),
+                           (draw(1, 8, 3).float(), "expected integers"),
+                           (draw(1, 8, 3) - 40, "run from -40"), (torch.full((1, 8, 3), 32), "the codec has 0..31")):
         for decode in (codec.decode, stream.decode):
             with pytest.raises(ValueError, match=message):
                 decode(codes)
@@ -408,7 +409,7 @@ def test_long_sound_is_cut_at_30_seconds():
     wav = torch.randn(1, 31 * 16000, generator=torch.Generator().manual_seed(9))
     assert torch.equal(log_mel(wav), log_mel(wav[:, : 30 * 16000])) and log_mel(wav).shape == (1, 128, 3000)
     infinite = torch.full((1, 9), math.inf)
-    for bad, message in ((torch.zeros(5), "wanted float"), (torch.zeros(1, 0), "wanted float"), (infinite, "NaN or inf")):
+    for bad, message in ((torch.zeros(5), "expected float"), (torch.zeros(1, 0), "expected float"), (infinite, "NaN or inf")):
         with pytest.raises(ValueError, match=message):
             log_mel(bad)
     with pytest.raises(ValueError, match="shorter than half a window"):
@@ -443,7 +444,7 @@ def test_whisper_is_strict():
         load_whisper({name.replace("conv1.bias", "conv3.bias"): tensor for name, tensor in weights.items()}, WHISPER)
     model = load_whisper(weights, WHISPER)
     for mel in (torch.zeros(1, 12, 48), torch.zeros(1, 11, 46), torch.zeros(1, 12, 0)):
-        with pytest.raises(ValueError, match=r"wanted \(B, 12, 1..46\)"):
+        with pytest.raises(ValueError, match=r"expected \(B, 12, 1..46\)"):
             model(mel)
     with pytest.raises(ValueError, match="has 0 mel frames"):
         model(torch.zeros(1, 12, 46), torch.tensor([0]))

@@ -275,7 +275,7 @@ def test_load_codec_knows_them_by_content(codec, weights, hf_folder, tmp_path, m
     cut.write_bytes((kyutai / FILES[0]).read_bytes()[:2000])
     for path in (tmp_path, kyutai / "model.safetensors", cut, GOLDEN.with_name("higgs_codec.safetensors")):
         assert not is_mimi(path)
-    with pytest.raises(ValueError, match="holds no codec known here.*Mimi's file or folder"):
+    with pytest.raises(ValueError, match="contains no known codec.*Mimi's file or folder"):
         load_codec(kyutai / "model.safetensors")
     with pytest.raises(ValueError, match="not a whole safetensors file"):
         MimiCodec.load(cut)
@@ -287,7 +287,7 @@ def test_load_codec_knows_them_by_content(codec, weights, hf_folder, tmp_path, m
 @pytest.mark.parametrize(("name", "change", "message"), [
     ("upsample.convtr.convtr.convtr.weight", None, "lacks upsample.convtr.weight;"),
     ("encoder.model.15.conv.conv.weight", torch.zeros(3), "holds the unknown encoder.model.15.conv.conv.weight;"),
-    ("encoder.model.0.conv.conv.bias", torch.zeros(3), r"encoder.0.conv.bias is \(3,\), wanted \(2,\)"),
+    ("encoder.model.0.conv.conv.bias", torch.zeros(3), r"encoder.0.conv.bias is \(3,\), expected \(2,\)"),
     ("decoder.model.14.conv.conv.bias", torch.full((1,), torch.inf), "decoder.14.conv.bias holds NaN or infinity"),
     ("quantizer.rvq_rest.vq.layers.2._codebook.cluster_usage", None, "lacks acoustic.codebooks.2.table and holds .*2._codebook"),
     ("quantizer.rvq_rest.vq.layers.2._codebook.cluster_usage", torch.full((23,), torch.nan), "acoustic.codebooks.2.table holds NaN"),
@@ -319,11 +319,11 @@ def test_configs_of_transformers(metadata, tmp_path):
     path.write_text('{"model_type": "mimi", "rope_theta": 10000.0, "frame_rate": 12.5}')        # as in the published repository
     assert read_config(path) == MimiConfig() == read_config(tmp_path / "none.json")
     assert told(model_type="moshi") == MimiConfig()
-    for changes, message in (({"sampling_rate": 16000}, "sampling_rate is 16000, this codec knows 24000"),
+    for changes, message in (({"sampling_rate": 16000}, "sampling_rate is 16000, this codec supports 24000"),
                              ({"rope_parameters": {"rope_theta": 1e6}}, "rope_theta is 1000000.0"),
-                             ({"hidden_size": 26}, "no multiple of 2 x 3"), ({"use_causal_conv": False}, "use_causal_conv is False"),
-                             ({"sliding_window": 1}, "window is 1, wanted"),
-                             ({"upsampling_ratios": [8, 0]}, r"ratios is \(8, 0\), wanted"), ({"num_filters": "x"}, "width is 'x'")):
+                             ({"hidden_size": 26}, "not a multiple of 2 x 3"), ({"use_causal_conv": False}, "use_causal_conv is False"),
+                             ({"sliding_window": 1}, "window is 1, expected"),
+                             ({"upsampling_ratios": [8, 0]}, r"ratios is \(8, 0\), expected"), ({"num_filters": "x"}, "width is 'x'")):
         with pytest.raises(ValueError, match=message):
             told(**changes)
     path.write_text("{")
@@ -336,8 +336,8 @@ def test_configs_of_transformers(metadata, tmp_path):
 @pytest.mark.parametrize(("wav", "message"), [
     (torch.zeros(1, 1, 0), "sound is empty"),
     (torch.zeros(0, 1, 960), "sound is empty"),
-    (torch.zeros(1, 960), r"wanted float \(B, 1, W\)"),
-    (torch.zeros(1, 2, 960), r"wanted float \(B, 1, W\)"),
+    (torch.zeros(1, 960), r"expected float \(B, 1, W\)"),
+    (torch.zeros(1, 2, 960), r"expected float \(B, 1, W\)"),
     (torch.zeros(1, 1, 960, dtype=torch.int16), "torch.int16"),
     (torch.full((1, 1, 960), float("nan")), "NaN or infinite"),
 ])
@@ -353,8 +353,9 @@ def test_sound_that_cannot_be_encoded(codec, wav, message):
 
 def test_codes_that_cannot_be_decoded(codec):
     stream = codec.stream()
-    for codes, message in ((draw(1, 9, 3), "wanted integers"), (draw(8, 3), "wanted integers"), (draw(1, 8, 3).float(), "wanted integers"),
-                           (draw(1, 8, 3) - 40, "run from -40"), (torch.full((1, 8, 3), 23), "the codec knows 0..22")):
+    for codes, message in ((draw(1, 9, 3), "expected integers"), (draw(8, 3), "expected integers"),
+                           (draw(1, 8, 3).float(), "expected integers"),
+                           (draw(1, 8, 3) - 40, "run from -40"), (torch.full((1, 8, 3), 23), "the codec has 0..22")):
         for decode in (codec.decode, stream.decode):
             with pytest.raises(ValueError, match=message):
                 decode(codes)

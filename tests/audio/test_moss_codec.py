@@ -347,7 +347,7 @@ def test_a_voice_is_made_of_a_recording_and_kept_in_a_file(tmp_path):
     again = load_codec(folder)
     assert all(torch.equal(a, b) for a, b in zip(vars(again.voice).values(), vars(voice).values(), strict=True))
     assert torch.equal(again.decode(codes), codec.decode(codes, voice)) and not torch.equal(again.decode(codes), plain)
-    with pytest.raises(ValueError, match="a voice wants one recording"):
+    with pytest.raises(ValueError, match="a voice needs one recording"):
         codec.make_voice(torch.cat([clip, clip]))
     with pytest.raises(ValueError, match="100 samples are no voice"):
         codec.make_voice(clip[..., :100])
@@ -356,7 +356,7 @@ def test_a_voice_is_made_of_a_recording_and_kept_in_a_file(tmp_path):
 def test_bad_voices_are_named(codec, tmp_path, monkeypatch):
     path = tmp_path / "voice.safetensors"
     for change, message in (
-            ({"mel": VOICE.mel[:, 1:]}, "is no voice of this codec"), ({"speaker": VOICE.speaker / 0}, "wanted finite"),
+            ({"mel": VOICE.mel[:, 1:]}, "is no voice of this codec"), ({"speaker": VOICE.speaker / 0}, "expected finite"),
             ({"codes": VOICE.codes + 37}, r"codes outside 0\.\.36"), ({"codes": VOICE.codes.float()}, "is no voice of this codec")):
         replace(VOICE, **change).save(path)
         with pytest.raises(ValueError, match=message):
@@ -408,19 +408,19 @@ def with_(name: str, tensor):
 @pytest.mark.parametrize(("file", "change", "message"), [
     ("encoder", without("encoder.layers.1.fc1.bias"), r"model\.safetensors lacks layers\.1\.fc1\.bias;"),
     ("encoder", with_("encoder.layers.1.fc9.bias", torch.ones(2)), r"holds the unknown layers\.1\.fc9\.bias"),
-    ("encoder", with_("encoder.codebook.weight", torch.ones(36, 16)), r"codebook\.weight is \(36, 16\), wanted \(37, 16\)"),
+    ("encoder", with_("encoder.codebook.weight", torch.ones(36, 16)), r"codebook\.weight is \(36, 16\), expected \(37, 16\)"),
     ("encoder", with_("encoder.conv1.bias", torch.full((16,), math.nan)), r"conv1\.bias holds NaN"),
     ("flow", without("encoder.up_encoders.3.norm_ff.bias"), r"flow-chunk-5\.pt lacks encoder\.up_encoders\.3\.norm_ff\.bias;"),
     ("flow", with_("decoder.estimator.mid_blocks.0.3.weight", torch.ones(2)), r"holds the unknown decoder\.estimator\.mid_blocks\.0\.3"),
     ("flow", without("input_embedding.weight"), r"input_embedding\.weight is missing"),
     ("flow", with_("optimizer", [1, 2]), "holds more than a dict of tensors"),
-    ("flow", with_("encoder.pre_lookahead_layer.conv1.weight", torch.ones(12, 12, 3)), r"is \(12, 12, 3\), wanted \(12, 12, 4\)"),
+    ("flow", with_("encoder.pre_lookahead_layer.conv1.weight", torch.ones(12, 12, 3)), r"is \(12, 12, 3\), expected \(12, 12, 4\)"),
     ("hift", without("ups.1.bias"), r"hift\.pt lacks ups\.1\.bias;"),
     ("hift", without("conv_post.parametrizations.weight.original0"), r"lacks conv_post\.weight and holds the unknown conv_post\.par"),
     ("hift", with_("resblocks.9.convs1.0.bias", torch.ones(2)), r"holds the unknown resblocks\.9\.convs1\.0\.bias"),
     ("config", without("quantize_position"), r"config\.json lacks 'quantize_position'"),
-    ("config", with_("encoder_causal_attention", False), "encoder_causal_attention is False, this codec knows True"),
-    ("config", with_("pooling_position", 3), "pooling_position is 3, this codec knows 2"),
+    ("config", with_("encoder_causal_attention", False), "encoder_causal_attention is False, this codec supports True"),
+    ("config", with_("pooling_position", 3), "pooling_position is 3, this codec supports 2"),
     ("config", with_("pooling_kernel_size", 2), r"no codec of 12\.5 Hz"),
     ("config", with_("d_model", "16"), r"no codec of 12\.5 Hz"),
 ])
@@ -458,12 +458,12 @@ def test_bad_input_is_named(codec):
     stream, wav = codec.stream(), torch.zeros(1, 1, 4000)
     for call in (codec.decode, stream.decode):
         for codes, message in (
-                (torch.full((1, 1, 3), 37), r"run from 37 to 37, the codec knows 0\.\.36"), (torch.full((1, 1, 3), -1), "run from -1"),
-                (draw(1, 2, 3), "wanted integers"), (draw(1, 3), "wanted integers"), (draw(1, 1, 3).float(), "wanted integers")):
+                (torch.full((1, 1, 3), 37), r"run from 37 to 37, the codec has 0\.\.36"), (torch.full((1, 1, 3), -1), "run from -1"),
+                (draw(1, 2, 3), "expected integers"), (draw(1, 3), "expected integers"), (draw(1, 1, 3).float(), "expected integers")):
             with pytest.raises(ValueError, match=message):
                 call(codes)
     for call in (codec.encode, stream.encode):
-        for bad, message in ((wav[0], "wanted float"), (wav.expand(-1, 2, -1), "wanted float"), (wav.long(), "wanted float"),
+        for bad, message in ((wav[0], "expected float"), (wav.expand(-1, 2, -1), "expected float"), (wav.long(), "expected float"),
                              (wav / 0, "NaN or infinite")):
             with pytest.raises(ValueError, match=message):
                 call(bad)
@@ -473,7 +473,7 @@ def test_bad_input_is_named(codec):
         codec.encode(wav, rate=44_100)
     with pytest.raises(ValueError, match=r"3751 codes and the voice's 0 are more than 3750 \(300 s\)"):
         codec.decode(torch.zeros(1, 1, 3751, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"hold is 21, wanted 0\.\.20"):
+    with pytest.raises(ValueError, match=r"hold is 21, expected 0\.\.20"):
         codec.stream(hold=21)
     with pytest.raises(ValueError, match="chunk is 7, there are weights for 5 and 25"):
         MossCodec.load("nowhere" if codec.folder is None else codec.folder, chunk=7)

@@ -104,7 +104,7 @@ def test_speech_loses_38_db_at_any_loudness(law):
 def test_what_g711_refuses():
     for act, message in ((lambda: g711_encode(torch.tensor([float("nan")])), "NaN or infinite"),
             (lambda: g711_encode(torch.zeros(1), "b"), "no 'b' law"),
-                         (lambda: g711_decode(torch.zeros(3, dtype=torch.int64)), "torch.int64, wanted uint8"),
+                         (lambda: g711_decode(torch.zeros(3, dtype=torch.int64)), "torch.int64, expected uint8"),
                          (lambda: telephone(tone(440), RATE, law="u"), "choose mu .* or a")):
         with pytest.raises(ValueError, match=message):
             act()
@@ -150,7 +150,7 @@ def test_packets_are_lost_at_the_rate_and_the_same_ones_again():
     assert torch.equal(heard[kept], x[kept])
     assert torch.equal(lose_packets(x, 0.0)[0], x) and lose_packets(x, 1.0)[0].abs().max() == 0
     for loss in (-0.1, 1.1):
-        with pytest.raises(ValueError, match="wanted a share of the packets"):
+        with pytest.raises(ValueError, match="expected a share of the packets"):
             lose_packets(x, loss)
 
 
@@ -244,5 +244,5 @@ def test_turns_survive_the_line():
 
 @pytest.mark.parametrize("shape", [(RATE,), (1, RATE), (3, RATE), (1, 2, RATE)])
 def test_a_call_has_two_channels(shape):
-    with pytest.raises(ValueError, match=r"wanted \(2, W\), a speaker a channel"):
+    with pytest.raises(ValueError, match=r"expected \(2, W\), a speaker a channel"):
         turns(torch.zeros(shape), RATE)

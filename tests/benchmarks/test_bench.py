@@ -61,7 +61,7 @@ def test_frames_are_timed_one_by_one_behind_those_that_warm_up(monkeypatch):
             tick()
 
     assert measure.frame_times(side, 8, 4) == [4, 5, 6, 7]
-    with pytest.raises(ValueError, match="8 columns gave 8 frames, 8 were to be timed; lower --frames"):
+    with pytest.raises(ValueError, match="8 columns gave 8 frames, too few to time 8; lower --frames"):
         measure.frame_times(side, 8, 8)
     assert measure.spread([1.0, 2.0, 3.0, 4.0, 5.0], 1e3, (10, 99)) == {"median": 3000, "p10": 1400, "p99": 4960}
 
@@ -141,9 +141,10 @@ def test_useful_operations_are_those_of_the_published_size_and_of_a_counter(tmp_
         model = MultistreamLM(peers.architecture("moshi", 0))
     inject(model, LoraConfig(rank=128, targets=workloads.LORA["moshi"]))
     tokens, weights = torch.zeros(1, 17, 1251, dtype=torch.long), torch.ones(1, 17, 1251)
-    assert workloads.useful_flops(workloads.Pair(None, None, "", model, tokens, weights, [1250])) / 1250 == pytest.approx(32.8e9, rel=0.02)
+    flops = workloads.useful_flops(workloads.Comparison(None, None, "", model, tokens, weights, [1250]))
+    assert flops / 1250 == pytest.approx(32.8e9, rel=0.02)
     for name in ("higgs", "qwen", "moshi"):
-        pairs = [workloads.train_case(workloads.Job(model=name, width=64, columns=64, checkpoint=level), tmp_path) for level in (0, 4)]
+        pairs = [workloads.train_workload(workloads.Job(model=name, width=64, columns=64, checkpoint=level), tmp_path) for level in (0, 4)]
         with Products() as counter:
             pairs[0].ours()
         assert workloads.useful_flops(pairs[0]) == workloads.useful_flops(pairs[1]) == pytest.approx(counter.total, rel=0.1), name
@@ -158,13 +159,13 @@ def test_what_a_frame_costs_the_host():
 def test_a_step_is_compiled_on_request(tmp_path, monkeypatch):
     compiled: list[torch.nn.Module] = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module))
-    model = workloads.train_case(workloads.Job(model="higgs", width=32, columns=32, compile=True), tmp_path).model
+    model = workloads.train_workload(workloads.Job(model="higgs", width=32, columns=32, compile=True), tmp_path).model
     assert compiled == list(model.temporal.layers)
 
 
 @pytest.mark.parametrize("name", ["higgs", "qwen"])
 def test_a_packed_row_has_the_loss_of_the_padded_sequences(name, tmp_path):
-    pair = workloads.train_case(workloads.Job(model=name, width=32, columns=20, packed=True), tmp_path)
+    pair = workloads.train_workload(workloads.Job(model=name, width=32, columns=20, packed=True), tmp_path)
     assert sum(pair.lengths) == 80 == pair.tokens.shape[2] and len(pair.lengths) == 4 < len(set(pair.lengths)) + 1
     tokens, weights = peers.training_batch(pair.model, pair.lengths)
     assert all(bool((row[:, n:] == -1).all() and (row[:, n - 1] >= 0).any()) for row, n in zip(tokens, pair.lengths, strict=True))

@@ -9,7 +9,7 @@ import soundfile
 import torch
 from conftest import call
 
-from corpus.annotate import AnnotateConfig, annotate, whisper
+from corpus.annotate import AnnotateConfig, annotate, whisper_recogniser
 from corpus.bundled import demo_dialogues
 from corpus.layouts import read_manifest
 from evaluation.metrics import wer
@@ -77,7 +77,7 @@ def test_files_that_cannot_be_used_are_named_and_left_out(tmp_path, capsys):
         assert word in said
     (tmp_path / "good.wav").unlink()
     (tmp_path / "good.json").unlink()
-    with pytest.raises(ValueError, match="no stereo file that could be annotated"):
+    with pytest.raises(ValueError, match="sound files could be annotated"):
         annotate(tmp_path / "list.jsonl", CONFIG, hear)
 
 
@@ -110,7 +110,7 @@ def test_whisper_hears_what_the_bundled_speakers_say(tmp_path):
     (tmp_path / "one").mkdir()
     (tmp_path / "all/002.wav").rename(tmp_path / "one/002.wav")
     config = AnnotateConfig(model=str(models.get_model_path()), beam=1, device="cpu")
-    assert annotate(tmp_path / "one", config, whisper(config))["written"] == 1
+    assert annotate(tmp_path / "one", config, whisper_recogniser(config))["written"] == 1
     heard = parse_alignments(json.loads((tmp_path / "one/002.json").read_text()))
     for who in (MAIN, OTHER):
         ours, theirs = ([w for w in words if w[3] == who] for words in (known, heard))

@@ -12,7 +12,7 @@ import torch
 from fake_corpus import BYTES, FakeCodec, composed, fake_data, write_clips
 
 from audio import load_codec
-from corpus.cache import variant
+from corpus.cache import variant_parameters
 from corpus.index import open_cache, prepare
 from data import Loader
 from streams import Stream, StreamTable
@@ -87,13 +87,13 @@ def test_bad_rows_are_named_and_left_out(config, capsys):
 def test_no_usable_row_fails(config):
     with pytest.raises(ValueError, match="no usable row"):
         prepare(replace(config, min_seconds=20.0), BYTES)
-    with pytest.raises(ValueError, match="give hash, speaker or manifest"):
+    with pytest.raises(ValueError, match="set split to hash, speaker or manifest"):
         prepare(replace(config, split="luck"), BYTES)
 
 
 def test_tokenizer_and_codec_must_fit_the_grid(config):
     small = StreamTable((Stream("text", "text", 100, 100), *BYTES.streams[1:]), "clone", audio_start=98, audio_end=99)
-    with pytest.raises(ValueError, match="256 ids, the text row 100"):
+    with pytest.raises(ValueError, match="256 ids, the model's text row 100"):
         prepare(config, small)
     with pytest.raises(ValueError, match="1 audio rows"):
         prepare(config, StreamTable(BYTES.streams[:2], "clone"))
@@ -105,10 +105,10 @@ def test_variants_differ_but_the_first_is_the_clip(config, tmp_path):
     for n, entry in enumerate(many.entries):
         assert torch.equal(many.codes(n, 0), plain.codes(n, 0))
         for v in range(4):
-            shift, gain, speed = variant(entry.key, v)
+            shift, gain, speed = variant_parameters(entry.key, v)
             assert 0 <= shift < 1 and abs(gain) <= 3 and 0.94 <= speed <= 1.06
             assert abs(entry.frames[v] - (entry.frames[0] / speed + shift)) <= 1.6
-    assert len({tuple(variant("ab", v)) for v in range(8)}) == 8
+    assert len({tuple(variant_parameters("ab", v)) for v in range(8)}) == 8
 
 
 def test_workers_write_the_same_cache(config, tmp_path, monkeypatch):

@@ -69,7 +69,7 @@ SOUNDS = {      # name: (how the file is made, what sample.py says, the reason i
     "three hours": (three_hours, "the limit is 30 s", "duration outside 0.2..30 s", "cut it"),
     "six channels": (lambda path: soundfile.write(path, np.stack([NOISE] * 6, 1), 16000), "has 6 channels", "too many channels",
                      "mix it down"),
-    "2 kHz": (lambda path: soundfile.write(path, NOISE, 2000), "sample rate below 8 kHz", "sample rate below 8 kHz", "find the recording"),
+    "2 kHz": (lambda path: soundfile.write(path, NOISE, 2000), "sample rate below 8 kHz", "sample rate below 8 kHz", "use the original"),
     "30 ms": (lambda path: soundfile.write(path, NOISE[:480], 16000), "duration outside 0.2..30 s", "duration outside 0.2..30 s",
               "cut the clip"),
 }
@@ -94,7 +94,7 @@ def test_a_bad_sound_is_left_out_and_fails_the_command_only_when_nothing_else_is
     rc, out, err = call("data.py", "check", folder)
     assert rc == 0 and f"{reason:<28} bad" in out and "kept 2 rows, rejected 1" in out, (out, err)
     (folder / "manifest.jsonl").write_text(bad)
-    fails(call("data.py", "check", folder), "clips has no usable row", "mend the reasons above")
+    fails(call("data.py", "check", folder), "clips has no usable row", "fix the rejected rows listed above")
 
 
 def test_prepare_names_every_bad_sound_and_keeps_the_rest(tmp_path):
@@ -119,14 +119,14 @@ def line(**fields) -> str:
 
 
 LINES = {       # name: (a line of manifest.jsonl, the reason, a part of the fix)
-    "truncated json": ('{"id": "bad", "audio": "0.w', "malformed json", "mend it"),
+    "truncated json": ('{"id": "bad", "audio": "0.w', "malformed json", "fix this line"),
     "not UTF-8": (b'{"id": "bad", "audio": "0.wav", "text": "caf\xe9"}', "bad encoding", "save the file as UTF-8"),
     "a bare number": ("7", "malformed json", "must be an object"),
-    "nested 100,000 deep": ("[" * 100_000, "malformed json", "mend it"),
-    "no text": ('{"id": "bad", "audio": "0.wav"}', "empty text", "write what is said"),
-    "text is a number": (line(text=5), "empty text", "write what is said"),
-    "text is blank": (line(text="  "), "empty text", "write what is said"),
-    "text is null": (line(text=None), "empty text", "write what is said"),
+    "nested 100,000 deep": ("[" * 100_000, "malformed json", "fix this line"),
+    "no text": ('{"id": "bad", "audio": "0.wav"}', "empty text", "write the transcript"),
+    "text is a number": (line(text=5), "empty text", "write the transcript"),
+    "text is blank": (line(text="  "), "empty text", "write the transcript"),
+    "text is null": (line(text=None), "empty text", "write the transcript"),
     "offset is a word": (line(offset="soon"), "malformed field", "offset and duration are seconds"),
     "duration is negative": (line(offset=0, duration=-1), "malformed field", "offset and duration are seconds"),
     "duration is NaN": ('{"id": "bad", "audio": "0.wav", "text": "one", "duration": NaN}', "malformed field", "are seconds"),
@@ -149,7 +149,8 @@ LINES = {       # name: (a line of manifest.jsonl, the reason, a part of the fix
     "compose without a group": ('{"compose": {"count": [1, 2], "rows": 3}}', "malformed compose", "group"),
     "compose of an unknown group": ('{"compose": {"group": "x", "count": [1, 2], "rows": 3}}', "malformed compose",
                                     "no clip has group 'x'"),
-    "compose of ten billion rows": ('{"compose": {"group": "x", "count": [1, 2], "rows": 1e10}}', "malformed compose", "make no sense"),
+    "compose of ten billion rows": ('{"compose": {"group": "x", "count": [1, 2], "rows": 1e10}}', "malformed compose",
+                                    "expected 0..10000000"),
 }
 
 
@@ -173,21 +174,24 @@ SOURCES = {     # name: ({file: content}, what `data.py check` says)
     "unknown keys": ({"manifest.jsonl": '{"foo": 1}'}, ("manifest.jsonl", "foo", "--help")),
     "metadata.csv without known columns": ({"metadata.csv": "foo,bar\n1,2\n"}, ("metadata.csv", "foo, bar", "file_name")),
     "metadata.csv that is binary": ({"metadata.csv": bytes(range(256)) * 4}, ("metadata.csv", "")),
-    "an empty folder": ({"readme.md": "hello"}, ("has no usable row", "mend")),
-    "a sound without transcript": ({"a.wav": wav_header(0)}, ("has no usable row", "mend")),
-    "a transcript that is not UTF-8": ({"a.wav": wav_header(0), "a.txt": b"caf\xe9"}, ("has no usable row", "mend")),
-    "ChatML without an assistant": ({"manifest.jsonl": '{"messages": [{"role": "user", "content": "hi"}]}'}, ("no usable row", "mend")),
+    "an empty folder": ({"readme.md": "hello"}, ("has no usable row", "read as wav + txt, nothing found", "--help")),
+    "a sound without transcript": ({"a.wav": wav_header(0)}, ("has no usable row", "rows listed above")),
+    "a transcript that is not UTF-8": ({"a.wav": wav_header(0), "a.txt": b"caf\xe9"}, ("has no usable row", "rows listed above")),
+    "ChatML without an assistant": ({"manifest.jsonl": '{"messages": [{"role": "user", "content": "hi"}]}'},
+            ("no usable row", "rows listed above")),
     "ChatML with an unknown part": ({"manifest.jsonl": '{"messages": [{"role": "assistant", "content": [{"type": "video"}]}]}'},
-                                    ("no usable row", "mend")),
-    "ChatML whose messages are a number": ({"manifest.jsonl": '{"messages": 3}'}, ("no usable row", "mend")),
+                                    ("no usable row", "rows listed above")),
+    "ChatML whose messages are a number": ({"manifest.jsonl": '{"messages": 3}'}, ("no usable row", "rows listed above")),
     "ChatML with inline audio": ({"manifest.jsonl": json.dumps({"messages": [{"role": "assistant", "content": {"type": "audio"}}]})},
-                                 ("no usable row", "mend")),
-    "Moshi without alignments": ({"manifest.jsonl": '{"path": "a.wav", "duration": 1}', "a.wav": wav_header(1)}, ("no usable row", "mend")),
-    "Moshi with a null path": ({"manifest.jsonl": '{"path": null}'}, ("no usable row", "mend")),
+                                 ("no usable row", "rows listed above")),
+    "Moshi without alignments": ({"manifest.jsonl": '{"path": "a.wav", "duration": 1}', "a.wav": wav_header(1)},
+            ("no usable row", "rows listed above")),
+    "Moshi with a null path": ({"manifest.jsonl": '{"path": null}'}, ("no usable row", "rows listed above")),
     "Moshi alignments without times": ({"manifest.jsonl": '{"path": "a.wav"}', "a.json": '{"alignments": [["hi"]]}'},
-                                       ("no usable row", "mend")),
-    "Moshi alignments that are a list": ({"manifest.jsonl": '{"path": "a.wav"}', "a.json": "[]"}, ("no usable row", "mend")),
-    "Moshi alignments of nobody": ({"manifest.jsonl": '{"path": "a.wav"}', "a.json": '{"alignments": []}'}, ("no usable row", "mend")),
+                                       ("no usable row", "rows listed above")),
+    "Moshi alignments that are a list": ({"manifest.jsonl": '{"path": "a.wav"}', "a.json": "[]"}, ("no usable row", "rows listed above")),
+    "Moshi alignments of nobody": ({"manifest.jsonl": '{"path": "a.wav"}', "a.json": '{"alignments": []}'},
+            ("no usable row", "rows listed above")),
     "a manifest that names a missing one": ({"manifest.jsonl": '{"manifest": "x.jsonl", "parts": ["0"]}'}, ("x.jsonl", "check the path")),
 }
 
@@ -213,7 +217,7 @@ CONFIGS = {     # name: (content of the file, what the line says)
     "steps is a fraction": (CONFIG.replace("steps=4", "steps=4.5"), ("bad.py", "line 12", "steps must be int, got 4.5", "--help")),
     "sources is a word": (CONFIG.replace('sources=(str(here / "clips"),)', 'sources="clips"'),
                           ("bad.py", "line 14", "sources must be tuple", "--help")),
-    "impossible width": (CONFIG.replace("heads=2", "heads=3"), ("bad.py", "dim 16 is no multiple of 3 heads", "correct it")),
+    "impossible width": (CONFIG.replace("heads=2", "heads=3"), ("bad.py", "dim 16 is not a multiple of 3 heads", "correct it")),
     "divides by zero": ("x = 1 / 0", ("bad.py", "line 1", "ZeroDivisionError", "correct it")),
     "needs a missing package": ("import nonesuch", ("bad.py", "nonesuch", "correct it")),
     "reads a missing file": ("open('nonesuch.txt')", ("bad.py", "nonesuch.txt", "correct it")),
@@ -253,10 +257,10 @@ OVERRIDES = {   # an argument: what the line says
     "--lr=-1": ("--lr=-1 is not valid", "negative", "--help"),
     "--warmup=-1": ("--warmup=-1 is not valid", "negative", "--help"),
     "--ema=1": ("--ema=1 is not valid", "[0, 1)", "--help"),
-    "--model.temporal.heads=3": ("--model.temporal.heads=3 is not valid", "dim 16 is no multiple of 3 heads", "--help"),
+    "--model.temporal.heads=3": ("--model.temporal.heads=3 is not valid", "dim 16 is not a multiple of 3 heads", "--help"),
     "--model.temporal.heads=0": ("--model.temporal.heads=0 is not valid", "at least 1", "--help"),
     "--model.temporal.ffn=-3": ("--model.temporal.ffn=-3 is not valid", "at least 1", "--help"),
-    "--model.temporal.head_dim=3": ("--model.temporal.head_dim=3 is not valid", "a head of 3 is odd", "--help"),
+    "--model.temporal.head_dim=3": ("--model.temporal.head_dim=3 is not valid", "head_dim 3 is odd", "--help"),
     "--model.table.layout=rows": ("--model.table.layout=rows is not valid", "clone", "--help"),
     "--model.dropout=1": ("--model.dropout=1 is not valid", "[0, 1)", "--help"),
     "--betas=0.9,2": ("--betas=0.9,2 is not valid", "[0, 1)", "--help"),
@@ -267,7 +271,7 @@ OVERRIDES = {   # an argument: what the line says
     "--init=nobody": ("nobody does not exist", "give a run folder"),
     "--resume=nobody": ("nobody does not exist", "give a run folder"),
     "--data.sources=nowhere": ("nowhere does not exist", "check the path"),
-    "--data.split=random": ("data.split='random'", "give hash, speaker or manifest"),
+    "--data.split=random": ("data.split='random'", "set split to hash, speaker or manifest"),
     "--data.codec=opus": ("opus", "name one of: tiny"),
     "--data.tokenizer=gpt": ("tokenizer gpt does not exist", "bytes"),
     "--data.normaliser=klingon-v1": ("klingon-v1", "choose one of none, english-v1"),
@@ -477,7 +481,7 @@ def test_a_spoilt_token_cache_is_named_with_the_command_that_mends_it(name, tiny
 
 def test_codes_of_a_foreign_codec_do_not_fit_the_model(tiny_run, tmp_path):
     fails(call("train.py", tiny_run.parent / "tiny_run.py", f"--data.codec={ROOT}/LICENSE", f"--out={tmp_path}"), "LICENSE",
-          "holds no codec known here")
+          "contains no known codec")
     eight, four = (f"codebooks({n}, 258, 258, 256, 257, range(2, {n + 2}))" for n in (8, 4))
     (tmp_path / "half.py").write_text(CONFIG.replace(eight, four))
     write_clips(tmp_path / "clips")

@@ -10,7 +10,7 @@ import torch
 
 from corpus.checks import check_source, faults, quality_faults, read_clip
 from corpus.layouts import read_manifest
-from corpus.manifest import compose, fraction
+from corpus.manifest import compose, hash_fraction
 
 RATE = 16000
 
@@ -182,8 +182,8 @@ def test_compose_without_its_group_is_rejected(tmp_path):
 
 
 def test_fraction_is_uniform_and_fixed():
-    values = [fraction("x", i) for i in range(2000)]
-    assert abs(np.mean(values) - 0.5) < 0.03 and fraction("four two") == fraction("four two") < 1
+    values = [hash_fraction("x", i) for i in range(2000)]
+    assert abs(np.mean(values) - 0.5) < 0.03 and hash_fraction("four two") == hash_fraction("four two") < 1
 
 
 def test_compose_never_uses_held_out_clips():
@@ -301,7 +301,7 @@ def test_moss_ttsd_rows(tmp_path):
 # ---- what is used, but not without a word ----
 
 def test_two_channels_and_telephone_rates_are_told_by_check_prepare_and_cloning(tmp_path, capsys):
-    from corpus.cache import name_warnings
+    from corpus.cache import print_warnings
     from corpus.data_config import DataConfig
     from corpus.examples import prompt_example
     from text.tokenizers import load_tokenizer
@@ -310,10 +310,10 @@ def test_two_channels_and_telephone_rates_are_told_by_check_prepare_and_cloning(
     rows = [{"audio": name, "text": "hello there friend"} for name in ("two.wav", "phone.wav")]
     check_source(str(write_lines(tmp_path / "m.jsonl", rows)))
     out = capsys.readouterr().out
-    assert "warning: two: stereo; its two channels are mixed into one" in out and "kept 2 rows" in out
+    assert "warning: two: stereo; both channels are mixed to mono" in out and "kept 2 rows" in out
     assert out.count("sample rate below 16 kHz") == 1
     found = read_manifest(tmp_path / "m.jsonl").rows
-    name_warnings([*found, *({"id": str(n), "file": found[0]["file"]} for n in range(4)), {"id": "gone", "file": "gone.wav"},
+    print_warnings([*found, *({"id": str(n), "file": found[0]["file"]} for n in range(4)), {"id": "gone", "file": "gone.wav"},
                    {"id": "duplex", "file": found[0]["file"], "stereo": True}])
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(";")[0] for line in lines] == ["warning: two, 0, 1 and 2 more: stereo", "warning: phone: sample rate below 16 kHz"]
@@ -325,4 +325,4 @@ def test_two_channels_and_telephone_rates_are_told_by_check_prepare_and_cloning(
             return torch.zeros(1, 2, 5, dtype=torch.long)
 
     prompt_example("x", DataConfig(), load_tokenizer("bytes"), Codec(), [(str(tmp_path / "two.wav"), "hello there friend")])
-    assert "two.wav: stereo; its two channels are mixed into one" in capsys.readouterr().err
+    assert "two.wav: stereo; both channels are mixed to mono" in capsys.readouterr().err

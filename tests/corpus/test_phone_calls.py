@@ -11,7 +11,7 @@ from test_telephone import call as stereo
 
 from audio.wav import load_wav, save_wav
 from corpus.layouts import read_manifest
-from corpus.phone_calls import CATEGORIES, SYSTEM, cut, entities, figures, intent, lookup_turn, ungrounded
+from corpus.phone_calls import CATEGORIES, SYSTEM, cut_call, entities, figures, intent, lookup_turn, ungrounded
 
 IVR = ROOT / "assets/ivr"
 
@@ -50,7 +50,7 @@ def test_a_reply_may_name_what_the_call_or_the_lookup_named() -> None:
 
 def test_a_lookup_is_one_line_of_facts() -> None:
     assert lookup_turn({"order": "48213", "status": "on hold"}) == {"role": "system", "content": "lookup: order=48213; status=on hold"}
-    with pytest.raises(ValueError, match="leave them out"):
+    with pytest.raises(ValueError, match="remove it"):
         lookup_turn({"note": "a; b"})
 
 
@@ -159,7 +159,7 @@ def test_a_stereo_call_becomes_a_conversation_of_its_turns(tmp_path: Path) -> No
         assert float(said.abs().max()) == pytest.approx(float(loudest), rel=0.01)
     found = read_manifest(tmp_path / "out/calls.jsonl")
     assert len(found.rows) == 1 and not found.bad and found.kind == "conversations"
-    assert cut(tmp_path / "in/7.wav", tmp_path / "other", "right")["messages"][-1]["role"] == "assistant"
+    assert cut_call(tmp_path / "in/7.wav", tmp_path / "other", "right")["messages"][-1]["role"] == "assistant"
 
 
 def test_a_call_with_a_silent_channel_is_named_and_left_out(tmp_path: Path) -> None:
@@ -169,9 +169,9 @@ def test_a_call_with_a_silent_channel_is_named_and_left_out(tmp_path: Path) -> N
     rc, out, err = call("data.py", "calls", tmp_path, f"--out={tmp_path}/out", "--agent=right")
     lines = err.splitlines()
     assert rc == 0 and "1 calls, 2 turns, 3 left out" in out and len(lines) == 3
-    assert "half.wav: the right channel, the agent, is silent; record each speaker on a channel of his own" in lines[0]
+    assert "half.wav: the right channel, the agent, is silent; record each speaker on a separate channel" in lines[0]
     assert "mono.wav" in lines[1] and "mute.wav: both channels are silent" in lines[2]
     rc, out, err = call("data.py", "calls", tmp_path / "half.wav", f"--out={tmp_path}/out")
-    assert rc == 2 and "the right channel, the caller, is silent" in err and "no usable call among 1 recordings" in err
+    assert rc == 2 and "the right channel, the caller, is silent" in err and "none of 1 recordings is a usable call" in err
     rc, _, err = call("data.py", "calls", tmp_path, f"--out={tmp_path}/out", "--agent=up")
     assert rc == 2 and "--agent is left or right" in err

@@ -1,4 +1,4 @@
-"""Another tokenizer: pieces that both know keep their rows in every table, the others start near the mean."""
+"""A new tokenizer: pieces that both know keep their rows in every table, the others start near the mean."""
 
 import io
 import json
@@ -13,7 +13,7 @@ from tables import CONFIGS, random_ids
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from checkpoint import export, load, save
-from corpus.swap_tokenizer import keys, shared, swap_tokenizer
+from corpus.swap_tokenizer import match_pieces, piece_keys, swap_tokenizer
 from layers.architecture import ModelConfig
 from model import MultistreamLM
 from options import run_config
@@ -67,7 +67,7 @@ def swapped(model: MultistreamLM, old: Path, new: Path) -> tuple[MultistreamLM, 
     other = MultistreamLM(config).eval()
     assert not other.load_state_dict(tensors, strict=False).unexpected_keys
     ids = [-1] * before.size
-    for i, j in enumerate(shared(keys(before), keys(after))):
+    for i, j in enumerate(match_pieces(piece_keys(before), piece_keys(after))):
         if j >= 0:
             ids[j] = i
     assert count >= sum(i >= 0 for i in ids) > 20 and -1 in ids
@@ -75,17 +75,17 @@ def swapped(model: MultistreamLM, old: Path, new: Path) -> tuple[MultistreamLM, 
 
 
 def test_what_a_piece_stands_for_is_the_same_in_every_kind_of_file(files, tmp_path):
-    found = {name: keys(load_tokenizer(path)) for name, path in files.items()}
+    found = {name: piece_keys(load_tokenizer(path)) for name, path in files.items()}
     special = [("special", name) for name in (b"<unk>", b"<s>", b"</s>", b"<pad>")]
     assert found["en"][:4] == special and found["en"][4:260] == [("byte", bytes([i])) for i in range(256)]
     assert ("text", b" the") in found["en"] and found["bpe"][-1] == ("special", b"<|end|>")
     assert all(("text", b" de") in found[name] for name in ("nl", "bpe")) and ("text", b"e") in found["en"]
     assert {("text", bytes([i])) for i in range(256)} <= set(found["bpe"])
     (tmp_path / "words.json").write_text(json.dumps(["the", "sea"]))
-    assert keys(load_tokenizer(tmp_path / "words.json")) == [("special", b"no word"), ("text", b" the"), ("text", b" sea")]
-    assert keys(load_tokenizer("bytes")) == [("text", bytes([i])) for i in range(256)]
-    assert shared([("byte", b"e"), ("text", b"e")], [("text", b"e"), ("byte", b"e"), ("text", b"f")]) == [1, 0, -1]
-    assert shared([("byte", b"e")], [("text", b"e"), ("special", b"e")]) == [0, -1]
+    assert piece_keys(load_tokenizer(tmp_path / "words.json")) == [("special", b"no word"), ("text", b" the"), ("text", b" sea")]
+    assert piece_keys(load_tokenizer("bytes")) == [("text", bytes([i])) for i in range(256)]
+    assert match_pieces([("byte", b"e"), ("text", b"e")], [("text", b"e"), ("byte", b"e"), ("text", b"f")]) == [1, 0, -1]
+    assert match_pieces([("byte", b"e")], [("text", b"e"), ("special", b"e")]) == [0, -1]
 
 
 @pytest.mark.parametrize("new", ["nl", "nopad", "bpe"])
@@ -110,7 +110,8 @@ def test_moshi_says_the_same_of_shared_pieces_and_follows_its_padding(new, files
     for name in ("embed.text.weight", "depth.text.weight", "text_head.weight"):
         rows, old = other.state_dict()[name], model.state_dict()[name][: len(ids)]
         fresh = torch.ones(len(rows), dtype=torch.bool)
-        fresh[[i for i, j in enumerate(shared(keys(load_tokenizer(files["en"])), keys(load_tokenizer(files[new])))) if j >= 0]] = False
+        old_keys, new_keys = (piece_keys(load_tokenizer(files[language])) for language in ("en", new))
+        fresh[[i for i, j in enumerate(match_pieces(old_keys, new_keys)) if j >= 0]] = False
         fresh[[*own, *range(table.streams[0].classes, len(rows))]] = False
         distance = (rows[fresh] - old.mean(0)).norm(dim=1) / (old - old.mean(0)).norm(dim=1).mean()
         assert fresh.sum() > 10 and 0.0005 < float(distance.median()) < 0.02 and float(distance.max()) < 0.1      # sqrt(1e-5) = 0.003
@@ -124,7 +125,7 @@ def test_a_text_model_keeps_its_stop_by_name_and_its_tied_head(files):
     other, ids = swapped(model, files["bpe"], files["bpe_en"])
     assert other.table.stop == (load_tokenizer(files["bpe_en"]).size - 2,) and ids[-1] == other.table.stop[0]
     assert other.text_head.weight is other.embed["text"].weight
-    with pytest.raises(ValueError, match="bare.json has no piece '<|end|>', which steers the model"):
+    with pytest.raises(ValueError, match="bare.json has no piece '<|end|>', which the model uses as a control token"):
         swap_tokenizer(model.config, dict(model.state_dict()), old, load_tokenizer(files["bare"]))
     with pytest.raises(ValueError, match="are not those of nl.model"):
         swap_tokenizer(model.config, dict(model.state_dict()), load_tokenizer(files["nl"]), old)

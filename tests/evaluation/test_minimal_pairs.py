@@ -1,4 +1,4 @@
-"""Likelihood probes, state geometry, loss landscapes and mended alignments: values that can be worked out by hand."""
+"""Likelihood probes, state geometry, loss landscapes and fixed alignments: values that can be worked out by hand."""
 
 import json
 import math
@@ -268,9 +268,9 @@ def test_a_word_that_lasts_too_long_keeps_its_end(tmp_path):
     (tmp_path / "in/x.json").write_text(before)
     rc, out, err = call("data.py", "fix-alignments", tmp_path / "in", "--longest=0.2", "--dry_run")
     assert rc == 0 and "3 words in 1 files would be shortened" in out, err
-    rc, out, err = call("data.py", "fix-alignments", tmp_path / "in", f"--out={tmp_path}/mended", "--longest=0.2", "--first")
+    rc, out, err = call("data.py", "fix-alignments", tmp_path / "in", f"--out={tmp_path}/fixed", "--longest=0.2", "--first")
     assert rc == 0, err
-    assert json.loads((tmp_path / "mended/x.json").read_text())["alignments"][0] == ["A", [0.92, 1.0], "SPEAKER_MAIN"]
+    assert json.loads((tmp_path / "fixed/x.json").read_text())["alignments"][0] == ["A", [0.92, 1.0], "SPEAKER_MAIN"]
     assert (tmp_path / "in/x.json").read_text() == before
     for options, said in ((("--longest=0.2",), "give --out"), ((f"--out={tmp_path}/in",), "originals"),
                           (("--keep=2",), "keep 2.0 is not in")):

@@ -11,7 +11,7 @@ from safetensors import safe_open
 import families
 from audio.wav import save_wav
 from checkpoint import export, load
-from families.family import Family, closings, every, family_of, lay_out
+from families.family import Family, all_families, closings, family_of, lay_out
 from options import read_json
 from streams import Example, Stream, StreamTable, codebooks
 
@@ -70,13 +70,13 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_every_layout_has_one_family_and_all_are_listed():
-    layouts = [family.layout for family in every() if family.layout]
+    layouts = [family.layout for family in all_families() if family.layout]
     assert len(layouts) == len(set(layouts)) and {"words", "clone", "chatml", "duplex", "moss", "qwen2", "qwen3", "text"} <= set(layouts)
-    assert {form.to for family in every() for form in family.formats} == {"hf", "boson", "moshi", "dsaa"}
+    assert {form.to for family in all_families() for form in family.formats} == {"hf", "boson", "moshi", "dsaa"}
     assert {"frame", "boson", "hf"} == closings().keys()
     code, out, _ = call("families/__main__.py")
-    assert code == 0 and all(family.name in out for family in every())
-    with pytest.raises(ValueError, match="belongs to no family; there are"):
+    assert code == 0 and all(family.name in out for family in all_families())
+    with pytest.raises(ValueError, match="is unknown; known are"):
         family_of(StreamTable((Stream("text", "text", 4),), "nobody"))
 
 
@@ -87,7 +87,7 @@ def test_a_toy_family_is_one_file(toy: Path):
         (clips / f"{n}.txt").write_text("one two")
     (toy / "toy_run.py").write_text(RUN)
     table = StreamTable((Stream("text", "text", 300, 300), *codebooks(2, 18, 18, 16, 17, range(2))), "toy")
-    assert isinstance(family_of(table), Family) and "Toy" in [family.name for family in every()]
+    assert isinstance(family_of(table), Family) and "Toy" in [family.name for family in all_families()]
     tokens, weights = lay_out(Example(torch.tensor([5, 6]), torch.zeros(2, 3, dtype=torch.long)), table)
     assert tokens[0, -2:].tolist() == [5, 6] and weights[0].tolist() == [0.0] * (tokens.shape[1] - 2) + [1.0, 1.0] and not weights[1:].any()
     for _ in range(2):                                          # the second time there is nothing left to do

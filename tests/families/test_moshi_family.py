@@ -15,7 +15,7 @@ from torch import Tensor
 
 from checkpoint import export, load
 from corpus.bundled import demo_dialogues
-from families.formats import lost
+from families.formats import config_differences
 from families.moshi import FORMAT, HIBIKI_1B, HIBIKI_2B, STT_1B, STT_2_6B, TTS_1_6B
 from generation.decode_step import SampleConfig
 from layers.conditioning import condition_column
@@ -108,11 +108,11 @@ def test_the_names_of_transformers(tmp_path):
     assert written.keys() == case.weights.keys() and all(torch.equal(t, case.weights[n]) for n, t in written.items())
     for to in ("hf", "moshi"):
         again = load(export(model, tmp_path / to, to=to))
-        assert same_tensors(again, model) and not lost(again.config, model.config)
+        assert same_tensors(again, model) and not config_differences(again.config, model.config)
     case.weights |= {"audio_encoder.x": torch.zeros(2), "surplus": torch.zeros(2)}
     with pytest.raises(ValueError, match=r"0 tensors missing \[\], 1 unexpected \['surplus'\]"):
         load(case.write(tmp_path / "more"))
-    with pytest.raises(ValueError, match="no counterpart in the layout moshi_hf"):
+    with pytest.raises(ValueError, match="has no name in the layout moshi_hf"):
         export(load_case("hibiki", tmp_path / "hibiki")[1], tmp_path / "x", to="hf")
 
 
@@ -254,7 +254,7 @@ def test_parameters_are_those_of_the_released_models(config, count):
         model = MultistreamLM(config)
     assert model.count_parameters() == count
     about = FORMAT.write(config, "bfloat16")
-    assert not lost(config, FORMAT.read(about, {}))
+    assert not config_differences(config, FORMAT.read(about, {}))
 
 
 # ---- files ----
@@ -264,7 +264,7 @@ def test_official_files_are_read_and_written_back(name, tmp_path):
     case, model = load_case(name, tmp_path / "base")
     folder = export(model, tmp_path / "back", to="moshi")
     again = load(folder)
-    assert same_tensors(again, model) and not lost(model.config, again.config)
+    assert same_tensors(again, model) and not config_differences(model.config, again.config)
     assert json.loads((folder / "config.json").read_text())["model_type"] == case.config["model_type"]
     assert same_tensors(load(export(model, tmp_path / "ours")), model)
 
@@ -290,7 +290,7 @@ def test_what_cannot_be_computed_is_refused_by_name(change, words, tmp_path):
 def test_conditions_are_chosen_by_name(tmp_path):
     table = load_case("hibiki", tmp_path)[1].table
     assert condition_column(table, "description=good").tolist() == [[3]] and condition_column(table, "").tolist() == [[7]]
-    for text, words in (("description=fine", "is one of very_bad, bad, neutral"), ("voice=x", "there is no condition 'voice'")):
+    for text, words in (("description=fine", "choose one of very_bad, bad, neutral"), ("voice=x", "condition 'voice' is unknown")):
         with pytest.raises(ValueError, match=words):
             condition_column(table, text)
 

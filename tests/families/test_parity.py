@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import lora
 from checkpoint import export, load
 from families.family import export_model, recognise_format
-from families.formats import lost
+from families.formats import config_differences
 from families.higgs import HIGGS_V2_3B
 from families.moshi import MOSHI_7B
 from families.moss import MOSS_9B
@@ -251,7 +251,7 @@ def test_export_writes_back_what_was_read(name, tmp_path):
     model = load(case.write(tmp_path / "official"))
     folder = export(model, tmp_path / "back", to=EXPORTS.get(name, "hf"))
     again = load(folder)
-    assert same_tensors(again, model) and not lost(model.config, again.config)
+    assert same_tensors(again, model) and not config_differences(model.config, again.config)
     written = load_file(folder / "model.safetensors")
     if "moshi" not in name:
         assert written.keys() == case.weights.keys()
@@ -287,7 +287,7 @@ def test_an_adapter_on_a_tied_head_is_not_merged_into_the_embedding(tmp_path):
 def test_higgs_layouts_convert_into_each_other(tmp_path):
     model = load(Golden("higgs").write(tmp_path / "hf"))
     boson = load(export(model, tmp_path / "boson", to="boson"))
-    assert same_tensors(boson, model) and not lost(model.config, boson.config)
+    assert same_tensors(boson, model) and not config_differences(model.config, boson.config)
     assert same_tensors(load(export(boson, tmp_path / "again", to="hf")), model)
 
 
@@ -419,7 +419,7 @@ def test_missing_extra_and_misshapen_tensors_are_named_in_one_line(name, tmp_pat
     case = Golden(name)
     first = sorted(case.weights)[1]
     changes = {"1 tensors missing": {first: None}, "1 unexpected ['surplus']": {"surplus": torch.zeros(2)},
-               "its config wants": {first: case.weights[first][..., :-1].contiguous()}}
+               "its config expects": {first: case.weights[first][..., :-1].contiguous()}}
     for expected, change in changes.items():
         broken = Golden(name)
         broken.weights = {n: t for n, t in (broken.weights | change).items() if t is not None}
@@ -462,7 +462,7 @@ def test_a_damaged_config_is_one_line(name, field, value, words, tmp_path):
 def test_unknown_layouts_and_targets_are_refused(tmp_path):
     case = Golden("qwen2")
     model = load(case.write(tmp_path))
-    with pytest.raises(ValueError, match="there is multistream, hf"):
+    with pytest.raises(ValueError, match="choose one of multistream, hf"):
         export(model, tmp_path / "x", to="moshi")
     with pytest.raises(ValueError, match="this model has none"):
         export(model, tmp_path / "x", to="peft")

@@ -15,7 +15,7 @@ from corpus.index import prepare
 from corpus.layouts import read_manifest
 from data import Loader
 from families import moss, qwen
-from families.family import lay_out, steered
+from families.family import lay_out, with_tokenizer_ids
 from families.moss import TEMPLATE
 from families.qwen import QWEN2_TEMPLATE, QWEN3_TEMPLATE, SOSP
 from layers.architecture import ModelConfig
@@ -29,8 +29,8 @@ TOKENIZER = ROOT / "assets" / "tiny_qwen_tokenizer.json"
 WORDS = load_tokenizer(TOKENIZER)
 IDS = token_ids(WORDS, (*TEMPLATE.marks, "<think>", "</think>"), "Qwen3")
 TEXT = (Stream("text", "text", 544, 544),)
-TABLES = {"qwen2": steered(StreamTable(TEXT, "qwen2"), WORDS), "qwen3": steered(StreamTable(TEXT, "qwen3"), WORDS),
-          "moss": steered(StreamTable((*TEXT, *codebooks(1, 80, 80, -1, 64)), "moss"), WORDS)}
+TABLES = {"qwen2": with_tokenizer_ids(StreamTable(TEXT, "qwen2"), WORDS), "qwen3": with_tokenizer_ids(StreamTable(TEXT, "qwen3"), WORDS),
+          "moss": with_tokenizer_ids(StreamTable((*TEXT, *codebooks(1, 80, 80, -1, 64)), "moss"), WORDS)}
 CHATS = {"qwen2": Chat(WORDS, template=QWEN2_TEMPLATE), "qwen3": Chat(WORDS, template=QWEN3_TEMPLATE),
          "moss": Chat(WORDS, template=TEMPLATE)}
 HEARD = {"type": "audio"}
@@ -170,15 +170,15 @@ def test_what_would_become_structure_is_refused(tmp_path):
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     m = read_manifest(tmp_path / "x.jsonl")
     assert [row["id"] for row in m.rows] == ["0", "4"]
-    assert [(b.reason, b.fix[:52]) for b in m.bad][:2] == [
-        ("reasoning in a turn", "the text of a assistant turn holds <think>, keep onl"),
-        ("wrong placeholder count", "the text of a assistant turn holds <|im_end|>, name ")]
+    assert [(b.reason, b.fix[:54]) for b in m.bad][:2] == [
+        ("reasoning in a turn", "the text of the assistant turn holds <think>, keep onl"),
+        ("wrong placeholder count", "the text of the assistant turn holds <|im_end|>, name ")]
     for chat in CHATS.values():
-        with pytest.raises(ValueError, match="reasoning in a turn; the text of a user turn holds <think>"):
+        with pytest.raises(ValueError, match="reasoning in a turn; the text of the user turn holds <think>"):
             chat.prompt("what is <think>?")
-        with pytest.raises(ValueError, match="has no recipient"):
+        with pytest.raises(ValueError, match="does not support a recipient"):
             chat.segments([turn("user", "x") | {"recipient": "me"}, turn("assistant", "y")], [])
-        with pytest.raises(ValueError, match="takes no reference"):
+        with pytest.raises(ValueError, match="does not take a reference"):
             chat.prompt("x", [("said", speech(1))])
 
 
@@ -186,13 +186,13 @@ def test_ids_come_from_the_tokenizer_and_must_be_those_of_the_model():
     assert [IDS[name] for name in ("<|endoftext|>", "<|im_start|>", "<|im_end|>", SOSP)] == [512, 513, 514, 515]
     assert TABLES["moss"].audio_start == 515 and TABLES["moss"].audio_end == -1 and TABLES["qwen2"].stop == (512, 514)
     for name, chat in CHATS.items():
-        chat.fit(TABLES[name])
+        chat.check_tokenizer(TABLES[name])
         with pytest.raises(ValueError, match=r"<\|im_end\|> is 514 in tokenizer tiny_qwen_tokenizer.json, 1, 2 in the model"):
-            chat.fit(replace(TABLES[name], stop=(1, 2)))
+            chat.check_tokenizer(replace(TABLES[name], stop=(1, 2)))
     with pytest.raises(ValueError, match="is 515 in tokenizer"):
-        CHATS["moss"].fit(replace(TABLES["moss"], audio_start=7))
+        CHATS["moss"].check_tokenizer(replace(TABLES["moss"], audio_start=7))
     with pytest.raises(ValueError, match="has no special token <|endoftext|>.*tokenizer.json of MOSS-Speech"):
-        Chat(load_tokenizer("bytes"), template=TEMPLATE).fit(TABLES["moss"])
+        Chat(load_tokenizer("bytes"), template=TEMPLATE).check_tokenizer(TABLES["moss"])
 
 
 # ---- from a manifest to batches ----
@@ -225,7 +225,8 @@ def test_rows_of_messages_become_batches(tmp_path, capsys):
     held, _ = made["held"]
     assert torch.equal(held[:, : prompt.shape[1]], prompt)
     with pytest.raises(ValueError, match="no usable row"):
-        prepare(replace(data, sources=(str(plain),)), steered(StreamTable((*TEXT, *codebooks(8, 258, 258, 256, 257)), "moss"), WORDS))
+        table = with_tokenizer_ids(StreamTable((*TEXT, *codebooks(8, 258, 258, 256, 257)), "moss"), WORDS)
+        prepare(replace(data, sources=(str(plain),)), table)
     assert 'MOSS-Speech learns from conversations; write the row as {"messages"' in capsys.readouterr().err
 
 

@@ -279,7 +279,7 @@ def test_control_c_cuts_a_reply_and_the_call_goes_on(tmp_path: Path, capsys: pyt
 @pytest.mark.parametrize("name, options, lines, told", [
     ("text", ("--chat.lookup=nowhere.json",), "", "nowhere.json does not exist"),
     ("text", ("--chat.lookup={models}/bad.json",), "", "is no table of facts"),
-    ("text", ("--chat.lookup={models}/worse.json",), "", "holds one of ; = or a line end"),
+    ("text", ("--chat.lookup={models}/worse.json",), "", "contains ; or = or a line break"),
     ("text", ("--chat.budget=0",), "", "budget 0 is not positive"),
     ("text", ("--chat.budget=10",), "Hello\n", "chat.budget is 10; raise it"),
     ("text", ("--chat.lokup=x",), "", "nearest is --chat.lookup"),

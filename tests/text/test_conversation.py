@@ -21,7 +21,7 @@ from corpus.examples import build_example, prompt_example
 from corpus.index import prepare
 from corpus.layouts import as_clone_request, read_manifest, sample_row
 from data import Loader
-from families.family import lay_out, steered
+from families.family import lay_out, with_tokenizer_ids
 from families.higgs import SPECIALS, TEMPLATE, clone_messages
 from generation.command_line import pair_voices, usual_rules
 from streams import Example, Stream, StreamTable, audio_block, codebooks
@@ -36,7 +36,7 @@ CHAT = Chat(WORDS, TEMPLATE)
 
 def chat_table(Q: int, codes: int = 16) -> StreamTable:
     table = StreamTable((Stream("text", "text", 288, 288), *codebooks(Q, codes + 2, codes + 2, codes, codes + 1, range(Q))), "chatml")
-    return steered(table, WORDS)
+    return with_tokenizer_ids(table, WORDS)
 
 
 SMALL, TINY = chat_table(4), chat_table(8, 256)
@@ -237,7 +237,7 @@ def test_special_ids_come_from_the_tokenizer() -> None:
     with pytest.raises(ValueError, match=r"tokenizer bytes has no special token <\|begin_of_text\|>"):
         token_ids(load_tokenizer("bytes"), SPECIALS, "Higgs Audio v2")
     with pytest.raises(ValueError, match=r"<\|audio_out_bos\|> is 264 in tokenizer tiny_tokenizer.json, 5 in the model"):
-        CHAT.fit(replace(SMALL, audio_start=5))
+        CHAT.check_tokenizer(replace(SMALL, audio_start=5))
 
 
 def test_long_texts_are_cut_at_words_or_speakers() -> None:
@@ -331,7 +331,7 @@ def test_limits_and_tokenizers_are_named(folder: Path, capsys: pytest.CaptureFix
     with pytest.raises(ValueError, match="no usable row"):
         prepare(config(folder, "bad.jsonl", normaliser="higgs-v1"), TINY)
     told = capsys.readouterr().err
-    assert "its reference has no transcript" in told and "holds <|eot_id|>" in told and "start_index 3 leaves nothing to learn" in told
+    assert "its reference has no transcript" in told and "holds <|eot_id|>" in told and "start_index 3 leaves no target" in told
     with pytest.raises(ValueError, match="has no special token"):
         prepare(config(folder, "manifest.jsonl", tokenizer="bytes"), TINY)
     with pytest.raises(ValueError, match="is empty under normaliser"):
@@ -373,7 +373,7 @@ def test_several_voices_become_the_official_prompt_of_several_speakers(tmp_path:
         + head.format("user") + "[SPEAKER1] yes<|eot_id|>" + head.format("assistant") + "<|audio_out_bos|>")
     described = prompt_example("hi", data, WORDS, load_codec("tiny"), [("", "profile:a calm man"), voices[0]], TINY).segments
     assert "SPEAKER0: a calm man\nSPEAKER1: <|audio_bos|>(13)<|audio_eos|>\n" in written(described)
-    with pytest.raises(ValueError, match="a prompt of this model holds 1"):
+    with pytest.raises(ValueError, match="a prompt of this model takes 1"):
         prompt_example("hi", data, WORDS, load_codec("tiny"), voices, replace(TINY, layout="clone"))
 
 

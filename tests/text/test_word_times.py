@@ -279,7 +279,7 @@ BAD = {     # name: (arguments of `stereo`, what check says, is the row left out
     "silent user": ({"channels": [voice(4, SIDES[MAIN], 1), np.zeros(64000)]}, ("warning: d: silent channel", "monologue"), False),
     "crosstalk": ({"channels": [voice(4, SIDES[MAIN], 1), voice(4, SIDES[OTHER], 2) + 0.3 * np.roll(voice(4, SIDES[MAIN], 1), 16)]},
                   ("warning: d: crosstalk", "one microphone"), False),
-    "unsorted": ({"words": WORDS[::-1]}, ("warning: d: alignments mended", "3 words out of order"), False),
+    "unsorted": ({"words": WORDS[::-1]}, ("warning: d: alignments corrected", "3 words out of order"), False),
     "overlapping": ({"words": [["a", [0.3, 0.9], MAIN], ["b", [0.5, 0.8], MAIN]]}, ("1 words overlapping",), False),
     "clean": ({}, ("kept 2 rows, rejected 0",), False)}
 

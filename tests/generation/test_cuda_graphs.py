@@ -184,7 +184,7 @@ def test_weights_of_8_bits_go_the_fast_way(name: str, tapes: list[Tape], monkeyp
     rules = SampleConfig(temperature=0.0, max_frames=20)
     frames = both(model, start, rules)
     assert model.cache(1, 4).fast is not None and tapes
-    monkeypatch.setattr("kernels.attention.Cache.single", lambda self, S: False)     # block by block, as the model is defined
+    monkeypatch.setattr("kernels.attention.KVCache.takes_fast_path", lambda self, S: False)     # block by block, as the model is defined
     slow = torch.stack(list(generate(model, start, replace(rules, graphs="off"))), -1)
     assert torch.equal(slow, frames)
 

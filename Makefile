@@ -6,7 +6,7 @@ RUN    := $(VENV)/bin/python
 export OMP_NUM_THREADS ?= 1
 PIP     = $(VENV)/bin/pip install --disable-pip-version-check -q -c constraints.txt
 
-.PHONY: demo test check smoke curves wer bench clean lines
+.PHONY: demo test check smoke wer bench clean lines
 
 demo: $(VENV)/demo        ## train the tiny model on real speech (CPU, minutes), then listen to out/demo/*.wav
 	$(RUN) train.py configs/tiny.py
@@ -47,8 +47,12 @@ bench: $(VENV)/core       ## us against what others use, side by side (peers tha
 	$(RUN) bench.py kernels --pairs=3
 	$(RUN) bench.py scaling --model=higgs --pairs=5
 
-lines:                    ## how long everything is
-	@wc -l *.py audio/*.py configs/*.py tests/*.py
+lines:                    ## how long everything is: the core path, then each room
+	@wc -l config.py streams.py model.py lora.py loss.py data.py train.py sample.py | tail -1 | sed 's/total/core path/'
+	@wc -l *.py | tail -1 | sed 's/total/top level/'
+	@for room in */__init__.py; do wc -l $${room%/*}/*.py | tail -1 | sed "s,total,$${room%/*}/,"; done
+	@wc -l configs/*.py | tail -1 | sed 's,total,configs/,'
+	@find tests -name '*.py' -exec cat {} + | wc -l | sed 's,$$, tests/,'
 
 clean:
 	rm -rf out .pytest_cache .ruff_cache

@@ -51,7 +51,7 @@ from layers.architecture import ModelConfig
 from layers.fusion import as_stored, fingerprint
 from lora import LoraConfig
 from model import MultistreamLM
-from options import difference, edge, from_json, read_json, replace_file, split_arguments, to_json, unknown, write_json
+from options import difference, edge, from_json, locate, read_json, replace_file, split_arguments, to_json, unknown, write_json
 from streams import StreamTable
 from text.tokenizers import load_tokenizer, tokenizer_file
 from training.parallel import place
@@ -162,7 +162,7 @@ def open_model(path: str | Path, config: ModelConfig | None = None) -> tuple[Mul
 def extras_of(about: dict[str, Any], folder: Path, path: str | Path) -> Extras:
     data = dict(about["data"])
     if data and ((folder / data["tokenizer"]).is_file() or
-                 (Path(data["tokenizer"]).suffix and not Path(data["tokenizer"]).exists() and not hub.is_id(data["tokenizer"]))):
+                 (Path(data["tokenizer"]).suffix and not locate(data["tokenizer"]).exists() and not hub.is_id(data["tokenizer"]))):
         data["tokenizer"] = str(folder / data["tokenizer"])
     return Extras(about["step"], data, about["base"], str(folder), str(path))
 

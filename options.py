@@ -232,9 +232,9 @@ def load_config(argv: list[str], usage: str = "", kind: str = "") -> Any:
         words, pairs["help"] = [str(CONFIGS / "tiny.py")], ""
     if not words:
         raise ValueError(f"no config file given; usage: {usage}")
-    path = Path(words[0])
+    path = locate(words[0])
     if path.suffix != ".py" or not path.is_file():
-        near = difflib.get_close_matches(str(path), sorted(str(p) for p in Path("configs").glob("*.py")), 1, 0.0)
+        near = difflib.get_close_matches(str(path), sorted(f"configs/{p.name}" for p in CONFIGS.glob("*.py")), 1, 0.0)
         raise FileNotFoundError(f"config file {path} does not exist" + (f"; nearest is {near[0]}" if near else ""))
     if words[1:]:
         raise ValueError(f"unexpected word {words[1]!r} after {path}; overrides look like --key=value")
@@ -278,6 +278,19 @@ def difference(old: Any, new: Any) -> list[str]:
 
 
 # ---- files and errors ----
+
+HERE = Path(__file__).resolve().parent            # the repository
+OURS = ("assets", "configs")                         # folders of the repository that configs, checkpoints and commands name
+
+
+def locate(path: str | Path) -> Path:
+    """Find a file as the user means it: where they stand, else, for "assets/..." and "configs/...", beside this code.
+
+    Configs and checkpoints store such names as they are, so that a run goes on from any folder and on any machine.
+    """
+    path = Path(path)
+    return HERE / path if path.parts[:1] and path.parts[0] in OURS and not path.exists() and (HERE / path).exists() else path
+
 
 def replace_file(path: str | Path, write: Callable[[str], Any]) -> None:
     """Write a file whole: `write` fills a temporary file in the same folder, which is then renamed to `path`."""
@@ -347,10 +360,11 @@ def read_rows(path: str | Path, what: str, /, **fields: type) -> Iterator[tuple[
 
 def read_lines(path: str | Path) -> list[str]:
     """The lines of a UTF-8 text file that are not blank, stripped."""
-    if not Path(path).is_file():
+    path = locate(path)
+    if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; name a file with one text a line")
     try:
-        return [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not UTF-8; save it again as UTF-8") from None
 

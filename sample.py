@@ -38,7 +38,7 @@ from generation.reply_stream import print_reply
 from generation.turns import advance, start_state
 from layers.conditioning import condition_column
 from model import MultistreamLM
-from options import apply, edge, help_text, read_lines, split_arguments, write_rows
+from options import apply, edge, help_text, locate, read_lines, split_arguments, write_rows
 from streams import Example, delay
 from text.conversation import chunks
 from text.tokenizers import load_tokenizer
@@ -252,6 +252,7 @@ def main() -> None:
         raise ValueError(f"unexpected word {words[0]!r}; options look like --text=\"...\"")
     if pairs.get("stream") == "":
         pairs["stream"] = "true"
+    pairs |= {name: str(locate(pairs[name])) for name in ("user", "prompt") if pairs.get(name)}
     job = apply(Job(chat=ChatConfig() if pairs.pop("chat", "false") != "false" else None), pairs)
     if job.chat is not None:
         return chat(job, pairs.keys())

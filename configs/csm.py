@@ -11,7 +11,6 @@ Expect: not yet measured on the released weights.
 """
 
 from dataclasses import replace
-from pathlib import Path
 
 from config import LossConfig, TrainConfig
 from corpus.data_config import DataConfig
@@ -32,7 +31,7 @@ config = TrainConfig(
     out="out/csm", steps=2000, batch_size=1, accum=4, lr=1e-4, schedule="cosine", warmup=50, warmup_offset=1, weight_decay=0.01,
     eval_every=200, eval_batches=16, save_every=200, prompts=("I will be there in a minute.",))
 
-table = with_tokenizer_ids(stream_table(288, 258, 8, 0), load_tokenizer(Path(__file__).parents[1] / TINY))
+table = with_tokenizer_ids(stream_table(288, 258, 8, 0), load_tokenizer(TINY))
 stack = StackConfig(dim=48, layers=2, heads=4, kv_heads=2, ffn=64, rope_theta=500000.0, rope_scaling=(32.0, 0.125, 0.5, 1024.0))
 smoke = replace(
     config, model=ModelConfig(table, stack, depth=replace(stack, dim=32, kv_heads=1, steps=8, prefix=True, projection="linear",

@@ -8,7 +8,6 @@ Sized for 8 x 80 GB or more. Expect: not yet measured on the released weights.
 """
 
 from dataclasses import replace
-from pathlib import Path
 
 from config import TrainConfig
 from corpus.data_config import DataConfig
@@ -45,7 +44,7 @@ config = TrainConfig(
     prompts=("مرحبا بكم، كيف يمكنني مساعدتكم؟",), listen=4)
 
 steer = with_tokenizer_ids(StreamTable((Stream("text", "text", 288, 288), *codebooks(8, 258, 258, 256, 257, range(8))), "chatml"),
-                load_tokenizer(Path(__file__).parents[1] / TINY))
+                load_tokenizer(TINY))
 smoke = replace(
     config, model=ModelConfig(steer, StackConfig(dim=48, layers=2, heads=4, kv_heads=2, ffn=64, rope_theta=500000.0,
                                                  rope_scaling=(32.0, 1.0, 4.0, 8192.0)), dual_ffn=(0, 1)),

@@ -14,7 +14,6 @@ texts are; manifest.py shows both. Moshi: leave first-codebook weights at 1 (--d
 """
 
 from dataclasses import replace
-from pathlib import Path
 
 from config import DpoConfig, TrainConfig
 from corpus.data_config import DataConfig
@@ -38,7 +37,7 @@ config = TrainConfig(
     dtype="auto", seed=42, eval_every=10, patience=3, save_every=10, keep=2, log_every=1)
 
 table = with_tokenizer_ids(StreamTable((Stream("text", "text", 544, 544),), "qwen2", stop=(0, 0)),
-                           load_tokenizer(Path(__file__).parents[1] / TINY))
+                           load_tokenizer(TINY))
 tiny = ModelConfig(
     table, StackConfig(dim=96, layers=2, heads=6, kv_heads=2, ffn=192, norm_eps=1e-6, rope_theta=1e6, qkv_bias=True), tied=True)
 smoke = replace(

@@ -19,7 +19,6 @@ from noise, its words cannot. Its calls are bundled digits, read by a synthetic 
 """
 
 from dataclasses import replace
-from pathlib import Path
 
 from config import TrainConfig
 from corpus.bundled import demo_calls
@@ -45,7 +44,7 @@ config = TrainConfig(
     betas=(0.9, 0.95), weight_decay=0.0, clip=1.0, eval_every=50, eval_batches=16, patience=3, save_every=50, keep=2, log_every=1)
 
 table = with_tokenizer_ids(StreamTable((Stream("text", "text", 544, 544), *codebooks(1, 384, 384, -1, 256)), "moss"),
-                load_tokenizer(Path(__file__).parents[1] / TINY))
+                load_tokenizer(TINY))
 
 def smoke() -> TrainConfig:
     calls = demo_calls("out/cache/calls")                   # made of the bundled clips when they are not there

@@ -16,7 +16,6 @@ Bundled dialogues teach style only: 58 families of calls. Expect: not yet measur
 """
 
 from dataclasses import replace
-from pathlib import Path
 
 from config import TrainConfig
 from corpus.data_config import DataConfig
@@ -50,7 +49,7 @@ seed = replace(config, out="out/ivr_seed", epochs=0, steps=500, batch_size=16, a
 second = replace(config, init_adapter="out/ivr_qwen", out="out/ivr_second", epochs=5, steps=200, lr=1e-4)
 
 table = with_tokenizer_ids(StreamTable((Stream("text", "text", 544, 544),), "qwen2", stop=(0, 0)),
-                           load_tokenizer(Path(__file__).parents[1] / TINY))
+                           load_tokenizer(TINY))
 tiny = ModelConfig(
     table, StackConfig(dim=96, layers=2, heads=6, kv_heads=2, ffn=192, norm_eps=1e-6, rope_theta=1e6, qkv_bias=True), tied=True)
 smoke = replace(

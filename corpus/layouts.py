@@ -19,7 +19,7 @@ from typing import Any
 
 from corpus.manifest import CACHE_FIELDS, SOUNDS, Manifest, Row, Unusable, accept, compose, path_inside, unusable_on_error
 from families.family import special_tokens
-from options import parse_row
+from options import locate, parse_row
 from text.conversation import Message, bare, checked, clips, parts, said
 from text.word_times import MAIN, as_json, parse_alignments, tidy_words
 
@@ -34,7 +34,7 @@ def read_manifest(path: str | Path, allow_outside: bool = False, nested: bool = 
 
     Raises FileNotFoundError without the source, ValueError when its layout is unknown.
     """
-    kind, path = detect(Path(path))
+    kind, path = detect(locate(path))
     m, virtual = Manifest(path, kind, allow_outside, assistant_text=assistant_text), []
     read, convert = LAYOUTS[kind]
     for where, row in read(m):

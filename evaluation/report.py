@@ -39,14 +39,13 @@ from evaluation.metrics import ROUGE, LinearProbe, Resample, bleu_of, bleu_parts
 from families.family import family_of, lay_out
 from generation.decode_step import SampleConfig
 from model import MultistreamLM
-from options import from_json, read_json, read_rows, write_json, write_rows
+from options import from_json, locate, read_json, read_rows, write_json, write_rows
 from sample import generate, pad_left
 from streams import Example
 from text.conversation import clips
 from text.tokenizers import load_tokenizer
 from training.monitor import read_metrics
 
-ROOT = Path(__file__).resolve().parents[1]
 Row = dict[str, Any]
 Hear = Callable[[list[tuple[Tensor, int]]], list[str]]
 GENERIC, OUT_OF_SCOPE = "assets/ivr/generic.jsonl", "assets/ivr/out_of_scope.txt"
@@ -154,7 +153,7 @@ def read_held(data: DataConfig, model: MultistreamLM) -> Held:
 def raw_rows(data: DataConfig) -> dict[str, Row]:
     """The rows of jsonl sources by id, with whatever else they say (category, language, slots)."""
     found: dict[str, Row] = {}
-    for source in (Path(source_weight(s)[0]) for s in data.sources):
+    for source in (locate(source_weight(s)[0]) for s in data.sources):
         if source.suffix == ".jsonl":                       # prepare has named the lines that cannot be read
             found |= {str(row["id"]): row for _, row in json_rows(Manifest(source)) if "id" in row}
     return found
@@ -399,7 +398,7 @@ def report_intents(models: Models, held: Held, data: DataConfig, job: Evaluation
 
 def training_rows(data: DataConfig, model: MultistreamLM) -> list[Row]:
     """The rows that a run has learnt from and that say their category; none where its files are gone."""
-    if not data.sources or not all(Path(source_weight(s)[0]).exists() for s in data.sources):
+    if not data.sources or not all(locate(source_weight(s)[0]).exists() for s in data.sources):
         return []
     prepare(data, model.table)
     rows = raw_rows(data)
@@ -410,8 +409,8 @@ def training_rows(data: DataConfig, model: MultistreamLM) -> list[Row]:
 # ---- what was forgotten ----
 
 def bundled(name: str) -> Path:
-    """A file by its path, or the one of that name in this repository."""
-    path = Path(name) if Path(name).is_file() else ROOT / name
+    """The file of texts that an option names."""
+    path = locate(name)
     if not path.is_file():
         raise FileNotFoundError(f"{name} does not exist; check the path, or leave it empty")
     return path

@@ -18,6 +18,7 @@ from families.family import Family
 from families.formats import About, Conversion, Format, Tensors, by_model_type, drop_buffers, ids, llama, placeholder, stack, write_llama
 from families.qwen import CHATML, QWEN2_TEMPLATE, SOSP
 from layers.architecture import ModelConfig, StackConfig
+from options import locate
 from streams import Stream, StreamTable, chat_grid, codebooks
 from text.conversation import token_ids
 from text.tokenizers import load_tokenizer
@@ -102,7 +103,7 @@ def split_from_qwen(model: Any, tail: int | str = 4, codes: int | str = 16384, w
             raise ValueError(f"--{name}={value} is no whole number; give one")
     extras = model.extras
     beside = [(extras.data or {}).get("tokenizer", ""), Path(extras.folder) / "tokenizer.json"] if extras.folder else []
-    tokenizer = tokenizer or next((path for path in beside if Path(path).is_file()), "")
+    tokenizer = tokenizer or next((path for path in beside if locate(path).is_file()), "")
     start = token_ids(load_tokenizer(tokenizer), (SOSP,), "Qwen")[SOSP] if tokenizer else MOSS_9B.table.audio_start
     config, tensors = split_tails(model.config, model.weights(), int(tail), int(codes), start, int(words), seed)
     return config, tensors, {"tokenizer": str(tokenizer)} if tokenizer else None

@@ -17,7 +17,7 @@ from families.formats import official_files
 from generation.conversation import ChatConfig
 from generation.decode_step import SampleConfig
 from model import MultistreamLM
-from options import from_json
+from options import from_json, locate
 from streams import StreamTable
 
 
@@ -87,7 +87,7 @@ def load_for_sampling(job: Job) -> tuple[MultistreamLM, DataConfig]:
 def pair_voices(refs: Sequence[str], transcripts: Sequence[str], texts: Sequence[str]) -> list[tuple[str, str]]:
     """(recording, transcript) of each voice, or ("", "profile:..."); ValueError when they do not fit each other or the texts."""
     said = iter(transcripts)
-    voices = [("", ref) if ref.startswith("profile:") else (ref, next(said, "")) for ref in refs]
+    voices = [("", ref) if ref.startswith("profile:") else (str(locate(ref)), next(said, "")) for ref in refs]
     if any(not text.strip() for _, text in voices) or next(said, None) is not None:
         found = f"{sum(bool(ref) for ref, _ in voices)} recordings, {len(transcripts)} transcripts"
         raise ValueError(f"a reference needs both --ref=voice.wav and --ref_text=\"what it says\"; got {found}")

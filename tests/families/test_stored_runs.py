@@ -2,22 +2,28 @@
 of each config's smoke twin, written when all modules lay at the top level."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, call
+from safetensors.torch import load_file
 from tables import random_ids
 
 import lora
 from checkpoint import Extras, load, save
 from config import TrainConfig
+from corpus.index import source_weight
+from corpus.layouts import read_manifest
 from families.family import family_of
 from layers.architecture import ModelConfig
 from lora import LoraConfig
 from model import MultistreamLM
 from options import from_json, run_config, to_json
+from text.tokenizers import load_tokenizer
+from training.run_state import point
 
 RUNS = sorted((ROOT / "tests/golden/runs").glob("*.json"))
 
@@ -82,3 +88,38 @@ def test_a_checkpoint_with_a_stored_config_loads_with_its_adapter(path, tmp_path
     tokens = torch.stack([random_ids(s.classes or s.vocab, (6,), k) for k, s in enumerate(model.table.streams)])[None]
     for one, other in zip(model.eval()(tokens), again(tokens), strict=True):
         assert one is None if other is None else torch.equal(one, other)
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+def test_what_a_stored_run_reads_of_this_repository_is_found_from_another_folder(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = from_json(TrainConfig, stored(path)["run"]["config"]).data
+    names = [source_weight(name)[0] for name in data.sources if name.startswith("assets/")]
+    assert all(read_manifest(name).rows for name in names)
+    if data.tokenizer.startswith("assets/"):
+        assert load_tokenizer(data.tokenizer).content == (ROOT / data.tokenizer).read_bytes()
+    assert names or all(name.startswith("out/cache/") for name in data.sources), "made of the bundled recordings where the run is started"
+
+
+def test_a_run_begun_beside_the_code_goes_on_elsewhere_with_the_same_bits(tmp_path):
+    """README: commands work from any folder. One is stopped at half its steps, carried elsewhere, resumed, sampled and shown."""
+    data = ("--data.sources=assets/speech/manifest.jsonl", "--data.variants=1", f"--data.cache={tmp_path}/cache")
+    smoke = ("configs/tiny.py", "--smoke", *data)
+    run = ("train.py", *smoke, "--dtype=fp32", "--steps=4", "--save_every=2", "--keep=4", "--eval_every=0", "--prompts=()")
+    rc, _, err = call(*run, f"--out={tmp_path}/whole", cwd=ROOT)
+    assert rc == 0, err
+    here = tmp_path / "elsewhere"
+    half = here / "out/smoke_tiny"
+    shutil.copytree(tmp_path / "whole", half, symlinks=True)
+    point(half / "ckpt/latest", "step_000002")
+    rc, said, err = call(*run, cwd=here)
+    assert rc == 0 and "at step 2" in said + err, said + err
+    for name in ("model.safetensors", "state/optimizer.safetensors"):
+        both = [load_file(out / "ckpt/latest" / name) for out in (tmp_path / "whole", half)]
+        assert (half / "ckpt/latest").resolve().name == "step_000004" and both[0].keys() == both[1].keys()
+        assert all(torch.equal(tensor, both[1][key]) for key, tensor in both[0].items()), name
+    rc, said, err = call("sample.py", "--ckpt", "out/smoke_tiny", "--texts", "assets/demo.txt", "--max_frames=4", "--out", "said", cwd=here)
+    assert rc == 0 and len(list((here / "said").glob("*.wav"))) == 19, err
+    rc, said, err = call("data.py", "show", *smoke, cwd=here)
+    assert rc == 0 and "advance" in said, err
+    assert sorted(path.name for path in here.iterdir()) == ["out", "said"], "what a run writes lies where its user stands"

@@ -49,6 +49,7 @@ from families.tensor_files import (
 from kernels.int8 import quantize_rows
 from layers.architecture import ModelConfig
 from layers.fusion import as_stored, fingerprint
+from layers.int8_base import check_mergeable
 from lora import LoraConfig
 from model import MultistreamLM
 from options import difference, edge, from_json, locate, read_json, replace_file, split_arguments, to_json, unknown, write_json
@@ -477,7 +478,7 @@ def merged_weights(model: MultistreamLM) -> Tensors:
     """The weights of a model, what is adapted merged in fp32 and cast once, when it is read."""
     tensors: Tensors = {name: t for name, t in model.weights().items() if ".adapter." not in name}
     for path, module, adapter in lora.adapters(model):
-        lora.check_mergeable(path, module)
+        check_mergeable(path, module)
         if adapter.base is None:
             tensors[f"{path}.weight"] = computed(module.weight, lambda m=module, a=adapter: a.merged(m.weight).to(m.weight.dtype))
     return tensors

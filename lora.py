@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.int8 import dequantize_rows, quantize_rows
 from kernels.lora_linear import linear, lora_linear
+from layers.int8_base import check_mergeable, dequantized, linears, whole
 
 # What the Higgs recipes choose among, by name; the text head stays as it is.
 SETS = {"attention_only": ("attn.*",), "audio_focused": ("audio_ffn.*", "audio_head"),
@@ -86,11 +86,6 @@ class Adapter(nn.Module):
         return full * (pick(self.lora_magnitude) / full.norm(dim=-1)).unsqueeze(-1).detach()
 
 
-def dequantized(weight: Tensor, row_scale: Tensor | None) -> Tensor:
-    """A weight in fp32."""
-    return weight.detach().float() if row_scale is None else dequantize_rows(weight, row_scale)
-
-
 def matches(path: str, pattern: str) -> bool:
     """Glob against a dotted path; the pattern may begin at any dot."""
     return fnmatch.fnmatchcase(f".{path}", f"*.{pattern}")
@@ -99,11 +94,6 @@ def matches(path: str, pattern: str) -> bool:
 def within(path: str, pattern: str) -> bool:
     """`matches`, of a parameter or of a module that it belongs to."""
     return matches(path, pattern) or matches(path, f"{pattern}.*")
-
-
-def linears(model: nn.Module) -> dict[str, nn.Module]:
-    """Every module that can carry an adapter, by path."""
-    return {path: m for path, m in model.named_modules() if hasattr(m, "adapter") and hasattr(m, "weight")}
 
 
 def adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module, Adapter]]:
@@ -198,51 +188,6 @@ def merging(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for adapter in on:
             adapter.merging = False
-
-
-# ---- a base of 8 bits ----
-
-@torch.no_grad()
-def quantize(model: nn.Module) -> nn.Module:
-    """Hold the frozen Linears in int8 and a scale a row (kernels/int8.py); returns the model. Adapters on them train as before.
-
-    A weight that something else reads too (a tied embedding) stays. ValueError when nothing is frozen.
-    """
-    for module in quantizable(model, {n for n, p in model.named_parameters() if p.requires_grad}).values():
-        q, module.row_scale = quantize_rows(module.weight)
-        module.weight = nn.Parameter(q, requires_grad=False)
-    return model
-
-
-def quantizable(model: nn.Module, trained: Collection[str]) -> dict[str, nn.Module]:
-    """The Linears that 8 bits can hold, by path: frozen, and nothing else reads their weight. ValueError when there is none."""
-    owners: dict[int, int] = {}
-    for module in model.modules():
-        for p in module.parameters(recurse=False):
-            owners[id(p)] = owners.get(id(p), 0) + 1
-    frozen = {path: m for path, m in linears(model).items()
-              if f"{path}.weight" not in trained and m.weight.is_floating_point() and owners[id(m.weight)] == 1}
-    if not frozen:
-        raise ValueError("8 bits are for Linears that are frozen, and here none is; add adapters (--lora.rank=16) or drop --quantize")
-    return frozen
-
-
-def held_types(model: nn.Module, config: LoraConfig | None, rates: Sequence[tuple[str, float]], quantize: str) -> dict[str, torch.dtype]:
-    """How training holds the parameters that are not of its compute type: what is trained in fp32, frozen Linears in int8."""
-    chosen = trained_parameters(model, config) if config else {n: p for n, p in model.named_parameters() if p.requires_grad}
-    trained = [name for name in chosen if next((factor for pattern, factor in rates if within(name, pattern)), 1.0)]
-    eight = {f"{path}.weight": torch.int8 for path in quantizable(model, trained)} if quantize else {}
-    return dict.fromkeys(trained, torch.float32) | eight
-
-
-def whole(module: nn.Module) -> Tensor:
-    """The weight of a Linear in fp32."""
-    return dequantized(module.weight, module.row_scale)
-
-
-def check_mergeable(path: str, module: nn.Module) -> None:
-    if module.weight.dtype == torch.int8:
-        raise ValueError(f"{path} holds 8 bits: nothing can be merged into them; load the model without --quantize and merge that")
 
 
 # ---- merging ----

@@ -57,7 +57,7 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
         self.schedule = schedule
         self.adapter: nn.Module | None = None
-        self.register_buffer("row_scale", None)        # of a weight that lora.quantize holds in 8 bits
+        self.register_buffer("row_scale", None)        # of a weight that int8_base.quantize holds in 8 bits
 
     def pick(self, parameter: Tensor, step: slice) -> Tensor:
         """Select the weight sets that serve the steps of a slice."""

@@ -36,6 +36,7 @@ from training import evaluation_samples, monitor, parallel, sweep
 from training.curriculum import Curriculum, prepare_all
 from training.objective import Contrast, Likelihood, Preference
 from training.parallel import all_sum, barrier
+from training.plan import held_types
 from training.run_state import RunState, after_save, latest, load_run, save_run
 
 exit_on_error()                                  # a ValueError or OSError from here on is one line and exit code 2
@@ -95,7 +96,7 @@ if config.lora is not None and not base:         # adapters on random weights: k
 def prepare(model: MultistreamLM) -> dict[str, torch.dtype]:
     """What is frozen is read in the compute type, or in 8 bits; only what is trained has fp32 masters. A rank reads its shards."""
     adapters = adapter_config(config.init_adapter, model) if config.init_adapter else config.lora
-    types = lora.held_types(model, adapters, config.rates, config.quantize)
+    types = held_types(model, adapters, config.rates, config.quantize)
     if config.shard and base:
         parallel.shard(model, Block, device, dtype)
     return types

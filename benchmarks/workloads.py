@@ -22,6 +22,7 @@ from generation.decode_step import SampleConfig, prefill
 from generation.dialogue import UserFeed
 from generation.guidance import Guidance
 from layers.batch_plan import make_plan
+from layers.int8_base import quantize
 from lora import LoraConfig
 from loss import LossConfig, loss_scale
 from model import MultistreamLM
@@ -166,7 +167,7 @@ def decode_models(job: Job, folder: Path) -> tuple[MultistreamLM, nn.Module | No
     model, why = build_and_export(replace(job, peer=job.peer and not job.quantize), folder)
     net = None if why else (peers.moshi_model if job.model == "moshi" else peers.transformers_model)(folder, model).eval()
     if job.quantize:
-        lora.quantize(model.requires_grad_(False))
+        quantize(model.requires_grad_(False))
     return model, net, "not measured: 8 bits have no peer" if job.quantize and job.peer else why
 
 

@@ -16,6 +16,7 @@ from families.family import family_of
 from families.formats import official_files
 from generation.conversation import ChatConfig
 from generation.decode_step import SampleConfig
+from layers.int8_base import quantize
 from model import MultistreamLM
 from options import from_json, locate
 from streams import StreamTable
@@ -76,7 +77,7 @@ def load_for_sampling(job: Job) -> tuple[MultistreamLM, DataConfig]:
     print(f"{job.adapter or model.extras.folder}: step {model.extras.step}, {applied}")
     lora.strip(model)                                # merged adapters go the fast way
     if job.quantize:
-        lora.quantize(model.requires_grad_(False))
+        quantize(model.requires_grad_(False))
     folder = Path(model.extras.folder)
     facts = dict(model.extras.data or family_of(model.table).companions | official_files(folder))
     facts |= {key: getattr(job, key) for key in ("codec", "tokenizer", "normaliser") if getattr(job, key)}

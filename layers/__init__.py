@@ -5,5 +5,6 @@
     conditioning.py    low-rank embeddings, conditions, voices (Moshi's relatives)
     fusion.py          a frozen text model beside the temporal transformer (DSAA)
     depth.py           depth transformers: Moshi's, and one that reads a prefix (CSM)
+    int8_base.py       a frozen base of 8 bits
     contrastive.py     the contrastive term for voice cloning
 """

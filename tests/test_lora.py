@@ -11,7 +11,8 @@ from tables import CONFIGS, grid
 import lora
 from families.qwen import QWEN2_5_1_5B
 from generation.decode_step import SampleConfig
-from lora import LoraConfig, adapters, inject, load_state, matches, merge, norms, quantize, state, strip, unmerge
+from layers.int8_base import quantize
+from lora import LoraConfig, adapters, inject, load_state, matches, merge, norms, state, strip, unmerge
 from model import MultistreamLM
 from sample import generate
 

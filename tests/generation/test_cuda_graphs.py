@@ -17,7 +17,8 @@ from generation.cuda_graphs import GraphRunner, why_not
 from generation.decode_step import ColumnKind, DecodeStep, SampleConfig
 from generation.dialogue import UserFeed
 from generation.turns import FREE
-from lora import LoraConfig, inject, merge, quantize
+from layers.int8_base import quantize
+from lora import LoraConfig, inject, merge
 from model import MultistreamLM
 from sample import generate, pad_left
 from streams import Example

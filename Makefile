@@ -6,7 +6,7 @@ RUN    := $(VENV)/bin/python
 export OMP_NUM_THREADS ?= 1
 PIP     = $(VENV)/bin/pip install --disable-pip-version-check -q -c constraints.txt
 
-.PHONY: demo test check smoke wer bench clean lines
+.PHONY: demo test check smoke wer bench big clean lines
 
 demo: $(VENV)/demo        ## train the tiny model on real speech (CPU, minutes), then listen to out/demo/*.wav
 	$(RUN) train.py configs/tiny.py
@@ -46,6 +46,9 @@ bench: $(VENV)/core       ## us against what others use, side by side (peers tha
 	$(RUN) bench.py loader
 	$(RUN) bench.py kernels --pairs=3
 	$(RUN) bench.py scaling --model=higgs --pairs=5
+
+big: $(VENV)/core         ## full-size random Qwen2.5-1.5B and Higgs v2 3B: load, train, sample, merge, export, and their peaks (35 GB of disk)
+	$(RUN) -m benchmarks.big
 
 lines:                    ## how long everything is: the core path, then each room
 	@wc -l config.py streams.py model.py lora.py loss.py data.py train.py sample.py | tail -1 | sed 's/total/core path/'

@@ -143,8 +143,8 @@ def main() -> None:
                 raise ValueError(f"{name} {step} ended with {done.returncode}: {done.stderr[-2000:]}")
             *told, last = done.stdout.strip().splitlines()
             _, most, seconds = last.split()
-            print(f"{name} {step}: peak {int(most) / 1e9:.2f} GB above an idle process, {int(most) / weights:.2f} x the weights, {seconds} s",
-                  *told, flush=True)
+            print(f"{name} {step}: peak {int(most) / 1e9:.2f} GB above an idle process, {int(most) / weights:.2f} x the weights,",
+                  f"{seconds} s", *told, flush=True)
 
 
 if __name__ == "__main__":

@@ -80,7 +80,8 @@ class Tally(TorchDispatchMode):
         self.most = max(self.most, self.now)
 
 
-def build(config: ModelConfig, adapters: LoraConfig | None, types: dict[str, torch.dtype], dtype: torch.dtype, device: str) -> MultistreamLM:
+def build(config: ModelConfig, adapters: LoraConfig | None, types: dict[str, torch.dtype], dtype: torch.dtype,
+          device: str) -> MultistreamLM:
     """A model of tensors without memory, as training or sampling holds it. Within a FakeTensorMode."""
     with torch.device("meta"):
         model = MultistreamLM(config)

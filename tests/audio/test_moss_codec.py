@@ -304,9 +304,11 @@ def test_batch_and_empty_codes(exact):
 # ---- voices ----
 
 def test_voice_features_equal_the_official_ones():
-    clip = sound(1, 24000, seed=7)
+    clip = HIFT["voice_clip"]
     check("voice mel", voice_mel(clip)[0, ::5], HIFT["voice_mel"])
-    check("Kaldi features", fbank(clip[:, :8000])[0, ::5], HIFT["fbank"], 5e-5)
+    truth = fbank(clip[:, :8000].double())[0, ::5]             # quiet bins of loud frames: single precision is 2e-5 off, theirs and ours
+    check("Kaldi features", truth, HIFT["fbank"], 3e-5)
+    check("Kaldi features, single precision", fbank(clip[:, :8000])[0, ::5], truth, 5e-5)
 
 
 def field(number: int, value) -> bytes:

@@ -1,4 +1,4 @@
-"""What the tests share: one thread, Triton interpreted where there is no GPU, a command line to call, a run to look at."""
+"""What the tests share: OMP_NUM_THREADS threads or one, Triton interpreted where there is no GPU, a command line to call, a run to see."""
 
 import contextlib
 import io
@@ -15,11 +15,11 @@ import pytest
 import soundfile
 import torch
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")           # for the processes that tests start
+os.environ.setdefault("OMP_NUM_THREADS", "1")           # here, and in the processes that tests start
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")      # before any import of ours: kernels are compiled when first seen
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path += [str(path) for path in sorted((ROOT / "tests").iterdir()) if path.is_dir()]      # some tests lend others their grids

@@ -401,7 +401,8 @@ def test_log_mels_equal_transformers():
     pair = log_mel(torch.stack([both, golden["wav/16000"]]), seconds=None)           # each clip has a maximum of its own
     assert pair.shape == (2, 128, 100)
     quiet = torch.stack([both / 1000, golden["wav/16000"]])
-    assert torch.equal(log_mel(quiet)[:1], log_mel(quiet[:1])) and torch.equal(log_mel(quiet)[1:], log_mel(quiet[1:]))
+    for n in (0, 1):                                    # sums of up to 201 positive terms, in another order: 1e-6 of values near 1
+        assert (log_mel(quiet)[n] - log_mel(quiet[n : n + 1])[0]).abs().max() <= 1e-6
     check("log-mel", pair[1, :, ::7], golden["mel/16000"][:, :15])
 
 

@@ -117,9 +117,18 @@ def test_codes_equal_the_official_ones(codec):
 
 
 def test_long_sound_is_encoded_by_30_seconds(codec):
+    """Of these 388 codes three have two entries equally near, as far as single precision can tell, and either is right."""
     long = sound(1, 31 * 16000, seed=4)[:, None]
-    codes = codec.encode(long, rate=16_000)
-    assert torch.equal(codes[:, 0], ENCODER["codes/long"]) and codes.shape == (1, 1, 388) and codes.unique().numel() > 30
+    codes, wanted, book = codec.encode(long, rate=16_000), ENCODER["codes/long"][0], codec.encoder.codebook.weight.double()
+    with torch.no_grad():
+        states = codec.encoder(log_mel(F.pad(long[:, 0], (0, 29 * 16000)).view(2, -1), 9, None)).flatten(0, 1)[:388].double()
+    away, sizes = (states[:, None] - book).square().sum(2), states.square().sum(1) + book.square().sum(1).max()
+    rounding = 2 * torch.finfo(torch.float32).eps * sizes                          # of |x|^2 + |c|^2 - 2 x c, which is looked for
+    tied = away.topk(2, largest=False)[0].diff()[:, 0] <= rounding
+    assert tied.sum() <= 4 and torch.equal(codes[0, 0][~tied], wanted[~tied])
+    ours, theirs = (away.gather(1, code[:, None])[:, 0] for code in (codes[0, 0], wanted))
+    assert ((ours - theirs).abs() <= rounding).all()
+    assert codes.shape == (1, 1, 388) and codes.unique().numel() > 30
     assert torch.equal(codec.encode(long[..., : 30 * 16000], 16_000), codes[..., :375])
 
 
@@ -208,14 +217,17 @@ def test_noise_is_the_published_one_and_leaves_the_generator_alone(codec):
 
 # ---- the vocoder ----
 
-def test_sound_equals_the_official_one(codec):
+def test_sound_equals_the_official_one(codec, exact):
     mel, hift = HIFT["hift/mel"], codec.hift
     with torch.no_grad():
         check("pitch, of 300 Hz", hift.f0_predictor(mel) / 300, HIFT["hift/f0"] / 300)
         source = hift.source(HIFT["hift/f0"], torch.zeros(1, 9, dtype=torch.float64), 0)
         check("source", source, HIFT["hift/source"], 2e-4)              # the published phase adds up in single precision
         check("sound of the same source", hift(mel, HIFT["hift/source"]), HIFT["hift/wav"])
-        check("sound", HiftStream(hift).push(mel, final=True), HIFT["hift/wav"], 2e-4)
+        sound = HiftStream(exact.hift).push(mel.double(), final=True)
+        check("sound", sound, HIFT["hift/wav"], 1e-4)
+        # a pitch that is 2e-4 Hz off turns the ninth harmonic by 2e-3 within 0.2 s, and how far it is off is the processor's
+        check("sound, single precision", HiftStream(hift).push(mel, final=True), sound, 5e-4)
 
 
 def test_source_is_a_sum_of_sines_and_noise(exact):

@@ -91,7 +91,8 @@ def test_what_a_piece_stands_for_is_the_same_in_every_kind_of_file(files, tmp_pa
 @pytest.mark.parametrize("new", ["nl", "nopad", "bpe"])
 @torch.no_grad()
 def test_moshi_says_the_same_of_shared_pieces_and_follows_its_padding(new, files):
-    """Grids written with the new ids: audio logits and the text logits of shared pieces are bit for bit what they were."""
+    """Grids written with the new ids: audio logits are bit for bit what they were, and so are the text logits of shared pieces,
+    but for the rounding of a product with other rows beside them."""
     model = resized(CONFIGS["duplex"], load_tokenizer(files["en"]).size)
     other, ids = swapped(model, files["en"], files[new])
     table, size = other.table, load_tokenizer(files[new]).size
@@ -106,7 +107,7 @@ def test_moshi_says_the_same_of_shared_pieces_and_follows_its_padding(new, files
     tokens[:, 0, 0] = model.table.streams[0].start
     new_tokens[:, 0] = torch.cat([torch.full((2, 1), table.streams[0].start), to[pick][:, 1:]], 1)
     before, after = model(tokens), other(new_tokens)
-    assert torch.equal(after[1], before[1]) and torch.equal(after[0][..., to], before[0][..., both])
+    assert torch.equal(after[1], before[1]) and (after[0][..., to] - before[0][..., both]).abs().max() <= 1e-5
     for name in ("embed.text.weight", "depth.text.weight", "text_head.weight"):
         rows, old = other.state_dict()[name], model.state_dict()[name][: len(ids)]
         fresh = torch.ones(len(rows), dtype=torch.bool)

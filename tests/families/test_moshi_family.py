@@ -209,11 +209,12 @@ def test_an_adapter_of_moshi_finetune_equals_moshi(embeddings, tmp_path):
 
 @torch.inference_mode()
 def compare(case: Golden, model: MultistreamLM, prefix: str, name: str) -> None:
+    """Logits up to 8 here: each side is up to 1e-5 from what double precision gives, ours by a way that depends on the processor."""
     text, audio = model(columns(case, model))
-    check(name, text, case[f"{prefix}text_logits"])
+    check(name, text, case[f"{prefix}text_logits"], 2e-5)
     for k, row in enumerate(model.table.audio_out):
         mask = case["mask"][:, k]
-        check(name, audio[:, k].roll(-model.table.delays[row], 1)[mask], case[f"{prefix}logits"][:, k][mask])
+        check(name, audio[:, k].roll(-model.table.delays[row], 1)[mask], case[f"{prefix}logits"][:, k][mask], 2e-5)
 
 
 @pytest.mark.parametrize("name", ["moshi", "moshi_steps", "hibiki"])

@@ -176,6 +176,9 @@ class ColumnStep:
 
         mask (B, 1, 1, live) or None; `audio` is the side of all columns, or of each (B, 1).
         """
+        if torch.is_autocast_enabled(x.device.type):                # all of this memory is of the type of the weights
+            with torch.autocast(x.device.type, enabled=False):
+                return self(x, places, turn, mask, audio, step)
         eps = self.c.norm_eps
         if x is not self.x:
             self.x.copy_(x)

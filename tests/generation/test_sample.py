@@ -108,6 +108,21 @@ def test_greedy_sampling_equals_argmax_of_the_full_forward(name: str) -> None:
     assert got.shape[1] == 9 and torch.equal(got, truth)
 
 
+@pytest.mark.parametrize("name", ["clone", "dual", "fast_forward", "tails", "depth", "depth_schedule", "qwen"])
+def test_sampling_under_autocast_computes_the_same(name: str) -> None:
+    """As the evaluations of a bf16 run do: weights are fp32, what is not the fast way of a column multiplies in bf16."""
+    model, start = make(name), prompt(CONFIGS[name].table, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        spoken = frames(model, start, SampleConfig(temperature=0.0, max_frames=12))
+    tokens = torch.cat([start[None], spoken.clamp(min=-1)], 2)
+    columns, hidden = tokens.shape[2], []
+    for half in (True, False):
+        cache = model.cache(1, columns)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half):
+            hidden.append(torch.cat([model.hidden(tokens[..., n : n + 1], torch.tensor([[n]]), cache=cache)[1] for n in range(columns)], 1))
+    assert spoken.shape[2] > 1 and (hidden[0] - hidden[1]).abs().max() < 0.15              # bf16 keeps 8 bits of values near 3, many times
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("name", ["clone", "dual", "fast_forward", "tails", "depth"])
 def test_batched_sampling_equals_single_sampling(name: str, temperature: float) -> None:

@@ -28,6 +28,7 @@ from audio.wav import load_wav
 from checkpoint import DTYPES, Extras, adapter_config, base_of, load, put_adapter, resolve, save
 from config import TrainConfig, first_beta, learning_rate
 from data import Batch, Loader
+from kernels.choice import has_bf16, slow_dtype
 from layers.batch_plan import make_plan
 from layers.fusion import remember
 from model import Block, MultistreamLM
@@ -57,8 +58,7 @@ device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
 if kind == "cuda":
     torch.cuda.set_device(device)
 parallel.start(kind)
-has_bf16 = torch.cuda.is_bf16_supported() if kind == "cuda" else torch.cpu.get_capabilities().get("avx512_bf16", False)
-dtype = DTYPES[config.dtype if config.dtype != "auto" else "bf16" if has_bf16 else "fp32"]
+dtype = DTYPES[config.dtype if config.dtype != "auto" else "bf16" if has_bf16(kind) else "fp32"]
 autocast = torch.autocast(kind, dtype) if dtype != torch.float32 else nullcontext()
 torch.manual_seed(config.seed)                   # equal weights everywhere; the ranks part ways in section 5
 
@@ -68,6 +68,9 @@ def say(*lines: object) -> None:
         tqdm.write(str(line), file=sys.stdout)
         sys.stdout.flush()
 
+
+if slow := slow_dtype(dtype, kind):
+    say(slow)
 
 # ---- 3. data ----
 if rank == 0:

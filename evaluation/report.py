@@ -13,6 +13,7 @@ RUN/report: rows.jsonl (every row, every reply), summary.json, index.html. Next:
 """
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -38,6 +39,7 @@ from evaluation.html_page import Page, show
 from evaluation.metrics import ROUGE, LinearProbe, Resample, bleu_of, bleu_parts, cer, confusion, macro_f1, ratio, rouge_rows, wer
 from families.family import family_of, lay_out
 from generation.decode_step import SampleConfig
+from kernels.choice import slow_dtype
 from model import MultistreamLM
 from options import from_json, locate, read_json, read_rows, write_json, write_rows
 from sample import generate, pad_left
@@ -103,6 +105,8 @@ def report(run: Path, job: Evaluation, hear: Hear) -> Path:
     """Evaluate a run folder or a checkpoint; returns the page."""
     if job.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device=cuda: this machine shows no CUDA device; use --device=cpu")
+    if slow := slow_dtype(DTYPES[job.dtype], job.device):
+        print(slow, file=sys.stderr)
     model = load(run, job.device, job.dtype)
     own, started = of_run(run, model)
     data = replace(own, sources=job.sources, split="manifest") if job.sources else own

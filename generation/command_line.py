@@ -2,6 +2,7 @@
 """
 
 import re
+import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from families.family import family_of
 from families.formats import official_files
 from generation.conversation import ChatConfig
 from generation.decode_step import SampleConfig
+from kernels.choice import slow_dtype
 from layers.int8_base import quantize
 from model import MultistreamLM
 from options import from_json, locate
@@ -71,6 +73,8 @@ def load_for_sampling(job: Job) -> tuple[MultistreamLM, DataConfig]:
         raise ValueError("no checkpoint given; add --ckpt out/demo, or any run folder, file or hub id")
     if job.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device=cuda: this machine shows no CUDA device; use --device=cpu")
+    if slow := slow_dtype(DTYPES[job.dtype], job.device):
+        print(slow, file=sys.stderr)
     model = load(job.ckpt, job.device, job.dtype, job.adapter or None)
     found = lora.norms(model)
     applied = f"adapter applied: {2 * len(found)} tensors, |BA|/|W| up to {max(found.values()):.2g}" if found else "no adapter"

@@ -69,6 +69,22 @@ def use_triton(x: Tensor) -> bool:
     return True
 
 
+def has_bf16(device: str) -> bool:
+    """Whether a "cpu" or "cuda" device multiplies in bf16. A CPU that ATEN_CPU_CAPABILITY restricts has what that leaves."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported()
+    found = torch.cpu.get_capabilities()
+    return any(found.get(name) for name in ("avx512_bf16", "amx_bf16")) and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+
+
+def slow_dtype(dtype: torch.dtype, device: str) -> str:
+    """What to say of a type that the device does not compute in; empty where it does."""
+    if dtype != torch.bfloat16 or has_bf16(device):
+        return ""
+    where = "this CPU has neither AVX-512 BF16 nor AMX" if device == "cpu" else "this GPU has no bf16"
+    return f"warning: --dtype=bf16, but {where}: bf16 is emulated and can be ten times slower than fp32; use --dtype=fp32"
+
+
 @lru_cache(maxsize=1)
 def installed() -> bool:
     if triton is None:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import random
 import shutil
 import signal
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CONFIG, ROOT, write_clips
+from conftest import CONFIG, ROOT, cli, write_clips
 from safetensors.torch import load_file
 
 import lora
@@ -44,8 +43,7 @@ def command(folder: Path, *options: str, ranks: int = 0) -> list[str]:
 
 def train(folder: Path, *options: str, ranks: int = 0, expect: int = 0) -> str:
     """Run train.py to its end; returns what it printed."""
-    done = subprocess.run(command(folder, *options, ranks=ranks), cwd=ROOT, capture_output=True, text=True, timeout=240,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(command(folder, *options, ranks=ranks), cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == expect, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -79,8 +77,7 @@ def test_killed_at_random_moments_and_resumed_equals_never_killed(folder: Path, 
     out, draw = folder / f"killed{seed}", random.Random(seed)
     options = (f"--out={out}", "--steps=12", "--save_every=3", "--ema=0.9", "--eval_every=6")
     for moment in sorted(draw.sample(range(1, 12), 2)):
-        process = subprocess.Popen(command(folder, *options), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+        process = subprocess.Popen(command(folder, *options), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None and not ((out / "metrics.jsonl").exists() and len(losses_if_any(out)) > moment):
             time.sleep(0.005)
         time.sleep(draw.random() * 0.05)
@@ -245,6 +242,15 @@ def test_low_precision_trains(folder: Path, whole: Path, dtype: str) -> None:
     numbers = losses(folder / dtype)
     assert abs(numbers[0][1] - losses(whole)[0][1]) < 0.1
     assert all(t.dtype == torch.float32 for t in final(folder / dtype).values())               # fp32 masters
+
+
+def test_bf16_is_used_where_the_cpu_has_it_and_warned_of_where_not(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+    said = {dtype: train(folder, f"--out={folder}/a_{dtype}", "--steps=1", f"--dtype={dtype}") for dtype in ("auto", "fp32", "bf16")}
+    assert [dtype for dtype in said if "--dtype=bf16, but this CPU has neither AVX-512 BF16 nor AMX" in said[dtype]] == ["bf16"]
+    assert losses(folder / "a_auto") == losses(folder / "a_fp32") != losses(folder / "a_bf16")
+    rc, _, err = cli("sample.py", f"--ckpt={folder}/a_auto", "--text=one", f"--out={folder}/a.wav", "--max_frames=2", "--dtype=bf16")
+    assert rc == 0 and err.count("--dtype=bf16, but") == 1
 
 
 def test_early_stopping(folder: Path) -> None:

@@ -28,8 +28,8 @@ config = TrainConfig(
                     normaliser="english-v1", variants=8, split="manifest", columns=304,
                     stream_weights=(0.0, 0.0, 0.0, 0.0, 1.0, *(0.85**k for k in range(8)))),
     loss=LossConfig(text=0.3), out="out/demo",
-    steps=900, batch_size=4, lr=1.5e-3, schedule="linear", warmup=20, warmup_offset=1, weight_decay=0.02, dtype="auto",
-    eval_every=450, eval_batches=8, save_every=450, prompts=("four nine two seven", "one zero three", "thank you"))
+    steps=600, batch_size=4, lr=1.5e-3, schedule="linear", warmup=20, warmup_offset=1, weight_decay=0.02, dtype="auto",
+    eval_every=300, eval_batches=8, save_every=300, prompts=("four nine two seven", "one zero three", "thank you"))
 
 smoke = replace(config, out="out/smoke_tiny",
                 model=replace(config.model, temporal=StackConfig(dim=48, layers=2, heads=2, ffn=96, gated=False, activation="gelu")),

@@ -23,8 +23,10 @@ demo: $(VENV)/demo        ## train the tiny model on real speech (CPU, minutes),
 # Two processes of one thread. PLAIN is what the oldest processors have: other sizes of vectors, other rounding.
 PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN) -m pytest -n 2 --dist loadfile
 PLAIN  = ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 DNNL_MAX_CPU_ISA=SSE41
-QUICK  = $(patsubst %,tests/test_%.py,audio augment checkpoint chatml contrast data dsaa higgs_codec lora loss mimi model \
-           moshi_family moss_codec parity parallel probes qwen sae sample streams telephone vocabulary)
+QUICK  = $(patsubst %,tests/test_%.py,checkpoint data lora loss model streams) tests/generation/test_sample.py tests/audio tests/layers \
+         $(patsubst %,tests/families/test_%.py,csm dsaa moshi_family parity qwen) tests/text/test_conversation.py \
+         tests/training/test_parallel.py tests/evaluation/test_minimal_pairs.py tests/evaluation/test_sparse_autoencoder.py \
+         tests/corpus/test_swap_tokenizer.py
 
 test: $(VENV)/test        ## lint and the whole test suite; then its quick files under the plainest instruction set
 	$(VENV)/bin/ruff check .

@@ -213,7 +213,7 @@ def bench_kernels(job: Job) -> list[dict[str, Any]]:
 def rank_side(job: Job) -> None:
     """One of several processes: its share of a LoRA step, gradients averaged by DDP. The first one prints seconds and bytes."""
     torch.set_num_threads(1)
-    parallel.start("cpu")
+    parallel.start("cpu", 0)
     with tempfile.TemporaryDirectory() as folder:
         model = train_workload(replace(job, peer=False), Path(folder)).model
         tokens, weights = peers.training_batch(model, [256] * 2)

@@ -16,8 +16,10 @@ training/run_state.py. One file because what is saved and what is loaded is one 
 import setup_check  # noqa: F401, first: it says how to set up where torch is missing
 
 import json
+import re
 import shutil
 import sys
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -42,22 +44,40 @@ from families.tensor_files import (
     open_tensors,
     rank_files,
     read_tensors,
+    refuse_not_finite,
     value,
     write_shards,
     write_tensors,
 )
+from files import check_sums, write_sums
 from kernels.int8 import quantize_rows
 from layers.architecture import ModelConfig
 from layers.fusion import as_stored, fingerprint
 from layers.int8_base import check_mergeable
 from lora import LoraConfig
 from model import MultistreamLM
-from options import difference, edge, from_json, locate, read_json, replace_file, split_arguments, to_json, unknown, write_json
+from options import (
+    difference,
+    edge,
+    expect,
+    from_json,
+    locate,
+    read_json,
+    read_object,
+    replace_file,
+    split_arguments,
+    to_json,
+    unknown,
+    write_json,
+)
 from streams import StreamTable
 from text.tokenizers import load_tokenizer, tokenizer_file
-from training.parallel import place
+from training.parallel import part, place
 
 FORMAT, VERSION = "multistream", 1
+ADAPTER_FIELDS = {f"{name}?": kind for kind, names in ((str | None, ("peft_type", "base_model_name_or_path")), (int, ("r",)),
+                  (int | float, ("lora_alpha", "lora_dropout")), (bool, ("use_rslora", "use_dora")),
+                  (dict | None, ("alpha_pattern", "rank_pattern"))) for name in names}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SHARD = 5 * 10**9                      # bytes of a file of an official layout whose readers know an index
 STORED = "stored"                      # a dtype of `load`: each tensor as its file has it
@@ -106,6 +126,8 @@ def write_checkpoint(folder: Path, kind: str, model: ModelConfig, tensors: Tenso
         "format": FORMAT, "version": VERSION, "model": to_json(model), "lora": to_json(config) if config else None,
         "step": extras.step, "data": data, "base": extras.base if config is not None else "",
         "idle": list(idle), "versions": {"torch": torch.__version__, "python": sys.version.split()[0]}})
+    own = [*sorted(path.name for path in folder.glob(f"{kind}*.safetensors*")), "config.json", str(data.get("tokenizer"))]
+    write_sums(folder, [name for name in own if (folder / name).is_file()])
     return folder
 
 
@@ -134,6 +156,7 @@ def load(path: str | Path, device: str | torch.device = "cpu", dtype: str | torc
     folder = resolve(path)
     about = read_about(folder) if recognise(folder) is None else None
     if about is not None and about["base"]:
+        refuse_circle(folder)
         model = load(resolve_base(about["base"], folder), device, dtype, config=config, prepare=prepare)
         fill_adapter(model, folder, about)
         model.extras = extras_of(about, folder, path)
@@ -145,7 +168,25 @@ def load(path: str | Path, device: str | torch.device = "cpu", dtype: str | torc
         with naming_changed_options(model, about, folder):
             fill(model, tensors, str(folder), device, dtype, types)
         load_text_tower(model, folder, device, dtype)
-    return cast(put_adapter(model, adapter), device, STORED if prepare else dtype, {}).eval()
+    check_sums(folder, below=False)                        # after reading: the files lie in memory, and what does not fit is named first
+    return cast(refuse_broken(put_adapter(model, adapter), folder), device, STORED if prepare else dtype, {}).eval()
+
+
+def refuse_broken(model: MultistreamLM, source: object) -> MultistreamLM:
+    """The model itself; ValueError names a weight of it that holds NaN or infinite values."""
+    for name, p in model.named_parameters():
+        refuse_not_finite(name, part(p), source)
+    return model
+
+
+def refuse_circle(folder: Path) -> None:
+    """ValueError where an adapter lies, over others or at once, on itself."""
+    passed = [folder]
+    while base := read_about(folder)["base"] if recognise(folder) is None else "":
+        folder = resolve(resolve_base(base, folder))
+        if folder in passed:
+            raise ValueError(f"{passed[0]}/config.json names {base!r} as its base, which leads back to itself; name the model with --init")
+        passed.append(folder)
 
 
 def open_model(path: str | Path, config: ModelConfig | None = None) -> tuple[MultistreamLM, Tensors]:
@@ -182,7 +223,7 @@ def put_adapter(model: MultistreamLM, adapter: str | Path | None) -> Multistream
         return model
     extras, folder, step = model.extras, Path(adapter), 0
     if form := adapter_format(folder):
-        config, tensors = form.read(model, read_json(folder / form.config_file), read_tensors(folder / form.weight_file), str(folder))
+        config, tensors = read_adapter(form, model, folder)
         lora.inject(model, config)
         lora.load_state(model, config, tensors, str(folder), idle=tensors)      # these libraries write every pair, trained or not
     else:
@@ -198,9 +239,23 @@ def adapter_config(adapter: str | Path, model: MultistreamLM) -> LoraConfig:
     """How the adapter of a folder adapts a model, of which nothing but names and shapes is read."""
     folder = Path(adapter)
     if form := adapter_format(folder):
-        return form.read(model, read_json(folder / form.config_file), read_tensors(folder / form.weight_file), str(folder))[0]
+        return read_adapter(form, model, folder)[0]
     folder = resolve(adapter)
     return from_json(LoraConfig, read_about(folder).get("lora") or {}, f"{folder}/config.json lora")
+
+
+def adapter_about(form: AdapterFormat, folder: Path) -> dict[str, Any]:
+    """The config file of another library's adapter, its fields of the types that they should have."""
+    return read_object(folder / form.config_file, "fetch the adapter again", **ADAPTER_FIELDS)
+
+
+def read_adapter(form: AdapterFormat, model: MultistreamLM, folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """An adapter of another library, as one of ours for this model."""
+    about, tensors = adapter_about(form, folder), read_tensors(folder / form.weight_file)
+    try:
+        return form.read(model, about, tensors, str(folder))
+    except (KeyError, TypeError, AttributeError, IndexError, ArithmeticError, AssertionError, re.error) as error:
+        raise ValueError(f"{folder}/{form.config_file} is damaged ({error}); fetch the adapter again") from None
 
 
 def adapter_format(folder: Path) -> AdapterFormat | None:
@@ -218,12 +273,12 @@ def read_about(folder: Path) -> dict[str, Any]:
                          + "official layouts that can be read are listed by `python checkpoint.py import --help`")
     if about.get("version") != VERSION:
         raise ValueError(f"{folder} has checkpoint version {about.get('version')}, this code reads {VERSION}; update the code")
-    expected = {"model": dict, "data": dict, "step": int, "base": str}
-    broken = [key for key, kind in expected.items() if not isinstance(about.get(key), kind)]
-    if not broken and about["data"] and not isinstance(about["data"].get("tokenizer"), str):
-        broken = ["data.tokenizer"]
-    if broken:
-        raise ValueError(f"{folder}/config.json is damaged: {', '.join(broken)} missing or of a wrong type; use another checkpoint")
+    wanted = {"model": dict, "data": {"tokenizer": str, "codec?": str, "normaliser?": str} if about.get("data") else dict, "step": int,
+              "base": str, "lora?": dict | types.NoneType, "idle?": [str]}
+    try:
+        expect(about, wanted)
+    except ValueError as error:
+        raise ValueError(f"{folder}/config.json is damaged ({error}); use another checkpoint") from None
     return about
 
 
@@ -308,7 +363,7 @@ def base_of(adapter: str) -> str:
     """Where the weights under an adapter are; ValueError where it does not say."""
     folder = Path(adapter)
     if form := adapter_format(folder):
-        base = read_json(folder / form.config_file).get("base_model_name_or_path") or ""
+        base = adapter_about(form, folder).get("base_model_name_or_path") or ""
     else:
         folder = resolve(adapter)
         base = read_about(folder)["base"] if recognise(folder) is None else ""
@@ -373,9 +428,7 @@ def open_official_files(folder: Path, file: Path) -> dict[str, LazyTensor]:
     if file.name in found:
         names = [file.name]
     elif indexes:
-        index = read_json(indexes[0])
-        if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
-            raise ValueError(f"{indexes[0]} has no weight_map; fetch it again")
+        index = read_object(indexes[0], "fetch it again", weight_map=dict)
         names = sorted({str(name) for name in index["weight_map"].values()})
     else:
         names = found
@@ -471,6 +524,7 @@ def opened(model_or_dir: MultistreamLM | str | Path) -> tuple[MultistreamLM, Ten
     about = read_about(folder) if recognise(folder) is None else {}
     if about.get("lora"):
         return load(model_or_dir, dtype=STORED), None
+    check_sums(folder, below=False)
     return open_model(model_or_dir)
 
 

@@ -108,9 +108,10 @@ class TrainConfig:
             assert not self.lora.train and not self.init_adapter, (
                 "dpo's reference is what the adapters leave: lora.train would change it too, and it lacks init_adapter; "
                 + "fold that in first (python checkpoint.py merge RUN --out=DIR, then --init=DIR)")
-        counts = ("epochs", "warmup", "eval_every", "eval_batches", "patience", "save_every", "keep", "lr", "min_lr", "eps", "clip",
-                  "weight_decay", "listen")
+        counts = ("epochs", "warmup", "eval_every", "eval_batches", "patience", "save_every", "keep", "lr", "min_lr", "clip",
+                  "weight_decay", "listen", "max_minutes", "warmup_offset", "max_skips")
         assert all(getattr(self, name) >= 0 for name in counts), f"none of {', '.join(counts)} may be negative"
+        assert self.eps > 0 and max(self.batch_size, self.accum) <= 2**20, "eps is positive, batch_size and accum are at most 2^20"
         assert all(0 <= beta < 1 for beta in self.betas) and 0 <= self.seed < 2**63, "betas are in [0, 1), seed is not negative"
         assert 0 <= self.ema < 1 and 0 <= self.decay <= 1, f"ema {self.ema} is outside [0, 1), or decay {self.decay} outside [0, 1]"
         assert not (self.stages and self.epochs), "stages count steps; leave epochs at 0"

@@ -42,7 +42,7 @@ from corpus.data_config import DataConfig
 from corpus.examples import build_example
 from corpus.index import open_cache, prepare, source_weight
 from families.family import lay_out
-from options import apply, edge, help_text, load_config, split_arguments, unknown
+from options import apply, edge, help_text, load_config, split_arguments, unknown, visible
 from streams import Grid, StreamTable, show
 from text.coverage import measure_coverage
 from text.tokenizers import load_tokenizer
@@ -244,7 +244,7 @@ class Loader:
             if length > self.config.columns and name not in self.left_out:
                 self.left_out.add(name)
                 if len(self.left_out) <= 3:             # the rest is only counted
-                    print(f"left out: {name} has {length} columns; raise data.columns={self.config.columns}", file=sys.stderr)
+                    print(f"left out: {visible(name)} has {length} columns; raise data.columns={self.config.columns}", file=sys.stderr)
         return [[grid for i in row for grid in units[i]] for row in pack(lengths, self.config.columns)]
 
     def unit(self, number: int, draw: random.Random | None, reference: int) -> Packed:
@@ -306,7 +306,7 @@ def show_command(argv: list[str]) -> None:
     if not number.isdecimal() or int(number) >= len(shown):
         raise ValueError(f"--index {number} does not exist; the data has examples 0..{len(shown) - 1}")
     entry = index.entries[shown[int(number)]]
-    print(f"{entry.id}  {entry.split}  {entry.text!r}")
+    print(f"{visible(entry.id)}  {entry.split}  {entry.text!r}")
     print(show(*lay_out(build_example(index, shown[int(number)], table), table), table))
 
 
@@ -322,7 +322,7 @@ def main(argv: list[str] | None = None) -> None:
         check_command(rest)
     elif command == "prepare":
         config = load_run(rest)
-        prepare(config.data, config.model.table)
+        prepare(config.data, config.model.table, wait=None)
     elif command == "show":
         show_command(rest)
     elif command in COMMANDS:

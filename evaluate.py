@@ -36,7 +36,7 @@ from evaluation.metrics import cer, wer
 from evaluation.minimal_pairs import MinimalPairsConfig, compare
 from evaluation.report import Evaluation, report
 from evaluation.representations import GeometryConfig
-from options import apply, edge, help_text, read_rows, split_arguments, unknown, write_json
+from options import apply, edge, help_text, read_rows, split_arguments, unknown, visible, write_json
 from training.monitor import read_metrics
 
 RATE = 16_000
@@ -111,7 +111,7 @@ def print_scores(path: Path, recogniser: str = "") -> None:
     result = score(path, recogniser)
     width = max(4, *(len(row["text"]) for row in result["rows"]))
     for row in result["rows"]:
-        print(f"{row['wer']:5.2f}  {row['text']:<{width}}  {row['heard']}")
+        print(f"{row['wer']:5.2f}  {visible(row['text']):<{width}}  {visible(row['heard'])}")
     print(f"mean WER {result['wer']:.3f} over {len(result['rows'])} recordings, by {recogniser or 'Whisper tiny.en'}")
     write_json(path.parent / "wer.json", result)
 

@@ -11,17 +11,21 @@ import difflib
 import errno
 import inspect
 import json
+import math
 import os
 import re
 import runpy
+import signal
 import sys
-import tempfile
+import threading
 import traceback
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from files import checksum, replace_file, unlock_all
 
 # ---- JSON <-> dataclass ----
 
@@ -50,6 +54,8 @@ def from_json(kind: Any, value: Any, name: str = "config") -> Any:
         if len(kinds) != len(value):
             raise ValueError(f"{name} needs {len(kinds)} values, got {len(value)}: {value!r}")
         return tuple(from_json(k, v, f"{name}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
+    if kind is float and isinstance(value, (int, float)) and not abs(value) < math.inf:      # 1e400 is infinite, too
+        raise ValueError(f"{name} wants a finite float, got {value!r}; see --help for its default")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(kind, type) and isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
@@ -87,6 +93,16 @@ def check_types(config: Any) -> None:
     """Check every field of a dataclass against its annotation; ValueError names the first that is wrong."""
     for name, kind in typing.get_type_hints(type(config)).items():
         from_json(kind, getattr(config, name), name)
+
+
+def short(value: Any, most: int = 200) -> str:
+    """A value of unknown size as it is shown in a message."""
+    text = value[: most + 1] if isinstance(value, (str, bytes)) else value
+    try:
+        text = repr(text)
+    except (RecursionError, ValueError):           # nested too deeply, or a number of thousands of digits
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= most else text[:most] + "..."
 
 
 def _kind_name(kind: Any) -> str:
@@ -160,8 +176,8 @@ def _parse(kind: Any, text: str, name: str) -> Any:
 
 def _literal(text: str) -> Any:
     try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+        return ast.literal_eval(text) if len(text) < 10_000 else text
+    except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):      # the last three: thousands of signs or brackets
         return text                                # a bare word is a string; the type check follows
 
 
@@ -292,21 +308,6 @@ def locate(path: str | Path) -> Path:
     return HERE / path if path.parts[:1] and path.parts[0] in OURS and not path.exists() and (HERE / path).exists() else path
 
 
-def replace_file(path: str | Path, write: Callable[[str], Any]) -> None:
-    """Write a file whole: `write` fills a temporary file in the same folder, which is then renamed to `path`."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        write(temporary)
-        os.chmod(temporary, 0o644)                 # mkstemp makes private files; what we write is meant to be shared
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
-
-
 def write_text(path: str | Path, text: str) -> None:
     replace_file(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
@@ -320,17 +321,53 @@ def write_rows(path: str | Path, rows: Iterable[Any]) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def read_json(path: str | Path, limit: int = 64 << 20) -> Any:
-    """Read a JSON file of at most `limit` bytes; ValueError names the file and the line that is broken."""
+def read_json(path: str | Path, limit: int = 64 << 20, wanted: str = "") -> Any:
+    """Read a JSON file of at most `limit` bytes, of the checksum `wanted`; ValueError names the file and the line that is broken."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; check the path")
     if path.stat().st_size > limit:
         raise ValueError(f"{path} has {path.stat().st_size} bytes, more than the {limit} expected of such a file")
+    content = path.read_bytes()
+    if wanted and checksum(content) != wanted:
+        raise ValueError(f"{path} is damaged (its checksum differs); delete it and run what makes it again")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        found = json.loads(content.decode())
+    except (ValueError, RecursionError) as error:      # broken, not UTF-8, a number of thousands of digits, nested too deeply
         raise ValueError(f"{path} is not valid JSON ({error}); restore it or remove it") from None
+    return found
+
+
+def read_object(path: str | Path, remedy: str, limit: int = 64 << 20, wanted: str = "", **fields: Any) -> dict[str, Any]:
+    """Read the object of a JSON file whose `fields` are of these types (`expect` has them); ValueError names the field and the remedy."""
+    found = read_json(path, limit, wanted)
+    try:
+        expect(found, fields)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); {remedy}") from None
+    return found
+
+
+def expect(value: Any, kind: Any, place: str = "") -> None:
+    """ValueError with its place, where a JSON value is not of a kind: a type, several of them, a list of one ([int]), or an object
+    with these fields at least ({"a": int}), where a field ending in ? may be absent."""
+    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if isinstance(kind, dict):
+        if not isinstance(value, dict):
+            raise ValueError(f"{place or 'it'} is {short(value, 60)}, not an object")
+        for name, inner in kind.items():
+            key = name.removesuffix("?")
+            if key in value:
+                expect(value[key], inner, f"{place}.{key}" if place else key)
+            elif key == name:
+                raise ValueError(f"{place}.{key} is missing" if place else f"{key} is missing")
+    elif isinstance(kind, list):
+        if not isinstance(value, list):
+            raise ValueError(f"{place or 'it'} is {short(value, 60)}, not a list")
+        for n, item in enumerate(value):
+            expect(item, kind[0], f"{place}[{n}]")
+    elif not isinstance(value, kinds) or isinstance(value, bool) and bool not in kinds:
+        raise ValueError(f"{place or 'it'} is {short(value, 60)}, not {' or '.join(k.__name__ for k in kinds)}")
 
 
 def parse_row(text: str, /, **fields: type) -> dict[str, Any]:
@@ -375,10 +412,25 @@ REMEDIES = {errno.ENOSPC: FULL, errno.EDQUOT: FULL, errno.EFBIG: FULL, errno.ENO
             errno.EEXIST: "choose another path", errno.EROFS: "choose another path", errno.EACCES: "check its permissions"}
 
 
+LONGEST = 480               # letters of a message
+
+
+def visible(text: object, keep: str = "") -> str:
+    """Text from data as it may be shown at a terminal: control characters, which move the cursor or set colours, are escaped."""
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape", "surrogatepass").decode() for c in str(text))
+
+
 def error_line(error: BaseException) -> str:
     """The one line that a user reads about an error; an error of the operating system also gets its remedy."""
     remedy = REMEDIES.get(error.errno, "") if isinstance(error, OSError) else ""
-    return "error: " + " ".join(str(error).split()) + (f"; {remedy}" if remedy else "")
+    text = visible(" ".join(str(error).split()))
+    text = text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
+    return f"error: {text}" + (f"; {remedy}" if remedy else "")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: Python's, CUDA's, or that of torch on a CPU, which is a RuntimeError."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
 def exit_on_error() -> None:
@@ -387,14 +439,24 @@ def exit_on_error() -> None:
     MULTISTREAM_TRACE=1 shows the trace. Any other error is a bug in this code and keeps its trace.
     """
     def hook(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
+        if issubclass(kind, KeyboardInterrupt):
+            print("stopped by Ctrl-C", file=sys.stderr, flush=True)
+            unlock_all()
+            os._exit(130)
+        if not os.environ.get("MULTISTREAM_TRACE") and out_of_memory(error):
+            kind, error = OSError, OSError(f"memory ran out ({error}); make the batch, the model or the file smaller")
         if os.environ.get("MULTISTREAM_TRACE") or not issubclass(kind, (ValueError, OSError)):
+            unlock_all()
             sys.__excepthook__(kind, error, trace)
             return
         if not issubclass(kind, BrokenPipeError):  # the reader of our output has closed the pipe (`| head`)
             print(error_line(error), file=sys.stderr, flush=True)
+        unlock_all()
         os._exit(2)                                # at once, without waiting for other threads or a process group
 
     sys.excepthook = hook
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def edge(main: Callable[[], Any]) -> None:

@@ -38,7 +38,7 @@ from generation.reply_stream import print_reply
 from generation.turns import advance, start_state
 from layers.conditioning import condition_column
 from model import MultistreamLM
-from options import apply, edge, help_text, locate, read_lines, split_arguments, write_rows
+from options import apply, edge, help_text, locate, read_lines, split_arguments, visible, write_rows
 from streams import Example, delay
 from text.conversation import chunks
 from text.tokenizers import load_tokenizer
@@ -238,7 +238,7 @@ def speak_texts(job: Job, texts: list[str], voices: Sequence[tuple[str, str]] = 
             if not job.stream:
                 save_wav(path, speech.wav, codec.sample_rate)
             rows.append({"text": text, "wav": str(path.resolve()), "seconds": speech.frames / codec.frame_rate, "ended": speech.ended})
-            print(f"{path}: {rows[-1]['seconds']:.1f} s, {'ended by itself' if speech.ended else 'cut at --max_frames'}: {text}")
+            print(f"{path}: {rows[-1]['seconds']:.1f} s, {'ended by itself' if speech.ended else 'cut at --max_frames'}: {visible(text)}")
     if job.texts:
         write_rows(Path(job.out) / "samples.jsonl", rows)
         print(f"{job.out}/samples.jsonl: {len(rows)} recordings")

@@ -1,8 +1,20 @@
 """Imported first by every script: where the packages are not installed, one line says how to set up, instead of a trace."""
 
+import os
+import signal
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
+
+def stopped(*_: object) -> None:
+    """Ctrl-C while packages are still imported, some of which would swallow it, is one line; options.exit_on_error takes over."""
+    print("stopped by Ctrl-C", file=sys.stderr, flush=True)
+    os._exit(130)
+
+
+if Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent:      # not where a test or somebody's program imports us
+    signal.signal(signal.SIGINT, stopped)
 PACKAGES = ("torch", "numpy", "safetensors", "tqdm")
 
 missing = [name for name in PACKAGES if find_spec(name) is None]

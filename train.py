@@ -28,6 +28,7 @@ from audio.wav import load_wav
 from checkpoint import DTYPES, Extras, adapter_config, base_of, load, put_adapter, resolve, save
 from config import TrainConfig, first_beta, learning_rate
 from data import Batch, Loader
+from files import lock, unlock
 from kernels.choice import has_bf16, slow_dtype
 from layers.batch_plan import make_plan
 from layers.fusion import remember
@@ -38,7 +39,7 @@ from training.curriculum import Curriculum, prepare_all
 from training.objective import Contrast, Likelihood, Preference
 from training.parallel import all_sum, barrier
 from training.plan import held_types
-from training.run_state import RunState, after_save, latest, load_run, save_run
+from training.run_state import RunState, further_effects, latest, load_run, newest_whole, prune, save_run, swap
 
 exit_on_error()                                  # a ValueError or OSError from here on is one line and exit code 2
 if sys.argv[1:2] == ["sweep"]:                   # several runs, each by this script
@@ -51,13 +52,8 @@ out, table = Path(config.out), config.model.table
 
 # ---- 2. runtime: rank, device, precision, seed ----
 rank, world, local = parallel.ranks()
-kind = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-if kind == "cuda" and not torch.cuda.is_available():
-    raise ValueError("--device=cuda: this machine shows no CUDA device; use --device=cpu, or check its driver and CUDA_VISIBLE_DEVICES")
-device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
-if kind == "cuda":
-    torch.cuda.set_device(device)
-parallel.start(kind)
+device = parallel.start(config.device, local)
+kind = device.type
 dtype = DTYPES[config.dtype if config.dtype != "auto" else "bf16" if has_bf16(kind) else "fp32"]
 autocast = torch.autocast(kind, dtype) if dtype != torch.float32 else nullcontext()
 torch.manual_seed(config.seed)                   # equal weights everywhere; the ranks part ways in section 5
@@ -74,6 +70,8 @@ if slow := slow_dtype(dtype, kind):
 
 # ---- 3. data ----
 if rank == 0:
+    lock(out)
+    latest(out)                                  # what a kill left in the middle is put right before anybody looks
     prepare_all(config, table)
 barrier()
 reader = Curriculum(config, table, rank, world)
@@ -108,6 +106,7 @@ def prepare(model: MultistreamLM) -> dict[str, torch.dtype]:
 raw = load(base, device, dtype, config=config.model, prepare=prepare)
 if getattr(raw, "lora", None) is not None:
     raise ValueError(f"{base} has an adapter; go on with it (--init_adapter={base}), or merge it first (python checkpoint.py merge)")
+torch.manual_seed(config.seed)                   # adapters are the same whether the base was drawn just now or read
 if config.init_adapter:                          # it brings its own ranks and targets
     put_adapter(raw, config.init_adapter)
     say(*(f"adapter {config.init_adapter}: lora.{line}" for line in difference(config.lora, raw.lora)))
@@ -136,7 +135,7 @@ torch.manual_seed(config.seed + 1 + rank)        # dropout differs between ranks
 
 # ---- 6. resume ----
 run = RunState()
-previous = latest(out) if config.resume in ("auto", "never") else resolve(config.resume)
+previous = newest_whole(out, say) if config.resume in ("auto", "never") else resolve(config.resume)
 if previous.exists():
     if config.resume == "never":
         raise ValueError(f"{out} already holds a run; continue it with --resume=auto or choose another --out")
@@ -149,6 +148,7 @@ if previous.exists():
     say(f"resuming {previous} at step {run.step}", *("  " + line for line in difference(before, config)))
 if rank == 0:
     write_json(out / "config.json", config)
+    prune(out, config.keep)
 data_facts = {k: getattr(config.data, k) for k in ("codec", "tokenizer", "normaliser", "system")}
 extras = Extras(0, data_facts, "base" if base == str(out / "base") else base if config.lora is not None else "")
 net = parallel.wrap(raw, device)
@@ -164,19 +164,11 @@ def forward(module: torch.nn.Module, batch: Batch, scale: torch.Tensor | None = 
 
 
 # ---- 7. evaluate, sample, save ----
-def trade_averages() -> None:
-    """Swap the trained weights with their averages; a second call swaps back."""
-    for n, p in trained.items() if ema else ():
-        kept = p.detach().clone()
-        p.detach().copy_(ema[n])
-        ema[n].copy_(kept)
-
-
 @torch.no_grad()
 def evaluate() -> dict[str, float]:
     """Held-out numbers, weighted by targets over all ranks; rank 0 also speaks the prompts or answers them."""
     raw.eval()
-    trade_averages()
+    swap(trained, ema)
     total, spoken = goal.zero(), {}
     with parallel.gathered(raw):
         for n, batch in enumerate(held_out):
@@ -187,16 +179,19 @@ def evaluate() -> dict[str, float]:
             with autocast:
                 spoken = evaluation_samples.speak_samples(raw, config, held_out.index, out / "samples" / f"step_{run.step:06d}")
             say(f"step {run.step}: {evaluation_samples.summary_line(spoken)}")
-    trade_averages()
+    swap(trained, ema)
     raw.train()
     return (goal.report(all_sum(total, device)) if any(held_out.sources) else {}) | spoken
 
 
 def checkpoint(best: bool = False) -> None:
     run.scaler, extras.step = scaler.state_dict(), run.step
-    folder = save_run(out, raw, optimizer, run, config, extras, ema, rank)
+    log.sync()
+    save_run(out, raw, optimizer, run, config, extras, ema, rank,
+             lambda folder: further_effects(out, folder, best, config.keep, config.consolidated, dtype))
     if rank == 0:
-        after_save(out, folder, best, config.keep, config.consolidated, dtype)
+        prune(out, config.keep)
+    saved["step"] = run.step
 
 
 # ---- 8. when to stop ----
@@ -205,10 +200,10 @@ def over() -> bool:
 
 
 # ---- 9. the loop ----
-stop = {"why": ""}
+stop, saved = {"why": ""}, {"step": run.step if previous.exists() and config.resume == "auto" else -1}
 for name in ("SIGTERM", "SIGINT"):
     signal.signal(getattr(signal, name), lambda *_, name=name: stop.update(why=name))
-log = monitor.Log(out, config.trackers, run.step) if rank == 0 else monitor.Log()
+log = monitor.Log(out, config.trackers, run.step, run.evaluated) if rank == 0 else monitor.Log()
 say(monitor.memory(raw))
 began, began_at, meter = time.time(), run.step, monitor.Meter(table, reader.loader.index.info["frame_rate"], world, run.step)
 bar = tqdm(total=config.steps, initial=run.step, unit="step", disable=rank > 0 or not sys.stderr.isatty())
@@ -216,16 +211,20 @@ while True:
     # (a) evaluate and save before a step; the last pass does only this, and no step counts its time
     paused = time.perf_counter()
     due = config.eval_every and run.step and run.step % config.eval_every == 0
+    if run.skips and over() and not scaler.is_enabled():
+        raise ValueError(f"the last {run.skips} steps had a non-finite gradient: nothing is saved, {out}/ckpt/latest stays; lower --lr")
     if (due or over()) and run.evaluated != run.step:
         numbers = evaluate()
         log(run.step, {f"val/{k}": v for k, v in numbers.items()})
         shown = [f"{k} {numbers[k]:.3f}" for k in ("loss", "text_loss", "audio_loss", "reward_margin", "reward_accuracy") if k in numbers]
         say(*([f"step {run.step}: held-out " + ", ".join(shown)] if shown else []))
         better, run.evaluated = numbers.get("loss", math.inf) < run.best, run.step
+        if not math.isfinite(numbers.get("loss", 0.0)):
+            raise ValueError(f"step {run.step}: held-out loss {numbers['loss']}; nothing is saved, {out}/ckpt/latest stays; lower --lr")
         if "loss" in numbers:
             run.best, run.bad_evals = min(run.best, numbers["loss"]), 0 if better else run.bad_evals + 1
         checkpoint(best=better)
-    elif config.save_every and run.step and run.step % config.save_every == 0 and run.evaluated != run.step:
+    elif config.save_every and run.step and run.step % config.save_every == 0 and saved["step"] != run.step and not run.skips:
         checkpoint()
     if over():
         break
@@ -238,7 +237,8 @@ while True:
     wish = torch.tensor([float(bool(stop["why"] or late))], dtype=torch.float64)
     counts = all_sum(torch.cat([sum(goal.count(b.weights, b.segments, b.tokens, b.speakers) for b in step_batches), wish]), device)
     if counts[-1] > 0:
-        checkpoint()                             # run.loader still stands before these micro-batches
+        if saved["step"] != run.step:
+            checkpoint()                         # run.loader still stands before these micro-batches
         say(f"stopped by {stop['why'] or '--max_minutes'} before step {run.step}; the same command continues")
         break
     run.loader = reader.position
@@ -295,4 +295,5 @@ if began_at >= config.steps and not stop["why"]:
     say(f"{out} has already run its {run.step} steps; raise --steps to continue (checkpoint: {out}/ckpt/latest)")
 else:
     say(f"finished in {time.time() - began:.0f} s{peak}; checkpoint: {out}/ckpt/latest, metrics: {out}/metrics.jsonl")
+unlock(out)
 parallel.end()

@@ -8,8 +8,6 @@ ten-hour recording is refused at once.  Next: rvq.py, then tiny.py.
 """
 
 import math
-import os
-import tempfile
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -20,8 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from files import replace_file
+
 RESAMPLER = "kaiser-v1"     # part of the token cache's key: change it when a resampled sample would change
 MAX_RATE = 384_000
+MOST = 8 << 30              # bytes of the samples of one file
+SWELL = 20_000              # so many times its size a file may grow when it is decoded; silence in FLAC reaches 9,362
 ZEROS = 64                  # sinc zero crossings on each side, counted at the lower of the two rates
 BETA = 7.86                 # Kaiser shape for 80 dB of stop band
 ROLLOFF = 0.96              # cut-off / Nyquist: flat to 0.92 of Nyquist, silent above it
@@ -61,6 +63,10 @@ def _check_header(path: Path, file: soundfile.SoundFile, channels: int | None, m
     seconds = file.frames / file.samplerate
     if file.frames == 0:
         raise ValueError(f"{path} is empty (0 samples); record it again or leave it out")
+    size, bytes_ = file.frames * file.channels * 4, path.stat().st_size
+    if file.samplerate > MAX_RATE or size > min(MOST, max(SWELL * bytes_, 64 << 20)):
+        raise ValueError(f"{path} of {bytes_:,} bytes claims {file.frames:,} x {file.channels} samples at {file.samplerate:,} Hz; "
+                         + "it is damaged, or cut it into shorter files")
     if seconds > max_seconds:
         raise ValueError(f"{path} lasts {seconds:,.0f} s, the limit is {max_seconds:,.0f} s; cut it into shorter files")
     if channels == 1 and file.channels > 2:
@@ -79,17 +85,11 @@ def levels(wav: Tensor, rate: int) -> Tensor:
 
 def save_wav(path, wav: Tensor, rate: int) -> None:
     """Write (W,) or (C, W) samples as 16-bit PCM, written atomically, and make the folder."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=".wav")
-    os.close(handle)
-    try:
+    def write(temporary: str) -> None:
         with _writing(path):
             soundfile.write(temporary, _pcm16(wav), rate, subtype="PCM_16", format="WAV")
-        os.chmod(temporary, 0o644)                  # mkstemp makes it private
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+
+    replace_file(path, write)
 
 
 @contextmanager

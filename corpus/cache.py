@@ -1,6 +1,7 @@
 """The token cache: recordings -> codes on disk. Nothing is encoded twice and training never runs a codec.
 
-    CACHE/codes/<hash>.safetensors      uint16 codes of ~64 clips, keyed by a hash of audio, codec and options
+    CACHE/codes/<hash>.safetensors      uint16 codes of ~64 clips, keyed by a hash of audio, codec and options; a key's
+                                        metadata are the frames of each variant and the checksum of its codes
 
 A clip is stored in `variants` versions, concatenated, that differ slightly in time, gain and speed: with a single code
 sequence per clip a model could memorise the codes and ignore the text. Next: index.py.
@@ -13,6 +14,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,8 +32,10 @@ from audio.wav import RESAMPLER, resample
 from corpus.checks import audio_digest, header_faults, usable_clip
 from corpus.data_config import DataConfig
 from corpus.manifest import Manifest, RejectedRow, Row
-from options import FULL, replace_file
+from files import checksum, replace_file
+from options import FULL, out_of_memory, visible
 
+SUM = "sum:"                # stands before a checksum
 SHARD = 64                  # clips per shard; an interrupted `prepare` encodes at most this many again
 CACHE_VERSION = "1"         # part of every key: change it when the same input would be encoded or split differently
 
@@ -71,7 +75,7 @@ def print_warnings(clips: Iterable[Row]) -> None:
             named.setdefault((reason, fix), []).append(clip["id"])
     for (reason, fix), ids in named.items():
         shown = ", ".join(ids[:3]) + (f" and {len(ids) - 3} more" if len(ids) > 3 else "")
-        print(f"warning: {shown}: {reason}; {fix}", file=sys.stderr)
+        print(visible(f"warning: {shown}: {reason}; {fix}"), file=sys.stderr)
 
 
 def hash_of(*parts: Any) -> str:
@@ -93,15 +97,15 @@ def encode_missing(jobs: dict[str, Row], folder: Path, codec: Any, duplex: bool,
     with bar, single_threaded(), ThreadPoolExecutor(max(1, config.workers)) as pool:
         while keys := list(islice(left, SHARD)):
             frames, arrays = {}, {}
-            found = pool.map(lambda key: encode_clip(key, jobs[key], codec, duplex, config), keys)
+            found = pool.map(lambda key: encode_or_reject(key, jobs[key], codec, duplex, config), keys)
             for key, codes in zip(keys, found, strict=True):
                 bar.update()
                 if isinstance(codes, RejectedRow):
                     bad[key] = codes
                 else:
-                    frames[key] = " ".join(str(c.shape[1]) for c in codes)
                     arrays[key] = np.concatenate(codes, axis=1)
-            if arrays:                                  # named after its content, so two runs at once do not collide
+                    frames[key] = " ".join([*(str(c.shape[1]) for c in codes), SUM + checksum(arrays[key])])
+            if arrays:                                  # named after its content
                 write_tensors(folder / f"{hash_of(*arrays)[:16]}.safetensors", arrays, frames)
     return bad
 
@@ -115,6 +119,16 @@ def single_threaded() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def encode_or_reject(key: str, row: Row, codec: Any, duplex: bool, config: DataConfig) -> list[np.ndarray] | RejectedRow:
+    """Encode a clip; whatever goes wrong with it is its reason to be left out, and the others go on."""
+    try:
+        return encode_clip(key, row, codec, duplex, config)
+    except Exception as error:
+        if out_of_memory(error):                        # that is no fault of the clip
+            raise
+        return RejectedRow(row["id"], "encoding failed", f"{type(error).__name__}: {error}; check the recording, or leave the row out")
 
 
 def encode_clip(key: str, row: Row, codec: Any, duplex: bool, config: DataConfig) -> list[np.ndarray] | RejectedRow:
@@ -170,27 +184,56 @@ def stored_clips(folder: Path) -> dict[str, tuple[str, list[int]]]:
     """The clips in the shards of a cache, read from their headers: key -> shard, frames of each variant."""
     found = {}
     for path in sorted(folder.glob("*.safetensors")):
-        for key, frames in (open_shard(path).metadata() or {}).items():
-            if key != "format":
-                found[key] = path.name, [int(n) for n in frames.split()]
+        for key, said in open_shard(path).said.items():
+            try:
+                found[key] = path.name, [int(n) for n in said.split(SUM)[0].split()]
+            except ValueError as error:
+                raise ValueError(damaged_message(path, error)) from None
     return found
 
 
-def open_shard(path: Path) -> Any:
+@dataclass
+class Shard:
+    """An open file of arrays; `said` holds what was written beside each: its frames and its checksum."""
+
+    path: Path
+    file: Any
+    said: dict[str, str]
+
+    def read(self, key: str) -> np.ndarray:
+        """One array, compared with its checksum where it has one; ValueError names the file."""
+        try:
+            found = np.ascontiguousarray(self.file.get_tensor(key))
+        except SafetensorError as error:
+            raise ValueError(damaged_message(self.path, error)) from None
+        _, known, wanted = self.said.get(key, "").partition(SUM)
+        if known and checksum(found.data.cast("B")) != wanted:
+            raise ValueError(damaged_message(self.path, f"the checksum of {key} differs"))
+        return found
+
+
+def open_shard(path: Path) -> Shard:
     try:
-        return safe_open(str(path), framework="numpy")
+        file = safe_open(str(path), framework="numpy")
+        found = file.metadata() or {}
+        said = json.loads(found["arrays"]) if "arrays" in found else {k: v for k, v in found.items() if k != "format"}
+        if not isinstance(said, dict) or not all(isinstance(text, str) for text in said.values()):
+            raise ValueError("its header says nothing of its arrays")
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing; run `python data.py prepare CONFIG.py` again") from None
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(damaged_message(path, error)) from None
+    return Shard(path, file, said)
 
 
 def damaged_message(path: Path, what: object) -> str:
     return f"{path} is damaged ({what}); delete it and run `python data.py prepare CONFIG.py` again"
 
 
-def write_tensors(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+def write_tensors(path: Path, arrays: dict[str, np.ndarray], said: dict[str, str]) -> None:
+    """Write arrays and what is said of each; as one text, so that the same arrays are the same bytes (safetensors shuffles keys)."""
+    about = {"arrays": json.dumps(said)}
     try:
-        replace_file(path, lambda temporary: save_file(arrays, temporary, {"format": "pt"} | metadata))
+        replace_file(path, lambda temporary: save_file(arrays, temporary, about))
     except SafetensorError as error:                    # a full disk, for one
         raise OSError(f"{path} cannot be written ({error}); {FULL}") from None

@@ -19,7 +19,7 @@ from torch import Tensor
 from audio.wav import levels, load_wav, resample
 from corpus.layouts import read_manifest
 from corpus.manifest import CACHE_FIELDS, INLINE, Manifest, Row, Unusable, open_audio
-from options import write_rows
+from options import visible, write_rows
 from text.word_times import MAIN, OTHER, Alignment, check_length, parse_alignments, row_words, tidy_words
 
 PACE, SILENCE = "text does not fit the length", "silence"
@@ -195,7 +195,7 @@ def check_source(path: str, write: str = "", allow_outside: bool = False, limits
         serves = row["id"].rpartition("#")[0] in own                # one recording may be the reference of many rows
         for kind, reason, fix in check_clip(row, limits, {} if serves else seen):
             if kind == "warn":
-                print(f"  warning: {row['id']}: {reason}; {fix}")
+                print(visible(f"  warning: {row['id']}: {reason}; {fix}"))
             else:
                 m.reject(row["id"], reason, fix)
                 dropped.add(row["id"])
@@ -216,8 +216,8 @@ def report(m: Manifest, kept: int) -> None:
     """Print the table of reasons and the counts."""
     for reason, count in Counter(b.reason for b in m.bad).most_common():
         found = [b for b in m.bad if b.reason == reason]
-        print(f"  {count:>6}  {reason:<28} {', '.join(b.where for b in found[:3])}{' ...' if count > 3 else ''}")
-        print(f"  {'':>6}  {'':<28} fix: {found[0].fix}")
+        print(visible(f"  {count:>6}  {reason:<28} {', '.join(b.where for b in found[:3])}{' ...' if count > 3 else ''}"))
+        print(visible(f"  {'':>6}  {'':<28} fix: {found[0].fix}"))
     print(f"kept {kept} rows, rejected {len({b.where for b in m.bad})}")
 
 

@@ -50,6 +50,8 @@ class DataConfig:
         except ValueError as error:
             raise AssertionError(error) from None
         assert min(self.variants, self.columns, self.window) > 0, "variants, columns and window are at least 1"
+        assert max(self.columns, self.window) <= 2**24 and self.variants <= 1000, "columns and window are at most 2^24, variants 1000"
+        assert max(self.workers, self.prefetch) <= 4096, "workers and prefetch are at most 4096"
         assert min(self.workers, self.prefetch) >= 0, "workers and prefetch are not negative"
         assert 0 <= self.held_out < 1 and 0 <= self.reference <= 1, "held_out is in [0, 1), reference in [0, 1]"
         assert self.reference_in in ("assistant", "system"), f"reference_in {self.reference_in!r} is neither assistant nor system"

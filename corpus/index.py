@@ -1,31 +1,47 @@
 """The index of a data set: manifest rows -> entries with text ids and the location of their codes.
 
-    CACHE/<hash>/index.json             the examples of one DataConfig, each an `Entry`
-    CACHE/<hash>/text.safetensors       their int32 text ids and, where text is aligned, the first frame of each
+    CACHE/<hash>/<content>.json             the examples of one DataConfig, each an `Entry`
+    CACHE/<hash>/<content>.safetensors      beside it: their int32 ids and, where text is aligned, its first frames
+    CACHE/<hash>/index.json                 the <content> that holds now, and the one before
 
-`prepare` writes, `open_cache` opens. Another split, tokenizer or normaliser is another index over the same codes. Next: examples.py.
+`prepare` writes, `open_cache` opens. Another split, tokenizer or normaliser is another index over the same codes. A run that
+reads an index keeps it: other rows make another <content>, no file is ever changed. Next: examples.py.
 """
 
+import hashlib
+import json
 import math
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from audio import load_codec
-from corpus.cache import CACHE_VERSION, damaged_message, hash_of, open_shard, store_codes, variant_parameters, word_shift, write_tensors
+from corpus.cache import (
+    CACHE_VERSION,
+    SUM,
+    Shard,
+    damaged_message,
+    hash_of,
+    open_shard,
+    store_codes,
+    variant_parameters,
+    word_shift,
+    write_tensors,
+)
 from corpus.data_config import DataConfig
 from corpus.layouts import read_manifest
 from corpus.manifest import Manifest, Row, hash_fraction
 from families.family import family_of
+from files import checksum, lock, replace_file, unlock
 from layers.conditioning import condition_ids
-from options import read_json, write_json
+from options import read_json, visible, write_json
 from streams import StreamTable
 from text.conversation import Chat, with_transcripts
 from text.normalisers import normalise
@@ -33,6 +49,7 @@ from text.tokenizers import Tokenizer, load_tokenizer
 from text.word_times import MAIN, OTHER, aligned_ids, check_length, frame_starts, interleave, row_words, tokenise
 
 MAX_INDEX = 4 << 30         # bytes
+NUMBERS = ("shard", "parts", "reference", "rejected", "clips")      # fields of an entry that say where others are
 
 
 @dataclass
@@ -62,14 +79,15 @@ class Entry:
 
 @dataclass
 class Index:
-    """A prepared data set. Files open on first use and stay mapped."""
+    """A prepared data set. Its files open together and stay mapped."""
 
     folder: Path
     info: dict[str, Any]                                # version, frame_rate, duplex
     entries: list[Entry]
-    files: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, Shard] = field(default_factory=dict)
     chat: Chat | None = None                            # chat template and tokenizer, for families with conversations
     padding: tuple[float, int, int] = (0.5, 3, 0)       # weight of padding in the text row of a dialogue, and its ids
+    content: str = ""                                   # the name of its files
 
     def text(self, number: int) -> Tensor:
         """Ids of an entry and, where text is aligned, the first frame of each under every variant.   (1 or 1 + V, n)"""
@@ -85,22 +103,71 @@ class Index:
         return torch.from_numpy(found[:, begin : begin + entry.frames[version]].astype(np.int64))
 
     def path(self, shard: str) -> Path:
-        return self.folder.parent / "codes" / shard if shard else self.folder / "text.safetensors"
+        return self.folder.parent / "codes" / shard if shard else self.folder / f"{self.content}.safetensors"
+
+    def open(self) -> "Index":
+        """Open all files: what happens to their names from now on does not matter."""
+        for shard in {"": None} | dict.fromkeys(entry.shard for entry in self.entries):
+            if shard not in self.files:
+                self.files[shard] = open_shard(self.path(shard))
+        return self
 
     def read(self, shard: str, key: str) -> np.ndarray:
-        if shard not in self.files:
-            self.files[shard] = open_shard(self.path(shard))
+        return (self if shard in self.files else self.open()).files[shard].read(key)
+
+    def write(self, texts: dict[str, np.ndarray]) -> None:
+        """Write the index; files of the same content stay as they are, those of the content before too."""
+        about = json.dumps(self.info | {"entries": [vars(e) for e in self.entries]}, ensure_ascii=False).encode()
+        sums = {key: SUM + checksum(array.data.cast("B")) for key, array in texts.items()}
+        self.content = hashlib.sha256(about + json.dumps(sums).encode()).hexdigest()[:16]
+        now = {"content": self.content, "checksum": checksum(about), "before": ""}
         try:
-            return self.files[shard].get_tensor(key)
-        except SafetensorError as error:
-            raise ValueError(damaged_message(self.path(shard), error)) from None
+            before = current(self.folder)
+        except ValueError as error:
+            print(f"{error}: written anew", file=sys.stderr)
+            before = None
+        if before and before["content"] == self.content and self.path("").is_file() and (self.folder / f"{self.content}.json").is_file():
+            return
+        write_tensors(self.path(""), texts, sums)
+        replace_file(self.folder / f"{self.content}.json", lambda temporary: Path(temporary).write_bytes(about))
+        if before:
+            now["before"] = before["before"] if before["content"] == self.content else before["content"]
+        write_json(self.folder / "index.json", now)
+        for path in self.folder.iterdir():
+            if path.stem not in ("index", self.content, now["before"]) and path.suffix in (".json", ".safetensors"):
+                path.unlink()
+
+    def changes(self, before: str) -> list[str]:
+        """What differs between this index and the one that a run was saved with, as lines to print."""
+        if before in ("", self.content):
+            return []
+        old = self.folder / f"{before}.json"
+        found = read_json(old, MAX_INDEX).get("entries", []) if old.is_file() else None
+        says = "the data has changed since the checkpoint was written"
+        then = "the run goes on with the rows as they are now, at the same number of draws: a pass may repeat or miss some"
+        if found is None:
+            return [f"{says} (which rows is not known any more); {then}"]
+        rows = [{row["id"]: [v for k, v in row.items() if k not in NUMBERS] for row in side} for side in (found, map(vars, self.entries))]
+        both = rows[0].keys() & rows[1].keys()
+        sides = {"added": rows[1].keys() - both, "gone": rows[0].keys() - both, "edited": {n for n in both if rows[0][n] != rows[1][n]}}
+        named = [f"{len(ids)} {what} ({', '.join(sorted(ids)[:3])}{', ...' if len(ids) > 3 else ''})" for what, ids in sides.items() if ids]
+        return [f"{says}: {', '.join(named) or 'the same rows in another order'}; {then}"]
 
 
-def prepare(config: DataConfig, table: StreamTable) -> Index:
+def prepare(config: DataConfig, table: StreamTable, wait: Callable[[str], Any] | None = print) -> Index:
     """Encode whatever is not cached yet and write the index; running it again encodes nothing.
 
-    Rows that cannot be used are named and left out; ValueError when none is left.
+    Rows that cannot be used are named and left out; ValueError when none is left. One process at a time writes into a cache:
+    with `wait`, which is told so, another one waits, without it that is a ValueError.
     """
+    lock(config.cache, wait)
+    try:
+        return write_index(config, table)
+    finally:
+        unlock(config.cache)
+
+
+def write_index(config: DataConfig, table: StreamTable) -> Index:
     if config.split not in ("hash", "speaker", "manifest") or not config.sources:
         raise ValueError(f"data.split={config.split!r}, data.sources={config.sources}; "
                          + "set split to hash, speaker or manifest and name a source")
@@ -121,9 +188,7 @@ def prepare(config: DataConfig, table: StreamTable) -> Index:
     count = sum(e.split != "" for e in index.entries)
     if not count:
         raise ValueError(f"no usable row in {', '.join(config.sources)}; `python data.py check` lists the reasons")
-    (index.folder / "index.json").unlink(missing_ok=True)       # a kill between the two files must not leave a mixture
-    write_tensors(index.path(""), indexer.texts, {})
-    write_json(index.folder / "index.json", index.info | {"entries": [vars(e) for e in index.entries]})
+    index.write(indexer.texts)
     did = f"{encoded} clips encoded" if encoded else "everything was cached, nothing encoded"
     print(f"prepared {count} examples in {index.folder}: {did}, {bad} rows left out")
     return index
@@ -163,7 +228,7 @@ def print_left_out(manifests: list[Manifest], table: StreamTable) -> int:
     """Print the rejected rows with reason and fix; returns their number."""
     bad = [b for m in manifests for b in m.bad]
     for b in bad[:10]:
-        print(f"left out: {b.where}: {b.reason}; {b.fix}", file=sys.stderr)
+        print(visible(f"left out: {b.where}: {b.reason}; {b.fix}"), file=sys.stderr)
     if len(bad) > 10:
         print(f"left out: {len(bad) - 10} more rows; `python data.py check` lists them", file=sys.stderr)
     untimed = sum("words" not in row and "parts" not in row for m in manifests for row in m.rows)
@@ -189,15 +254,31 @@ def index_folder(config: DataConfig, table: StreamTable) -> Path:
 def open_cache(config: DataConfig, table: StreamTable) -> Index:
     """Open what `prepare` wrote for this config; raises FileNotFoundError when it has not run."""
     folder = index_folder(config, table)
-    if not (folder / "index.json").is_file():
+    now = current(folder)
+    if now is None:
         raise FileNotFoundError(f"no prepared data in {folder} for this config; run `python data.py prepare CONFIG.py`")
-    found = read_json(folder / "index.json", MAX_INDEX)
     chat = new_chat(config, load_tokenizer(config.tokenizer), table) if family_of(table).template else None
+    path = folder / f"{now['content']}.json"
     try:
-        return Index(folder, found, [Entry(**entry) for entry in found.pop("entries")], chat=chat,
-                     padding=(config.text_padding_weight, table.pad, table.epad))
+        found = read_json(path, MAX_INDEX, now["checksum"])
+        return Index(folder, found, [Entry(**entry) for entry in found.pop("entries")], chat=chat, content=now["content"],
+                     padding=(config.text_padding_weight, table.pad, table.epad)).open()
     except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(damaged_message(folder / "index.json", error)) from None
+        raise ValueError(damaged_message(path, error)) from None
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing; run `python data.py prepare CONFIG.py` again") from None
+
+
+def current(folder: Path) -> dict[str, str] | None:
+    """What index.json of a folder of the cache says; None where there is none, or one of an older layout."""
+    if not (folder / "index.json").is_file():
+        return None
+    found = read_json(folder / "index.json", MAX_INDEX)
+    if isinstance(found, dict) and "entries" in found:
+        return None
+    if not isinstance(found, dict) or not all(isinstance(found.get(key), str) for key in ("content", "checksum", "before")):
+        raise ValueError(damaged_message(folder / "index.json", "it does not say which index holds"))
+    return found
 
 
 def composed_audio(manifests: list[Manifest]) -> set[str]:
@@ -215,6 +296,10 @@ def split_of(row: Row, mark: str, config: DataConfig) -> str:
     if config.split == "speaker" and row.get("speaker"):
         mark = row["speaker"]
     return "held-out" if hash_fraction(mark) < config.held_out else "train"
+
+
+class NoAudio(Exception):
+    """The audio of a row was rejected, with its reason."""
 
 
 @dataclass
@@ -238,7 +323,7 @@ class Indexer:
                 if self.table.audio or self.index.chat is not None:
                     self.locate(entry, row, numbers)
                 entries = self.dialogue(entry, row) if self.table.monologue else [(entry, self.text(entry, row))]
-            except LookupError:                         # its audio was rejected before
+            except NoAudio:                             # it was rejected before
                 continue
             except ValueError as error:
                 m.reject(row["id"], str(error), "fix or remove the row")
@@ -252,7 +337,7 @@ class Indexer:
                 self.index.entries.append(entry)
 
     def locate(self, entry: Entry, row: Row, numbers: dict[str, int]) -> None:
-        """Fill in where the codes of an entry are; LookupError for audio that was rejected, ValueError for a new reason."""
+        """Fill in where the codes of an entry are; NoAudio for audio that was rejected, ValueError for a new reason."""
         entry.reference = numbers.get(f"{row['id']}#reference", -1)
         if "rejected" in row:
             if f"{row['id']}#rejected" not in numbers:
@@ -271,7 +356,7 @@ class Indexer:
         if not row["file"]:
             raise ValueError("no audio")
         if not row["shard"]:
-            raise LookupError(row["id"])
+            raise NoAudio(row["id"])
         entry.shard, entry.key, entry.frames = row["shard"], row["key"], row["frames"]
         low, high = self.config.min_seconds, self.config.max_seconds
         if not low <= entry.frames[0] / self.index.info["frame_rate"] <= high + 1:      # the codec pads the last frame

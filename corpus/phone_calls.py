@@ -26,7 +26,7 @@ from typing import Any
 from audio.telephone import turns
 from audio.wav import load_wav, save_wav
 from evaluation.metrics import ONES, spell
-from options import split_arguments, write_rows
+from options import split_arguments, visible, write_rows
 from text.normalisers import ARABIC
 
 SYSTEM = """You answer the phone for Harbour Supply. Reply in one or two short sentences. \
@@ -186,7 +186,7 @@ def main(argv: Sequence[str]) -> None:
             rows.append(cut_call(path, out, agent))
         except (ValueError, FileNotFoundError) as error:
             bad += 1
-            print(f"left out: {error}", file=sys.stderr)
+            print(visible(f"left out: {error}"), file=sys.stderr)
     if not rows:
         raise ValueError(f"none of {len(paths)} recordings is a usable call; fix those listed above, or name a folder of stereo wavs")
     write_rows(out / "calls.jsonl", rows)

@@ -19,7 +19,7 @@ from torch import Tensor
 from layers.architecture import ModelConfig, StackConfig
 from lora import LoraConfig
 from model import MultistreamLM
-from options import difference
+from options import difference, from_json, to_json
 
 Rules = tuple[tuple[str, str], ...]
 Tensors = dict[str, Tensor]             # or LazyTensor (tensor_files.py): rules and tables use shapes and types, and move nothing
@@ -208,7 +208,7 @@ def placeholder(official: int, vocab: int, place: int) -> int:
 def read_config(form: Format, about: About, tensors: Tensors, source: str) -> ModelConfig:
     """Translate a config.json; ValueError names `source` and the field that is missing or unsupported."""
     try:
-        return form.read(about, tensors)
+        return from_json(ModelConfig, to_json(form.read(about, tensors)), "model")      # every field of its type
     except KeyError as error:
         raise ValueError(f"{source}/config.json lacks {error}; download the official file again") from None
     except (ValueError, AssertionError) as error:

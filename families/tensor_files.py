@@ -203,6 +203,13 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     return {name: tensor.read().clone() for name, tensor in open_tensors(path).items()}
 
 
+@torch.no_grad()
+def refuse_not_finite(name: str, t: Tensor, source: object) -> None:
+    """ValueError names a tensor that holds NaN or infinite values: such a model only speaks noise."""
+    if t.is_floating_point() and t.numel() and not t.is_meta and not all(map(math.isfinite, torch.stack(t.aminmax()).tolist())):
+        raise ValueError(f"{source}: {name} holds NaN or infinite values; use an earlier checkpoint, or fetch the file again")
+
+
 # ---- writing ----
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor | LazyTensor], write: bool = True) -> None:
@@ -259,6 +266,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor | LazyTensor], metadat
             for name in names:
                 t = value(tensors[name])
                 assert t.dtype == tensors[name].dtype and t.shape == tensors[name].shape, name
+                refuse_not_finite(name, t, "nothing is written")
                 file.write(memoryview(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
                 give_back([tensors[name]])
 

@@ -61,7 +61,7 @@ class Job(SampleConfig):
         assert self.ref_in in ("assistant", "system"), "ref_in is assistant or system"
         assert min(self.chunk_words, self.chunk_buffer) >= 0, "chunk_words and chunk_buffer are not negative"
         assert self.reply in ("", "text", "speech"), f"reply {self.reply!r} is neither text nor speech"
-        assert self.batch > 0, f"batch {self.batch} is not positive"
+        assert 0 < self.batch <= 2**16, f"batch {self.batch} is not positive and at most 2^16"
         assert self.quantize in ("", "int8"), f"quantize {self.quantize!r} is neither empty nor int8"
         assert self.dtype in DTYPES, f"dtype {self.dtype!r} is none of {', '.join(DTYPES)}"
         assert self.device in ("cpu", "cuda"), f"device {self.device!r} is neither cpu nor cuda"

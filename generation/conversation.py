@@ -43,7 +43,7 @@ from corpus.examples import reply_example
 from corpus.phone_calls import NUMBERS, SCALES, figures, lookup_turn
 from families.family import family_of, lay_out, special_tokens
 from generation.reply_stream import reply_pieces
-from options import read_json
+from options import error_line, read_json, visible
 from streams import StreamTable
 from text.conversation import Message, text_of
 from text.tokenizers import load_tokenizer
@@ -396,7 +396,7 @@ def chat_in_terminal(table: StreamTable, data: DataConfig, config: ChatConfig, s
             except (ValueError, OSError) as error:
                 if not lines.isatty():                  # a script must not go on as if it had been answered
                     raise
-                print(f"error: {error}")
+                print(error_line(error))
             if heard.strip().lower() in ("agent", "quit"):
                 break
     print(f"{path}: {session.turns} turns of session {session.id}")
@@ -424,7 +424,7 @@ def print_turn(said: Iterator[Piece], path: Path, session: Session) -> None:
     try:
         for kind, piece in said:
             if kind == "text":
-                print(piece, end="", flush=True)
+                print(visible(piece, "\n\t"), end="", flush=True)
                 continue
             writer = writer or WavWriter(path, session.codec.sample_rate)
             writer.append(piece)

@@ -54,7 +54,7 @@ class SampleConfig:
             assert all(v >= 0 for v in (rule if isinstance(rule, tuple) else (rule,))), f"{name} {rule} is negative"
         assert self.closing in closings(), f"closing {self.closing!r} is none of {', '.join(closings())}"
         assert self.graphs in ("auto", "on", "off"), f"graphs {self.graphs!r} is none of auto, on, off"
-        assert self.max_frames > 0, f"max_frames {self.max_frames} is not positive"
+        assert 0 < self.max_frames <= 2**24, f"max_frames {self.max_frames} is not in 1..2^24"
 
 
 @cache         # a captured graph reads these tensors where they lie

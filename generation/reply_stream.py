@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from audio.wav import WavWriter
+from options import visible
 from streams import StreamTable
 from text.tokenizers import TextStream, Tokenizer
 
@@ -52,7 +53,7 @@ def print_reply(frames: Iterable[Tensor], table: StreamTable, tokenizer: Tokeniz
                 writer.append(decoder.decode(piece[None].clamp(max=codec.codebook_size - 1))[0])
                 spoken += piece.shape[1]
             elif kind != "codes":
-                print(piece if kind == "text" else " (cut at --max_frames)", end="", flush=True)
+                print(visible(piece, "\n\t") if kind == "text" else " (cut at --max_frames)", end="", flush=True)
         if spoken:
             writer.append(decoder.flush()[0])
     print(f"{out}: {spoken / codec.frame_rate:.1f} s" if out else "")

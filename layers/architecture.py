@@ -36,6 +36,10 @@ class StackConfig:
 
     def __post_init__(self) -> None:
         assert min(self.dim, self.layers, self.heads, self.ffn) > 0 <= self.kv_heads, "dim, layers, heads and ffn are at least 1"
+        assert max(self.dim, self.ffn, self.window, self.low_rank) <= 2**24 and max(self.layers, self.heads, self.steps) <= 2**13, (
+            "dim, ffn, window and low_rank are at most 2^24, layers, heads and steps 2^13")
+        assert min(self.window, self.steps, self.head_dim, self.low_rank) >= 0 < self.norm_eps, "a size is negative, or norm_eps is 0"
+        assert self.layers * self.dim * (self.dim + self.ffn) <= 2**45, f"{self.layers} layers of {self.dim} x {self.ffn} fit nowhere"
         assert self.activation in ("silu", "gelu"), f"activation {self.activation!r} is neither 'silu' nor 'gelu'"
         assert self.heads % self.kv == 0, f"{self.heads} heads do not divide among {self.kv} kv_heads"
         assert self.head_dim or self.dim % self.heads == 0, f"dim {self.dim} is not a multiple of {self.heads} heads"
@@ -104,6 +108,7 @@ class ModelConfig:
             object.__setattr__(self, "checkpoint", 4 * self.checkpoint)
         assert 0 <= self.checkpoint <= 4, f"checkpoint is {self.checkpoint}; give 0 none, 1 cheap, 2 depth, 3 half or 4 all"
         assert 0 <= self.dropout < 1 and 0 <= self.input_drop <= 1, "dropout is in [0, 1), input_drop in [0, 1]"
+        assert 0 <= self.tail <= 2**13 and max(self.extra_heads, self.extra_classes, self.voice) <= 2**20, "tail, heads or voice too large"
         assert 0 <= self.text_drop <= self.table.aligned, "text_drop is in [0, 1], and for aligned rows only"
         assert len(self.table.text) == 1 or not self.tied, "tied needs a table with a single text row; set it to false"
         assert all(0 <= n < self.temporal.layers for n in self.dual_ffn), (

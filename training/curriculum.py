@@ -59,6 +59,7 @@ class Curriculum:
         """Continue at a step; a stage that had just ended left its own position, which is of no use to the next."""
         lines = self.enter(step)
         if state and state.get("part", 0) == self.part:
+            lines += self.loader.index.changes(state.get("data", ""))
             self.loader.restore(state)
         return lines
 
@@ -66,7 +67,7 @@ class Curriculum:
         """The next micro-batches; `position` is then what stands behind them."""
         self.batches = self.batches or iter(self.loader)
         taken = [next(self.batches) for _ in range(count)]
-        self.position = taken[-1].state | {"part": self.part}
+        self.position = taken[-1].state | {"part": self.part, "data": self.loader.index.content}
         return taken
 
     def spare(self, parameters: dict[str, torch.nn.Parameter]) -> None:

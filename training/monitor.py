@@ -35,26 +35,35 @@ Write = Callable[[dict[str, float], int], object]
 class Log:
     """Writes numbers under a step to metrics.jsonl and to trackers; without a folder (ranks above 0) to nothing."""
 
-    def __init__(self, out: Path | None = None, trackers: Sequence[str] = (), step: int = 0) -> None:
-        self.writes = [] if out is None else [to_file(out, step), *(tracker(name, out) for name in trackers)]
+    def __init__(self, out: Path | None = None, trackers: Sequence[str] = (), step: int = 0, evaluated: int = -1) -> None:
+        self.file = rewind(out / "metrics.jsonl", step, evaluated).open("a") if out is not None else None
+        self.writes = [self.write, *(tracker(name, out) for name in trackers)] if out is not None else []
 
     def __call__(self, step: int, numbers: dict[str, float]) -> None:
         for write in self.writes:
             write(numbers, step)
 
 
-def to_file(out: Path, step: int) -> Write:
-    """Append to metrics.jsonl, behind what a resumed run still stands for."""
-    file = rewind(out / "metrics.jsonl", step).open("a")
-    return lambda numbers, step: print(json.dumps({"step": step, **numbers}), file=file, flush=True)
+    def write(self, numbers: dict[str, float], step: int) -> None:
+        """Append to metrics.jsonl, behind what a resumed run still stands for."""
+        print(json.dumps({"step": step, **numbers}), file=self.file, flush=True)
+
+    def sync(self) -> None:
+        """Make what was written so far survive a power cut, as the checkpoint does that stands behind it."""
+        if self.file is not None:
+            os.fsync(self.file.fileno())
 
 
-def rewind(metrics: Path, step: int) -> Path:
-    """Drop the lines of a metrics.jsonl that a killed run wrote behind its last checkpoint: they come again."""
+def rewind(metrics: Path, step: int, evaluated: int = -1) -> Path:
+    """Drop the lines of a metrics.jsonl that a killed run wrote behind its last checkpoint: they come again.
+
+    A checkpoint before update `step` holds what was evaluated up to `evaluated`.
+    """
     try:
         lines = metrics.read_text().splitlines(keepends=True) if metrics.is_file() else []
         rows = [(line, json.loads(line)) for line in lines if line.endswith("}\n")]
-        kept = "".join(line for line, row in rows if row["step"] < step + ("val/loss" in row))
+        kept = "".join(line for line, row in rows if row["step"] < step or (
+            row["step"] <= evaluated and any(name.startswith("val/") for name in row)))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{metrics} has a line that is not a row of numbers ({error}); correct it or move the file away") from None
     write_text(metrics, kept)

@@ -21,10 +21,17 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 
-def start(kind: str) -> None:
-    """Join the group that torchrun made; `kind` is the type of device."""
+def start(name: str, local: int) -> torch.device:
+    """Join the group that torchrun made; returns the device of this process, `name` being cpu, cuda or auto."""
+    kind = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "cuda":
+        if not torch.cuda.is_available():
+            fix = "use --device=cpu, or check its driver and CUDA_VISIBLE_DEVICES"
+            raise ValueError(f"--device=cuda: this machine shows no CUDA device; {fix}")
+        torch.cuda.set_device(torch.device(kind, local))
     if "RANK" in os.environ:
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(minutes=30))
+    return torch.device(kind, local) if kind == "cuda" else torch.device(kind)
 
 
 def ranks() -> tuple[int, int, int]:

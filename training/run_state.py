@@ -9,7 +9,8 @@ not at all.
 
 import os
 import shutil
-from collections.abc import Mapping
+import types
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,24 @@ import torch
 from torch import Tensor, nn
 
 import lora
-from checkpoint import Extras, averages, export, fill, load, naming_changed_options, read_about, read_tensors, save, write_tensors
+from checkpoint import (
+    Extras,
+    averages,
+    export,
+    fill,
+    load,
+    naming_changed_options,
+    read_about,
+    read_tensors,
+    refuse_broken,
+    save,
+    write_tensors,
+)
 from families.family import consolidated_files
 from families.tensor_files import LazyTensor, open_tensors
+from files import check_sums, sync, write_sums
 from model import MultistreamLM
-from options import read_json, to_json, write_json
+from options import read_object, to_json, write_json
 from training.parallel import barrier, place
 
 
@@ -66,8 +80,13 @@ def fill_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: 
 
 
 def save_run(out: Path, model: MultistreamLM, optimizer: torch.optim.Optimizer, run: RunState, config: Any, extras: Extras,
-             ema: dict[str, Tensor] | None, rank: int) -> Path:
-    """Write out/ckpt/step_N; every rank calls it, rank 0 writes the model, each rank its RNG."""
+             ema: dict[str, Tensor] | None, rank: int, effects: Callable[[Path], Any] = lambda folder: None) -> Path:
+    """Write out/ckpt/step_N; every rank calls it, rank 0 writes the model, each rank its RNG.
+
+    `effects(folder)` is what else belongs to a checkpoint. `latest` moves last: after a kill in between, the run
+    continues from the checkpoint before and does it all again.
+    """
+    refuse_broken(model, f"step {run.step} is not saved, older checkpoints stay")
     folder = out / "ckpt" / f"step_{run.step:06d}"
     temporary = out / "ckpt" / f".writing_{run.step:06d}"
     if rank == 0:
@@ -84,11 +103,15 @@ def save_run(out: Path, model: MultistreamLM, optimizer: torch.optim.Optimizer, 
             write_json(temporary / "state" / "run.json", {**to_json(run), "config": to_json(config)})
         barrier()
         if rank == 0:
+            write_sums(temporary)
             aside = folder.with_name(f".old_{folder.name}")
             if folder.exists():                           # the same step again: never a moment without a whole copy
+                shutil.rmtree(aside, ignore_errors=True)  # of a save that was killed while it deleted this
                 os.rename(folder, aside)
             os.rename(temporary, folder)
+            sync(folder.parent)
             shutil.rmtree(aside, ignore_errors=True)
+            effects(folder)
             point(out / "ckpt" / "latest", folder.name)
     except OSError:
         shutil.rmtree(temporary, ignore_errors=True)      # a full disk: give the space back, older checkpoints stay
@@ -100,12 +123,50 @@ def save_run(out: Path, model: MultistreamLM, optimizer: torch.optim.Optimizer, 
 def latest(out: Path) -> Path:
     """The newest checkpoint of a run; puts back the copy that a kill in the middle of replacing it left aside."""
     link = out / "ckpt" / "latest"
+    for aside in link.parent.glob(".old_step_*"):
+        if not aside.with_name(aside.name.removeprefix(".old_")).exists():
+            os.rename(aside, aside.with_name(aside.name.removeprefix(".old_")))
     if link.is_symlink() and not link.exists():
-        aside = link.with_name(f".old_{os.readlink(link)}")
-        if not aside.is_dir():
-            raise FileNotFoundError(f"{link} points to {os.readlink(link)}, which is gone; point it to another step or choose a new --out")
-        os.rename(aside, link.with_name(os.readlink(link)))
+        raise FileNotFoundError(f"{link} points to {os.readlink(link)}, which is gone; point it to another step or choose a new --out")
     return link
+
+
+@torch.no_grad()
+def swap(trained: dict[str, nn.Parameter], averages: dict[str, Tensor]) -> None:
+    """Swap the trained weights with their averages, if there are any; a second call swaps back."""
+    for name, average in averages.items():
+        kept = trained[name].detach().clone()
+        trained[name].copy_(average)
+        average.copy_(kept)
+
+
+def newest_whole(out: Path, tell: Callable[[str], Any] = print) -> Path:
+    """`latest`, or where that is damaged the newest checkpoint before it that is whole, which is said; ValueError when none is."""
+    link = latest(out)
+    try:
+        if link.exists():
+            check_run(link)
+        return link
+    except (ValueError, FileNotFoundError) as error:
+        for folder in sorted((f for f in link.parent.glob("step_*") if f.name != link.resolve().name), reverse=True):
+            try:
+                check_run(folder)
+            except (ValueError, FileNotFoundError) as other:
+                tell(f"{folder} cannot be used either: {other}")
+                continue
+            tell(f"warning: {error}")
+            tell(f"warning: the run continues from {folder}, the newest checkpoint that is whole")
+            return folder
+        raise
+
+
+def check_run(folder: Path) -> None:
+    """ValueError or FileNotFoundError where a checkpoint cannot be resumed."""
+    read_state(folder)
+    check_sums(folder)
+    for name in ("optimizer", "rng_rank0"):
+        if not (folder / "state" / f"{name}.safetensors").is_file():
+            raise FileNotFoundError(f"{folder}/state/{name}.safetensors does not exist; the checkpoint is incomplete, use another one")
 
 
 def rng_state() -> dict[str, Tensor]:
@@ -138,11 +199,12 @@ def read_state(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         other = f"use another folder of out/NAME/ckpt, or --init={folder} with another --out"
         raise FileNotFoundError(f"{path} is missing: {folder} cannot be resumed; {other}")
-    about = read_json(path)
-    fields = to_json(RunState()).keys() | {"config"}
-    if not isinstance(about, dict) or about.keys() != fields or not isinstance(about["step"], int):
-        raise ValueError(f"{path} is damaged: it should hold {', '.join(sorted(fields))}; use another checkpoint")
-    return {key: about[key] for key in fields - {"config"}}
+    kinds = {"step": int, "best": float | int, "bad_evals": int, "skips": int, "skipped": int, "evaluated": int,
+             "loader": dict | types.NoneType, "scaler": dict | types.NoneType, "config": dict}
+    about = read_object(path, "use another checkpoint", **kinds)
+    if about.keys() != kinds.keys():
+        raise ValueError(f"{path} is damaged: it should hold {', '.join(sorted(kinds))}; use another checkpoint")
+    return {key: about[key] for key in kinds if key != "config"}
 
 
 def point(link: Path, target: str) -> None:
@@ -151,6 +213,7 @@ def point(link: Path, target: str) -> None:
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target)
     os.replace(temporary, link)
+    sync(link.parent)
 
 
 def prune(out: Path, keep: int) -> None:
@@ -158,17 +221,19 @@ def prune(out: Path, keep: int) -> None:
     folder = out / "ckpt"
     named = {(folder / link).resolve() for link in ("latest", "best")}
     old = sorted(folder.glob("step_*"))[: -keep or None]
-    for path in [p for p in old if p.resolve() not in named] + list(folder.glob(".writing_*")):
+    for path in [p for p in old if p.resolve() not in named] + [p for name in (".writing_*", ".old_*") for p in folder.glob(name)]:
         shutil.rmtree(path)
+    for link in folder.glob(".*.new"):
+        link.unlink()
 
 
-def after_save(out: Path, folder: Path, best: bool, keep: int, consolidated: str, dtype: torch.dtype) -> None:
-    """After a checkpoint was written: name it the best if it is, delete old ones, and write it in another trainer's layout if asked to."""
+def further_effects(out: Path, folder: Path, best: bool, keep: int, consolidated: str, dtype: torch.dtype) -> None:
+    """What belongs to a checkpoint that was just written: the name of the best, and a copy in another trainer's layout."""
     if best:
         point(out / "ckpt" / "best", folder.name)
-    prune(out, keep)
     if consolidated:
-        consolidate(out, folder, consolidated, keep, dtype)
+        with torch.random.fork_rng([]):                   # building a model draws; the run goes on with the numbers that it saved
+            consolidate(out, folder, consolidated, keep, dtype)
 
 
 def consolidate(out: Path, folder: Path, to: str, keep: int, dtype: torch.dtype) -> Path:
@@ -186,6 +251,7 @@ def consolidate(out: Path, folder: Path, to: str, keep: int, dtype: torch.dtype)
         os.rename(next(written.glob("*.safetensors")), written / expected)
     shutil.rmtree(target, ignore_errors=True)
     os.rename(temporary, target)
+    sync(target.parent)
     for old in sorted(target.parent.glob("checkpoint_*"))[: -keep or None]:
         shutil.rmtree(old)
     return target / "consolidated"

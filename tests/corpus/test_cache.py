@@ -153,3 +153,69 @@ def test_no_string_and_no_composed_clip_is_on_both_sides(tmp_path, config):
     assert not {e.text for e in rows if e.split == "train"} & {e.text for e in rows if e.split == "held-out"}
     trained = {index.entries[p].key for e in rows if e.split == "train" for p in e.parts}
     assert trained and not trained & {e.key for e in index.entries if e.split == "held-out"}
+
+
+# ---- one writer, and readers that are not disturbed ----
+
+def test_rows_that_change_make_another_index_and_leave_the_open_one(config):
+    prepare(config, BYTES)
+    open_one = open_cache(config, BYTES)
+    before = [(entry.id, entry.text, open_one.text(n).tolist()) for n, entry in enumerate(open_one.entries)]
+    folder = Path(config.sources[0])
+    rows = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+    rows[1]["text"] += " again"
+    (folder / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[1:]) + json.dumps(rows[0] | {"id": "new"}) + "\n")
+    prepare(config, BYTES)
+    assert [(entry.id, entry.text, open_one.text(n).tolist()) for n, entry in enumerate(open_one.entries)] == before
+    now = open_cache(config, BYTES)
+    assert now.content != open_one.content and now.changes(now.content) == now.changes("") == []
+    said, = now.changes(open_one.content)
+    for part in ("1 added (new)", f"1 gone ({rows[0]['id']})", f"1 edited ({rows[1]['id']})", "the run goes on with the rows as they"):
+        assert part in said, said
+    prepare(replace(config, sources=config.sources), BYTES)
+    assert "which rows is not known any more" in now.changes("0" * 16)[0]
+
+
+def test_preparing_again_writes_nothing(config):
+    prepare(config, BYTES)
+    before = {path: path.stat().st_mtime_ns for path in Path(config.cache).rglob("*") if path.is_file()}
+    prepare(config, BYTES)
+    assert {path: path.stat().st_mtime_ns for path in Path(config.cache).rglob("*") if path.is_file()} == before
+
+
+def test_the_same_rows_make_the_same_bytes(config, tmp_path):
+    trees = []
+    for name in ("a", "b"):
+        prepare(replace(config, cache=str(tmp_path / name)), BYTES)
+        trees.append({str(p.relative_to(tmp_path / name)): p.read_bytes() for p in (tmp_path / name).rglob("*") if p.is_file()})
+    assert trees[0] == trees[1]
+
+
+def test_a_second_prepare_is_refused_by_name_while_one_runs(config):
+    import subprocess
+    import sys
+
+    from conftest import ROOT
+    code = "import sys, time; from files import lock; lock(sys.argv[1]); print('ready', flush=True); time.sleep(60)"
+    other = subprocess.Popen([sys.executable, "-c", code, config.cache], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    other.stdout.readline()
+    with pytest.raises(ValueError, match=f"is being written by process {other.pid} on"):
+        prepare(config, BYTES, wait=None)
+    other.kill()
+    other.wait()
+    assert prepare(config, BYTES, wait=None).entries
+
+
+def test_a_clip_on_which_the_codec_fails_is_named_and_the_others_go_on(config, capsys, monkeypatch):
+    encode = FakeCodec.encode
+
+    def fails_once(self, wav):
+        if FakeCodec.calls == 3:
+            FakeCodec.calls += 1
+            raise RuntimeError("no such frame \x1b[31m")
+        return encode(self, wav)
+
+    monkeypatch.setattr(FakeCodec, "encode", fails_once)
+    index = prepare(config, BYTES)
+    err = capsys.readouterr().err
+    assert len(index.entries) == 39 and "encoding failed; RuntimeError: no such frame \\x1b[31m; check the recording" in err

@@ -18,6 +18,8 @@ import torch
 from conftest import CONFIG, ROOT, call, cli, write_clips
 from safetensors.torch import load_file, save_file
 
+from files import checksum
+
 SPEAK = ("--text=one two", "--max_frames=2")
 
 
@@ -256,6 +258,15 @@ OVERRIDES = {   # an argument: what the line says
     "--log_every=0": ("--log_every=0 is not valid", "at least 1", "--help"),
     "--lr=-1": ("--lr=-1 is not valid", "negative", "--help"),
     "--warmup=-1": ("--warmup=-1 is not valid", "negative", "--help"),
+    "--lr=1e400": ("--lr ", "finite", "--help"),
+    "--eps=0": ("--eps=0 is not valid", "eps is positive", "--help"),
+    "--max_minutes=-1": ("--max_minutes=-1 is not valid", "negative", "--help"),
+    "--batch_size=10000000000": ("--batch_size=10000000000 is not valid", "at most 2^20", "--help"),
+    "--model.temporal.layers=1000000000": ("--model.temporal.layers=1000000000 is not valid", "2^13", "--help"),
+    "--model.temporal.ffn=1000000000000": ("--model.temporal.ffn=1000000000000 is not valid", "2^24", "--help"),
+    "--data.columns=1000000000000": ("--data.columns=1000000000000 is not valid", "2^24", "--help"),
+    "--seed=" + "-" * 9999 + "1": ("--seed ", "int"),
+    "--seed=" + "(" * 20000: ("--seed ", "int"),
     "--ema=1": ("--ema=1 is not valid", "[0, 1)", "--help"),
     "--model.temporal.heads=3": ("--model.temporal.heads=3 is not valid", "dim 16 is not a multiple of 3 heads", "--help"),
     "--model.temporal.heads=0": ("--model.temporal.heads=0 is not valid", "at least 1", "--help"),
@@ -265,7 +276,7 @@ OVERRIDES = {   # an argument: what the line says
     "--model.dropout=1": ("--model.dropout=1 is not valid", "[0, 1)", "--help"),
     "--betas=0.9,2": ("--betas=0.9,2 is not valid", "[0, 1)", "--help"),
     "--seed=-1": ("--seed=-1 is not valid", "not negative", "--help"),
-    "--model.dual_ffn=4": ("--model.dual_ffn=4 is not valid", "layers", "--help"),
+    "--model.dual_ffn=4": ("--model.dual_ffn=4 is not valid", "layer numbers", "--help"),
     "--trackers=wand": ("--trackers=wand is not valid", "wandb", "--help"),
     "--lora.targets=nowhere.*": ("nowhere.*", "there are", "temporal.layers.N.attn.q"),
     "--init=nobody": ("nobody does not exist", "give a run folder"),
@@ -350,15 +361,15 @@ CHECKPOINTS = {     # name: (how the folder is spoilt, what the line says)
     "config.json of another project": (lambda c: (c / "config.json").write_text('{"model_type": "llama3"}'), ("llama3", "import --help")),
     "another version": (lambda c: edit_json(c / "config.json", version=99), ("version 99", "update the code")),
     "no model in config.json": (lambda c: edit_json(c / "config.json", model=None),
-                                ("config.json is damaged: model", "use another checkpoint")),
-    "data is a list": (lambda c: edit_json(c / "config.json", data=[1]), ("config.json is damaged: data", "use another checkpoint")),
-    "step is a word": (lambda c: edit_json(c / "config.json", step="x"), ("config.json is damaged: step", "use another checkpoint")),
+                                ("config.json is damaged (model", "use another checkpoint")),
+    "data is a list": (lambda c: edit_json(c / "config.json", data=[1]), ("config.json is damaged (data", "use another checkpoint")),
+    "step is a word": (lambda c: edit_json(c / "config.json", step="x"), ("config.json is damaged (step", "use another checkpoint")),
     "an unknown field in the model": (lambda c: edit_json(c / "config.json", model={"depht": 1}),
                                       ("model.depht", "nearest is", "model.depth")),
     "a model without a table": (lambda c: edit_json(c / "config.json", model={}), ("config.json model is incomplete", "table")),
-    "no tokenizer": (lambda c: (c / "words.json").unlink(), ("step/words.json does not exist", "give")),
-    "a tokenizer that is cut": (lambda c: cut(c / "words.json", 0.5), ("step/words.json cannot be read", "restore the file")),
-    "a tokenizer of numbers": (lambda c: (c / "words.json").write_text("3"), ("step/words.json cannot be read", "restore the file")),
+    "no tokenizer": (lambda c: (c / "words.json").unlink(), ("step/words.json does not exist", "use another one")),
+    "a tokenizer that is cut": (lambda c: cut(c / "words.json", 0.5), ("step/words.json is damaged", "use another checkpoint")),
+    "a tokenizer of numbers": (lambda c: (c / "words.json").write_text("3"), ("step/words.json is damaged", "use another checkpoint")),
 }
 
 
@@ -446,14 +457,38 @@ def shorten(tensors):
         tensors[name] = codes[:, :3].clone()
 
 
+def content_of(index: Path) -> Path:
+    """The file of entries that an index.json of the cache names."""
+    return index.with_name(json.loads(index.read_text())["content"] + ".json")
+
+
+def edit_index(index: Path, **fields):
+    """Change the entries and let the checksum follow."""
+    edit_json(content_of(index), **fields)
+    edit_json(index, checksum=checksum(content_of(index).read_bytes()))
+
+
+def flip(path: Path):
+    """Turn over a bit of every second byte: of JSON in its last part, of tensors everywhere behind the header."""
+    content = bytearray(path.read_bytes())
+    for at in range(len(content) * 19 // 20 if path.suffix == ".json" else 8 + int.from_bytes(content[:8], "little"), len(content), 2):
+        content[at] ^= 4
+    path.write_bytes(content)
+
+
 CACHES = {      # name: (command, how the cache is spoilt, what the line says)
     "shard of 0 bytes": ("train.py", lambda c: each(c, "codes/*.safetensors", lambda f: cut(f, 0)),
                          ("is damaged", "delete it and run `python data.py prepare")),
     "shard cut at half": ("train.py", lambda c: each(c, "codes/*.safetensors", lambda f: cut(f, 0.5)),
                           ("is damaged", "delete it and run `python data.py prepare")),
     "shard gone": ("show", lambda c: each(c, "codes/*.safetensors", Path.unlink), ("is missing", "run `python data.py prepare")),
-    "text cut": ("show", lambda c: each(c, "*/text.safetensors", lambda f: cut(f, 0.5)),
-                 ("text.safetensors is damaged", "delete it and run")),
+    "text cut": ("show", lambda c: each(c, "*/index.json", lambda f: cut(next(f.parent.glob("*.safetensors")), 0.5)),
+                 (".safetensors is damaged", "delete it and run")),
+    "one bit of the index": ("show", lambda c: each(c, "*/index.json", lambda f: flip(content_of(f))),
+                             ("checksum differs", "delete it and run")),
+    "one bit of the ids": ("show", lambda c: each(c, "*/index.json", lambda f: flip(content_of(f).with_suffix(".safetensors"))),
+                           (".safetensors is damaged (the checksum of", "delete it and run")),
+    "one bit of the codes": ("show", lambda c: each(c, "codes/*.safetensors", flip), ("is damaged (the checksum of", "delete it and run")),
     "index cut": ("show", lambda c: each(c, "*/index.json", lambda f: cut(f, 0.5)), ("index.json is not valid JSON", "remove it")),
     "index of garbage": ("show", lambda c: each(c, "*/index.json", lambda f: f.write_bytes(b"\x00\xff" * 99)),
                          ("index.json is not valid JSON", "remove it")),
@@ -461,8 +496,8 @@ CACHES = {      # name: (command, how the cache is spoilt, what the line says)
                         ("index.json is damaged", "delete it and run")),
     "index without entries": ("show", lambda c: each(c, "*/index.json", lambda f: f.write_text("{}")),
                               ("index.json is damaged", "delete it and run")),
-    "entry of other fields": ("show", lambda c: each(c, "*/index.json", lambda f: edit_json(f, entries=[{"x": 1}])),
-                              ("index.json is damaged", "delete it and run")),
+    "entry of other fields": ("show", lambda c: each(c, "*/index.json", lambda f: edit_index(f, entries=[{"x": 1}])),
+                              (".json is damaged", "delete it and run")),
     "codes of another length": ("show", lambda c: each(c, "codes/*.safetensors", lambda f: edit_tensors(f, shorten)),
                                 ("is damaged", "delete it and run")),
     "never prepared": ("show", shutil.rmtree, ("no prepared data in", "run `python data.py prepare")),
@@ -577,7 +612,11 @@ def run_copy(tiny_run, tmp_path):
 @pytest.mark.parametrize("name", RESUMES)
 def test_a_run_whose_state_is_spoilt_neither_resumes_nor_starts_anew(name, run_copy, tiny_run):
     spoil, said = RESUMES[name]
-    spoil((run_copy / "ckpt" / "latest").resolve())
+    shutil.rmtree(run_copy / "ckpt/step_000002")                # otherwise the run goes on from there
+    newest = (run_copy / "ckpt" / "latest").resolve()
+    if "other" in name:
+        (newest / "checksums.json").unlink()                    # as a folder of an older version, or edited by hand
+    spoil(newest)
     before = sorted(p.name for p in (run_copy / "ckpt").iterdir())
     fails(call("train.py", tiny_run.parent / "tiny_run.py", f"--out={run_copy}", "--steps=6"), *said)
     assert sorted(p.name for p in (run_copy / "ckpt").iterdir()) == before
@@ -631,16 +670,11 @@ def content(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("fault", ["rename", "tensors", "json"])
 def test_a_disk_that_fills_up_in_a_save_leaves_the_last_checkpoint(fault, run_copy, tiny_run, monkeypatch):
-    import checkpoint as module
     before = content(run_copy / "ckpt")
     if fault == "rename":
         monkeypatch.setattr("training.run_state.os.rename", full)
     elif fault == "tensors":
-        from safetensors import SafetensorError
-
-        def unable(*_, **__):
-            raise SafetensorError("I/O error: No space left on device (os error 28)")
-        monkeypatch.setattr(module, "save_file", unable)
+        monkeypatch.setattr("families.tensor_files.save_tensors", full)
     else:
         monkeypatch.setattr("training.run_state.write_json", full)
     fails(call("train.py", tiny_run.parent / "tiny_run.py", f"--out={run_copy}", "--steps=5"), "No space left on device", "free some space")

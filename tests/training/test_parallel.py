@@ -47,7 +47,7 @@ def step(model: MultistreamLM, optimizer: torch.optim.Optimizer, seed: int) -> f
 def test_alone_nothing_is_cut_and_nothing_is_wrapped(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    parallel.start("cpu")
+    parallel.start("cpu", 0)
     model = sharded(make())
     assert parallel.ranks() == (0, 1, 0) and parallel.wrap(model, CPU) is model and not dist.is_initialized()
     assert not any(isinstance(p, DTensor) for p in model.parameters())

@@ -1,0 +1,337 @@
+"""The fault harness: commands that die, or whose calls fail, at their n-th file-system event, for every n; then they run again.
+
+    python tests/faults.py                        every n of every command (`make faults`; hours on one core)
+    python tests/faults.py train_full --sample=5  five n of one command
+    python tests/faults.py --modes=kill           kill: SIGKILL before event n, in the middle of it when it writes
+                                                  fail: event n raises "No space left on device"
+                                                  memory: the n-th tensor that is made raises "can't allocate memory"
+
+A process is forked for each try, from one that has imported everything, and reports its events through an audit hook. What
+the second, undisturbed start leaves must equal what a run leaves that nothing happened to, file by file and bit by bit;
+of metrics.jsonl the speeds are left out. One line a command, and exit code 1 when anything differs.
+"""
+
+import builtins
+import errno
+import io
+import json
+import os
+import random
+import runpy
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+import soundfile  # noqa: E402
+import torch  # noqa: E402
+from conftest import CONFIG, write_clips  # noqa: E402
+from safetensors import numpy as safetensors_numpy  # noqa: E402
+from safetensors import torch as safetensors_torch  # noqa: E402
+
+import data  # noqa: E402, F401   (imported once, here, for every try)
+import evaluate  # noqa: E402, F401
+from training import run_state  # noqa: E402, F401
+
+MODES = ("kill", "fail", "memory")
+SPEEDS = ("step_seconds", "memory_gib")
+LORA = ("--lora.rank=2", "--lora.targets=attn.*")
+TEXT = ("configs/ivr_dpo.py", "--smoke", "--data.sources={W}/pairs.jsonl", "--data.cache={W}/cache", "--steps=2", "--save_every=1",
+        "--eval_every=2", "--data.prefetch=0", "--log_every=1", "--device=cpu")
+TALK = ("configs/moshi_lora.py", "--smoke", "--data.cache={W}/out/cache", "--steps=2", "--save_every=1", "--eval_every=2", "--prompts=",
+        "--data.prefetch=0", "--log_every=1", "--device=cpu", "--batch_size=1", "--keep=1")
+CASES: dict[str, tuple[str, ...]] = {
+    "train_lora_random": ("train.py", "{W}/tiny_run.py", "--out={W}/new", *LORA),
+    "train_lora_base": ("train.py", "{W}/tiny_run.py", "--out={W}/new", "--init={W}/run", "--eval_every=2", *LORA),
+    "train_full": ("train.py", "{W}/tiny_run.py", "--out={W}/new", "--ema=0.9", "--accum=2", "--eval_every=2", "--keep=1"),
+    "train_2_ranks": ("train.py", "{W}/tiny_run.py", "--out={W}/new", "--eval_every=4"),
+    "train_dpo": ("train.py", *TEXT, "--out={W}/new"),
+    "train_consolidated": ("train.py", *TALK, "--out={W}/new", "--consolidated=moshi-lora", "--model.dropout=0.1"),
+    "prepare": ("data.py", "prepare", "{W}/tiny_run.py", "--data.cache={W}/fresh"),
+    "sample_texts": ("sample.py", "--ckpt={W}/run", "--texts={W}/texts.txt", "--max_frames=4", "--out={W}/new"),
+    "sample_stream": ("sample.py", "--ckpt={W}/run", "--text=one two", "--stream", "--max_frames=12", "--out={W}/new.wav"),
+    "evaluate": ("evaluate.py", "{W}/run"),
+    "report": ("evaluate.py", "report", "{W}/run", "--rounds=10"),
+    "merge": ("checkpoint.py", "merge", "{W}/dpo", "--out={W}/new"),
+    "export": ("checkpoint.py", "export", "{W}/dpo", "--to=peft", "--out={W}/new"),
+}
+RANKS = {"train_2_ranks": 2}
+
+
+# ---- faults ----
+
+@dataclass
+class Faults:
+    """Counts the file-system events of this process below a folder, or its tensors, and does what `mode` says at number n."""
+
+    root: str
+    mode: str = ""
+    n: int = 0
+    events: list[str] = field(default_factory=list)
+    busy: bool = False
+
+    def event(self, what: str, path: Any, half: Callable[[], Any] | None = None) -> None:
+        path = os.path.join(os.getcwd(), os.fsdecode(path)) if not isinstance(path, int) else os.readlink(f"/proc/self/fd/{path}")
+        if self.busy or not path.startswith(self.root):
+            return
+        self.events.append(f"{what} {path.removeprefix(self.root)}")
+        if self.mode in ("kill", "fail") and len(self.events) == self.n:
+            self.busy = True
+            if half is not None:
+                half()
+            self.busy = False
+            if self.mode == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+
+    def audit(self, name: str, args: tuple[Any, ...]) -> None:
+        if name == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC):
+            self.event(name, args[0])
+        elif name in ("os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.truncate"):
+            self.event(name, self.within(args[0], args[-1] if name not in ("os.truncate",) else -1))
+        elif name in ("os.rename", "os.symlink", "os.link"):
+            self.event(name, args[1])
+
+    def within(self, path: Any, folder: Any) -> Any:
+        """A path that is relative to an open folder."""
+        return os.path.join(os.readlink(f"/proc/self/fd/{folder}"), os.fsdecode(path)) if isinstance(folder, int) and folder > 2 else path
+
+    def install(self) -> None:
+        if self.mode == "memory":
+            return self.install_memory()
+        sys.addaudithook(self.audit)
+        for name in ("fsync", "write", "pwrite", "sendfile"):
+            setattr(os, name, partial(self.through, name, getattr(os, name)))
+        for module in (safetensors_torch, safetensors_numpy):
+            def serialize(tensors: Any, path: Any, metadata: Any = None, call: Any = module.serialize_file) -> None:
+                def half() -> None:
+                    call(tensors, path, metadata)
+                    os.truncate(path, os.path.getsize(path) // 2)
+                self.event("tensors", path, half)
+                call(tensors, path, metadata)
+            module.serialize_file = serialize
+        write = soundfile.SoundFile.write
+
+        def sound(file: Any, samples: Any) -> None:
+            self.event("sound", file.name, lambda: (write(file, samples[: len(samples) // 2]), file.flush()))
+            write(file, samples)
+        soundfile.SoundFile.write = sound
+        opened = io.open
+
+        def open_file(path: Any, mode: str = "r", *args: Any, **options: Any) -> Any:
+            file = opened(path, mode, *args, **options)
+            return Written(file, self) if set(mode) & set("wax+") and not isinstance(path, int) else file
+        builtins.open = io.open = open_file
+
+    def install_memory(self) -> None:
+        makers = ("empty", "zeros", "ones", "full", "cat", "stack", "tensor", "arange", "empty_like", "zeros_like")
+        for owner, names in ((torch, makers), (torch.Tensor, ("clone", "contiguous", "float", "to"))):
+            for name in names:
+                setattr(owner, name, self.allocating(name, getattr(owner, name)))
+
+    def through(self, name: str, call: Callable[..., Any], handle: int, *args: Any) -> Any:
+        self.event(name, handle)
+        return call(handle, *args)
+
+    def allocating(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **options: Any) -> Any:
+            self.events.append(name)
+            if len(self.events) == self.n:
+                raise RuntimeError("[enforce fail at alloc_cpu.cpp:130] DefaultCPUAllocator: can't allocate memory: 4096 bytes")
+            return call(*args, **options)
+        return wrapped
+
+
+class Written:
+    """A file that reports what is written to it."""
+
+    def __init__(self, file: Any, faults: Faults) -> None:
+        self.file, self.faults = file, faults
+
+    def write(self, content: Any) -> Any:
+        self.faults.event("write", self.file.name, lambda: (self.file.write(content[: len(content) // 2]), self.file.flush()))
+        return self.file.write(content)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+    def __enter__(self) -> "Written":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.file.close()
+
+    def __iter__(self) -> Any:
+        return iter(self.file)
+
+
+# ---- runs ----
+
+@dataclass
+class Bench:
+    """A folder with everything that the commands need, copied afresh for every try."""
+
+    home: Path
+
+    @property
+    def work(self) -> Path:
+        return self.home / "work"
+
+    def build(self) -> None:
+        write_clips(self.work / "clips")
+        text = CONFIG.replace("ModelConfig(table, ", "ModelConfig(table, dropout=0.1, input_drop=0.5, temporal=")
+        rows = [json.loads(line) for line in (self.work / "clips/manifest.jsonl").read_text().splitlines()]
+        rows = [json.dumps(row | {"split": "train" if row["split"] == "train" else "held-out"}) for row in rows]
+        (self.work / "clips/manifest.jsonl").write_text("\n".join(rows) + "\n")
+        (self.work / "tiny_run.py").write_text(text)
+        (self.work / "texts.txt").write_text("one two\nthree\n")
+        lines = (ROOT / "assets/ivr/preferences.jsonl").read_text().splitlines(keepends=True)
+        sides = [json.loads(line).get("split", "train") for line in lines]
+        kept = [line for side in ("train", "held-out", "test") for line in [x for x, s in zip(lines, sides, strict=True) if s == side][:4]]
+        (self.work / "pairs.jsonl").write_text("".join(kept))
+        for words in (("train.py", "{W}/tiny_run.py"), ("train.py", *TEXT, "--out={W}/dpo"),
+                      ("train.py", *TALK, "--out={W}/talk"), ("evaluate.py", "report", "{W}/run", "--rounds=10")):
+            code, said = self.start(words)[:2]
+            assert code == 0, (words, said)
+        shutil.rmtree(self.work / "run/report")
+        shutil.copytree(self.work, self.home / "start", symlinks=True)
+
+    def renew(self) -> None:
+        shutil.rmtree(self.work)
+        shutil.copytree(self.home / "start", self.work, symlinks=True)
+
+    def start(self, words: tuple[str, ...], ranks: int = 1, fault: tuple[str, int, int] = ("", 0, 0)) -> tuple[int, str, list[list[str]]]:
+        """Run a command, the fault (mode, rank, n) in it: exit code, what it said, the events of each rank."""
+        port, children = random.randint(20_000, 50_000), {}
+        for rank in range(ranks):
+            child = os.fork()
+            if child == 0:
+                self.child(words, rank, ranks, port, fault)
+            children[child] = rank
+        code, until = 0, time.time() + 240
+        while children:
+            found, status = os.waitpid(-1, os.WNOHANG)
+            if found in children:
+                children.pop(found)
+                code = code or os.waitstatus_to_exitcode(status)
+                for other in children if code else ():      # as torchrun does
+                    os.kill(other, signal.SIGKILL)
+            elif time.time() > until:
+                code, until = 99, time.time() + 240
+                for other in children:
+                    os.kill(other, signal.SIGKILL)
+            time.sleep(0.002)
+        logs = [self.home / f"rank{rank}.json" for rank in range(ranks)]
+        events = [json.loads(log.read_text()) if log.is_file() else [] for log in logs]
+        return code, (self.home / "said.txt").read_text(), events
+
+    def child(self, words: tuple[str, ...], rank: int, ranks: int, port: int, fault: tuple[str, int, int]) -> None:
+        code = 1
+        try:
+            said = os.open(self.home / "said.txt", os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if rank == 0 else os.O_APPEND))
+            os.dup2(said, 1)
+            os.dup2(said, 2)
+            log = self.home / f"rank{rank}.json"
+            log.unlink(missing_ok=True)
+            os.chdir(ROOT if "configs/moshi_lora.py" not in words else self.work)
+            if ranks > 1:
+                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
+                               "MASTER_PORT": str(port)}
+            argv = [word.replace("{W}", str(self.work)) for word in words]
+            sys.argv = [argv[0], *(str(ROOT / word) if word.startswith("configs/") else word for word in argv[1:])]
+            faults = Faults(str(self.work) + "/", fault[0], fault[2] if fault[1] == rank else 0)
+            faults.install()
+            try:
+                runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+                code = 0
+            except SystemExit as end:
+                code = end.code if isinstance(end.code, int) else int(end.code is not None)
+            except BaseException:
+                sys.excepthook(*sys.exc_info())
+            faults.busy = True
+            log.write_text(json.dumps(faults.events))
+        finally:
+            os._exit(code)
+
+    def tree(self) -> dict[str, Any]:
+        """Everything below the folder: content of files, targets of links."""
+        found: dict[str, Any] = {}
+        for path in sorted(self.work.rglob("*")):
+            name = str(path.relative_to(self.work))
+            if path.is_symlink():
+                found[name] = ("link", os.readlink(path))
+            elif path.is_file():
+                found[name] = measured(path) if path.name == "metrics.jsonl" else path.read_bytes()
+            else:
+                found[name] = "folder"
+        return found
+
+
+def measured(path: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in SPEEDS and not k.endswith("_per_second")} for row in rows]
+
+
+def different(found: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """What of a tree is left over, missing or of another content; "" when nothing is."""
+    sides = {"left over": found.keys() - wanted.keys(), "missing": wanted.keys() - found.keys(),
+             "differs": {name for name in found.keys() & wanted.keys() if found[name] != wanted[name]}}
+    return "; ".join(f"{what} {sorted(names)[:4]}" for what, names in sides.items() if names)
+
+
+def try_case(bench: Bench, name: str, modes: tuple[str, ...], sample: int) -> dict[str, Any]:
+    """All tries of a command: counts, and a line for each that did not end as the undisturbed run."""
+    words, ranks = CASES[name], RANKS.get(name, 1)
+    result: dict[str, Any] = {"name": name, "faults": []}
+    bench.renew()
+    code, said, events = bench.start(words, ranks, ("count", 0, 0))
+    wanted = bench.tree()
+    bench.renew()
+    again = bench.start(words, ranks)[0]
+    if code or again or different(bench.tree(), wanted):
+        result["faults"].append(f"undisturbed: exit code {code}, {again}; {different(bench.tree(), wanted)}; {said[-300:]}")
+        return result
+    for mode in modes:
+        if mode == "memory":
+            bench.renew()
+            events = bench.start(words, ranks, ("memory", 0, 0))[2]
+        points = [(rank, n) for rank, found in enumerate(events) for n in range(1, len(found) + 1)]
+        chosen = random.Random(name + mode).sample(points, min(sample, len(points))) if sample else points
+        result[mode] = [len(chosen), len(points)]
+        for rank, n in sorted(chosen):
+            bench.renew()
+            code, said, _ = bench.start(words, ranks, (mode, rank, n))
+            wrong = different(bench.tree(), wanted) if code == 0 else ""        # a failure that was got over, or one that nobody saw
+            code, said = (code, said) if wrong or code == 99 else bench.start(words, ranks)[:2]
+            wrong = wrong or (f"exit code {code}: {said[-300:]}" if code else different(bench.tree(), wanted))
+            if wrong:
+                result["faults"].append(f"{mode} {events[rank][n - 1]} (rank {rank}, {n}): {wrong}")
+    return result
+
+
+def main(argv: list[str]) -> int:
+    options = dict(word[2:].split("=", 1) for word in argv if word.startswith("--"))
+    names = [word for word in argv if not word.startswith("--")] or list(CASES)
+    modes, bad = tuple(options.get("modes", ",".join(MODES)).split(",")), 0
+    with tempfile.TemporaryDirectory(dir=options.get("dir")) as home:
+        bench = Bench(Path(home))
+        bench.build()
+        for name in names:
+            result = try_case(bench, name, modes, int(options.get("sample", 0)))
+            print(json.dumps(result), flush=True)
+            bad += len(result["faults"])
+    return int(bad > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -33,9 +33,22 @@ from torch.distributed.tensor import DTensor
 import lora
 from audio import hub
 from corpus.swap_tokenizer import swap_tokenizer
-from families.adapters import adapter_formats
-from families.family import all_families, choose_format, export_model, recognise_format
-from families.formats import AdapterFormat, Conversion, Format, config_differences, official_files, read_config, to_ours
+from families.adapters import adapter_formats, adapter_tensors, find_adapter, untie
+from families.family import all_families, choose_format, export_model, family_of, on_base, other_grid, recognise_format
+from families.folder_files import carry, remember
+from families.formats import (
+    AdapterFormat,
+    Conversion,
+    Format,
+    config_differences,
+    config_file,
+    named_file,
+    official_files,
+    read_config,
+    to_ours,
+    torch_tensors,
+    weight_files,
+)
 from families.tensor_files import (
     OWN,
     LazyTensor,
@@ -43,7 +56,6 @@ from families.tensor_files import (
     give_back,
     open_tensors,
     rank_files,
-    read_tensors,
     refuse_not_finite,
     value,
     write_shards,
@@ -122,6 +134,8 @@ def write_checkpoint(folder: Path, kind: str, model: ModelConfig, tensors: Tenso
     data = dict(extras.data or {})
     if data and (tokenizer := tokenizer_file(data["tokenizer"], local=True)).is_file():      # a checkpoint carries its tokenizer
         data["tokenizer"] = copy_file(tokenizer, folder)
+    if kind == "model" and (source := official_folder(extras)):              # and what stood around the weights it began with
+        remember(source, folder / "official")
     write_json(folder / "config.json", {
         "format": FORMAT, "version": VERSION, "model": to_json(model), "lora": to_json(config) if config else None,
         "step": extras.step, "data": data, "base": extras.base if config is not None else "",
@@ -129,6 +143,29 @@ def write_checkpoint(folder: Path, kind: str, model: ModelConfig, tensors: Tenso
     own = [*sorted(path.name for path in folder.glob(f"{kind}*.safetensors*")), "config.json", str(data.get("tokenizer"))]
     write_sums(folder, [name for name in own if (folder / name).is_file()])
     return folder
+
+
+def official_folder(extras: Extras) -> Path | None:
+    """Where the files lie that stood around the official weights that a model began with; None when there were none."""
+    folder = Path(extras.folder) if extras.folder else None
+    if folder is not None and (folder / "official").is_dir():
+        return folder / "official"
+    if folder is not None and config_file(folder).is_file() and recognise(folder) is not None:
+        return folder
+    if not extras.base:
+        return None
+    base = resolve(resolve_base(extras.base, folder or Path(".")))
+    return official_folder(Extras(folder=str(base), base="" if recognise(base) else read_about(base)["base"]))
+
+
+def carry_files(model: MultistreamLM, out: Path, about: dict[str, Any] | None = None, form: Format | None = None) -> None:
+    """Write beside an export what stood around the weights that its model began with."""
+    extras = getattr(model, "extras", None) or Extras()
+    if (source := official_folder(extras)) is None:
+        return
+    known = tokenizer_file(extras.data["tokenizer"], local=True) if extras.data else None
+    same = form is not None and recognise(source) is form
+    carry(source, out, about if same else None, model.table.stop, known if known is not None and known.is_file() else None)
 
 
 def copy_file(source: Path, folder: Path) -> str:
@@ -153,8 +190,13 @@ def load(path: str | Path, device: str | torch.device = "cpu", dtype: str | torc
     if not path and config is not None:
         model = load_text_tower(MultistreamLM(config), Path("."), device, dtype)
         return cast(model, device, dtype, prepare(model) if prepare else {})
+    if lone_adapter(local(path)):
+        if adapter is not None:
+            raise ValueError(f"{path} and {adapter} are both adapters; give the model that they belong to")
+        return load(base_of(path), device, dtype, path, config, prepare)
     folder = resolve(path)
-    about = read_about(folder) if recognise(folder) is None else None
+    layout = recognise(folder)
+    about = read_about(folder) if layout is None else None
     if about is not None and about["base"]:
         refuse_circle(folder)
         model = load(resolve_base(about["base"], folder), device, dtype, config=config, prepare=prepare)
@@ -168,6 +210,9 @@ def load(path: str | Path, device: str | torch.device = "cpu", dtype: str | torc
         with naming_changed_options(model, about, folder):
             fill(model, tensors, str(folder), device, dtype, types)
         load_text_tower(model, folder, device, dtype)
+    if layout is not None and adapter is None and (own := layout.adapter(read_json(config_file(folder)))):
+        put_adapter(model, named_file(folder, own, f"the adapter in {folder}/config.json", "name another with --adapter=FILE"))
+        model = lora.strip(model) if config is not None else model           # a run puts its own adapters on top
     check_sums(folder, below=False)                        # after reading: the files lie in memory, and what does not fit is named first
     return cast(refuse_broken(put_adapter(model, adapter), folder), device, STORED if prepare else dtype, {}).eval()
 
@@ -221,9 +266,9 @@ def put_adapter(model: MultistreamLM, adapter: str | Path | None) -> Multistream
     """Put the adapter of a folder onto a loaded model: ours or another library's. None leaves the model as it is."""
     if adapter is None:
         return model
-    extras, folder, step = model.extras, Path(adapter), 0
-    if form := adapter_format(folder):
-        config, tensors = read_adapter(form, model, folder)
+    extras, folder, step = model.extras, local(adapter), 0
+    if found := find_adapter(folder):
+        config, tensors = read_adapter(*found, model)
         lora.inject(model, config)
         lora.load_state(model, config, tensors, str(folder), idle=tensors)      # these libraries write every pair, trained or not
     else:
@@ -237,9 +282,9 @@ def put_adapter(model: MultistreamLM, adapter: str | Path | None) -> Multistream
 
 def adapter_config(adapter: str | Path, model: MultistreamLM) -> LoraConfig:
     """How the adapter of a folder adapts a model, of which nothing but names and shapes is read."""
-    folder = Path(adapter)
-    if form := adapter_format(folder):
-        return read_adapter(form, model, folder)[0]
+    folder = local(adapter)
+    if found := find_adapter(folder):
+        return read_adapter(*found, model)[0]
     folder = resolve(adapter)
     return from_json(LoraConfig, read_about(folder).get("lora") or {}, f"{folder}/config.json lora")
 
@@ -249,19 +294,24 @@ def adapter_about(form: AdapterFormat, folder: Path) -> dict[str, Any]:
     return read_object(folder / form.config_file, "fetch the adapter again", **ADAPTER_FIELDS)
 
 
-def read_adapter(form: AdapterFormat, model: MultistreamLM, folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """An adapter of another library, as one of ours for this model."""
-    about, tensors = adapter_about(form, folder), read_tensors(folder / form.weight_file)
+def read_adapter(form: AdapterFormat, file: Path, model: MultistreamLM) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """An adapter of another library, `file` its tensors, as one of ours for this model."""
+    about, tensors = adapter_about(form, file.parent), adapter_tensors(file)
     try:
-        return form.read(model, about, tensors, str(folder))
+        return form.read(model, about, tensors, str(file.parent))
     except (KeyError, TypeError, AttributeError, IndexError, ArithmeticError, AssertionError, re.error) as error:
-        raise ValueError(f"{folder}/{form.config_file} is damaged ({error}); fetch the adapter again") from None
+        raise ValueError(f"{file.parent}/{form.config_file} is damaged ({error}); fetch the adapter again") from None
 
 
-def adapter_format(folder: Path) -> AdapterFormat | None:
-    """The library whose adapter a folder holds, None when it is ours or of no known layout."""
-    found = [form for form in adapter_formats() if all((folder / name).is_file() for name in (form.config_file, form.weight_file))]
-    return found[0] if found else None
+def local(name: str | Path) -> Path:
+    """A file or folder here, or the folder of a hub id."""
+    return Path(name) if Path(name).exists() or not hub.is_id(name) else from_hub(str(name))
+
+
+def lone_adapter(path: Path) -> bool:
+    """Whether a path is an adapter of another library, without the model that it belongs to."""
+    found = find_adapter(path)
+    return found is not None and (path.is_file() or not weight_files(path))
 
 
 def read_about(folder: Path) -> dict[str, Any]:
@@ -285,13 +335,20 @@ def read_about(folder: Path) -> dict[str, Any]:
 def build(about: dict[str, Any], folder: Path, config: ModelConfig | None = None) -> tuple[MultistreamLM, Tensors]:
     """The model of a config.json on the meta device, and its weights: model.safetensors, and ema.safetensors where there is one."""
     stored = from_json(ModelConfig, about["model"], f"{folder}/config.json model")
-    if config is not None and config.table != stored.table:
-        raise ValueError(f"{folder} has another stream table than the config's model; use weights of the same family")
+    config = config and fitted(config, stored, folder)
     with torch.device("meta"):
         model = MultistreamLM(config or stored)
     if about.get("lora"):
         lora.inject(model, from_json(LoraConfig, about["lora"], f"{folder}/config.json lora"))
     return model, open_tensors(folder / "model.safetensors") | averages(folder)
+
+
+def fitted(config: ModelConfig, stored: ModelConfig, folder: Path) -> ModelConfig:
+    """A run's config on weights that were stored with another; ValueError where the two have another grid."""
+    if gone := other_grid(stored.table, config.table):
+        raise ValueError(f"{folder} has another stream table than the config's model: {'; '.join(gone[:3])}; "
+                         + "use weights of the same family")
+    return replace(config, table=on_base(config.table, stored.table))
 
 
 def averages(folder: Path) -> Tensors:
@@ -361,28 +418,32 @@ def owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 def base_of(adapter: str) -> str:
     """Where the weights under an adapter are; ValueError where it does not say."""
-    folder = Path(adapter)
-    if form := adapter_format(folder):
-        base = adapter_about(form, folder).get("base_model_name_or_path") or ""
+    folder = local(adapter)
+    if found := find_adapter(folder):
+        base = adapter_about(found[0], found[1].parent).get("base_model_name_or_path") or ""
     else:
         folder = resolve(adapter)
         base = read_about(folder)["base"] if recognise(folder) is None else ""
     if not base:
-        raise ValueError(f"adapter {adapter} does not say which model it belongs to; name it with --init=MODEL")
+        raise ValueError(f"adapter {adapter} does not say which model it belongs to; name both: --ckpt=MODEL --adapter={adapter}, "
+                         + "or to train on, --init=MODEL --init_adapter=ADAPTER")
     return resolve_base(base, folder)
 
 
 def recognise(folder: Path) -> Format | None:
     """The official layout of a folder, None when it is ours or of no known layout."""
-    about = read_json(folder / "config.json")
+    about = read_json(config_file(folder))
     return recognise_format(about) if isinstance(about, dict) and about.get("format") != FORMAT else None
 
 
 def open_official(form: Format, folder: Path, config: ModelConfig | None = None,
                   file: Path | None = None) -> tuple[MultistreamLM, Tensors]:
     """The model of an official config.json on the meta device, and its weights by our names, of one file or of shards."""
-    about = read_json(folder / "config.json")
-    tensors = open_official_files(folder, file if file is not None and file.is_file() else folder / form.weight_file(about))
+    about = read_json(config_file(folder))
+    named, wanted = form.named(about), folder / form.weight_file(about)
+    if named:
+        wanted = named_file(folder, named, f"the weights in {folder}/config.json", "give the file itself")
+    tensors = open_official_files(folder, file if file is not None and file.is_file() else wanted)
     if (folder / "generation_config.json").is_file():             # it knows all ids that end a text, config.json often one
         about |= {k: v for k, v in read_json(folder / "generation_config.json").items() if k == "eos_token_id" and v is not None}
     about = form.complete(about, tensors, str(folder), lambda name: open_model(name)[0].config)
@@ -390,6 +451,7 @@ def open_official(form: Format, folder: Path, config: ModelConfig | None = None,
     changed = config_differences(stored, replace(config, table=stored.table)) if config is not None else []
     if changed:
         raise ValueError(f"{folder} has another architecture than the config's model: {'; '.join(changed[:3])}")
+    config = config and fitted(config, stored, folder)
     with torch.device("meta"):
         model = MultistreamLM(config or stored)
     model.extras = Extras(folder=str(folder), source=str(file or folder))
@@ -423,10 +485,10 @@ def tie(model: MultistreamLM) -> None:
 
 def open_official_files(folder: Path, file: Path) -> dict[str, LazyTensor]:
     """All tensors of an official folder: the shards of its index, `file`, or its only weights."""
-    indexes = sorted(folder.glob("*.safetensors.index.json"))
-    found = sorted(path.name for path in folder.glob("*.safetensors"))
-    if file.name in found:
-        names = [file.name]
+    indexes = [*sorted(folder.glob("*.safetensors.index.json")), *sorted(folder.glob("pytorch_model*.bin.index.json"))]
+    found = weight_files(folder)
+    if file.is_file():
+        folder, names = file.parent, [file.name]
     elif indexes:
         index = read_object(indexes[0], "fetch it again", weight_map=dict)
         names = sorted({str(name) for name in index["weight_map"].values()})
@@ -438,7 +500,7 @@ def open_official_files(folder: Path, file: Path) -> dict[str, LazyTensor]:
         raise ValueError(f"{indexes[0]} names files outside its folder; fetch it again")
     tensors: dict[str, LazyTensor] = {}
     for name in names:
-        tensors |= open_tensors(folder / name)
+        tensors |= open_tensors(folder / name) if name.endswith(".safetensors") else torch_tensors(folder / name)
     return tensors
 
 
@@ -446,8 +508,14 @@ def fill_adapter(model: MultistreamLM, folder: Path, about: dict[str, Any]) -> N
     """Put the adapter of a checkpoint folder onto a model that has none."""
     if not about.get("lora"):
         raise ValueError(f"{folder} holds no adapter; give a checkpoint of a LoRA run")
-    if model.config.table != from_json(StreamTable, about["model"].get("table"), f"{folder}/config.json table"):
-        raise ValueError(f"adapter {folder} was made for another stream table than this model's; use its own base {about['base']!r}")
+    table = from_json(StreamTable, about["model"].get("table"), f"{folder}/config.json table")
+    if gone := other_grid(model.config.table, table):
+        raise ValueError(f"adapter {folder} was made for another stream table than this model's ({'; '.join(gone[:3])}); "
+                         + f"use its own base {about['base']!r}")
+    model.config = replace(model.config, table=on_base(table, model.config.table))
+    model.table = model.config.table
+    if model.config.tied and not about["model"].get("tied", True):             # adapted apart, by PEFT
+        untie(model)
     lora.inject(model, from_json(LoraConfig, about["lora"], f"{folder}/config.json lora"))
     tensors = open_tensors(folder / "adapter.safetensors") | averages(folder)
     lora.load_state(model, model.lora, {name: t.read() for name, t in tensors.items()}, str(folder), about.get("idle") or ())
@@ -459,15 +527,18 @@ def resolve(path: str | Path) -> Path:
     if path.is_file():
         path = path.parent
     for folder in (path / "ckpt" / "latest", path):
-        if (folder / "config.json").is_file() and (folder.name == "latest" or has_weights(folder)):
+        if config_file(folder).is_file() and (folder.name == "latest" or has_weights(folder)):
             return folder.resolve()
+    if path.exists() and has_weights(path):
+        raise FileNotFoundError(f"{path} holds no checkpoint, but weights without a config.json; "
+                                + "fetch that of their repository, or check the path")
     if path.exists():
         raise FileNotFoundError(f"{path} holds no checkpoint (config.json with model or adapter weights); train first or check the path")
     return from_hub(str(path))
 
 
 def has_weights(folder: Path) -> bool:
-    return any(folder.glob("*.safetensors")) or any(folder.glob("*.safetensors.index.json"))
+    return any(any(folder.glob(mark)) for mark in ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin"))
 
 
 def resolve_base(base: str, folder: Path) -> str:
@@ -480,7 +551,8 @@ def from_hub(name: str) -> Path:
     """Fetch a hub id, or find it in the local hub cache; HF_HOME, HF_TOKEN and HF_HUB_OFFLINE are honoured."""
     if not hub.is_id(name):
         raise FileNotFoundError(f"{name} does not exist; give a run folder such as out/demo, a checkpoint folder, or a hub id")
-    return hub.snapshot(name, ["*.json", "*.safetensors", "*.model"])
+    folder = hub.snapshot(name, ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"])
+    return folder if any(folder.glob("*.safetensors")) else hub.snapshot(name, ["*.json", "*.bin", "*.model", "*.txt", "*.jinja", "*.py"])
 
 
 # ---- import, export, merge ----
@@ -511,18 +583,25 @@ def export(model_or_dir: MultistreamLM | str | Path, dir: str | Path, to: str = 
         form = choose_format(model.config, to)
         write_shards(Path(dir), form.weight_file(about), theirs, SHARD if form.shards else sys.maxsize)
         write_json(Path(dir) / "config.json", about)
+        carry_files(model, Path(dir), about, form)
         return Path(dir)
     extras = getattr(model, "extras", None) or Extras()
-    return write_checkpoint(Path(dir), "model", model.config, tensors, replace(extras, base=""))
+    if extras.data is None and extras.folder:                               # import: what the official folder says of codec and tokenizer
+        facts = family_of(model.table).companions | official_files(Path(extras.folder))
+        extras = replace(extras, data=facts) if "tokenizer" in facts and ("codec" in facts or not model.table.audio) else extras
+    origin = official_folder(extras) or extras.folder
+    return write_checkpoint(Path(dir), "model", model.config, tensors, replace(extras, base="", folder=str(origin)))
 
 
 def opened(model_or_dir: MultistreamLM | str | Path) -> tuple[MultistreamLM, Tensors | None]:
     """What is to be written: without an adapter nothing but the open files, which are read a tensor at a time; else a model."""
     if isinstance(model_or_dir, nn.Module):
         return model_or_dir, None
+    if lone_adapter(local(model_or_dir)):
+        return load(model_or_dir, dtype=STORED), None
     folder = resolve(model_or_dir)
-    about = read_about(folder) if recognise(folder) is None else {}
-    if about.get("lora"):
+    layout = recognise(folder)
+    if layout.adapter(read_json(config_file(folder))) if layout is not None else read_about(folder).get("lora"):
         return load(model_or_dir, dtype=STORED), None
     check_sums(folder, below=False)
     return open_model(model_or_dir)
@@ -572,6 +651,7 @@ def export_adapter(model: MultistreamLM, folder: Path, to: str) -> Path:
     about, tensors = form.write(model, base, str(next(model.parameters()).dtype))
     write_tensors(folder / form.weight_file, tensors)
     write_json(folder / form.config_file, about)
+    carry_files(model, folder)
     return folder
 
 

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from audio import load_codec
 from audio.wav import WavWriter, load_wav, save_wav
 from corpus.cache import encode
 from corpus.data_config import DataConfig
 from corpus.examples import prompt_example, reply_example
+from corpus.index import fitting_codec
 from families.family import closings, family_of, lay_out
 from generation import cuda_graphs
 from generation.command_line import Job, load_for_sampling, pair_voices, usual_rules
@@ -95,7 +95,8 @@ def speak(model: MultistreamLM, texts: Sequence[str], data: DataConfig, config: 
 
     A conversation goes on behind `before`, pairs of text and codes (Q, T) that were spoken already.
     """
-    codec, tokenizer, table = codec or load_codec(data.codec), load_tokenizer(data.tokenizer), model.table
+    table, tokenizer = model.table, load_tokenizer(data.tokenizer)
+    codec = codec or fitting_codec(data.codec, table, tokenizer)
     examples = [prompt_example(text, data, tokenizer, codec, voices, table, before) for text in texts]
     return speak_examples(model, examples, config, codec, on_audio, progress)
 
@@ -196,7 +197,8 @@ def answer_recording(job: Job, given: Collection[str]) -> None:
     model, data = load_for_sampling(job)
     table, family = model.table, family_of(model.table)
     if family.user_audio == "turns" and job.user:
-        codec, tokenizer = load_codec(data.codec), load_tokenizer(data.tokenizer)
+        tokenizer = load_tokenizer(data.tokenizer)
+        codec = fitting_codec(data.codec, table, tokenizer)
         codes = encode(codec, load_wav(job.user, codec.sample_rate)[0])
         asked = {"role": "user", "content": [{"type": "audio", "audio_url": job.user}]}
         prompt = lay_out(reply_example([asked], [codes], data, tokenizer, table, job.reply), table)[0]
@@ -206,7 +208,8 @@ def answer_recording(job: Job, given: Collection[str]) -> None:
         option, what = ("--user", "listens") if job.user else ("--prompt", "hears both sides at once")
         raise ValueError(f"{option} needs a model that {what}, {job.ckpt} is a {family.name} model; give it --text")
     job = replace(job, **usual_rules(table, given))
-    codec, tokenizer = load_codec(data.codec), load_tokenizer(data.tokenizer)
+    tokenizer = load_tokenizer(data.tokenizer)
+    codec = fitting_codec(data.codec, table, tokenizer)
     before, user, wav = conversation_input(job, codec, tokenizer, table, data)
     job = replace(job, max_frames=round(job.seconds * codec.frame_rate))
     frames = reply(model, user, job, job.skip_first_frame, condition_column(table, job.condition), before=before)[0]       # (K, T)
@@ -225,7 +228,7 @@ def speak_texts(job: Job, texts: list[str], voices: Sequence[tuple[str, str]] = 
             prompt = lay_out(prompt_example(text, data, tokenizer, table=model.table, reply="text"), model.table)[0]
             print_reply(generate(model, prompt, job), model.table, tokenizer)
         return
-    codec, rows = load_codec(data.codec), []
+    codec, rows = fitting_codec(data.codec, model.table, load_tokenizer(data.tokenizer)), []
     for at in range(0, len(texts), job.batch):
         part = texts[at : at + job.batch]
         with WavWriter(job.out, codec.sample_rate) if job.stream else nullcontext() as writer:

@@ -27,6 +27,7 @@ import lora
 from audio.wav import load_wav
 from checkpoint import DTYPES, Extras, adapter_config, base_of, load, put_adapter, resolve, save
 from config import TrainConfig, first_beta, learning_rate
+from corpus.index import prompt_facts
 from data import Batch, Loader
 from files import lock, unlock
 from kernels.choice import has_bf16, slow_dtype
@@ -149,8 +150,9 @@ if previous.exists():
 if rank == 0:
     write_json(out / "config.json", config)
     prune(out, config.keep)
-data_facts = {k: getattr(config.data, k) for k in ("codec", "tokenizer", "normaliser", "system")}
-extras = Extras(0, data_facts, "base" if base == str(out / "base") else base if config.lora is not None else "")
+data_facts = prompt_facts(config.data, table)
+origin = getattr(raw, "extras", Extras()).folder      # what stands around its weights goes along
+extras = Extras(0, data_facts, "base" if base == str(out / "base") else base if config.lora is not None else "", origin)
 net = parallel.wrap(raw, device)
 goal = Preference(raw, config.dpo) if config.dpo else (Contrast if config.loss.contrastive else Likelihood)(table, config.loss)
 

@@ -36,15 +36,18 @@ KINDS = [                                           # (recogniser of a file or f
     (_is_tiny, TinyCodec.load), (is_higgs, HiggsCodec.load), (is_moss, MossCodec.load), (is_mimi, MimiCodec.load)]
 
 
-def load_codec(path_or_name, device: str = "cpu"):
-    """Load a codec by name ("tiny"), from a file or folder, recognised by its content, or by hub id; ValueError otherwise."""
+def load_codec(path_or_name, device: str = "cpu", codebooks: int = 0):
+    """Load a codec by name ("tiny"), from a file or folder, recognised by its content, or by hub id; ValueError otherwise.
+
+    `codebooks`: how many of its codebooks are wanted where a codec can do with fewer (Mimi); 0 = its usual number.
+    """
     if str(path_or_name) in NAMES:
         loader, path = NAMES[str(path_or_name)]
         return loader(path, device=device)
     path = from_hub(str(path_or_name)) if hub.is_id(path_or_name) else Path(path_or_name)
     for fits, loader in KINDS:
         if fits(path):
-            return loader(path, device=device)
+            return loader(path, device=device, **({"num_codebooks": codebooks or None} if fits is is_mimi else {}))
     state = "contains no known codec" if path.exists() else "is neither a codec's name nor a file"
     kinds = f"{', '.join(NAMES)}, a tiny codec's file, a Higgs tokenizer's or MOSS codec's folder, Mimi's file or folder, or a hub id"
     raise ValueError(f"{path_or_name} {state}; name one of: {kinds}")

@@ -124,14 +124,17 @@ class MimiCodec(nn.Module):
         return MimiStream(self, exact_moshi)
 
     @classmethod
-    def load(cls, path, num_codebooks: int = 8, config: MimiConfig | None = None, device: str = "cpu") -> "MimiCodec":
-        """Read a folder with a Mimi in it, or one file; strict.  config: None takes a config.json beside it, or the published values."""
+    def load(cls, path, num_codebooks: int | None = None, config: MimiConfig | None = None, device: str = "cpu") -> "MimiCodec":
+        """Read a folder with a Mimi in it, or one file; strict.  config: None takes a config.json beside it, or the published values.
+
+        num_codebooks: how many of the first are kept; None = 8, as Moshi does, or all where there are fewer.
+        """
         file = find_file(Path(path))
         if file is None:
             raise FileNotFoundError(f"no Mimi at {path}; name a folder with {FILES[0]} or with transformers' files, or one file")
         config = config or read_config(file.parent / "config.json")
         with torch.device("meta"):                  # no time spent on weights that are overwritten
-            codec = cls(config, num_codebooks)
+            codec = cls(config, min(8, config.num_codebooks) if num_codebooks is None else num_codebooks)
         names = official_names(codec)
         unused = "|".join([r".*codebook\.(_?initialized|inited)", *(set(names.values()) - codec.state_dict().keys())])
         load_strict(codec, our_tensors(read_tensors(file), names, codec.config), {}, unused, str(file))
@@ -406,7 +409,10 @@ def find_file(path: Path) -> Path | None:
     if not path.is_dir():
         return path if path.is_file() else None
     about = _json(path / "config.json") or {}
-    names = [Path(str(about.get("mimi_name", FILES[0]))).name, *FILES] + ["model.safetensors"] * (about.get("model_type") == "mimi")
+    named = Path(str(about.get("mimi_name") or "")).name
+    if named and not (path / named).is_file():
+        raise ValueError(f"mimi_name in {path}/config.json is {about['mimi_name']}, which is not there; fetch it, or name another file")
+    names = [named] * bool(named) + [*FILES] + ["model.safetensors"] * (about.get("model_type") == "mimi")
     return next((path / name for name in names if (path / name).is_file()), None)
 
 

@@ -45,7 +45,7 @@ RATES = (("temporal.*", 0.0), ("embed.*", 0.0), ("text_projector", 1.0), ("depth
 config = TrainConfig(
     model=design(MOSHI_7B, FusionConfig(QWEN2_5_3B, "Qwen/Qwen2.5-3B-Instruct", split_norm=True), 151644, 151934, 151935),
     init="models/dsaa",
-    data=DataConfig(sources=("data/dailytalk.jsonl",), codec="moshiko/tokenizer-e351c8d8-checkpoint125.safetensors",
+    data=DataConfig(sources=("data/dailytalk.jsonl",), codec="kyutai/moshiko-pytorch-bf16",
                     tokenizer="models/dsaa/tokenizer.json", max_seconds=4 * 3600.0, chunk_seconds=180.0, columns=2251, window=64,
                     stream_weights=WEIGHTS, contextual=True),
     rates=RATES, stages=(Stage(400, audio=0.0),), out="out/dsaa", steps=1200, batch_size=8, lr=2e-4, schedule="onecycle", warmup=60,

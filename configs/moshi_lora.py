@@ -47,14 +47,14 @@ from layers.architecture import ModelConfig, StackConfig
 from lora import LoraConfig
 from streams import Stream, StreamTable, codebooks
 
+BASE = "kyutai/moshiko-pytorch-bf16"                        # weights, Mimi and tokenizer: one folder or hub id
 WEIGHTS = (1.0, 100.0, *[1.0] * 7, *[0.0] * 8)              # text, semantic codebook, acoustic ones; the user is only read
 
 config = TrainConfig(
-    model=replace(MOSHI_7B, checkpoint=4), init="kyutai/moshiko-pytorch-bf16",
+    model=replace(MOSHI_7B, checkpoint=4), init=BASE,
     lora=LoraConfig(rank=128, alpha=256.0, targets=("temporal.*", "text_head", "depth.*")),
-    data=DataConfig(sources=("data/dailytalk.jsonl",), codec="moshiko/tokenizer-e351c8d8-checkpoint125.safetensors",
-                    tokenizer="moshiko/tokenizer_spm_32k_3.model", max_seconds=4 * 3600.0, chunk_seconds=100.0, columns=1251,
-                    window=64, stream_weights=WEIGHTS),
+    data=DataConfig(sources=("data/dailytalk.jsonl",), codec=BASE, tokenizer=BASE, max_seconds=4 * 3600.0, chunk_seconds=100.0,
+                    columns=1251, window=64, stream_weights=WEIGHTS),
     out="out/moshi_lora", steps=2000, batch_size=16, lr=2e-6, schedule="onecycle", warmup=100, betas=(0.9, 0.95), weight_decay=0.1,
     clip=1.0, dtype="bf16", log_every=1, save_every=100, eval_every=100, eval_batches=40, keep=3)
 

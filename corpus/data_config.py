@@ -7,6 +7,9 @@ from options import check_types
 from text.normalisers import check_normaliser
 from text.word_times import INTERLEAVERS
 
+# What shapes a prompt: a checkpoint remembers it, and sampling does as training did.
+PROMPT_FIELDS = ("codec", "tokenizer", "normaliser", "system", "scene", "reference_in", "thought", "interleaver", "contextual", "spaces")
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -30,6 +33,7 @@ class DataConfig:
     reference_in: str = "assistant"         # conversations: put the reference in an "assistant" turn or in the "system" message
     scene: str = ""                         # conversations: scene description of rows without one
     system: str = ""                        # conversations: system message of rows without one, "" = the family's own
+    thought: str = ""                       # conversations: "empty" or "none" before a reply, "" = as the tokenizer's chat template says
     assistant_text: str = "drop"            # one-turn clone requests: "drop" or "keep" the text before the answer's speech
     chunk_seconds: float = 100.0            # dialogues: longer ones are cut evenly into chunks of at most this many seconds
     interleaver: str = "queue"              # dialogues: "queue" keeps every token, "reference" drops those that the next word overtakes
@@ -55,6 +59,7 @@ class DataConfig:
         assert min(self.workers, self.prefetch) >= 0, "workers and prefetch are not negative"
         assert 0 <= self.held_out < 1 and 0 <= self.reference <= 1, "held_out is in [0, 1), reference in [0, 1]"
         assert self.reference_in in ("assistant", "system"), f"reference_in {self.reference_in!r} is neither assistant nor system"
+        assert self.thought in ("", "empty", "none"), f"thought {self.thought!r} is neither empty nor none"
         assert self.assistant_text in ("drop", "keep"), f"assistant_text {self.assistant_text!r} is neither drop nor keep"
         assert 0 <= self.min_seconds <= self.max_seconds, "min_seconds is at most max_seconds"
         assert self.interleaver in INTERLEAVERS, f"interleaver {self.interleaver!r} is none of {', '.join(INTERLEAVERS)}"

@@ -35,7 +35,7 @@ from corpus.cache import (
     word_shift,
     write_tensors,
 )
-from corpus.data_config import DataConfig
+from corpus.data_config import PROMPT_FIELDS, DataConfig
 from corpus.layouts import read_manifest
 from corpus.manifest import Manifest, Row, hash_fraction
 from families.family import family_of
@@ -45,7 +45,7 @@ from options import read_json, visible, write_json
 from streams import StreamTable
 from text.conversation import Chat, with_transcripts
 from text.normalisers import normalise
-from text.tokenizers import Tokenizer, load_tokenizer
+from text.tokenizers import Tokenizer, load_tokenizer, tokenizer_file
 from text.word_times import MAIN, OTHER, aligned_ids, check_length, frame_starts, interleave, row_words, tokenise
 
 MAX_INDEX = 4 << 30         # bytes
@@ -171,7 +171,8 @@ def write_index(config: DataConfig, table: StreamTable) -> Index:
     if config.split not in ("hash", "speaker", "manifest") or not config.sources:
         raise ValueError(f"data.split={config.split!r}, data.sources={config.sources}; "
                          + "set split to hash, speaker or manifest and name a source")
-    tokenizer, codec = load_tokenizer(config.tokenizer), load_codec(config.codec) if table.audio else None
+    tokenizer = load_tokenizer(config.tokenizer)
+    codec = fitting_codec(config.codec, table, tokenizer)
     duplex = check_fit(table, tokenizer, codec)
     if config.augment and not (duplex and config.variants > 1):
         raise ValueError(f"data.augment needs a duplex model and data.variants above 1 (now {config.variants}); or drop data.augment")
@@ -199,11 +200,54 @@ def new_chat(config: DataConfig, tokenizer: Tokenizer, table: StreamTable | None
     template = family_of(table).template if table is not None else None
     if template is None:
         return None
+    if template.empty_thinking and thought_of(config) == "none":
+        template = replace(template, empty_thinking="", targets="all")                  # no reply differs from another
     return Chat(tokenizer, template, config.normaliser, config.scene, config.reference_in == "system", config.system).check_tokenizer(table)
 
 
+def thought_of(config: DataConfig) -> str:
+    """Whether an empty thought opens a reply where a family has such: as config says, else the chat template beside the tokenizer.
+
+    Qwen3's template can switch thinking off, which leaves an empty thought; that of the 2507 models cannot and leaves nothing.
+    """
+    folder = tokenizer_file(config.tokenizer, local=True).parent
+    if config.thought or config.tokenizer == "bytes":
+        return config.thought
+    beside, about = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    template = read_json(about).get("chat_template") if about.is_file() else ""
+    template = beside.read_text(encoding="utf-8") if beside.is_file() else template
+    return "none" if template and "enable_thinking" not in str(template) else ""
+
+
+def prompt_facts(config: DataConfig, table: StreamTable) -> dict[str, Any]:
+    """The fields that shape a prompt, for a checkpoint to remember."""
+    template = family_of(table).template
+    facts = {name: getattr(config, name) for name in PROMPT_FIELDS}
+    return facts | ({"thought": thought_of(config)} if template and template.empty_thinking else {})
+
+
+def codebooks_of(table: StreamTable) -> int:
+    """How many codebooks a table has of each speaker."""
+    heard, both = len(table.audio) - len(table.audio_out), len(table.audio) // 2
+    if heard:
+        return max(heard, len(table.audio_out))
+    delays = [table.delays[k] for k in table.audio]
+    two = table.monologue and both and delays[:both] == delays[both:]           # both speakers are predicted
+    return both if two else len(table.audio)
+
+
+def fitting_codec(spec: str, table: StreamTable, tokenizer: Tokenizer) -> Any:
+    """Load the codec of a model, with as many codebooks as it has rows; None where nothing is heard or spoken.
+
+    ValueError where codec, tokenizer and rows do not belong together.
+    """
+    codec = load_codec(spec, codebooks=codebooks_of(table)) if table.audio else None
+    check_fit(table, tokenizer, codec)
+    return codec
+
+
 def check_fit(table: StreamTable, tokenizer: Tokenizer, codec: Any) -> bool:
-    """Check that tokenizer and codec check_fit the rows of the grid; True when the model also listens (duplex)."""
+    """Check that tokenizer and codec fit the rows of the grid; True when the model also listens (duplex)."""
     vocab = table.streams[0].vocab
     if tokenizer.size > vocab:
         raise ValueError(f"tokenizer {tokenizer.name} has {tokenizer.size} ids, the model's text row {vocab}; "

@@ -26,10 +26,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from audio import load_codec
 from audio.wav import load_wav
 from corpus.cache import encode
 from corpus.data_config import DataConfig
+from corpus.index import fitting_codec
 from generation.command_line import Job, load_for_sampling
 from model import MultistreamLM
 from options import check_types, read_rows, write_rows
@@ -228,9 +228,10 @@ def begin(run: str, job: MinimalPairsConfig, kind: str) -> tuple[MultistreamLM, 
     if not job.set:
         raise ValueError(f"nothing to score; add --set=FILE.jsonl of {kind}")
     model, data = load_for_sampling(Job(ckpt=run))
-    codec = load_codec(data.codec) if model.table.audio else None
+    tokenizer = load_tokenizer(data.tokenizer)
+    codec = fitting_codec(data.codec, model.table, tokenizer)
     target = Path(job.out) if job.out else Path(run) / f"{kind}.jsonl"
-    return model, Reader(model.table, codec, load_tokenizer(data.tokenizer), data, Path(job.set).parent), target
+    return model, Reader(model.table, codec, tokenizer, data, Path(job.set).parent), target
 
 
 def share(right: Sequence[bool]) -> float:

@@ -37,7 +37,7 @@ from corpus.phone_calls import CATEGORIES, UNKNOWN, intent, ungrounded
 from corpus.phone_calls import entities as named
 from evaluation.html_page import Page, show
 from evaluation.metrics import ROUGE, LinearProbe, Resample, bleu_of, bleu_parts, cer, confusion, macro_f1, ratio, rouge_rows, wer
-from families.family import family_of, lay_out
+from families.family import family_of, lay_out, other_grid
 from generation.decode_step import SampleConfig
 from kernels.choice import slow_dtype
 from model import MultistreamLM
@@ -182,8 +182,8 @@ def compared(model: MultistreamLM, job: Evaluation, started: str) -> Models:
     name = name or started
     if name and name != "none":
         base = load(name, job.device, job.dtype)
-        if base.table != model.table:
-            raise ValueError(f"{name} has another stream table than the run; compare with a checkpoint of the same family")
+        if gone := other_grid(base.table, model.table):
+            raise ValueError(f"{name} has another stream table than the run ({gone[0]}); compare with a checkpoint of the same family")
         models["base"] = lambda: same(base)
     return models
 

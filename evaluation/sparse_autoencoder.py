@@ -25,10 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import load, read_tensors, write_tensors
+from checkpoint import load, write_tensors
 from config import TrainConfig, onecycle
 from data import Loader
 from evaluation.representations import enough, states
+from families.tensor_files import read_tensors
 from options import check_types, from_json, help_text, load_config, read_json, write_json
 
 

@@ -1,6 +1,7 @@
 """One file a family: published sizes, stream table, layout, chat template, sampling rules, official files.
 
     family.py          the interface of a family, and how families are found
+    folder_files.py    files beside official weights: what a checkpoint keeps and an export carries
     formats.py         conversion of official names and configs, in both directions
     tensor_files.py    files of tensors, read and written one tensor at a time
     adapters.py        PEFT adapters, and helpers for other adapter files

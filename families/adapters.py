@@ -6,16 +6,20 @@ Import takes the rank from the tensors and keeps it; export writes official name
 import re
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 import lora
 from families.family import all_families
-from families.formats import About, AdapterFormat, Format, Tensors, config_differences, join, official_names, require
+from families.formats import About, AdapterFormat, Format, Tensors, config_differences, join, official_names, require, torch_tensors
 from layers.architecture import ModelConfig
 from lora import LoraConfig
 from model import MultistreamLM
+from options import read_json
 
 PARTS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_magnitude": "lora_magnitude_vector"}
 PREFIX = "base_model.model."
@@ -57,6 +61,9 @@ def export_peft(model: MultistreamLM, base: str, dtype: str) -> tuple[About, Ten
         path, _, part = name.partition(".adapter.")
         if part or module_path(names[name]) in saved:
             tensors[PREFIX + (f"{official[path]}.{PARTS[part]}" if part else names[name])] = parameter.detach()
+    if model.config.tied and module_path(names["embed.text.weight"]) in saved:       # PEFT would leave the head as it was
+        saved = sorted({*saved, module_path(names["text_head.weight"])})
+        tensors[PREFIX + names["text_head.weight"]] = tensors[PREFIX + names["embed.text.weight"]].clone()
     about = {
         "peft_type": "LORA", "task_type": layout.task_type,
         "base_model_name_or_path": base, "revision": None, "inference_mode": True, "bias": "none", "fan_in_fan_out": False,
@@ -87,8 +94,9 @@ qalora_group_size ensure_weight_tying""".split()                   # read, impli
 
 def import_peft(model: MultistreamLM, about: About, tensors: Tensors, source: str) -> tuple[LoraConfig, Tensors]:
     """Read a PEFT adapter, in either official naming of this model's family."""
-    require(about, PEFT_FIXED | {key: (None, {}) for key in about if key.endswith("_config")})
-    strange = [key for key, value in about.items() if value and key not in PEFT_READ and key not in PEFT_FIXED]
+    # how EVA drew the first A leaves no trace in the result
+    require(about, PEFT_FIXED | {key: (None, {}) for key in about if key.endswith("_config") and key != "eva_config"})
+    strange = [key for key, value in about.items() if value and key not in PEFT_READ and key not in PEFT_FIXED and key != "eva_config"]
     if strange:
         raise ValueError(f"adapter {source} has {strange[0]} = {about[strange[0]]!r}, which is not supported; "
                          + "merge it with the library that wrote it, or train it again without")
@@ -97,6 +105,7 @@ def import_peft(model: MultistreamLM, about: About, tensors: Tensors, source: st
     if not fitting:
         raise ValueError(f"{source}: PEFT has no names for this family; use the adapter format of the family")
     layout = max(fitting, key=lambda x: len(adapter_keys(model, x).keys() & bare.keys()))
+    bare = separate(model, {ours: theirs for ours, (theirs, *_) in theirs_of(model, layout).items()}, bare, source)
     ours, names = adapter_to_ours(model, layout, bare, source), theirs_of(model, layout)
     paths = {module_path(module_path(n)) for n in ours if n.endswith("lora_A")}
     official = {p: module_path(names[f"{p}.weight"][0]) for p in paths}
@@ -104,6 +113,35 @@ def import_peft(model: MultistreamLM, about: About, tensors: Tensors, source: st
     alphas = {p: next((float(v) for k, v in patterns.items() if re.fullmatch(rf"(.*\.)?({k})", official[p])), default_alpha) for p in paths}
     flags = (about.get("lora_dropout", 0.0), about.get("use_rslora", False), about.get("use_dora", False))
     return adapter_config(model, ours, alphas, *flags), ours
+
+
+def separate(model: MultistreamLM, names: dict[str, str], tensors: Tensors, source: str) -> Tensors:
+    """What PEFT makes of a head that is tied to the embedding: as soon as one of the two is adapted they are two.
+
+    Equal copies of both are one again. Of an adapted head its own weight is written, too, which must be the model's.
+    """
+    tensors = dict(tensors)
+    for ours, official in names.items():
+        copy = tensors.pop(f"{module_path(official)}.base_layer.weight", None)
+        own = model.get_parameter(ours)
+        if copy is not None and not own.is_meta and not torch.equal(copy.to(own.dtype), own.detach().cpu()):
+            raise ValueError(f"adapter {source} brings a {official} that is not this model's; it was trained on another base")
+    if not model.config.tied:
+        return tensors
+    embedding, head = names["embed.text.weight"], names["text_head.weight"]
+    both = [tensors[name] for name in (embedding, head) if name in tensors]
+    if len(both) == 2 and torch.equal(*both):
+        del tensors[head]
+    elif both or any(name.startswith(f"{module_path(head)}.lora_") for name in tensors):
+        untie(model)
+    return tensors
+
+
+def untie(model: MultistreamLM) -> None:
+    """Give the text head a weight of its own, equal to the embedding's."""
+    own = model.embed["text"].weight
+    model.text_head.weight = torch.nn.Parameter(own.detach().clone(), own.requires_grad)
+    model.config = replace(model.config, tied=False)
 
 
 def peft_name(name: str) -> str:
@@ -168,7 +206,30 @@ def globs(chosen: set[str], everything: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
-PEFT = AdapterFormat("peft", "adapter_config.json", "adapter_model.safetensors", import_peft, export_peft)
+def find_adapter(path: Path) -> tuple[AdapterFormat, Path] | None:
+    """The library whose adapter a folder holds, or a file is, and the file with its tensors; None when it is ours or nobody's."""
+    folder = path.parent if path.is_file() else path
+    for form in adapter_formats():
+        names = [path.name] if path.is_file() else [form.weight_file, *form.other_files]
+        file = next((folder / name for name in names if (folder / name).is_file()), None)
+        about = read_json(folder / form.config_file) if (folder / form.config_file).is_file() else None
+        if file is None or not isinstance(about, dict) or not form.recognise(about):
+            continue
+        if path.is_file() and not any("lora_" in name for name in adapter_tensors(file)):
+            continue                                    # a whole model, with its config.json beside it
+        return form, file
+    return None
+
+
+def adapter_tensors(file: Path) -> Tensors:
+    """The tensors of an adapter file; of PyTorch's own kind with weights_only, which runs nothing that stands in it."""
+    if file.suffix == ".safetensors":
+        with safe_open(str(file), "pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}
+    return torch_tensors(file)
+
+
+PEFT = AdapterFormat("peft", "adapter_config.json", "adapter_model.safetensors", import_peft, export_peft, ("adapter_model.bin",))
 
 
 def adapter_formats() -> tuple[AdapterFormat, ...]:

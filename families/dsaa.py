@@ -131,7 +131,7 @@ def read_dsaa(about: About, tensors: Tensors) -> ModelConfig:
     """As Moshi, with the text model's vocabulary; text_llm says which model that is, and how it is fused."""
     llm, steps = about["text_llm"], about["dep_q"]
     tower, V = from_json(ModelConfig, llm["model"], "text_llm.model"), tensors["text_head.weight"].shape[0]
-    base_config = read_moshi(about, tensors)
+    base_config = read_moshi(about, tensors, ("text_llm", "existing_bos_id"))
     start, pad = about.get("existing_bos_id"), about["existing_text_padding_id"]
     first = replace(base_config.table.streams[0], vocab=V, classes=V, start=V if start is None else start)
     fusion = FusionConfig(tower, str(llm.get("hf_repo_id") or ""), str(llm.get("revision") or ""),
@@ -182,7 +182,7 @@ CHOICES = tuple(f.name for f in fields(FusionConfig) if f.name not in ("tower", 
 FORMAT = Format("dsaa", "dsaa", lambda c: (*base.DEMUX, *NAMES) if c.demux else NAMES, read_dsaa, write_dsaa,
                 lambda c: c.fusion is not None,
                 lambda about: about.keys() >= base.KEYS and isinstance(about.get("text_llm"), dict), tidy_dsaa, split_dsaa,
-                weight_file=lambda about: about.get("moshi_name", "model.safetensors"), complete=with_text_model)
+                weight_file=base.weight_name, named=base.named_weights, adapter=base.named_adapter, complete=with_text_model)
 FAMILIES = (Family(
     "DSAA", "", "a frozen Qwen beside a frozen Moshi, fused late; laid out as Moshi", formats=(FORMAT,),
     conversions=(Conversion("setup-dsaa", """setup-dsaa --moshi=M --text-llm=L --out=DIR    new weights from two checkpoints or hub ids:

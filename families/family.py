@@ -14,12 +14,13 @@ Next: formats.py, for official files.
 import importlib
 import pkgutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import families
 from families.formats import About, AdapterFormat, Conversion, Format, Tensors, config_differences, read_config, to_theirs
 from layers.architecture import ModelConfig
+from options import difference
 from streams import Example, Grid, StreamTable
 from text.conversation import Template
 
@@ -101,6 +102,35 @@ def consolidated_files(config: ModelConfig) -> dict[str, str]:
     """Formats in which a run can also save its checkpoints for other trainers: name -> file name."""
     fitting = [family for family in all_families() if any(form.fits(config) for form in family.formats)]
     return {name: file for family in fitting for name, file in family.consolidated.items()}
+
+
+# ---- one grid or two ----
+
+def other_grid(one: StreamTable, other: StreamTable) -> list[str]:
+    """What differs between the grids of two tables, one line each: rows, ids that may stand in them, delays, start and end ids.
+
+    What rows are called, which family lays examples out, and the set of ids that end a text say nothing about the grid.
+    """
+    def rows(table: StreamTable) -> dict[str, Any]:
+        named = ((f"{s.kind} row {n}", s if s.kind == "condition" else replace(s, name="")) for n, s in enumerate(table.streams))
+        return dict(named) | {k: getattr(table, k) for k in ("aligned", "audio_start", "audio_end", "pad", "epad")}
+
+    before, after = rows(one), rows(other)
+    lines = []
+    for name in dict.fromkeys((*before, *after)):
+        if name in before and name in after and "row" in name:
+            lines += [f"{name}, {line}" for line in difference(before[name], after[name])]
+        elif before.get(name) != after.get(name):
+            lines.append(f"{name}: {before.get(name, 'absent')} -> {after.get(name, 'absent')}")
+    return lines
+
+
+def on_base(run: StreamTable, base: StreamTable) -> StreamTable:
+    """The table of a run on the weights of a base: its own rows and layout; a text ends at the ids of either.
+
+    A base names them in its generation_config.json, in any order, and may not know the one that closes a turn.
+    """
+    return replace(run, stop=tuple(dict.fromkeys((*run.stop, *base.stop))))
 
 
 # ---- official layouts ----

@@ -8,7 +8,7 @@ Sources: transformers 5.23, boson-multimodal 0.1.1, moshi 0.2.13, peft 0.21. Nex
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from audio import hub
 from layers.architecture import ModelConfig, StackConfig
 from lora import LoraConfig
 from model import MultistreamLM
-from options import difference, from_json, to_json
+from options import difference, from_json, read_json, to_json
 
 Rules = tuple[tuple[str, str], ...]
 Tensors = dict[str, Tensor]             # or LazyTensor (tensor_files.py): rules and tables use shapes and types, and move nothing
@@ -57,6 +58,8 @@ class Format:
     peft: bool = False                                          # PEFT adapters use these names
     task_type: str | None = None                                # task_type of PEFT
     weight_file: Callable[[About], str] = lambda about: "model.safetensors"
+    named: Callable[[About], str] = lambda about: ""            # the file of weights that a config.json names, "" = it names none
+    adapter: Callable[[About], str] = lambda about: ""          # the adapter that it names
     complete: Callable[[About, Tensors, str, Callable[[str], ModelConfig]], About] = lambda about, tensors, source, config_of: about
 
 
@@ -69,6 +72,8 @@ class AdapterFormat:
     weight_file: str
     read: Callable[[MultistreamLM, About, Tensors, str], tuple[LoraConfig, Tensors]]
     write: Callable[[MultistreamLM, str, str], tuple[About, Tensors]]       # model, name of its base, type of the weights
+    other_files: tuple[str, ...] = ()                           # what else the tensors may be called
+    recognise: Callable[[About], bool] = lambda about: True     # is this config file of this library?
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,10 @@ def join(parts: list[Tensor], shape: torch.Size) -> Tensor:
 
 def to_ours(form: Format, wanted: Tensors, config: ModelConfig, tensors: Tensors, source: str) -> Tensors:
     """Rename and join official tensors into our parameters, strictly: ValueError lists what is missing, left over or misshapen."""
+    narrow = [n for n, t in tensors.items() if t.dtype.itemsize < 2 and t.dtype != torch.bool]
+    if narrow:
+        raise ValueError(f"{source}: {narrow[0]} is {tensors[narrow[0]].dtype} and means nothing without its scales; "
+                         + "fetch the repository whose weights are bf16 or fp32")
     left, result, missing = form.tidy(tensors, config), {}, []
     for name, target in wanted.items():
         names = official_names(name, target.shape, config, form)
@@ -228,11 +237,65 @@ def comparable_config(config: ModelConfig) -> ModelConfig:
     fusion = config.fusion and replace(config.fusion, remember=0)
     return replace(config, fusion=fusion, dropout=0.0, input_drop=0.0, text_drop=0.0, depth_share=1.0, checkpoint=0,
                    temporal=replace(s, kv_heads=s.kv, head_dim=s.head),
-                   table=replace(config.table, layout="", streams=tuple(replace(x, name="") for x in config.table.streams)))
+                   table=replace(config.table, layout="", stop=tuple(sorted(set(config.table.stop))),
+                                 streams=tuple(replace(x, name="") for x in config.table.streams)))
 
 
-def official_files(folder: Path) -> dict[str, str]:
-    """The codec and tokenizer files in a folder of official weights, as DataConfig fields."""
-    patterns = {"codec": ("tokenizer-*.safetensors", "mimi-*.safetensors"), "tokenizer": ("tokenizer.json", "*.model")}
-    found = {name: [path for mark in marks for path in folder.glob(mark)] for name, marks in patterns.items()}
-    return {name: str(paths[0]) for name, paths in found.items() if paths}
+def config_file(folder: Path) -> Path:
+    """Where a folder says what its weights are: config.json, or as J-Moshi calls it."""
+    other = folder / "moshi_lm_kwargs.json"
+    return other if other.is_file() and not (folder / "config.json").is_file() else folder / "config.json"
+
+
+CODECS, ADAPTERS = ("tokenizer-*.safetensors", "mimi-*.safetensors"), ("adapter*.safetensors", "lora*.safetensors", "ema.safetensors")
+
+
+def weight_files(folder: Path) -> list[str]:
+    """The files of a folder that may be a model's weights: no codec and no adapter."""
+    others = {path.name for mark in (*CODECS, *ADAPTERS) for path in folder.glob(mark)}
+    return sorted(path.name for mark in ("*.safetensors", "pytorch_model*.bin") for path in folder.glob(mark) if path.name not in others)
+
+
+def torch_tensors(file: Path) -> Tensors:
+    """The tensors of a file that torch.save wrote (pytorch_model.bin, adapter_model.bin), mapped; nothing that stands in it is run."""
+    try:
+        found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:      # torch raises whatever the file makes it raise
+        reason = str(error).partition("\n")[0][:200]
+        raise ValueError(f"{file} cannot be read as weights ({reason}); fetch it again, or its .safetensors") from None
+    if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
+        raise ValueError(f"{file} holds more than tensors by name; fetch the .safetensors instead")
+    return found
+
+
+def official_files(folder: Path, given: Collection[str] = ()) -> dict[str, str]:
+    """The codec and the tokenizer that lie beside official weights, as DataConfig fields: those that its config.json names (Moshi's
+    mimi_name and tokenizer_name), else the one file that looks like it. ValueError for a named file that is not there and for a choice
+    of several; `given` are fields that the user chose, which are not looked for."""
+    about = read_json(config_file(folder)) if config_file(folder).is_file() else {}
+    found = {}
+    for name, (key, *marks) in NAMED.items():
+        paths = sorted(path for mark in marks for path in folder.glob(mark))
+        if name in given:
+            continue
+        if isinstance(about, dict) and about.get(key):
+            found[name] = str(named_file(folder, str(about[key]), f"{key} in {folder}/config.json", f"name it with --{name}=FILE"))
+        elif len(paths) > 1 and paths[0].name != "tokenizer.json":
+            raise ValueError(f"{folder} holds {', '.join(path.name for path in paths[:3])}: name the {name} with --{name}=FILE")
+        elif paths:
+            found[name] = str(paths[0])
+    return found
+
+
+NAMED = {"codec": ("mimi_name", *CODECS), "tokenizer": ("tokenizer_name", "tokenizer.json", "*.model")}
+
+
+def named_file(folder: Path, name: str, what: str, fix: str) -> Path:
+    """A file as moshi's configs name it: in their folder, file://PATH, or hf://OWNER/NAME/FILE of the hub; ValueError if there is none."""
+    if name.startswith("hf://"):
+        owner, repository, file = name.removeprefix("hf://").split("/", 2)
+        return hub.snapshot(f"{owner}/{repository}", [file]) / file
+    path = Path(name.removeprefix("file://")) if name.startswith("file://") else folder / name
+    if not path.is_file():
+        raise ValueError(f"{what} is {name}, which is not there; fetch it, or {fix}")
+    return path

@@ -133,6 +133,7 @@ def higgs_table(about: About, vocab: int, count: int, size: int, start: int, sto
     known = HIGGS_V2_3B.table
     end = about.get("audio_eos_token_id", known.audio_end if known.audio_end < vocab else None)      # transformers has no field for it
     rows = codebooks(count, size, size, about["audio_stream_bos_id"], about["audio_stream_eos_id"], range(count))
+    stop = tuple(dict.fromkeys((*stop, *(i for i in known.stop if i < vocab))))        # files name one, the official script both
     return replace(known, streams=(Stream("text", "text", vocab, vocab if head else 0), *rows), audio_start=start,
                    audio_end=-1 if end is None else end, stop=stop)
 
@@ -164,7 +165,7 @@ def read_boson(about: About, tensors: Tensors) -> ModelConfig:
                    "audio_decoder_proj_num_layers": (0,), "audio_adapter_type": ("dual_ffn", "dual_ffn_fast_forward", "stack")})
     text, kind = about["text_config"], about["audio_adapter_type"]
     table = higgs_table(about, text["vocab_size"], about["audio_num_codebooks"], about["audio_codebook_size"] + 2,
-                        about["audio_out_bos_token_id"], ids(text.get("eos_token_id")) or HIGGS_V2_3B.table.stop, True)
+                        about["audio_out_bos_token_id"], (*ids(about.get("eos_token_id")), *ids(text.get("eos_token_id"))), True)
     dual = tuple(sorted(about.get("audio_dual_ffn_layers") or ())) if kind != "stack" else ()
     fast = kind == "dual_ffn_fast_forward" and len(dual) < text["num_hidden_layers"]
     return ModelConfig(table, llama(text, text["num_hidden_layers"], 1e-6), dual_ffn=dual, fast_forward=fast)

@@ -7,10 +7,12 @@
 Sizes, layout, rules, and three official layouts: `moshi` (flat keyword list; attention fused in one tensor, or one
 tensor a step), `moshi_hf` (transformers; q and k turned the other way, the codec in it is left to audio/), and the
 adapters of moshi.server. Conditions and voices are layers/conditioning.py. Sources: arXiv:2410.00037, moshi 0.2.13,
-transformers 5.23, moshi-finetune, the released config.json files. Next: moss.py.
+transformers 5.23, moshi-finetune, the released config.json files. One file because a family is one file.
+Next: moss.py.
 """
 
 import re
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -19,8 +21,21 @@ from torch import Tensor, nn
 
 import lora
 from families.adapters import adapter_config, adapter_to_ours, module_path, theirs_of
-from families.family import Family
-from families.formats import FIXED, About, AdapterFormat, Conversion, Format, Tensors, by_model_type, llama, require, stack, to_theirs
+from families.family import Family, other_grid
+from families.formats import (
+    FIXED,
+    About,
+    AdapterFormat,
+    Conversion,
+    Format,
+    Tensors,
+    by_model_type,
+    config_differences,
+    llama,
+    require,
+    stack,
+    to_theirs,
+)
 from layers.architecture import ModelConfig, StackConfig
 from lora import LoraConfig
 from model import MultistreamLM
@@ -185,6 +200,7 @@ def tidy_moshi(tensors: Tensors, config: ModelConfig) -> Tensors:
             continue
         if tensor.dim() == 3 and tensor.shape[:2] == (1, 1) and name.endswith((".alpha", ".learnt_padding")):
             tensor = tensor[0, 0] if name.endswith(".alpha") else tensor[0]           # (1, 1, D): norms are (D,) here, conditions (1, D)
+        name = re.sub(r"\.linear_(in|out)_weight$", r".linear_\1.weight", name)
         match = re.fullmatch(r"(.+\.(?:in|out)_proj)(?:[._]weight|(\.lora_[AB]\.weight))", name)
         if match is None:
             result[name] = tensor
@@ -246,10 +262,29 @@ def weight_sets(c: StackConfig) -> int:
 NORMS = {"rms_norm_f32": 1e-8, "rms_norm": 1e-5}       # the first computes in fp32 whatever the model's type, as ours does
 MOSHI_FIXED = {
     "layer_scale": (None,), "kv_repeat": (1,), "causal": (True,), "norm_emb": (False,), "bias_proj": (False,),
-    "quantize": (False,), "depformer_norm": (None,), "depformer_layer_scale": (None,)}
+    "quantize": (False,), "depformer_norm": (None,), "depformer_layer_scale": (None,), "mimi_config_name": (None,),
+    "positional_scale": (1.0,), "skip_self_attn": (False,)}
 
 
-def read_moshi(about: About, tensors: Tensors) -> ModelConfig:
+MOSHI_READ = set("""moshi_name mimi_name tokenizer_name lora_name lora lora_rank lora_scaling model_type model_id lm_gen_config tts_config
+stt_config n_q dep_q card text_card text_card_out delays existing_text_padding_id existing_text_end_padding_id demux_second_stream
+demux_second_text_stream dim num_heads num_layers hidden_scale gating norm context max_period positional_embedding conditioners fuser
+cross_attention extra_heads_num_heads extra_heads_dim depformer_dim depformer_dim_feedforward depformer_num_heads depformer_num_layers
+depformer_multi_linear depformer_weights_per_step depformer_weights_per_step_schedule depformer_low_rank_embeddings depformer_gating
+depformer_pos_emb depformer_context depformer_max_period depformer_causal gradient_checkpointing""".split()) | MOSHI_FIXED.keys()
+# depformer_context and depformer_max_period are without effect: the depth transformer sees all its steps and has no positions
+
+
+def known_only(about: About, known: Collection[str]) -> None:
+    """ValueError for a field that we do not know: moshi would hand it to its model, where it may mean anything."""
+    strange = [key for key in about if key not in known]
+    if strange:
+        raise ValueError(f"config.json has {strange[0]} = {about[strange[0]]!r}, which this code does not know; "
+                         + "take it out if the weights do without, or convert them with the package that wrote it")
+
+
+def read_moshi(about: About, tensors: Tensors, more: Collection[str] = ()) -> ModelConfig:
+    known_only(about, MOSHI_READ | set(more))
     require(about, MOSHI_FIXED)
     # these are read, but what the class does without them is not what we compute
     require({"gating": "none", "norm": "layer_norm", "positional_embedding": "sin", **about},
@@ -257,6 +292,8 @@ def read_moshi(about: About, tensors: Tensors) -> ModelConfig:
     steps, count, card, text, delays = about["dep_q"], about["n_q"], about["card"], about["text_card"], about["delays"]
     if len(delays) != count + 1:
         raise ValueError(f"config.json has {len(delays)} delays for {count + 1} streams; restore it")
+    if min(delays) < 0:
+        raise ValueError(f"config.json has a delay of {min(delays)}; a row can come late, not early: restore it")
     demux = bool(about.get("demux_second_stream", about.get("demux_second_text_stream", False)))
     table = replace(MOSHI_7B.table, streams=(
         Stream("text", "text", text + 1, about.get("text_card_out") or text, delays[0], text),
@@ -436,6 +473,11 @@ def export_moshi_lora(model: MultistreamLM, base: str, dtype: str) -> tuple[Abou
     return {**write_moshi(model.config, dtype), "lora": True, "lora_rank": rank, "lora_scaling": scale}, result
 
 
+def differing(one: ModelConfig, other: ModelConfig) -> list[str]:
+    """What differs between what two files say of a model: its grid, or its sizes."""
+    return other_grid(one.table, other.table) or config_differences(one, replace(other, table=one.table))
+
+
 def padded(linear: nn.Module, adapter: lora.Adapter | None, rank: int, scale: float) -> tuple[Tensor, Tensor]:
     """A and B of every step, zero where there is no adapter or a smaller rank.   -> (steps, R, in), (steps, out, R)"""
     *sets, outputs, inputs = linear.weight.shape
@@ -449,15 +491,36 @@ def padded(linear: nn.Module, adapter: lora.Adapter | None, rank: int, scale: fl
 def import_moshi_lora(model: MultistreamLM, about: About, tensors: Tensors, source: str) -> tuple[LoraConfig, Tensors]:
     """Read moshi's own adapter file; pairs that are all zero are left out."""
     require(about, {"lora": (True,)})
+    if about.keys() >= KEYS and (gone := differing(read_moshi(about, tensors), model.config)):
+        raise ValueError(f"adapter {source} was made for another model than this one ({'; '.join(gone[:3])}); use its own base")
     ours = adapter_to_ours(model, FORMAT, tidy_moshi(tensors, model.config), source)
     empty = [module_path(n) for n, t in ours.items() if n.endswith("lora_B") and not t.any()]
     ours = {n: t.float() for n, t in ours.items() if module_path(n) not in empty}
-    rank, scale = about.get("lora_rank", 128), about.get("lora_scaling", 2.0)
-    alphas = {module_path(module_path(n)): scale * rank for n in ours if n.endswith("lora_A")}
+    ranks = {module_path(module_path(n)): t.shape[-2] for n, t in ours.items() if n.endswith("lora_A")}
+    if strange := {rank for rank in ranks.values() if about.get("lora_rank") not in (None, rank)}:
+        raise ValueError(f"adapter {source}: lora_rank is {about['lora_rank']} in its config.json and {strange.pop()} in its tensors; "
+                         + "mend one of them")
+    scale = about.get("lora_scaling", 2.0)                  # moshi multiplies by it as it is, whatever the rank
+    alphas = {path: scale * rank for path, rank in ranks.items()}
     return adapter_config(model, ours, alphas, 0.0, False, False), ours
 
 
 # ---- what the rest of the code asks ----
+
+def weight_name(about: About) -> str:
+    return about.get("moshi_name") or "model.safetensors"
+
+
+def named_weights(about: About) -> str:
+    return about.get("moshi_name") or ""
+
+
+def named_adapter(about: About) -> str:
+    """The adapter that belongs to a folder's weights. Weights that were merged say `lora` too (moshi-finetune), and name none."""
+    if about.get("lora_name") and not about.get("lora"):
+        raise ValueError(f"config.json names an adapter, lora_name {about['lora_name']}, and says lora = {about.get('lora')}; one is wrong")
+    return about.get("lora_name") or ""
+
 
 def is_moshi(c: ModelConfig) -> bool:
     return c.table.aligned and c.temporal.packed and not c.fusion
@@ -478,12 +541,13 @@ def change(function: Any) -> Any:
 KEYS = {"n_q", "dep_q", "text_card"}
 FORMAT = Format("moshi", "moshi", lambda c: (*DEMUX, *NAMES) if c.demux else NAMES, read_moshi, write_moshi, is_moshi,
                 lambda about: about.keys() >= KEYS and not isinstance(about.get("text_llm"), dict), tidy_moshi, fuse_moshi,
-                weight_file=lambda about: about.get("moshi_name", "model.safetensors"), complete=needs_text_model)
+                weight_file=weight_name, named=named_weights, adapter=named_adapter, complete=needs_text_model)
 HF = Format("moshi_hf", "hf", lambda c: HF_NAMES, read_moshi_hf, write_moshi_hf, is_moshi, by_model_type("moshi"), tidy_moshi_hf,
             split_moshi_hf, stacked=True, shards=True)
 FAMILIES = (Family(
     "Moshi", "duplex", "Moshi 7B, Hibiki, Kyutai's STT and TTS: both speakers at once", duplex_grid, rules=rules, user_audio="duplex",
-    formats=(FORMAT, HF), adapters=(AdapterFormat("moshi-lora", "config.json", "lora.safetensors", import_moshi_lora, export_moshi_lora),),
+    formats=(FORMAT, HF), adapters=(AdapterFormat("moshi-lora", "config.json", "lora.safetensors", import_moshi_lora, export_moshi_lora,
+                            recognise=lambda about: bool(about.get("lora"))),),
     conversions=(
         Conversion("expand-depth", "expand-depth CKPT --out=DIR       predict the user too: the agent's depth steps, copied",
                    change(expand_depth)),

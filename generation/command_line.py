@@ -38,12 +38,12 @@ class Job(SampleConfig):
     condition: str = ""          # condition of a model that has conditions (Hibiki): description=very_good
     chat: ChatConfig | None = None  # --chat: converse at the terminal, a line at a time
     reply: str = ""              # conversations: "text", printed as it comes, or "speech"; "" = speech where there is any
-    system: str = ""             # conversations: system message, "" = as in training
+    system: str | None = None    # conversations: system message; none = as in training
     skip_first_frame: bool = False    # with --user: skip the first frame of the recording, as Moshi's official generator does
     ref: tuple[str, ...] = ()    # recording of the voice to clone, or "profile:" and words; several are [SPEAKER0], [SPEAKER1]
     ref_text: tuple[str, ...] = ()  # transcript of each --ref recording
-    ref_in: str = "assistant"    # conversations: put the reference voice in an "assistant" turn or in the "system" message
-    scene: str = ""              # conversations: description of the scene, "" = none
+    ref_in: str | None = None    # conversations: put the voice in an "assistant" turn or in the "system" message; none = as in training
+    scene: str | None = None     # conversations: description of the scene, "" = without one; none = as in training
     chunk_words: int = 0         # speak a long text in pieces of this many words, or of speakers' turns; 0 = in one piece
     chunk_buffer: int = 1        # with --chunk_words: earlier pieces that the next one reads as context
     codec: str = ""              # codec file, folder or name; "" = the one that the checkpoint names
@@ -58,7 +58,7 @@ class Job(SampleConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        assert self.ref_in in ("assistant", "system"), "ref_in is assistant or system"
+        assert self.ref_in in (None, "assistant", "system"), "ref_in is assistant or system"
         assert min(self.chunk_words, self.chunk_buffer) >= 0, "chunk_words and chunk_buffer are not negative"
         assert self.reply in ("", "text", "speech"), f"reply {self.reply!r} is neither text nor speech"
         assert 0 < self.batch <= 2**16, f"batch {self.batch} is not positive and at most 2^16"
@@ -83,9 +83,13 @@ def load_for_sampling(job: Job) -> tuple[MultistreamLM, DataConfig]:
     if job.quantize:
         quantize(model.requires_grad_(False))
     folder = Path(model.extras.folder)
-    facts = dict(model.extras.data or family_of(model.table).companions | official_files(folder))
-    facts |= {key: getattr(job, key) for key in ("codec", "tokenizer", "normaliser") if getattr(job, key)}
-    facts |= {"scene": job.scene, "reference_in": job.ref_in} | ({"system": job.system} if job.system else {})
+    given = {key: getattr(job, key) for key in ("codec", "tokenizer", "normaliser") if getattr(job, key)}
+    facts = dict(model.extras.data or family_of(model.table).companions | official_files(folder, given)) | given
+    for what in ("codec",) * bool(model.table.audio) + ("tokenizer",):
+        if what not in facts:
+            raise ValueError(f"{folder} does not say which {what} the model was made for; name it with --{what}=FILE, a folder or hub id")
+    said = {"scene": job.scene, "reference_in": job.ref_in, "system": job.system}             # None: as in training
+    facts |= {name: value for name, value in said.items() if value is not None}
     return model, from_json(DataConfig, facts, f"{folder}/config.json data")
 
 

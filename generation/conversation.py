@@ -35,11 +35,11 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
-from audio import load_codec
 from audio.wav import WavWriter, load_wav
 from corpus.cache import encode
 from corpus.data_config import DataConfig
 from corpus.examples import reply_example
+from corpus.index import fitting_codec
 from corpus.phone_calls import NUMBERS, SCALES, figures, lookup_turn
 from families.family import family_of, lay_out, special_tokens
 from generation.reply_stream import reply_pieces
@@ -177,7 +177,7 @@ class Session:
             raise ValueError(f"{family.name} knows no turns; {fix} instead of --chat")
         self.table, self.data, self.config, self.say, self.lookup, self.log, self.clock = table, data, config, say, lookup, log, clock
         self.tokenizer = load_tokenizer(data.tokenizer)
-        self.codec = load_codec(data.codec) if table.audio else None
+        self.codec = fitting_codec(data.codec, table, self.tokenizer)
         self.reply = reply or ("speech" if family.template.audio_out else "text")
         if self.reply == "speech" and not family.template.audio_out:
             raise ValueError(f"{family.name} does not speak; leave --reply=speech out")

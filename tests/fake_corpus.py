@@ -55,7 +55,7 @@ def write_words(folder):
 
 def fake_data(tmp_path, monkeypatch):
     """The config of 40 clips in tmp_path/clips, encoded by the fake codec."""
-    monkeypatch.setattr("corpus.index.load_codec", lambda spec: FakeCodec())
+    monkeypatch.setattr("corpus.index.load_codec", lambda spec, **options: FakeCodec())
     FakeCodec.calls = 0
     return DataConfig(sources=(write_clips(tmp_path / "clips"),), cache=str(tmp_path / "cache"), columns=200, window=16,
                       held_out=0.2, prefetch=0)

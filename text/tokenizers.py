@@ -41,10 +41,14 @@ def tokenizer_file(spec: str | Path, local: bool = False) -> Path:
     path = locate(spec)
     if hub.is_id(spec):
         try:
-            path = hub.snapshot(str(spec), ["tokenizer.json", "*.model"], local)
+            path = hub.snapshot(str(spec), ["tokenizer*.json", "*.model", "config.json", "chat_template.jinja"], local)
         except FileNotFoundError:
             if not local:
                 raise
+    if path.is_dir() and (path / "config.json").is_file():
+        about = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        if named := isinstance(about, dict) and about.get("tokenizer_name"):       # Moshi's config says it
+            return path / Path(str(named)).name
     pieces = sorted(path.glob("*.model")) if path.is_dir() and not (path / "tokenizer.json").is_file() else []
     return pieces[0] if len(pieces) == 1 else path / "tokenizer.json" if path.is_dir() else path
 

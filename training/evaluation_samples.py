@@ -22,14 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from audio import load_codec
 from audio.wav import levels, load_wav, resample, save_wav
 from audio.whisper import RATE, log_mel
 from config import TrainConfig
 from corpus.cache import encode
 from corpus.data_config import DataConfig
 from corpus.examples import prompt_example, spoken_prompt
-from corpus.index import Index
+from corpus.index import Index, fitting_codec
 from evaluation.duplex_measures import mean, measure_file
 from families.family import family_of
 from generation.decode_step import SampleConfig
@@ -60,7 +59,7 @@ def speak_samples(model: MultistreamLM, config: TrainConfig, index: Index, folde
 
     A model that converses answers recordings instead, and the conversation is measured.
     """
-    codec = load_codec(config.data.codec)
+    codec = fitting_codec(config.data.codec, config.model.table, load_tokenizer(config.data.tokenizer))
     if config.model.table.monologue:
         return answer(model, config.prompts, config.data, codec, folder)
     tried = list(trials(config, index, codec))

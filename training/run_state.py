@@ -27,13 +27,12 @@ from checkpoint import (
     load,
     naming_changed_options,
     read_about,
-    read_tensors,
     refuse_broken,
     save,
     write_tensors,
 )
 from families.family import consolidated_files
-from families.tensor_files import LazyTensor, open_tensors
+from families.tensor_files import LazyTensor, open_tensors, read_tensors
 from files import check_sums, sync, write_sums
 from model import MultistreamLM
 from options import read_object, to_json, write_json

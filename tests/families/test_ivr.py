@@ -147,7 +147,7 @@ def test_an_adapter_names_its_base_or_the_command_asks_for_it(small: Path, peft:
     assert rc == 2 and "does not say which model it belongs to; name it with --init=MODEL" in err
 
 
-@pytest.mark.parametrize("field, value", [("use_qalora", True), ("eva_config", {"rho": 2}), ("lora_bias", True), ("mystery", 3)])
+@pytest.mark.parametrize("field, value", [("use_qalora", True), ("corda_config", {"rho": 2}), ("lora_bias", True), ("mystery", 3)])
 def test_an_adapter_with_a_field_that_changes_its_meaning_is_refused(peft: Path, tmp_path: Path, field: str, value: object) -> None:
     for file in peft.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())

@@ -497,8 +497,8 @@ def test_peft_refuses_other_adapters(tmp_path):
     (adapter / "adapter_config.json").write_text(json.dumps(case.config["adapter"]))
     with pytest.raises(ValueError, match="1 tensors have no place"):
         load(base, adapter=adapter)
-    (adapter / "adapter_config.json").write_text(json.dumps(case.config["adapter"] | {"eva_config": {"rho": 2.0}}))
-    with pytest.raises(ValueError, match="eva_config"):
+    (adapter / "adapter_config.json").write_text(json.dumps(case.config["adapter"] | {"corda_config": {"rho": 2.0}}))
+    with pytest.raises(ValueError, match="corda_config"):
         load(base, adapter=adapter)
 
 

@@ -9,7 +9,8 @@ import torch.distributed as dist
 from tables import CONFIGS, grid, random_ids
 from torch.distributed.tensor import DTensor
 
-from checkpoint import read_tensors, save, write_tensors
+from checkpoint import save, write_tensors
+from families.tensor_files import read_tensors
 from generation.decode_step import SampleConfig
 from model import Block, MultistreamLM
 from sample import reply

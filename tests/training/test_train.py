@@ -16,7 +16,8 @@ from conftest import CONFIG, ROOT, cli, write_clips
 from safetensors.torch import load_file
 
 import lora
-from checkpoint import load, read_tensors
+from checkpoint import load
+from families.tensor_files import read_tensors
 from options import read_json
 from training.run_state import point
 

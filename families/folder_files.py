@@ -1,0 +1,74 @@
+"""What stands around official weights and goes along with them: tokenizer files, generation_config.json, chat template, preprocessor.
+
+    remember(base, checkpoint / "official")        a checkpoint of ours keeps the small files of the folder that it began with
+    carry(base, out, about, ...)                   an export gets them back, and of config.json what we have no field for
+
+Weights, adapters and the README of the base stay behind.
+"""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from families.formats import About, config_file, official_files
+from options import read_json, replace_file, write_json
+
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json")
+LEFT = ("config.json", "moshi_lm_kwargs.json", "adapter_config.json", "README.md")
+TOKENIZER = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template")        # how names of its files begin
+# Facts of a base that no weight shows; ours are the class's defaults.
+ITS_OWN = ("max_position_embeddings", "bos_token_id", "pad_token_id", "initializer_range", "max_window_layers", "sliding_window")
+# What our own fields say in another way, or what was true of the base only.
+STALE = ("rope_parameters", "rope_scaling", "rope_theta", "dtype", "torch_dtype", "transformers_version", "quantization_config",
+         "_name_or_path", "moshi_name", "lora_name", "lora_rank", "lora_scaling")
+MOST = 64 << 20     # bytes
+
+
+def small_files(folder: Path) -> list[Path]:
+    """The files of a folder but its weights and its config.json."""
+    return [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.endswith(WEIGHTS) and path.name not in LEFT
+            and not path.name.startswith(".") and path.stat().st_size <= MOST]
+
+
+def copy(source: Path, folder: Path) -> None:
+    replace_file(folder / source.name, lambda temporary: shutil.copyfile(source, temporary))
+
+
+def remember(source: Path, folder: Path) -> None:
+    """Copy what stands around official weights, config.json too."""
+    for path in [*small_files(source), config_file(source)]:
+        copy(path, folder)
+
+
+def carry(source: Path, out: Path, about: About | None, stop: Sequence[int], tokenizer: Path | None) -> None:
+    """Write the files around a base beside an export of a model that began there.
+
+    `about` is the export's config.json where its layout is the base's: it gets the base's own facts. `stop` are the ids that end a
+    text, `tokenizer` the file that the run used: where it is another than the base's, the base's stays behind.
+    """
+    files = small_files(source)
+    own = next((path for path in files if tokenizer is not None and path.name == tokenizer.name), None)
+    if tokenizer is not None and (own is None or own.read_bytes() != tokenizer.read_bytes()):
+        files = [path for path in files if not path.name.startswith(TOKENIZER) and path.suffix != ".model"] + [tokenizer]
+    for path in files:
+        copy(path, out)
+    generation = out / "generation_config.json"
+    if generation.is_file() and stop:
+        known = (found := read_json(generation)).get("eos_token_id")
+        known = known if isinstance(known, list) else [] if known is None else [known]
+        if more := [i for i in stop if i not in known]:
+            write_json(generation, found | {"eos_token_id": [*known, *more]})
+    if about is None:
+        return
+    write_json(out / "config.json", joined(read_json(config_file(source)), about))
+    codec = official_files(source, ("tokenizer",)).get("codec")
+    if codec and Path(codec).parent == source:
+        copy(Path(codec), out)
+
+
+def joined(base: Any, about: Any) -> Any:
+    """An export's config with what its base's says besides."""
+    kept = {key: value for key, value in base.items() if key not in about and key not in STALE or key in ITS_OWN}
+    return about | kept | {key: joined(base[key], value) for key, value in about.items()
+                           if isinstance(value, dict) and isinstance(base.get(key), dict) and key not in STALE}

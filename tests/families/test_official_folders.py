@@ -1,0 +1,536 @@
+"""Other people's folders, whole: what official loaders wrote, with all that stands around released weights.
+
+tests/golden/folders/* come from transformers itself (golden/make_folders.py), Moshi's are laid out here around golden weights as
+its repositories are. Each is loaded, trained, resumed, sampled, merged and exported; where the official package is installed
+its loader and script read the export again.
+"""
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, call
+from safetensors.torch import load_file, save_file
+from tables import random_ids
+from test_parity import Golden
+
+import lora
+from audio import load_codec
+from audio.wav import load_wav
+from checkpoint import Extras, export, load, save
+from corpus.bundled import demo_dialogues
+from corpus.cache import encode
+from corpus.data_config import DataConfig
+from corpus.examples import build_example, prompt_example
+from corpus.index import codebooks_of, new_chat, prepare, prompt_facts
+from families.family import lay_out, on_base, other_grid, with_tokenizer_ids
+from families.formats import official_files
+from families.moshi import HIBIKI_2B, MOSHI_7B, STT_1B, TTS_1_6B, predict_user
+from generation.command_line import Job, load_for_sampling
+from generation.decode_step import SampleConfig
+from generation.dialogue import dialogue_prompt
+from layers.architecture import ModelConfig, StackConfig
+from lora import LoraConfig
+from model import MultistreamLM
+from sample import generate
+from streams import Example, Stream, StreamTable, codebooks
+from text.tokenizers import load_tokenizer
+
+FOLDERS = ROOT / "tests/golden/folders"
+
+
+def official(name: str, folder: Path, **generation: object) -> Path:
+    """A copy of an official folder; `generation` changes its generation_config.json."""
+    if name in ("moss", "boson_list", "moshi"):
+        Golden(name).write(folder)
+    else:
+        shutil.copytree(FOLDERS / name, folder)
+    if generation:
+        path = folder / "generation_config.json"
+        path.write_text(json.dumps((json.loads(path.read_text()) if path.is_file() else {}) | generation))
+    return folder
+
+
+def adapter_run(base: Path, folder: Path, config: object = None, targets: tuple[str, ...] = ("attn.q", "attn.v")) -> Path:
+    """A checkpoint of a LoRA run on a base."""
+    model = load(base, config=config)
+    torch.manual_seed(0)
+    lora.inject(model, LoraConfig(rank=2, targets=targets))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.1)
+    return save(model, folder, Extras(base=str(base)))
+
+
+# ---- ids that end a text ----
+
+STOPS = {"moss": [45, 44], "higgs": [261, 257]}             # the others' folders name two
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "higgs", "moss"])
+def test_a_run_on_a_released_folder_is_read_whatever_the_order_of_its_stop_ids(name, tmp_path):
+    base = official(name, tmp_path / "base", **({"eos_token_id": STOPS[name]} if name in STOPS else {}))
+    config = load(base).config
+    stop = config.table.stop
+    assert len(stop) == 2
+    ours = replace(config, dropout=0.1, table=replace(config.table, stop=stop[::-1]))
+    run = load(adapter_run(base, tmp_path / "run", ours))
+    assert set(run.table.stop) == set(stop) and run.config.table == run.table and len(run.table.stop) == 2
+    imported = export(base, tmp_path / "imported")                          # checkpoint.py import, then --init
+    assert set(load(imported, config=ours).table.stop) == set(stop)
+    assert set(load(adapter_run(imported, tmp_path / "second", ours)).table.stop) == set(stop)
+    assert set(load(export(tmp_path / "second", tmp_path / "out", to="hf")).table.stop) == set(stop)
+
+
+def test_what_a_run_learnt_to_end_with_ends_although_its_base_does_not_know_it(tmp_path):
+    """A plain Qwen2.5 names the end of a text only; a run on it closes turns."""
+    base = official("qwen2", tmp_path / "base", eos_token_id=512)
+    (base / "config.json").write_text(json.dumps(json.loads((base / "config.json").read_text()) | {"eos_token_id": 512}))
+    config = load(base).config
+    assert config.table.stop == (512,)
+    run = adapter_run(base, tmp_path / "run", replace(config, table=replace(config.table, stop=(514, 512))))
+    assert load(run).table.stop == (514, 512) and load(export(run, tmp_path / "merged")).table.stop == (514, 512)
+
+
+ROWS = (Stream("text", "text", 41, 40, start=40), *codebooks(2, 17, 16, 16, delays=(0, 1)), *codebooks(2, 17, 0, 16, delays=(0, 1)))
+TABLE = StreamTable(ROWS, "duplex", aligned=True, stop=(3, 2))
+
+
+def test_a_grid_is_its_rows_delays_and_ids_not_its_names():
+    named = tuple(replace(s, name=f"other {n}") for n, s in enumerate(ROWS))
+    assert not other_grid(TABLE, replace(TABLE, streams=named, layout="text", stop=(2, 3, 9)))
+    assert on_base(TABLE, replace(TABLE, stop=(9, 2))).stop == (3, 2, 9)
+    for change, named in (({"pad": 7}, "pad: 3 -> 7"), ({"audio_start": 5}, "audio_start: -1 -> 5"),
+                          ({"streams": (*ROWS[:2], replace(ROWS[2], delay=2), *ROWS[3:])}, "audio row 2, delay: 1 -> 2"),
+                          ({"streams": (replace(ROWS[0], start=1), *ROWS[1:])}, "text row 0, start: 40 -> 1"),
+                          ({"streams": ROWS[:-1]}, "audio row 4: ")):
+        assert other_grid(TABLE, replace(TABLE, **change))[0].startswith(named)
+
+
+def test_delays_of_a_config_and_of_its_weights_are_compared(tmp_path):
+    """The config of a run replaces that of the weights, but not what its grid is."""
+    base = official("moshi", tmp_path / "base")
+    config = load(base).config
+    streams = tuple(replace(s, delay=0) for s in config.table.streams)
+    with pytest.raises(ValueError, match=r"base has another stream table than the config's model: audio row \d+, delay: 1 -> 0"):
+        load(base, config=replace(config, table=replace(config.table, streams=streams)))
+
+
+# ---- what a Moshi folder names ----
+
+def kyutai(folder: Path, name: str = "moshi", **about: object) -> Path:
+    """A folder as Kyutai publishes: flat config.json and weights; `about` changes the config."""
+    case = Golden(name)
+    case.config |= about
+    return case.write(folder)
+
+
+def pieces(folder: Path, name: str = "tokenizer_spm.model", size: int = 28, **options: object) -> Path:
+    """A SentencePiece model made by the package itself."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    lines = [f"line {n} says {'abcdefgh'[n % 8]} and {'stuvwxyz'[n % 8]} to you" for n in range(64)]
+    with open(folder / name, "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=file, vocab_size=size,
+                                                 hard_vocab_limit=False, minloglevel=2, **options)
+    return folder / name
+
+
+def test_a_folder_without_codec_or_tokenizer_never_gets_the_demos(tmp_path, capsys):
+    folder = kyutai(tmp_path / "consolidated")
+    for given, missing in (((), "codec"), (("--codec=tiny",), "tokenizer")):
+        rc, _, err = call("sample.py", f"--ckpt={folder}", f"--user={ROOT}/assets/speech/0.wav", f"--out={tmp_path}/x.wav", *given)
+        assert rc == 2 and f"does not say which {missing} the model was made for; name it with --{missing}=FILE" in err, err
+
+
+def test_the_codec_and_the_tokenizer_that_a_config_names_are_taken(tmp_path):
+    folder = kyutai(tmp_path / "m", mimi_name="mine.safetensors", tokenizer_name="words.model", moshi_name=None)
+    for name in ("mine.safetensors", "tokenizer-other.safetensors", "words.model", "other.model"):
+        (folder / name).write_bytes(b"")
+    assert official_files(folder) == {"codec": str(folder / "mine.safetensors"), "tokenizer": str(folder / "words.model")}
+    (folder / "words.model").unlink()
+    with pytest.raises(ValueError, match=r"tokenizer_name in .*config.json is words.model, which is not there; fetch it, or name"):
+        official_files(folder)
+    assert official_files(folder, ("tokenizer",)) == {"codec": str(folder / "mine.safetensors")}
+    other = kyutai(tmp_path / "n")
+    for name in ("a.model", "b.model"):
+        (other / name).write_bytes(b"")
+    with pytest.raises(ValueError, match="holds a.model, b.model: name the tokenizer with --tokenizer=FILE"):
+        official_files(other)
+
+
+def test_weights_are_the_file_that_a_config_names_and_null_is_the_usual_one(tmp_path):
+    expected = load(kyutai(tmp_path / "plain")).weights()
+    for name, file in ((None, "model.safetensors"), ("moshiko@120.safetensors", "moshiko@120.safetensors")):
+        folder = kyutai(tmp_path / str(name), moshi_name=name)
+        (folder / "model.safetensors").rename(folder / file)
+        save_file({"x": torch.ones(1)}, folder / "tokenizer-e351c8d8-checkpoint125.safetensors")
+        assert all(torch.equal(t, expected[n]) for n, t in load(folder).weights().items())
+    with pytest.raises(ValueError, match="config.json is gone.safetensors, which is not there"):
+        load(kyutai(tmp_path / "gone", moshi_name="gone.safetensors"))
+    folder = kyutai(tmp_path / "finetuned", lora=True)                   # moshi-finetune's merged weights say lora, and are whole
+    (folder / "model.safetensors").rename(folder / "consolidated.safetensors")
+    save_file({"x": torch.ones(1)}, folder / "mimi-pytorch-e351c8d8@125.safetensors")
+    assert all(torch.equal(t, expected[n]) for n, t in load(folder).weights().items())
+
+
+def test_the_adapter_that_a_config_names_is_applied(tmp_path):
+    run = adapter_run(kyutai(tmp_path / "base"), tmp_path / "run", targets=("temporal.*",))
+    adapter = export(run, tmp_path / "adapter", to="moshi-lora")
+    about = json.loads((adapter / "config.json").read_text())
+    folder = kyutai(tmp_path / "both", lora=True, lora_name="fine.safetensors", lora_rank=about["lora_rank"],
+                    lora_scaling=about["lora_scaling"])
+    shutil.copy(adapter / "lora.safetensors", folder / "fine.safetensors")
+    ours, theirs = load(run), load(folder)
+    assert lora.norms(theirs).keys() == lora.norms(ours).keys() and min(lora.norms(theirs).values()) > 0
+    grid = torch.stack([random_ids(s.vocab, (9,), k) for k, s in enumerate(ours.table.streams)])[None]
+    for one, other in zip(ours(grid), theirs(grid), strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+    trained = load(folder, config=theirs.config)                         # a run puts its own adapters on top
+    assert getattr(trained, "lora", None) is None or not list(lora.adapters(trained))
+    with pytest.raises(ValueError, match="names an adapter, lora_name fine.safetensors, and says lora = False"):
+        load(kyutai(tmp_path / "wrong", lora=False, lora_name="fine.safetensors"))
+
+
+@pytest.mark.parametrize(("about", "words"), [
+    ({"depformer_frobnicate": 3}, "depformer_frobnicate = 3, which this code does not know"),
+    ({"delays": [0, 0, -1, 1, 0, 1]}, "delay of -1"),
+    ({"mimi_config_name": "mimi.json"}, "mimi_config_name = 'mimi.json'")])
+def test_a_config_that_says_more_than_we_know_is_refused(about, words, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        load(kyutai(tmp_path, **about))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_weights_of_8_bits_without_their_scales_are_refused(dtype, tmp_path):
+    case = Golden("moshi")
+    name = next(n for n in case.weights if "linear_in" in n)
+    case.weights[name] = case.weights[name].to(dtype)
+    with pytest.raises(ValueError, match=f"{re.escape(name)} is {dtype} and means nothing without its scales"):
+        load(case.write(tmp_path))
+
+
+def test_names_of_flat_linears_are_read(tmp_path):
+    case = Golden("moshi")
+    case.weights = {re.sub(r"\.linear_(in|out)\.weight$", r".linear_\1_weight", n): t for n, t in case.weights.items()}
+    assert any(n.endswith("linear_in_weight") for n in case.weights)
+    assert all(torch.equal(t, load(kyutai(tmp_path / "a")).weights()[n]) for n, t in load(case.write(tmp_path / "b")).weights().items())
+
+
+def test_a_folder_without_its_config_says_what_is_missing(tmp_path):
+    folder = kyutai(tmp_path / "jmoshi")
+    (folder / "config.json").rename(folder / "moshi_lm_kwargs.json")         # what J-Moshi calls it
+    assert all(torch.equal(t, load(kyutai(tmp_path / "a")).weights()[n]) for n, t in load(folder).weights().items())
+    (folder / "moshi_lm_kwargs.json").unlink()
+    with pytest.raises(FileNotFoundError, match="weights without a config.json; fetch that of their repository"):
+        load(folder)
+
+
+def test_as_many_codebooks_of_a_mimi_as_the_model_has_rows(tmp_path):
+    for name, count in (("moshi", 3), ("stt", None), ("hibiki", None)):
+        table = load(kyutai(tmp_path / name, name)).table
+        heard = len(table.audio) - len(table.audio_out)
+        assert codebooks_of(table) == max(heard, len(table.audio_out)) == (count or codebooks_of(table))
+    assert codebooks_of(MOSHI_7B.table) == codebooks_of(predict_user(MOSHI_7B).table) == 8
+    assert (codebooks_of(HIBIKI_2B.table), codebooks_of(STT_1B.table), codebooks_of(TTS_1_6B.table)) == (16, 32, 32)
+
+
+# ---- adapters ----
+
+def moshi_adapter(tmp_path: Path) -> tuple[Path, Path, Path]:
+    base = kyutai(tmp_path / "base")
+    run = adapter_run(base, tmp_path / "run", targets=("temporal.*", "depth.*"))
+    return base, run, export(run, tmp_path / "adapter", to="moshi-lora")
+
+
+def edit(path: Path, **values: object) -> None:
+    about = {k: v for k, v in (json.loads(path.read_text()) | values).items() if v != "gone"}
+    path.write_text(json.dumps(about))
+
+
+def test_a_moshi_adapter_is_scaled_by_its_factor_alone(tmp_path):
+    base, run, adapter = moshi_adapter(tmp_path)
+    expected = lora.norms(load(run))
+    assert set(load(base, adapter=adapter).lora.alphas) <= set() and load(base, adapter=adapter).lora.rank == 2
+    edit(adapter / "config.json", lora_rank="gone")
+    for place in (adapter, adapter / "lora.safetensors"):                    # a folder or the file itself
+        found = lora.norms(load(base, adapter=place))
+        assert found.keys() == expected.keys() and all(found[n] == pytest.approx(expected[n], rel=1e-5) for n in expected)
+    edit(adapter / "config.json", lora_rank=7)
+    with pytest.raises(ValueError, match="lora_rank is 7 in its config.json and 2 in its tensors"):
+        load(base, adapter=adapter)
+    edit(adapter / "config.json", lora_rank=2, delays=[0, 0, 0, 0, 0, 0])
+    with pytest.raises(ValueError, match=r"made for another model than this one \(audio row \d, delay: 0 -> 1"):
+        load(base, adapter=adapter)
+
+
+def test_an_adapter_alone_finds_its_base_or_says_how_to_name_it(tmp_path):
+    base, _, adapter = moshi_adapter(tmp_path)
+    rc, _, err = call("sample.py", f"--ckpt={adapter}", "--user=x.wav")
+    assert rc == 2 and f"does not say which model it belongs to; name both: --ckpt=MODEL --adapter={adapter}" in err, err
+    qwen = official("qwen2", tmp_path / "qwen")
+    run = adapter_run(qwen, tmp_path / "qwen_run")
+    peft = export(run, tmp_path / "peft", to="peft")
+    expected, found = lora.norms(load(run)), lora.norms(load(peft))
+    assert found == pytest.approx(expected)
+    merged = export(peft, tmp_path / "merged")                              # checkpoint.py merge of an adapter folder
+    assert not list(lora.adapters(load(merged)))
+    tensors = load_file(peft / "adapter_model.safetensors")
+    (peft / "adapter_model.safetensors").unlink()
+    torch.save(tensors, peft / "adapter_model.bin")
+    assert lora.norms(load(peft)) == pytest.approx(expected)
+    with pytest.raises(ValueError, match="are both adapters"):
+        load(peft, adapter=peft)
+
+
+def test_weights_in_pytorchs_own_file_are_read_and_nothing_in_it_is_run(tmp_path):
+    folder = official("qwen2", tmp_path / "base")
+    expected = load(folder).weights()
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(tensors, folder / "pytorch_model.bin")
+    assert all(torch.equal(t, expected[n]) for n, t in load(folder).weights().items())
+    half = len(tensors) // 2
+    names = sorted(tensors)
+    (folder / "pytorch_model.bin").unlink()
+    for k, part in enumerate((names[:half], names[half:]), 1):
+        torch.save({n: tensors[n] for n in part}, folder / f"pytorch_model-0000{k}-of-00002.bin")
+    index = {n: f"pytorch_model-0000{1 + (n in names[half:])}-of-00002.bin" for n in names}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": index}))
+    assert all(torch.equal(t, expected[n]) for n, t in load(folder).weights().items())
+    torch.save({"x": Path("/")}, folder / "pytorch_model-00001-of-00002.bin")
+    with pytest.raises(ValueError, match="cannot be read as weights"):
+        load(folder)
+
+
+@pytest.mark.parametrize(("name", "tied"), [("peft_embed", False), ("peft_head", False), ("peft_both", True)])
+@torch.no_grad()
+def test_an_adapter_on_a_tied_model_is_what_peft_computes(name, tied, tmp_path):
+    """PEFT adapts embedding or head alone and leaves the other as it was; here, through every way that it goes on."""
+    case = load_file(FOLDERS.parent / f"{name}.safetensors")
+    grid = torch.nn.functional.pad(case["ids"], (0, 1), value=-1)[:, None]
+
+    def error(model: torch.nn.Module) -> float:
+        return float((model(grid)[0] - case["logits"]).abs().max())
+
+    model = load(FOLDERS / name)                                            # finds its base by itself
+    assert model.config.tied is tied and error(model) < 1e-5
+    model.extras.base = str(FOLDERS / "qwen2")
+    run = save(model, tmp_path / "run")
+    assert error(load(run)) < 1e-5
+    for to, folder in (("multistream", "merged"), ("hf", "hf")):
+        again = load(export(run, tmp_path / folder, to=to))
+        assert again.config.tied is tied and error(again) < 1e-5
+    peft = export(run, tmp_path / "peft", to="peft")
+    assert error(load(FOLDERS / "qwen2", adapter=peft)) < 1e-5
+    if name == "peft_both":
+        saved = load_file(peft / "adapter_model.safetensors")
+        both = [saved[f"base_model.model.{part}.weight"] for part in ("model.embed_tokens", "lm_head")]
+        about = json.loads((peft / "adapter_config.json").read_text())
+        assert torch.equal(*both) and about["modules_to_save"] == ["lm_head", "model.embed_tokens"]
+    try:
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM
+    except ImportError:
+        return                                                              # the official loader again, where it is installed
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(FOLDERS / "qwen2"), peft).eval()
+    assert float((theirs(input_ids=case["ids"]).logits - case["logits"]).abs().max()) < 1e-5
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    assert float((merged(input_ids=case["ids"]).logits - case["logits"]).abs().max()) < 1e-5
+
+
+def test_an_adapter_of_another_base_is_told_by_the_weight_that_it_brings(tmp_path):
+    base = official("qwen2", tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    save_file({n: t + 0.1 * (n == "model.embed_tokens.weight") for n, t in tensors.items()}, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="brings a lm_head.weight that is not this model's; it was trained on another base"):
+        load(base, adapter=FOLDERS / "peft_head")
+
+
+# ---- what was trained is what is sampled ----
+
+def sampled(run: Path, **options: object) -> DataConfig:
+    """The data facts that sample.py reads off a checkpoint."""
+    return load_for_sampling(Job(ckpt=str(run), **options))[1]
+
+
+def trained_run(folder: Path, table: StreamTable, data: DataConfig) -> Path:
+    """A checkpoint as train.py writes it: a small model with the facts that shape a prompt."""
+    stack = StackConfig(dim=12, layers=1, heads=2, ffn=8)
+    depth = StackConfig(dim=8, layers=1, heads=2, ffn=8, rope_theta=0.0, steps=len(table.audio_out)) if table.monologue else None
+    tail = {"moss": {"tail": 1}}.get(table.layout, {})
+    model = MultistreamLM(ModelConfig(table, replace(stack, layers=2 if tail else 1), depth=depth, **tail))
+    return save(model, folder, Extras(data=prompt_facts(data, table)))
+
+
+CHAT = {"qwen2": ("tiny_qwen_tokenizer.json", 544, 0), "qwen3": ("tiny_qwen_tokenizer.json", 544, 0),
+        "moss": ("tiny_qwen_tokenizer.json", 544, 1), "chatml": ("tiny_tokenizer.json", 288, 8)}
+
+
+@pytest.mark.parametrize("change", [
+    {}, {"scene": "A quiet room."}, {"reference_in": "system"}, {"scene": "A hall.", "reference_in": "system"}, {"system": "Be brief."},
+    {"normaliser": "english-v1"}, {"thought": "none"}], ids=lambda c: "-".join(c) or "plain")
+@pytest.mark.parametrize("layout", sorted(CHAT))
+def test_the_prompt_of_a_conversation_is_the_training_grid(layout, change, tmp_path):
+    file, words, Q = CHAT[layout]
+    path = str(ROOT / "assets" / file)
+    tokenizer, rows = load_tokenizer(path), codebooks(Q, 258, 258, 256 if layout == "chatml" else -1, 257, range(Q))
+    table = with_tokenizer_ids(StreamTable((Stream("text", "text", words, words), *rows), layout), tokenizer)
+    data = DataConfig(tokenizer=path, codec="tiny" if Q == 8 else "tiny:1", **change)
+    run = trained_run(tmp_path, table, data)
+    now, chat = sampled(run), new_chat(data, tokenizer, table)
+    said, codes = "Dr. Smith owes 5 dollars", random_ids(256, (max(Q, 1), 4), 5)
+    if layout == "chatml":
+        codec, voice = load_codec("tiny"), min((ROOT / "assets/speech/allison").glob("*.opus"))
+        segments = chat.spoken(said, codes, [("one two", encode(codec, load_wav(voice, codec.sample_rate)[0]))])
+        prompt = prompt_example(said, now, tokenizer, codec, [(str(voice), "one two")], table)
+    else:
+        reply = [{"type": "audio"}] if Q else "Yes."
+        segments = chat.segments([{"role": "user", "content": said}, {"role": "assistant", "content": reply}], [codes] * bool(Q))
+        prompt = prompt_example(said, now, tokenizer, None, (), table)
+    trained, asked = lay_out(Example(torch.zeros(0), segments=segments), table)[0], lay_out(prompt, table)[0]
+    assert torch.equal(trained[:, : asked.shape[1]], asked) and asked.shape[1] < trained.shape[1]
+
+
+def test_the_user_may_say_otherwise(tmp_path):
+    path = str(ROOT / "assets/tiny_tokenizer.json")
+    rows = (Stream("text", "text", 288, 288), *codebooks(8, 258, 258, 256, 257, range(8)))
+    table = with_tokenizer_ids(StreamTable(rows, "chatml"), load_tokenizer(path))
+    run = trained_run(tmp_path, table, DataConfig(tokenizer=path, scene="A hall.", reference_in="system", system="Be brief."))
+    kept, other = sampled(run), sampled(run, scene="", ref_in="assistant", system="Be loud.")
+    assert (kept.scene, kept.reference_in, kept.system) == ("A hall.", "system", "Be brief.")
+    assert (other.scene, other.reference_in, other.system) == ("", "assistant", "Be loud.")
+
+
+@pytest.mark.parametrize("change", [{}, {"contextual": True}, {"spaces": False, "contextual": True}, {"interleaver": "reference"}],
+                         ids=lambda c: "-".join(c) or "plain")
+def test_the_prompt_of_a_dialogue_is_the_training_grid(change, tmp_path):
+    manifest = Path(demo_dialogues(tmp_path / "talks", 1))
+    rows = codebooks(8, 257, 256, 256), codebooks(8, 257, 0, 256, name="user")
+    table = StreamTable((Stream("text", "text", 300, 299, start=299), *rows[0], *rows[1]), "duplex", aligned=True)
+    data = DataConfig(sources=(str(manifest),), cache=str(tmp_path / "cache"), tokenizer="bytes", split="manifest", max_seconds=60.0,
+                      chunk_seconds=60.0, held_out=0.0, **change)
+    index = prepare(data, table)
+    number = next(n for n, e in enumerate(index.entries) if e.split == "train")
+    trained = build_example(index, number, table)
+    run = trained_run(tmp_path / "run", table, data)
+    frames = dialogue_prompt(next(manifest.parent.glob("*.wav")), load_codec("tiny"), load_tokenizer("bytes"), table, sampled(run))
+    assert torch.equal(frames[0], trained.text) and torch.equal(frames[1:9], trained.codes) and torch.equal(frames[9:], trained.user)
+
+
+# ---- Qwen3's two kinds of chat templates ----
+
+@pytest.mark.parametrize(("template", "thought"), [("{% if enable_thinking %}", True), ("{{ messages }}", False), (None, True)])
+@pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config.json"])
+def test_a_thought_is_opened_where_the_folders_template_does(template, thought, place, tmp_path):
+    folder = official("qwen3", tmp_path / "base")
+    (folder / "chat_template.jinja").unlink()
+    if template is not None:
+        (folder / place).write_text(template if place.endswith("jinja") else json.dumps({"chat_template": template}))
+    tokenizer, table = load_tokenizer(folder), load(folder).table
+    data = DataConfig(tokenizer=str(folder))
+    asked = tokenizer.decode(lay_out(prompt_example("Hi", data, tokenizer, table=table), table)[0][0].tolist())
+    assert asked.endswith("<think>\n\n</think>\n\n") is thought and "assistant\n" in asked
+    assert sampled(trained_run(tmp_path / "run", table, data)).thought == ("" if thought else "none")
+
+
+# ---- what stands around the weights ----
+
+AROUND = {"qwen2": ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+          "higgs": ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "processor_config.json")}
+
+
+def ways(name: str, tmp_path: Path) -> dict[str, Path]:
+    """An official folder exported by every way that leads there."""
+    base = official(name, tmp_path / "base")
+    data = {"tokenizer": str(base / "tokenizer.json"), "codec": "tiny"}
+    run = adapter_run(base, tmp_path / "run")
+    imported = export(base, tmp_path / "imported")
+    whole = save(load(base), tmp_path / "whole", Extras(data=data, folder=str(base)))              # a full fine-tune
+    started = adapter_run(imported, tmp_path / "started")
+    found = {"itself": base, "run": run, "imported": imported, "whole": whole, "started": started,
+             "merged": export(run, tmp_path / "merged")}
+    return {way: export(path, tmp_path / f"out_{way}", to="hf") for way, path in found.items()}
+
+
+@pytest.mark.parametrize("name", sorted(AROUND))
+def test_an_export_carries_what_stood_around_its_base(name, tmp_path):
+    out = ways(name, tmp_path)
+    base = tmp_path / "base"
+    about = json.loads((base / "config.json").read_text())
+    for way, folder in out.items():
+        for file in AROUND[name]:
+            assert (folder / file).read_bytes() == (base / file).read_bytes(), (way, file)
+        wrote = json.loads((folder / "config.json").read_text())
+        for key in ("max_position_embeddings", "bos_token_id", "pad_token_id"):
+            assert wrote[key] == about[key], (way, key)
+        assert set(load(folder).table.stop) == set(load(base).table.stop), way
+    peft = export(tmp_path / "run", tmp_path / "peft", to="peft")
+    assert (peft / "tokenizer_config.json").is_file() and not (peft / "config.json").is_file()
+
+
+def test_stop_ids_that_a_run_learnt_reach_generation_config(tmp_path):
+    base = official("qwen2", tmp_path / "base", eos_token_id=512)
+    edit(base / "config.json", eos_token_id=512)
+    config = load(base).config
+    run = adapter_run(base, tmp_path / "run", replace(config, table=replace(config.table, stop=(514, 512))))
+    assert json.loads((export(run, tmp_path / "out", to="hf") / "generation_config.json").read_text())["eos_token_id"] == [512, 514]
+
+
+def test_another_tokenizer_does_not_travel_with_the_files_of_the_bases(tmp_path):
+    base = official("qwen2", tmp_path / "base")
+    other = tmp_path / "tokenizer.json"
+    other.write_text((base / "tokenizer.json").read_text() + " ")
+    run = save(load(base), tmp_path / "run", Extras(data={"tokenizer": str(other), "codec": "tiny"}, folder=str(base)))
+    out = export(run, tmp_path / "out", to="hf")
+    assert (out / "tokenizer.json").read_bytes() == other.read_bytes() and not (out / "tokenizer_config.json").is_file()
+    assert (out / "generation_config.json").is_file()
+
+
+def test_a_moshi_export_carries_codec_tokenizer_and_rules(tmp_path):
+    told = {"mimi_name": "mimi.safetensors", "tokenizer_name": "spm.model", "lm_gen_config": {"temp": 0.5}, "model_id": {"sig": "abc"}}
+    folder = kyutai(tmp_path / "base", **told)
+    for name in ("mimi.safetensors", "spm.model"):
+        (folder / name).write_bytes(name.encode())
+    out = export(adapter_run(folder, tmp_path / "run", targets=("temporal.*",)), tmp_path / "out", to="moshi")
+    about = json.loads((out / "config.json").read_text())
+    assert all((out / about[f"{what}_name"]).is_file() for what in ("mimi", "tokenizer"))
+    assert {key: about[key] for key in told} == told and about["lora"] is False
+
+
+@pytest.mark.parametrize("name", sorted(AROUND))
+@torch.no_grad()
+def test_the_official_loader_reads_the_export_and_answers_as_before(name, tmp_path):
+    """Live: tokenizer, model and its generation_config by the Auto classes; equal tokens, and those of ours."""
+    transformers = pytest.importorskip("transformers")
+    out = ways(name, tmp_path)
+    kind = transformers.AutoModelForCausalLM if name == "qwen2" else getattr(transformers, "HiggsAudioV2ForConditionalGeneration", None)
+    if kind is None:
+        pytest.skip("this transformers has no Higgs Audio v2")
+    options = {} if name == "qwen2" else {"use_text_head": True}
+    tokenizers = [transformers.AutoTokenizer.from_pretrained(folder) for folder in (tmp_path / "base", *out.values())]
+    talk = [{"role": "user", "content": "Where is my order?"}]
+    texts = [t.apply_chat_template(talk, add_generation_prompt=True, tokenize=False) for t in tokenizers]
+    assert len(set(texts)) == 1 and len({tuple(t(texts[0])["input_ids"]) for t in tokenizers}) == 1
+    model = kind.from_pretrained(out["itself"], **options).eval()
+    expected = kind.from_pretrained(tmp_path / "base", **options).eval()
+    assert model.generation_config.to_diff_dict() == expected.generation_config.to_diff_dict()
+    if name != "qwen2":
+        assert (model.generation_config.ras_win_len, model.config.max_position_embeddings) == (7, 2048)
+        return
+    case = json.loads((FOLDERS / name / "expected.json").read_text())
+    ids = torch.tensor([case["ids"]])
+    tokens = model.generate(ids, do_sample=False, repetition_penalty=1.0, max_new_tokens=16, attention_mask=torch.ones_like(ids))
+    assert tokens[0, ids.shape[1]:].tolist() == case["tokens"]
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3"])
+def test_our_greedy_words_are_those_of_the_official_script(name):
+    case = json.loads((FOLDERS / name / "expected.json").read_text())
+    model, prompt = load(FOLDERS / name), torch.tensor(case["ids"])[None, None]
+    frames = list(generate(model, prompt, SampleConfig(temperature=0, max_frames=16)))
+    assert torch.cat(frames, -1)[0].tolist() == case["tokens"]

@@ -1,0 +1,110 @@
+"""Write tests/golden/folders: tiny models as the official loaders save them, with the files that stand around released weights.
+
+    python tests/golden/make_folders.py       torch 2.13.0, transformers 5.24.0, peft 0.21.2
+
+Keys and ids stand in the order of the released repositories. `expected.json` holds a prompt and what the official class
+and its generation_config.json make of it, greedily. Read by tests/families/test_official_folders.py.
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from make import scramble
+from safetensors.torch import save_file
+
+HERE = Path(__file__).parent
+ASSETS = HERE.parents[1] / "assets"
+END, START, CLOSE = 512, 513, 514               # <|endoftext|> <|im_start|> <|im_end|> of the tiny tokenizer
+# The released repositories' own: Qwen2.5-1.5B-Instruct and Qwen3-1.7B. The order of eos_token_id is theirs.
+GENERATION = {"qwen2": {"bos_token_id": END, "pad_token_id": END, "do_sample": True, "eos_token_id": [CLOSE, END],
+                        "repetition_penalty": 1.1, "temperature": 0.7, "top_p": 0.8, "top_k": 20},
+              "qwen3": {"bos_token_id": END, "do_sample": True, "eos_token_id": [CLOSE, END], "pad_token_id": END,
+                        "temperature": 0.6, "top_k": 20, "top_p": 0.95}}
+CHATML = """{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
+
+
+def write(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def qwen(name: str, folder: Path) -> None:
+    from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+    kinds = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
+    config = kinds[name][0](vocab_size=544, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3,
+                            num_key_value_heads=1, head_dim=8, max_position_embeddings=1024, rope_theta=1e6, tie_word_embeddings=True,
+                            bos_token_id=END, eos_token_id=CLOSE, attn_implementation="eager")
+    model = scramble(kinds[name][1](config), 1)
+    model.generation_config = GenerationConfig(**GENERATION[name])
+    model.save_pretrained(folder)
+    write(folder / "generation_config.json", GENERATION[name])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(ASSETS / "tiny_qwen_tokenizer.json"), eos_token="<|im_end|>",
+                                        pad_token="<|endoftext|>", chat_template=CHATML)
+    tokenizer.save_pretrained(folder)
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "Where is my order?"}], add_generation_prompt=True,
+                                        return_tensors="pt", return_dict=True)["input_ids"]
+    with torch.no_grad():
+        out = model.generate(ids, do_sample=False, repetition_penalty=1.0, max_new_tokens=16, attention_mask=torch.ones_like(ids))
+    write(folder / "expected.json", {"ids": ids[0].tolist(), "tokens": out[0, ids.shape[1]:].tolist()})
+
+
+def higgs(name: str, folder: Path) -> None:
+    """As convert_higgs of transformers leaves it: RAS lives in generation_config.json, the chat template in the processor's files."""
+    from transformers import GenerationConfig, HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration, PreTrainedTokenizerFast
+    ids = {t["content"]: t["id"] for t in json.loads((ASSETS / "tiny_tokenizer.json").read_text())["added_tokens"]}
+    config = HiggsAudioV2Config(
+        vocab_size=288, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+        max_position_embeddings=2048, num_codebooks=8, codebook_size=258, audio_stream_bos_id=256, audio_stream_eos_id=257,
+        audio_bos_token_id=ids["<|audio_out_bos|>"], audio_eos_token_id=ids["<|audio_eos|>"],
+        audio_token_id=286, audio_delay_token_id=287, eos_token_id=ids["<|eot_id|>"],
+        bos_token_id=1, pad_token_id=ids["<|end_of_text|>"], attn_implementation="eager")
+    model = scramble(HiggsAudioV2ForConditionalGeneration(config, use_text_head=True), 2).to(torch.bfloat16)
+    model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=ids["<|eot_id|>"], pad_token_id=ids["<|end_of_text|>"],
+                                               ras_win_len=7, ras_win_max_num_repeat=2, use_text_head=True)
+    model.save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_file=str(ASSETS / "tiny_tokenizer.json"), eos_token="<|eot_id|>", pad_token="<|end_of_text|>",
+                            chat_template="{{ messages }}").save_pretrained(folder)
+    write(folder / "processor_config.json", {"processor_class": "HiggsAudioV2Processor", "audio_stream_bos_id": 256,
+                                             "audio_stream_eos_id": 257})
+
+
+
+
+# Of a base whose head is its embedding: one of the two trained in full, both, the head with an adapter.
+TIED = {"peft_embed": {"modules_to_save": ["embed_tokens"]}, "peft_head": {"target_modules": ["q_proj", "lm_head"]},
+        "peft_both": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}}
+
+
+def peft(name: str, folder: Path) -> None:
+    """An adapter as PEFT saves it; what it answers lies in NAME.safetensors beside the folders."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+    base = AutoModelForCausalLM.from_pretrained(HERE / "folders/qwen2", attn_implementation="eager")
+    model = get_peft_model(base, LoraConfig(r=2, lora_alpha=6, task_type="CAUSAL_LM", **({"target_modules": ["q_proj"]} | TIED[name])))
+    draw, ids = torch.Generator().manual_seed(3), torch.arange(3, 12)[None]
+    with torch.no_grad():
+        for n, p in sorted(model.named_parameters()):
+            if p.requires_grad and "lm_head.modules_to_save" not in n:                    # ensure_weight_tying keeps the two equal
+                p.add_(0.1 * torch.randn(p.shape, generator=draw))
+        logits = model.eval()(input_ids=ids).logits
+    model.save_pretrained(folder)
+    about = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": "folders/qwen2"}
+    write(folder / "adapter_config.json", about)
+    (folder / "README.md").unlink()
+    save_file({"ids": ids, "logits": logits}, HERE / f"{name}.safetensors")
+
+
+MAKE = {"qwen2": qwen, "qwen3": qwen, "higgs": higgs, **dict.fromkeys(TIED, peft)}
+
+if __name__ == "__main__":
+    for name in sys.argv[1:] or MAKE:
+        folder = HERE / "folders" / name
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        MAKE[name](name, folder)
+        if (tokens := folder / "tokenizer.json").is_file():                 # one line instead of thousands
+            tokens.write_text(json.dumps(json.loads(tokens.read_text()), ensure_ascii=False, separators=(",", ":")) + "\n")
+        print(name, {path.name: path.stat().st_size for path in sorted(folder.iterdir())})

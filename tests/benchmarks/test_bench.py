@@ -242,7 +242,7 @@ def test_our_side_runs_alone(words):
 
 
 def test_a_command_that_does_not_exist_says_what_does():
-    for words in ([], ["speed"], ["train", "decode"], ["train", "--model=gpt"], ["train", "--pairs=0"], ["decode", "--quantize=int4"],
+    for words in (["speed"], ["train", "decode"], ["train", "--model=gpt"], ["train", "--pairs=0"], ["decode", "--quantize=int4"],
                   ["train", "--model=moshi", "--packed"], ["train", "--model=higgs", "--codec"]):
         assert call("bench.py", *words)[0] == 2
     assert "--pairs" in call("bench.py", "--help")[1]

@@ -155,7 +155,7 @@ def test_conditions_of_a_dialogue_stand_in_every_column_of_its_rows(tmp_path, ca
     assert sorted(rows) == ["000", "001"] and all((rows[name][0][1] == wanted).all() for name, wanted in (("000", 2), ("001", 7)))
     assert all(not weights[1].any() for _, weights in rows.values())
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("left out")]
-    assert len(said) == 2 and "is 'fine'; choose one of bad, neutral, good" in said[0] and "no condition 'voice'" in said[1], said
+    assert len(said) == 2 and "is 'fine'; choose one of bad, neutral, good" in said[0] and "condition 'voice' is unknown" in said[1], said
     model = MultistreamLM(replace(smoke.model, table=table))
     sums = model(*(part[None] for part in rows["000"]))
     sums.nll.sum().backward()

@@ -451,9 +451,9 @@ def test_what_kernels_asks_for_is_there_or_an_error_says_so(mode: str, interpret
     monkeypatch.setattr(choice, "INTERPRET", interpret)
     if told:
         with pytest.raises(ValueError, match=told):
-            choice.fused(torch.ones(2))
+            choice.use_triton(torch.ones(2))
     else:
-        assert choice.fused(torch.ones(2)) == (mode == "triton")
+        assert choice.use_triton(torch.ones(2)) == (mode == "triton")
 
 
 def test_without_triton_the_references_serve_and_a_request_for_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:

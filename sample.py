@@ -34,6 +34,7 @@ from generation.command_line import Job, load_for_sampling, pair_voices, usual_r
 from generation.conversation import ChatConfig, chat_in_terminal
 from generation.decode_step import Feed, SampleConfig, completed_frame
 from generation.dialogue import UserFeed, conversation_input, write_reply
+from generation.plan import plan_sampling
 from generation.reply_stream import print_reply
 from generation.turns import advance, start_state
 from layers.conditioning import condition_column
@@ -248,15 +249,18 @@ def speak_texts(job: Job, texts: list[str], voices: Sequence[tuple[str, str]] = 
 
 
 def main() -> None:
-    words, pairs = split_arguments(sys.argv[1:], ("help", "stream", "chat"), ("ref", "ref_text"))
+    words, pairs = split_arguments(sys.argv[1:], ("help", "stream", "chat", "plan"), ("ref", "ref_text"))
     if "help" in pairs or not sys.argv[1:]:
         return print(help_text(Job(), "python sample.py --ckpt out/demo --text 'four nine two seven' --out x.wav"))
     if words:
         raise ValueError(f"unexpected word {words[0]!r}; options look like --text=\"...\"")
+    card = pairs.pop("plan", None)                   # what it needs in memory; nothing is loaded
     if pairs.get("stream") == "":
         pairs["stream"] = "true"
     pairs |= {name: str(locate(pairs[name])) for name in ("user", "prompt") if pairs.get(name)}
     job = apply(Job(chat=ChatConfig() if pairs.pop("chat", "false") != "false" else None), pairs)
+    if card is not None:
+        return print(*plan_sampling(job, card), sep="\n")
     if job.chat is not None:
         return chat(job, pairs.keys())
     if job.user or job.prompt:

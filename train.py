@@ -3,6 +3,7 @@
     python train.py configs/tiny.py                               one process, CPU or GPU
     torchrun --standalone --nproc_per_node=8 train.py configs/tiny_clone.py --lr=1e-4
     python train.py configs/tiny.py                               again: continues where it stopped
+    python train.py configs/higgs_ar.py --plan=24GB               what it needs in memory, and what makes it fit
 
 One step: fetch the micro-batches, count their targets over all ranks, forward and backward with one all-reduce (DDP, or
 shards: parallel.py), clip, update. Checkpoints are written between steps, so a run that is killed anywhere repeats
@@ -25,37 +26,40 @@ from tqdm import tqdm
 
 import lora
 from audio.wav import load_wav
-from checkpoint import DTYPES, Extras, adapter_config, base_of, load, put_adapter, resolve, save
+from checkpoint import Extras, adapter_config, base_of, load, put_adapter, resolve, save
 from config import TrainConfig, first_beta, learning_rate
 from corpus.index import prompt_facts
 from data import Batch, Loader
 from files import lock, unlock
-from kernels.choice import has_bf16, slow_dtype
+from kernels.choice import slow_dtype
 from layers.batch_plan import make_plan
 from layers.fusion import remember
 from model import Block, MultistreamLM
 from options import difference, exit_on_error, from_json, load_config, read_json, write_json
-from training import evaluation_samples, monitor, parallel, sweep
+from training import evaluation_samples, monitor, parallel, plan, sweep
 from training.curriculum import Curriculum, prepare_all
 from training.objective import Contrast, Likelihood, Preference
 from training.parallel import all_sum, barrier
-from training.plan import held_types
 from training.run_state import RunState, further_effects, latest, load_run, newest_whole, prune, save_run, swap
 
 exit_on_error()                                  # a ValueError or OSError from here on is one line and exit code 2
 if sys.argv[1:2] == ["sweep"]:                   # several runs, each by this script
     sweep.main(sys.argv[2:])
     raise SystemExit
+USAGE = "python train.py configs/NAME.py [--key=value ...] [--smoke] [--plan[=24GB] [--ranks=8]]"
+if any(word.split("=")[0] == "--plan" for word in sys.argv):
+    plan.main(sys.argv[1:], USAGE)               # what it needs in memory; nothing is loaded
+    raise SystemExit
 
 # ---- 1. config ----
-config: TrainConfig = load_config(sys.argv[1:], "python train.py configs/NAME.py [--key=value ...] [--smoke]", kind="TrainConfig")
+config: TrainConfig = load_config(sys.argv[1:], USAGE, kind="TrainConfig")
 out, table = Path(config.out), config.model.table
 
 # ---- 2. runtime: rank, device, precision, seed ----
 rank, world, local = parallel.ranks()
 device = parallel.start(config.device, local)
 kind = device.type
-dtype = DTYPES[config.dtype if config.dtype != "auto" else "bf16" if has_bf16(kind) else "fp32"]
+dtype = plan.computed_type(config, kind)
 autocast = torch.autocast(kind, dtype) if dtype != torch.float32 else nullcontext()
 torch.manual_seed(config.seed)                   # equal weights everywhere; the ranks part ways in section 5
 
@@ -98,7 +102,7 @@ if config.lora is not None and not base:         # adapters on random weights: k
 def prepare(model: MultistreamLM) -> dict[str, torch.dtype]:
     """What is frozen is read in the compute type, or in 8 bits; only what is trained has fp32 masters. A rank reads its shards."""
     adapters = adapter_config(config.init_adapter, model) if config.init_adapter else config.lora
-    types = held_types(model, adapters, config.rates, config.quantize)
+    types = plan.held_types(model, adapters, config.rates, config.quantize)
     if config.shard and base:
         parallel.shard(model, Block, device, dtype)
     return types
@@ -160,9 +164,9 @@ goal = Preference(raw, config.dpo) if config.dpo else (Contrast if config.loss.c
 def forward(module: torch.nn.Module, batch: Batch, scale: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """What a batch adds to the loss, where the scale of that is given, and to the numbers that are reported."""
     tensors = (batch.tokens, batch.weights, batch.positions, batch.segments, batch.speakers)
-    plan = make_plan(config.model, *tensors[:4]).to(device)                # counted here, where nothing has to be waited for
+    counts = make_plan(config.model, *tensors[:4]).to(device)              # counted here, where nothing has to be waited for
     with autocast:
-        return goal.sums(module, [t.to(device, non_blocking=True) for t in tensors], plan, scale)
+        return goal.sums(module, [t.to(device, non_blocking=True) for t in tensors], counts, scale)
 
 
 # ---- 7. evaluate, sample, save ----

@@ -23,6 +23,7 @@ from families.higgs import HIGGS_V2_3B
 from families.qwen import QWEN2_5_1_5B
 from families.tensor_files import computed, write_shards
 from generation.decode_step import SampleConfig
+from generation.plan import typical_batch
 from layers.architecture import ModelConfig
 from layers.int8_base import quantize
 from lora import LoraConfig, inject
@@ -30,7 +31,7 @@ from model import MultistreamLM
 from options import apply, edge, split_arguments, write_json
 from sample import generate
 from streams import is_audio
-from training.plan import held_types, typical_batch
+from training.plan import held_types
 
 MODELS = {"qwen": replace(QWEN2_5_1_5B, checkpoint=4), "higgs": replace(HIGGS_V2_3B, checkpoint=4)}
 STEPS = ("load", "lora", "lora8", "sample", "sample8", "merge", "export")

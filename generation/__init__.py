@@ -8,4 +8,5 @@
     reply_stream.py    a reply piece by piece
     conversation.py    turn-based chat: lookups, barge-in, logs
     command_line.py    the options of sample.py
+    plan.py            what sampling needs in memory, before anything is loaded
 """

@@ -16,7 +16,7 @@ alternate, and the median of the pairwise ratios counts: a busy machine slows bo
 installed reads "not measured". `make bench` runs everything; BENCHMARKS.md holds the results and the machine.
 """
 
-import setup_check  # noqa: F401, first: it says how to set up where torch is missing
+import system.setup_check  # noqa: F401, first: it says how to set up where torch is missing
 
 import gc
 import json

@@ -13,7 +13,7 @@ and written through families/, each in the file of its family. What a run needs 
 training/run_state.py. One file because what is saved and what is loaded is one contract.
 """
 
-import setup_check  # noqa: F401, first: it says how to set up where torch is missing
+import system.setup_check  # noqa: F401, first: it says how to set up where torch is missing
 
 import json
 import re
@@ -61,7 +61,6 @@ from families.tensor_files import (
     write_shards,
     write_tensors,
 )
-from files import check_sums, write_sums
 from kernels.int8 import quantize_rows
 from layers.architecture import ModelConfig
 from layers.fusion import as_stored, fingerprint
@@ -83,6 +82,7 @@ from options import (
     write_json,
 )
 from streams import StreamTable
+from system.files import check_sums, write_sums
 from text.tokenizers import load_tokenizer, tokenizer_file
 from training.parallel import part, place
 
@@ -323,10 +323,10 @@ def read_about(folder: Path) -> dict[str, Any]:
                          + "official layouts that can be read are listed by `python checkpoint.py import --help`")
     if about.get("version") != VERSION:
         raise ValueError(f"{folder} has checkpoint version {about.get('version')}, this code reads {VERSION}; update the code")
-    wanted = {"model": dict, "data": {"tokenizer": str, "codec?": str, "normaliser?": str} if about.get("data") else dict, "step": int,
+    fields = {"model": dict, "data": {"tokenizer": str, "codec?": str, "normaliser?": str} if about.get("data") else dict, "step": int,
               "base": str, "lora?": dict | types.NoneType, "idle?": [str]}
     try:
-        expect(about, wanted)
+        expect(about, fields)
     except ValueError as error:
         raise ValueError(f"{folder}/config.json is damaged ({error}); use another checkpoint") from None
     return about
@@ -440,10 +440,10 @@ def open_official(form: Format, folder: Path, config: ModelConfig | None = None,
                   file: Path | None = None) -> tuple[MultistreamLM, Tensors]:
     """The model of an official config.json on the meta device, and its weights by our names, of one file or of shards."""
     about = read_json(config_file(folder))
-    named, wanted = form.named(about), folder / form.weight_file(about)
+    named, fields = form.named(about), folder / form.weight_file(about)
     if named:
-        wanted = named_file(folder, named, f"the weights in {folder}/config.json", "give the file itself")
-    tensors = open_official_files(folder, file if file is not None and file.is_file() else wanted)
+        fields = named_file(folder, named, f"the weights in {folder}/config.json", "give the file itself")
+    tensors = open_official_files(folder, file if file is not None and file.is_file() else fields)
     if (folder / "generation_config.json").is_file():             # it knows all ids that end a text, config.json often one
         about |= {k: v for k, v in read_json(folder / "generation_config.json").items() if k == "eos_token_id" and v is not None}
     about = form.complete(about, tensors, str(folder), lambda name: open_model(name)[0].config)

@@ -20,7 +20,7 @@ an example, here two clips joined by a compose rule (`*`: a target):
 the draw), so its whole state is a few counters, and any number of ranks reads one global sequence. Next: train.py.
 """
 
-import setup_check  # noqa: F401, first: it says how to set up where torch is missing
+import system.setup_check  # noqa: F401, first: it says how to set up where torch is missing
 
 import random
 import sys

@@ -14,7 +14,7 @@ English only.  It hears "thank you" in noise: a transcript that is not empty pro
 takes its place with --recogniser=module:function, which makes a list of texts of a list of (wav (1, W), rate).
 """
 
-import setup_check  # noqa: F401, first: it says how to set up where torch is missing
+import system.setup_check  # noqa: F401, first: it says how to set up where torch is missing
 
 import importlib
 import os

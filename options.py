@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from files import checksum, replace_file, unlock_all
+from system.files import checksum, replace_file, unlock_all
 
 # ---- JSON <-> dataclass ----
 
@@ -321,15 +321,15 @@ def write_rows(path: str | Path, rows: Iterable[Any]) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def read_json(path: str | Path, limit: int = 64 << 20, wanted: str = "") -> Any:
-    """Read a JSON file of at most `limit` bytes, of the checksum `wanted`; ValueError names the file and the line that is broken."""
+def read_json(path: str | Path, limit: int = 64 << 20, expected_sum: str = "") -> Any:
+    """Read a JSON file of at most `limit` bytes, of the checksum `expected_sum`; ValueError names the file and the line that is broken."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; check the path")
     if path.stat().st_size > limit:
         raise ValueError(f"{path} has {path.stat().st_size} bytes, more than the {limit} expected of such a file")
     content = path.read_bytes()
-    if wanted and checksum(content) != wanted:
+    if expected_sum and checksum(content) != expected_sum:
         raise ValueError(f"{path} is damaged (its checksum differs); delete it and run what makes it again")
     try:
         found = json.loads(content.decode())
@@ -338,9 +338,9 @@ def read_json(path: str | Path, limit: int = 64 << 20, wanted: str = "") -> Any:
     return found
 
 
-def read_object(path: str | Path, remedy: str, limit: int = 64 << 20, wanted: str = "", **fields: Any) -> dict[str, Any]:
+def read_object(path: str | Path, remedy: str, limit: int = 64 << 20, expected_sum: str = "", **fields: Any) -> dict[str, Any]:
     """Read the object of a JSON file whose `fields` are of these types (`expect` has them); ValueError names the field and the remedy."""
-    found = read_json(path, limit, wanted)
+    found = read_json(path, limit, expected_sum)
     try:
         expect(found, fields)
     except ValueError as error:

@@ -11,7 +11,7 @@ codebook of a frame exists. Writing a file, streaming and live chat all consume 
 function that built the training grids. The options of the command line are generation/command_line.py. Next: checkpoint.py.
 """
 
-import setup_check  # noqa: F401, first: it says how to set up where torch is missing
+import system.setup_check  # noqa: F401, first: it says how to set up where torch is missing
 
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence

@@ -11,7 +11,7 @@ nothing and skips nothing.
 A script, read from top to bottom; what it calls is tested on its own, and it through its command line.
 """
 
-import setup_check  # noqa: F401, first: it says how to set up where torch is missing
+import system.setup_check  # noqa: F401, first: it says how to set up where torch is missing
 
 import math
 import signal
@@ -30,12 +30,12 @@ from checkpoint import Extras, adapter_config, base_of, load, put_adapter, resol
 from config import TrainConfig, first_beta, learning_rate
 from corpus.index import prompt_facts
 from data import Batch, Loader
-from files import lock, unlock
 from kernels.choice import slow_dtype
 from layers.batch_plan import make_plan
 from layers.fusion import remember
 from model import Block, MultistreamLM
 from options import difference, exit_on_error, from_json, load_config, read_json, write_json
+from system.files import lock, unlock
 from training import evaluation_samples, monitor, parallel, plan, sweep
 from training.curriculum import Curriculum, prepare_all
 from training.objective import Contrast, Likelihood, Preference

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from files import replace_file
+from system.files import replace_file
 
 RESAMPLER = "kaiser-v1"     # part of the token cache's key: change it when a resampled sample would change
 MAX_RATE = 384_000

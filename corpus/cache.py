@@ -32,8 +32,8 @@ from audio.wav import RESAMPLER, resample
 from corpus.checks import audio_digest, header_faults, usable_clip
 from corpus.data_config import DataConfig
 from corpus.manifest import Manifest, RejectedRow, Row
-from files import checksum, replace_file
 from options import FULL, out_of_memory, visible
+from system.files import checksum, replace_file
 
 SUM = "sum:"                # stands before a checksum
 SHARD = 64                  # clips per shard; an interrupted `prepare` encodes at most this many again

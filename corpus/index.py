@@ -39,10 +39,10 @@ from corpus.data_config import PROMPT_FIELDS, DataConfig
 from corpus.layouts import read_manifest
 from corpus.manifest import Manifest, Row, hash_fraction
 from families.family import family_of
-from files import checksum, lock, replace_file, unlock
 from layers.conditioning import condition_ids
 from options import read_json, visible, write_json
 from streams import StreamTable
+from system.files import checksum, lock, replace_file, unlock
 from text.conversation import Chat, with_transcripts
 from text.normalisers import normalise
 from text.tokenizers import Tokenizer, load_tokenizer, tokenizer_file

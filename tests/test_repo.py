@@ -23,7 +23,7 @@ from options import apply, flatten, load_config, run_config, split_arguments
 
 # Rooms and files of the root from the ground up: what stands in a line may import what stands in the lines above it, and its own room.
 FLOORS = (
-    "setup_check", "files", "options", "kernels", "audio", "streams",      # the ground floor: no room above
+    "system", "options", "kernels", "audio", "streams",      # the ground floor: no room above
     "text",
     "layers",
     "lora", "loss", "model",
@@ -37,7 +37,7 @@ FLOORS = (
     "training",
     "evaluation", "benchmarks",
     "train", "evaluate", "bench")
-GROUND = set(FLOORS[:6])
+GROUND = set(FLOORS[:5])
 LISTS = ("families", "kernels", "audio", "configs")             # rooms that hold like things, as many as there are
 CORE = ("config", "streams", "model", "lora", "data", "loss", "train", "sample")
 ROOMS = sorted(path.parent.name for path in ROOT.glob("*/__init__.py"))

@@ -96,24 +96,24 @@ def changes(config: Any) -> list[tuple[str, Any]]:
 def plan_training(config: Any, dtype: torch.dtype, device: str, ranks: int, card: str) -> list[str]:
     """The lines of `train.py --plan`; with a card also the nearest changes that make it fit."""
     need, room = need_of_training(config, dtype, device, ranks), parse_size(card)
-    told = lines(need, ranks, f"{config.batch_size} x {config.data.columns} columns, {str(dtype).removeprefix('torch.')}, "
+    report = lines(need, ranks, f"{config.batch_size} x {config.data.columns} columns, {str(dtype).removeprefix('torch.')}, "
                               + f"model.checkpoint={int(config.model.checkpoint)}")
     if not room:
-        return told
+        return report
     if need.total <= room:
-        return [*told, f"fits {card}: {gib(room - need.total)} are left"]
-    told.append(f"does not fit {card}: {gib(need.total - room)} too much")
+        return [*report, f"fits {card}: {gib(room - need.total)} are left"]
+    report.append(f"does not fit {card}: {gib(need.total - room)} too much")
     done: list[str] = []
     for option, changed in changes(config):
         done = [*(word for word in done if word.split("=")[0] != option.split("=")[0]), option]
         total = need_of_training(changed, dtype, device, ranks).total
         if total <= room:
-            return [*told, f"fits with {' '.join(done)}: {gib(total)}"]
+            return [*report, f"fits with {' '.join(done)}: {gib(total)}"]
     for more in (2, 4, 8, 16, 32, 64) if config.lora is None else ():
         total = need_of_training(replace(config, shard=True), dtype, device, more * ranks).total
         if total <= room:
-            return [*told, f"fits with --shard=true on {more * ranks} ranks: {gib(total)} on each"]
-    return [*told, "no change that this code knows makes it fit; lower --data.columns or take a smaller model"]
+            return [*report, f"fits with --shard=true on {more * ranks} ranks: {gib(total)} on each"]
+    return [*report, "no change that this code knows makes it fit; lower --data.columns or take a smaller model"]
 
 
 def computed_type(config: Any, kind: str) -> torch.dtype:

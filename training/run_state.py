@@ -33,9 +33,9 @@ from checkpoint import (
 )
 from families.family import consolidated_files
 from families.tensor_files import LazyTensor, open_tensors, read_tensors
-from files import check_sums, sync, write_sums
 from model import MultistreamLM
 from options import read_object, to_json, write_json
+from system.files import check_sums, sync, write_sums
 from training.parallel import barrier, place
 
 

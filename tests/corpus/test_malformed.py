@@ -18,7 +18,7 @@ import torch
 from conftest import CONFIG, ROOT, call, cli, write_clips
 from safetensors.torch import load_file, save_file
 
-from files import checksum
+from system.files import checksum
 
 SPEAK = ("--text=one two", "--max_frames=2")
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-import files
-from files import check_sums, checksum, file_sum, lock, replace_file, unlock, write_sums
+from system import files
+from system.files import check_sums, checksum, file_sum, lock, replace_file, unlock, write_sums
 
 
 def other(code: str, *args: object) -> subprocess.Popen:
@@ -24,10 +24,10 @@ def other(code: str, *args: object) -> subprocess.Popen:
     return process
 
 
-HOLDS = "import sys, time; from files import lock; lock(sys.argv[1]); print('ready', flush=True); time.sleep(60)"
+HOLDS = "import sys, time; from system.files import lock; lock(sys.argv[1]); print('ready', flush=True); time.sleep(60)"
 WRITES = """
 import sys, time
-from files import replace_file
+from system.files import replace_file
 def write(temporary):
     open(temporary, "w").write("half")
     print("ready", flush=True)

@@ -13,7 +13,7 @@ def stopped(*_: object) -> None:
     os._exit(130)
 
 
-if Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent:      # not where a test or somebody's program imports us
+if Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parents[1]:      # not where a test or somebody's program imports us
     signal.signal(signal.SIGINT, stopped)
 PACKAGES = ("torch", "numpy", "safetensors", "tqdm")
 

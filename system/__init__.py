@@ -1,0 +1,5 @@
+"""What the machine gives: files and packages. Read it when a write has to survive a kill, or a script should say how to set up.
+
+    setup_check.py     imported first by every script: which packages are missing, in one line
+    files.py           files written whole, locks, checksums
+"""

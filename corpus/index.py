@@ -252,6 +252,10 @@ def check_fit(table: StreamTable, tokenizer: Tokenizer, codec: Any) -> bool:
     if tokenizer.size > vocab:
         raise ValueError(f"tokenizer {tokenizer.name} has {tokenizer.size} ids, the model's text row {vocab}; "
                          + "use the tokenizer of the model, or raise the vocab of that row")
+    for what, token in (("padding", table.pad), ("padding before a word", table.epad)) if table.monologue else ():
+        if piece := tokenizer.letters(token):
+            raise ValueError(f"id {token} is {what} in the text row and {piece!r} in tokenizer {tokenizer.name}: words would lose letters; "
+                             + "use the model's own tokenizer, or one that keeps these ids for marks")
     if codec is None:
         return False
     Q, rows = codec.num_codebooks, len(table.audio)

@@ -28,6 +28,7 @@ class Tokenizer:
     decode: Callable[[Sequence[int]], str]
     content: bytes = b""
     unknown: int = -1           # the id of the unknown token, -1 = none
+    letters: Callable[[int], str] = lambda token: ""       # what a piece of text is an id, "" for marks and where nobody asks
 
     def save(self, folder: str | Path) -> str:
         """Write its file into a folder; returns the argument of load_tokenizer, relative to that folder."""
@@ -80,13 +81,24 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
 def sentencepiece(name: str, content: bytes) -> Tokenizer:
     from sentencepiece import SentencePieceProcessor
     pieces = SentencePieceProcessor(model_proto=content)
-    return Tokenizer(name, pieces.vocab_size(), pieces.encode, lambda ids: pieces.decode(list(ids)), content, pieces.unk_id())
+    size, unknown = pieces.vocab_size(), pieces.unk_id()
+
+    def decode(ids: Sequence[int]) -> str:                  # a model's head may have more ids: they are unknown here
+        return pieces.decode([i if 0 <= i < size else unknown for i in ids])
+
+    def letters(i: int) -> str:
+        mark = i >= size or pieces.is_control(i) or pieces.is_unknown(i) or pieces.is_unused(i) or pieces.id_to_piece(i).startswith("<")
+        return "" if mark else pieces.id_to_piece(i)
+
+    return Tokenizer(name, size, pieces.encode, decode, content, unknown, letters)
 
 
 def tokenizer_json(name: str, content: bytes) -> Tokenizer:
     """A tokenizer.json of Hugging Face."""
     from tokenizers import Tokenizer as Fast
     found, about = Fast.from_str(content.decode()), json.loads(content).get("model") or {}
+    found.no_truncation()               # what a trainer or a pipeline left in the file: every text is whole here
+    found.no_padding()
     unknown = found.token_to_id(about["unk_token"]) if about.get("unk_token") else about.get("unk_id")
     return Tokenizer(name, found.get_vocab_size(), lambda text: found.encode(text, add_special_tokens=False).ids,
                      lambda ids: found.decode(list(ids)), content, -1 if unknown is None else unknown)

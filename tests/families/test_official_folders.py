@@ -26,7 +26,7 @@ from corpus.bundled import demo_dialogues
 from corpus.cache import encode
 from corpus.data_config import DataConfig
 from corpus.examples import build_example, prompt_example
-from corpus.index import codebooks_of, new_chat, prepare, prompt_facts
+from corpus.index import check_fit, codebooks_of, new_chat, prepare, prompt_facts
 from families.family import lay_out, on_base, other_grid, with_tokenizer_ids
 from families.formats import official_files
 from families.moshi import HIBIKI_2B, MOSHI_7B, STT_1B, TTS_1_6B, predict_user
@@ -39,6 +39,7 @@ from model import MultistreamLM
 from sample import generate
 from streams import Example, Stream, StreamTable, codebooks
 from text.tokenizers import load_tokenizer
+from text.word_times import timed_transcript, timed_words
 
 FOLDERS = ROOT / "tests/golden/folders"
 
@@ -534,3 +535,37 @@ def test_our_greedy_words_are_those_of_the_official_script(name):
     model, prompt = load(FOLDERS / name), torch.tensor(case["ids"])[None, None]
     frames = list(generate(model, prompt, SampleConfig(temperature=0, max_frames=16)))
     assert torch.cat(frames, -1)[0].tolist() == case["tokens"]
+
+
+# ---- tokenizers ----
+
+def test_a_tokenizer_that_stores_truncation_and_padding_reads_whole_texts(tmp_path):
+    """What Trainer and pipelines leave in tokenizer.json."""
+    from tokenizers import Tokenizer as Fast
+    text = "Where is my order? I have been waiting for it since Monday."
+    plain = load_tokenizer(FOLDERS / "qwen2/tokenizer.json").encode(text)
+    fast = Fast.from_file(str(FOLDERS / "qwen2/tokenizer.json"))
+    fast.enable_truncation(5)
+    fast.enable_padding(length=64)
+    fast.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path / "tokenizer.json").encode(text) == plain and len(plain) > 5
+
+
+def test_padding_of_the_text_row_is_no_piece_of_text(tmp_path):
+    rows = (*codebooks(2, 17, 16, 16), *codebooks(2, 17, 0, 16, name="user"))
+    table = StreamTable((Stream("text", "text", 61, 60, start=60), *rows), "duplex", aligned=True)
+    good = load_tokenizer(pieces(tmp_path, "good.model", 40, pad_id=3))
+    assert check_fit(table, good, None) is False
+    lettered = load_tokenizer(pieces(tmp_path, "lettered.model", 40))               # ids 0, 1, 2 are marks, 3 is text
+    with pytest.raises(ValueError, match="id 3 is padding in the text row and '.+' in tokenizer lettered.model: words would lose letters"):
+        check_fit(table, lettered, None)
+    with pytest.raises(ValueError, match="id 7 is padding before a word in the text row"):
+        check_fit(replace(table, epad=7), good, None)
+
+
+def test_ids_that_a_tokenizer_does_not_have_are_unknown_not_a_trace(tmp_path):
+    tokenizer = load_tokenizer(pieces(tmp_path, size=40, pad_id=3))
+    known = tokenizer.encode("line 1 says")
+    assert tokenizer.decode([*known, tokenizer.size, 59]).startswith(tokenizer.decode(known)) and tokenizer.size < 59
+    text = torch.tensor([3, *known, 59, 3])
+    assert "says" in timed_transcript(text, tokenizer, 12.5, 3, 0) and timed_words(text, tokenizer, 12.5, 3, 0)

@@ -171,15 +171,15 @@ def plan_sampling(job: Any, card: str) -> list[str]:
     columns, batch = 512 + job.max_frames, job.batch if job.texts else 1
     need, one = (need_of_sampling(config, dtype, device, columns, n, quantize) for n in (batch, 1))
     room = parse_size(card)
-    told = lines(need, 1, f"{batch} conversations of {columns} columns, {gib(one.cache)} of cache each")
+    report = lines(need, 1, f"{batch} conversations of {columns} columns, {gib(one.cache)} of cache each")
     if not room:
-        return told
+        return report
     if need.total <= room:
-        return [*told, f"fits {card}: {gib(room - need.total)} are left"]
+        return [*report, f"fits {card}: {gib(room - need.total)} are left"]
     tries = [("--dtype=bf16", torch.bfloat16, batch, quantize), ("--dtype=bf16 --quantize=int8", torch.bfloat16, batch, "int8"),
              ("--dtype=bf16 --quantize=int8 --batch=1", torch.bfloat16, 1, "int8")]
     for option, kind, n, eight in tries:
         total = need_of_sampling(config, kind, device, columns, n, eight).total
         if total <= room:
-            return [*told, f"does not fit {card}; fits with {option}: {gib(total)}"]
-    return [*told, f"does not fit {card}, nor does the smallest way: {gib(total)}"]
+            return [*report, f"does not fit {card}; fits with {option}: {gib(total)}"]
+    return [*report, f"does not fit {card}, nor does the smallest way: {gib(total)}"]

@@ -8,7 +8,7 @@ export GOMP_SPINCOUNT  ?= 0
 export KMP_BLOCKTIME   ?= 0
 PIP     = $(VENV)/bin/pip install --disable-pip-version-check -q -c constraints.txt
 
-.PHONY: demo test check smoke wer bench big clean lines
+.PHONY: demo test check talk smoke wer bench big clean lines
 
 demo: $(VENV)/demo        ## train the tiny model on real speech (CPU, minutes), then listen to out/demo/*.wav
 	$(RUN) train.py configs/tiny.py
@@ -28,6 +28,11 @@ QUICK  = $(patsubst %,tests/test_%.py,checkpoint data lora loss model streams) t
          tests/training/test_parallel.py tests/evaluation/test_minimal_pairs.py tests/evaluation/test_sparse_autoencoder.py \
          tests/corpus/test_swap_tokenizer.py
 
+talk: $(VENV)/serve       ## train the tiny conversation (CPU, minutes) and serve it: http://127.0.0.1:8998
+	$(RUN) -m corpus.bundled out/cache/digits
+	OMP_NUM_THREADS=2 $(RUN) train.py configs/tiny_duplex.py
+	$(RUN) serve.py --ckpt out/talk --run out/talk
+
 test: $(VENV)/test        ## lint and the whole test suite; then its quick files under the plainest instruction set
 	$(VENV)/bin/ruff check .
 	$(PYTEST)
@@ -38,7 +43,7 @@ check: $(VENV)/test       ## lint and the fast tests, for the habit
 	$(PYTEST) -m "not slow"
 
 smoke: $(VENV)/demo       ## every config's tiny twin: trains, resumes, evaluates on bundled data (CPU, minutes)
-	for name in tiny tiny_clone higgs_ar higgs_full moshi_lora moshi_full ivr_qwen ivr_moss ivr_dpo dsaa csm; do \
+	for name in tiny tiny_clone higgs_ar higgs_full moshi_lora moshi_full ivr_qwen ivr_moss ivr_dpo dsaa csm tiny_duplex; do \
 		$(RUN) train.py configs/$$name.py --smoke || exit 1; done
 	$(RUN) evaluate.py sae configs/dsaa_ae.py --smoke
 
@@ -80,6 +85,10 @@ $(VENV)/core: pyproject.toml constraints.txt
 
 $(VENV)/demo: $(VENV)/core
 	$(PIP) -e ".[log]"
+	touch $@
+
+$(VENV)/serve: $(VENV)/core
+	$(PIP) -e ".[serve]"
 	touch $@
 
 $(VENV)/test: $(VENV)/core

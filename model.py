@@ -415,10 +415,11 @@ class MultistreamLM(nn.Module):
         """Sum the embeddings of a column.   (B, K, S) -> (B, S, D); `side`: nothing but audio, or but text, stands there"""
         parts = []
         if self.table.audio and side is not False:
-            audio = self.embed["audio"](tokens[:, self.table.lead :])
-            if self.training and self.config.input_drop:
-                audio = audio * self.keep_inputs(tokens, self.config.input_drop)[..., None]
-            parts.append(audio)
+            heard = tokens[:, self.table.lead :]
+            if self.training and self.config.input_drop:                         # what is only read, the user's codes, is not hidden
+                hidden = self.keep_inputs(tokens, self.config.input_drop)[:, None] == 0
+                heard = heard.masked_fill(hidden & (self.table.column("classes")[self.table.lead :].to(heard.device) > 0), -1)
+            parts.append(self.embed["audio"](heard))
         if "text" in self.embed and not (side and parts):
             parts.append(self.embed["text"](tokens[:, : len(self.table.text)]))
         parts += [self.embed[f"condition_{self.table.streams[i].name}"](tokens[:, i]) for i in self.table.conditions]

@@ -73,6 +73,15 @@ class WordFeed:
         self.words, self.last, *self.state = (t.to(device) for t in (self.words, self.last, *self.state))
         return self
 
+    def place(self, row: int, other: "WordFeed") -> None:
+        """Let an item go on as the only item of another feed does."""
+        grown = max(0, other.words.shape[1] - self.words.shape[1])
+        self.words = torch.nn.functional.pad(self.words, (0, grown), value=NO_WORD)
+        self.words[row] = NO_WORD
+        self.words[row, : other.words.shape[1]] = other.words[0]
+        for own, taken in zip((self.last, *self.state), (other.last, *other.state), strict=True):
+            own[row] = taken[0]
+
     def __call__(self, column: Tensor) -> Tensor:
         """Complete a column (B, K) whose `advance` row holds what was sampled."""
         index, age = self.state

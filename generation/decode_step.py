@@ -92,6 +92,24 @@ class SamplingNoise:
         for (first, last, again), part in self.parts.items():
             part.copy_(self.seeds[:, first:last, int(again)].flatten())
 
+    def rules(self, config: SampleConfig, rows: slice) -> Rules:
+        """What `sample` takes of the rules of the predicted streams `rows`."""
+        given = config.temperature, config.top_k, config.top_p, config.min_p
+        return sampling_rules(given, rows.start, rows.stop, self.items, self.step.device)
+
+    def greedy(self, config: SampleConfig) -> bool:
+        """Whether every draw takes the likeliest id."""
+        return config.temperature == 0 and not config.ras_window
+
+    @property
+    def columns(self) -> Tensor:
+        """Columns drawn so far, () or (B, 1)."""
+        return self.step
+
+    def advance(self, moves: Tensor | bool = True) -> None:
+        """A column was drawn and read."""
+        self.step.add_(moves)
+
     def of(self, rows: slice, again: bool = False) -> Tensor:
         """Seeds of the predicted streams `rows` of all items.   -> (B * R,)"""
         key = rows.start, rows.stop, again
@@ -110,11 +128,10 @@ def sample_ids(logits: Tensor, config: SampleConfig, rows: slice, noise: Samplin
 
     Repetition-aware (VALL-E 2): an id that stands `ras_repeats` times in its row's `history` (B, R, n) is drawn again, without rules.
     """
-    if config.temperature == 0 and not config.ras_window:
+    if noise.greedy(config):
         return logits.argmax(-1)                                              # the rules keep the likeliest
     (B, R, _), flat = logits.shape, logits.flatten(0, 1)
-    rules = sampling_rules((config.temperature, config.top_k, config.top_p, config.min_p), rows.start, rows.stop, B, logits.device)
-    drawn = sample(flat, *rules, noise.of(rows), noise.step, noise.ready.pop(rows.start, None)).view(B, R)
+    drawn = sample(flat, *noise.rules(config, rows), noise.of(rows), noise.step, noise.ready.pop(rows.start, None)).view(B, R)
     if history is None or not config.ras_window:
         return drawn
     seen = (history[..., -config.ras_window :] == drawn[..., None]).sum(-1)
@@ -175,7 +192,7 @@ class DecodeStep:
             logits = self.guide.mix(self.model.text_head(h_text), text=True).float()[:, None]
             if config.min_frames:
                 for id in table.stop:
-                    self.hide(logits, id, self.noise.step < config.min_frames)
+                    self.hide(logits, id, self.noise.columns < config.min_frames)
             column[:, row] = self.kept(sample_ids(logits, config, slice(0, 1), self.noise)[:, 0], known[:, row], free)
         if self.feed is not None:
             column = self.feed(column)
@@ -211,7 +228,7 @@ class DecodeStep:
             if own_end and end < logits.shape[-1] - 1:                        # ids behind it only pad the table
                 logits[..., end + 1 :] = -torch.inf
             if end >= 0 and config.min_frames and (own_end or at.start == 0):
-                self.hide(logits, end, self.noise.step < config.min_frames)
+                self.hide(logits, end, self.noise.columns < config.min_frames)
             if own_end and may_end is not None:
                 self.hide(logits, end, ~may_end[:, None])
             places = slice(first + at.start, first + at.stop)
@@ -221,7 +238,7 @@ class DecodeStep:
             drawn = choose(model.audio_logits(h, column[:, :0]).transpose(0, 1), slice(0, Q))
             out.copy_(self.kept(drawn, held, free))
             return
-        greedy = config.temperature == 0 and not config.ras_window and may_end is None and end < 0
+        greedy = self.noise.greedy(config) and may_end is None and end < 0
         if not greedy and not use_triton(h):
             own = int(model.config.depth.prefix)                              # the first codebook has a head, and noise, of its own
             self.noise.prepare(slice(first + own, first + Q), model.depth.head.weight.shape[-2])
@@ -242,7 +259,7 @@ class DecodeStep:
         h = self.model.hidden(self.guide.both(column[..., None], at), self.guide.twice(at), cache=self.cache)
         self.h = h if moves is True else tuple(old.copy_(torch.where(moves, new, old)) for old, new in zip(self.h, h, strict=True))
         self.position.add_(moves)
-        self.noise.step.add_(moves)
+        self.noise.advance(moves)
 
 
 class EagerRunner:

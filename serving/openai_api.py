@@ -1,0 +1,344 @@
+"""OpenAI's protocols over the same sessions: /v1/realtime, /v1/audio/speech, /v1/chat/completions. Thin: what is not here is refused.
+
+    realtime          input_audio_buffer.append {"audio": base64} -> response.output_audio.delta, ..._transcript.delta
+                      samples of 16 bits at 24 kHz, or what session.update says: {"audio": {"input": {"format": {"type": "audio/pcm",
+                      "rate": 16000}}}}; "audio/opus" is Ogg/Opus
+    audio/speech      {"input": text, "voice": name, "response_format": "wav" | "pcm" | "opus"} -> sound as it is spoken
+    chat/completions  {"messages": [...], "stream": true} -> text as it is written
+"""
+
+import asyncio
+import base64
+import binascii
+import json
+import math
+import threading
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import aclosing, closing, suppress
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import sphn
+import torch
+from aiohttp import WSMsgType, web
+
+from audio.wav import resample
+from corpus.data_config import DataConfig
+from corpus.examples import prompt_example, reply_example
+from families.family import family_of, lay_out
+from generation.decode_step import SampleConfig
+from generation.reply_stream import reply_pieces
+from options import parse_row
+from sample import sounding
+from serving.chat_socket import OpusEar, Outbox, Pieces, pcm16, session_rules, to_pcm16
+from serving.limits import Gate, Rate, printable
+from serving.scheduler import Conversation, Scheduler, frames_of
+from text.tokenizers import Tokenizer
+
+RATE = 24_000               # of OpenAI's 16-bit samples, unless a client says otherwise
+
+
+class Resampler:
+    """Samples piece by piece from one rate to another; the pieces joined are the whole, up to what is held back (half a filter)."""
+
+    def __init__(self, from_rate: int, to_rate: int) -> None:
+        common = math.gcd(from_rate, to_rate)
+        self.rates, self.up, self.down = (from_rate, to_rate), to_rate // common, from_rate // common
+        self.edge = -(-math.ceil(64 * max(1.0, self.down / self.up)) // self.down) * self.down      # of context, a multiple of `down`
+        self.kept = np.zeros(self.edge, np.float32)
+
+    def __call__(self, samples: np.ndarray) -> np.ndarray:
+        if self.up == self.down:
+            return samples
+        self.kept = np.concatenate([self.kept, samples])
+        whole = max(0, len(self.kept) - 2 * self.edge) // self.down * self.down
+        if not whole:
+            return np.zeros(0, np.float32)
+        made = resample(torch.from_numpy(self.kept[: whole + 2 * self.edge]), *self.rates).numpy()
+        begin = self.edge * self.up // self.down
+        self.kept = self.kept[whole:]
+        return made[begin : begin + whole * self.up // self.down]
+
+
+class OpenAI:
+    """The handlers; `voices` maps a name to (recording, what it says)."""
+
+    def __init__(self, scheduler: Scheduler, gate: Gate, usual: SampleConfig, data: DataConfig, tokenizer: Tokenizer,
+                 voices: dict[str, tuple[str, str]]) -> None:
+        self.scheduler, self.gate, self.usual, self.data, self.tokenizer, self.voices = scheduler, gate, usual, data, tokenizer, voices
+        self.table, self.family, self.codec = scheduler.model.table, family_of(scheduler.model.table), scheduler.codec
+
+    # ---- speech and text ----
+
+    async def speech(self, request: web.Request) -> web.StreamResponse:
+        """Speak a text; the sound is sent as it is made."""
+        body = await self.body(request, input=str)
+        kind = body.get("response_format", "wav")
+        if kind not in ("wav", "pcm", "opus"):
+            raise web.HTTPBadRequest(text=f"response_format {printable(str(kind))} is none of wav, pcm, opus\n")
+        if not self.table.audio_out or self.family.user_audio == "duplex":
+            raise web.HTTPBadRequest(text=f"a {self.family.name} model speaks no given text\n")
+        rules = self.rules(body)
+        try:
+            prompt, feed = await asyncio.to_thread(self.spoken_prompt, body)
+        except (ValueError, OSError) as error:                             # OSError: a voice's file has gone
+            raise web.HTTPBadRequest(text=f"{error}\n") from None
+        response = web.StreamResponse(headers={"Content-Type": {"wav": "audio/wav", "pcm": "audio/pcm", "opus": "audio/ogg"}[kind],
+                                               "X-Sample-Rate": str(self.codec.sample_rate)})
+        address = self.gate.enter(request)
+        try:
+            await response.prepare(request)
+            rate, head = self.codec.sample_rate, kind == "wav"
+            mouth = sphn.OpusStreamWriter(rate) if kind == "opus" else None
+            async with aclosing(threaded(lambda: self.spoken(prompt, feed, rules))) as pieces:
+                async for wav in pieces:
+                    data = mouth.append_pcm(wav) if mouth else to_pcm16(wav)
+                    await asyncio.wait_for(response.write((wav_header(rate) if head else b"") + data), self.gate.limits.send_seconds)
+                    head = False
+            await response.write_eof()
+        finally:
+            self.gate.leave(address)
+        return response
+
+    def spoken_prompt(self, body: dict[str, Any]) -> tuple[torch.Tensor, Any]:
+        text, voice = body["input"], body.get("voice", "")
+        if not 0 < len(text.strip()) <= self.gate.limits.text_characters:
+            raise ValueError(f"input has {len(text)} characters, 1 to {self.gate.limits.text_characters} are spoken")
+        if voice and voice not in self.voices:
+            raise ValueError(f"voice {printable(str(voice))} is none of {', '.join(self.voices) or 'none'}")
+        voices = [self.voices[voice]] if voice else []
+        example = prompt_example(text, self.data, self.tokenizer, self.codec, voices, self.table)
+        return lay_out(example, self.table)[0], self.family.feed and self.family.feed([example.text], self.table)
+
+    def spoken(self, prompt: torch.Tensor, feed: Any, rules: SampleConfig) -> Iterator[np.ndarray]:
+        mouth, heard = self.codec.stream(), False
+        with closing(frames_of(self.scheduler, prompt, rules, feed)) as frames:
+            for frame in frames:
+                codes = frame[:, self.table.audio_out]
+                if bool((codes >= 0).all()):
+                    wav, heard = mouth.decode(sounding(codes[..., None], self.codec))[0, 0], True
+                    yield wav.float().numpy()
+        if heard:
+            yield mouth.flush()[0, 0].float().numpy()
+
+    def rules(self, body: dict[str, Any]) -> SampleConfig:
+        """The server's rules with what a request changes."""
+        found = {name: body[key] for name, key in (("temperature", "temperature"), ("top_p", "top_p"), ("seed", "seed"),
+                                                   ("max_frames", "max_tokens")) if body.get(key) is not None}
+        try:
+            if not all(isinstance(v, (int, float)) and not isinstance(v, bool) and 0 <= v < 2**31 for v in found.values()):
+                raise ValueError(f"{', '.join(found)} are numbers that are not negative")
+            return replace(self.usual, **found)
+        except (ValueError, AssertionError, TypeError) as error:
+            raise web.HTTPBadRequest(text=f"{error}\n") from None
+
+    async def completions(self, request: web.Request) -> web.StreamResponse:
+        """Answer messages with text."""
+        body = await self.body(request, messages=list)
+        if self.family.template is None:
+            raise web.HTTPBadRequest(text=f"a {self.family.name} model knows no turns\n")
+        rules = self.rules(body)
+        try:
+            messages = [parse_row(json.dumps(m), role=str, content=str) for m in body["messages"]]
+            turns = [{key: m[key] for key in ("role", "content")} for m in messages]
+            example = reply_example(turns, [], self.data, self.tokenizer, self.table, "text")
+            prompt = lay_out(example, self.table)[0]
+        except (ValueError, KeyError, TypeError) as error:
+            raise web.HTTPBadRequest(text=f"{error}\n") from None
+        about = {"id": f"chatcmpl-{uuid.uuid4().hex[:20]}", "created": int(time.time()), "model": body.get("model", self.family.name)}
+        pieces = threaded(lambda: self.written(prompt, rules))
+        address = self.gate.enter(request)
+        try:
+            if not body.get("stream"):
+                found = [piece async for piece in pieces]
+                said, cut = "".join(piece for kind, piece in found if kind == "text"), any(kind == "cut" for kind, _ in found)
+                choice = {"index": 0, "message": {"role": "assistant", "content": said}, "finish_reason": "length" if cut else "stop"}
+                return web.json_response(about | {"object": "chat.completion", "choices": [choice]})
+            response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
+            await response.prepare(request)
+            reason = "stop"
+            async for kind, piece in pieces:
+                reason = "length" if kind == "cut" else reason
+                if kind == "text":
+                    choice = {"index": 0, "delta": {"content": piece}, "finish_reason": None}
+                    await response.write(sse(about | {"object": "chat.completion.chunk", "choices": [choice]}))
+            choice = {"index": 0, "delta": {}, "finish_reason": reason}
+            await response.write(sse(about | {"object": "chat.completion.chunk", "choices": [choice]}) + b"data: [DONE]\n\n")
+            return response
+        finally:
+            self.gate.leave(address)
+
+    def written(self, prompt: torch.Tensor, rules: SampleConfig) -> Iterator[tuple[str, Any]]:
+        with closing(frames_of(self.scheduler, prompt, rules)) as frames:
+            yield from reply_pieces(frames, self.table, self.tokenizer)
+
+    async def body(self, request: web.Request, **fields: type) -> dict[str, Any]:
+        self.gate.check(request)
+        try:
+            return parse_row((await request.read()).decode(), **fields)
+        except (ValueError, UnicodeDecodeError) as error:
+            raise web.HTTPBadRequest(text=f"the body is no such JSON: {error}\n") from None
+
+    # ---- realtime ----
+
+    async def realtime(self, request: web.Request) -> web.StreamResponse:
+        """A conversation as JSON events."""
+        self.gate.check(request)
+        if self.family.user_audio != "duplex":
+            raise web.HTTPBadRequest(text=f"a {self.family.name} model does not listen while it speaks; use /v1/chat/completions\n")
+        limits, address = self.gate.limits, self.gate.enter(request)
+        ws = web.WebSocketResponse(max_msg_size=2 * limits.message_bytes, heartbeat=20, compress=False)
+        box, session = None, None
+        try:
+            await ws.prepare(request)
+            box = Outbox(limits)
+            rules = session_rules({}, self.usual, self.table, limits, self.codec.frame_rate)
+            session = Conversation(self.scheduler, rules, box.put)
+            self.scheduler.enter(session)
+            formats = {"input": ("audio/pcm", RATE), "output": ("audio/pcm", RATE)}
+            reader = asyncio.create_task(self.read(ws, session, box, formats))
+            try:
+                await self.write(ws, box, formats)
+            finally:
+                reader.cancel()
+        except ValueError as error:
+            with suppress(ConnectionError, RuntimeError):
+                await ws.send_json({"type": "error", "error": {"type": "invalid_request_error", "message": str(error)}})
+        except (ConnectionError, RuntimeError):
+            self.scheduler.metrics.counts["dropped_readers"] += 1
+        finally:
+            if session is not None:
+                self.scheduler.leave(session)
+            self.gate.leave(address)
+            with suppress(ConnectionError, RuntimeError, TimeoutError):
+                await asyncio.wait_for(ws.close(), 2)
+        return ws
+
+    async def read(self, ws: web.WebSocketResponse, session: Conversation, box: Outbox, formats: dict[str, tuple[str, int]]) -> None:
+        rate, ear, error = Rate(self.gate.limits.messages_per_second), None, ""
+        try:
+            async for message in ws:
+                if not rate.allow():
+                    raise ValueError(f"more than {self.gate.limits.messages_per_second:g} messages a second")
+                if message.type is not WSMsgType.TEXT:
+                    raise ValueError("events are JSON text")
+                event = parse_row(message.data, type=str)
+                if event["type"] == "session.update":
+                    formats |= wanted_formats(event.get("session"))
+                    ear = None
+                    box.put("updated", None)
+                elif event["type"] == "input_audio_buffer.append":
+                    ear = ear or self.ear(*formats["input"])
+                    session.hear(ear(decoded(event.get("audio"))))
+                elif event["type"] not in ("input_audio_buffer.commit", "input_audio_buffer.clear", "response.create", "response.cancel"):
+                    raise ValueError(f"event {printable(event['type'])} is unknown here")     # those four mean nothing without turns
+        except ValueError as fault:
+            error = str(fault)
+        box.put("error" if error else "end", error)
+
+    def ear(self, kind: str, rate: int) -> Callable[[bytes], np.ndarray]:
+        if kind == "audio/opus":
+            return OpusEar(self.codec.sample_rate)
+        resampler = Resampler(rate, self.codec.sample_rate)
+        return lambda data: resampler(pcm16(data))
+
+    async def write(self, ws: web.WebSocketResponse, box: Outbox, formats: dict[str, tuple[str, int]]) -> None:
+        mouth, piece, about = None, Pieces(self.tokenizer, self.table), {"response_id": f"resp_{uuid.uuid4().hex[:20]}"}
+        while True:
+            kind, value = await box.queue.get()
+            event: dict[str, Any] | None = None
+            if kind == "ready":
+                event = {"type": "session.created", "session": {"model": self.family.name}}
+            elif kind == "updated":
+                mouth, event = None, {"type": "session.updated", "session": {"audio": {k: dict(zip(("type", "rate"), v, strict=True))
+                                                                                       for k, v in formats.items()}}}
+            elif kind == "audio":
+                mouth = mouth or self.mouth(*formats["output"])
+                data = mouth(value)
+                event = {"type": "response.output_audio.delta", **about, "delta": base64.b64encode(data).decode()} if data else None
+            elif kind == "text" and (said := piece(value)):
+                event = {"type": "response.output_audio_transcript.delta", **about, "delta": said}
+            elif kind == "error":
+                raise ValueError(value)
+            elif kind == "end":
+                return
+            if event is not None:
+                await box.send(lambda event=event: ws.send_json(event))
+
+    def mouth(self, kind: str, rate: int) -> Callable[[np.ndarray], bytes]:
+        if kind == "audio/opus":
+            return sphn.OpusStreamWriter(self.codec.sample_rate).append_pcm
+        resampler = Resampler(self.codec.sample_rate, rate)
+        return lambda samples: to_pcm16(resampler(samples))
+
+
+def decoded(audio: Any) -> bytes:
+    try:
+        return base64.b64decode(audio, validate=True)
+    except (binascii.Error, TypeError, ValueError):
+        raise ValueError("audio is no base64") from None
+
+
+def wanted_formats(session: Any) -> dict[str, tuple[str, int]]:
+    """What session.update says of the audio, each side that it names."""
+    audio = session.get("audio", {}) if isinstance(session, dict) else None
+    if not isinstance(audio, dict):
+        raise ValueError('session.update wants {"session": {"audio": {"input": {"format": {"type": "audio/pcm", "rate": 24000}}}}}')
+    found = {}
+    for side in ("input", "output"):
+        form = audio.get(side, {}).get("format") if isinstance(audio.get(side, {}), dict) else None
+        if form is None:
+            continue
+        kind, rate = (form.get("type"), form.get("rate", RATE)) if isinstance(form, dict) else (None, None)
+        if kind not in ("audio/pcm", "audio/opus") or not isinstance(rate, int) or not 8_000 <= rate <= 48_000 or rate % 1000:
+            raise ValueError("a format is audio/pcm with a rate of 8000 to 48000, or audio/opus")
+        found[side] = kind, rate
+    return found
+
+
+def wav_header(rate: int) -> bytes:
+    """The header of a wav whose length nobody knows yet."""
+    return b"".join([b"RIFF", b"\xff" * 4, b"WAVEfmt ", (16).to_bytes(4, "little"), (1).to_bytes(2, "little"), (1).to_bytes(2, "little"),
+                     rate.to_bytes(4, "little"), (2 * rate).to_bytes(4, "little"), (2).to_bytes(2, "little"), (16).to_bytes(2, "little"),
+                     b"data", b"\xff" * 4])
+
+
+def sse(event: dict[str, Any]) -> bytes:
+    return f"data: {json.dumps(event, ensure_ascii=False)}\n\n".encode()
+
+
+async def threaded(make: Callable[[], Iterator[Any]]) -> AsyncIterator[Any]:
+    """Run an iterator in a thread; closing this one closes it."""
+    loop, queue, stop = asyncio.get_running_loop(), asyncio.Queue[tuple[str, Any]](), threading.Event()
+
+    def put(kind: str, value: Any) -> None:
+        with suppress(RuntimeError):                                    # the loop has closed
+            loop.call_soon_threadsafe(queue.put_nowait, (kind, value))
+
+    def work() -> None:
+        try:
+            with closing(make()) as items:
+                for item in items:
+                    if stop.is_set():
+                        return
+                    put("item", item)
+            put("end", None)
+        except (ValueError, OSError) as error:
+            put("error", error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        while True:
+            kind, value = await queue.get()
+            if kind == "item":
+                yield value
+            elif kind == "error":
+                raise web.HTTPServiceUnavailable(text=f"{value}\n") if not isinstance(value, OSError) else value
+            else:
+                return
+    finally:
+        stop.set()

@@ -1,0 +1,489 @@
+"""serve.py: clients of the protocols get what sample.py makes, many at once, and none of them can hurt the others."""
+
+import asyncio
+import base64
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, call
+
+aiohttp = pytest.importorskip("aiohttp")
+sphn = pytest.importorskip("sphn")
+
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer  # noqa: E402
+
+import serve  # noqa: E402
+from audio import load_codec  # noqa: E402
+from audio.mimi import MimiCodec, MimiConfig  # noqa: E402
+from checkpoint import Extras, export, save  # noqa: E402
+from corpus.bundled import DIGITS  # noqa: E402
+from generation.decode_step import SampleConfig  # noqa: E402
+from model import MultistreamLM  # noqa: E402
+from options import run_config  # noqa: E402
+from sample import reply  # noqa: E402
+from serving import scheduler  # noqa: E402
+from serving.chat_socket import session_rules  # noqa: E402
+from serving.limits import Limits, Rate  # noqa: E402
+from serving.openai_api import Resampler  # noqa: E402
+from serving.scheduler import Conversation  # noqa: E402
+
+MALFORMED = int(os.environ.get("MULTISTREAM_MALFORMED", "300"))        # 5,000 were tried; the suite takes fewer
+
+
+@contextmanager
+def serving(job: serve.Serve) -> Iterator[tuple[serve.Server, str]]:
+    """A server in a thread of its own; -> it and its address."""
+    server, there, found = serve.Server(job, set()), threading.Event(), {}
+
+    def started(port: int, stop: Callable[[], None]) -> None:
+        found.update(port=port, stop=stop)
+        there.set()
+
+    thread = threading.Thread(target=lambda: asyncio.run(server.run(started)))
+    thread.start()
+    assert there.wait(30)
+    try:
+        yield server, f"http://127.0.0.1:{found['port']}"
+    finally:
+        found["stop"]()
+        thread.join(30)
+    assert not thread.is_alive()
+
+
+def client(call: Callable[[aiohttp.ClientSession], Awaitable[object]]) -> object:
+    async def run() -> object:
+        async with aiohttp.ClientSession() as http:
+            return await asyncio.wait_for(call(http), 60)
+    return asyncio.run(run())
+
+
+@pytest.fixture(scope="module")
+def talk(tmp_path_factory) -> Path:
+    """A tiny duplex model with random weights, as a run would leave it."""
+    folder = tmp_path_factory.mktemp("talk")
+    (folder / "words.json").write_text(json.dumps(["<s>", "</s>", "<pad>", *DIGITS, *(f"({word})" for word in DIGITS)]))
+    torch.manual_seed(4)
+    config = run_config(ROOT / "configs/tiny_duplex.py").model
+    model = MultistreamLM(replace(config, temporal=replace(config.temporal, dim=32, layers=2, heads=2, ffn=48)))
+    model.extras = Extras(1, {"codec": "tiny", "tokenizer": str(folder / "words.json"), "normaliser": "none"})
+    save(model, folder / "run")
+    return folder / "run"
+
+
+def job(talk: Path, **more: object) -> serve.Serve:
+    return serve.Serve(**{"ckpt": str(talk), "port": 0, "slots": 3, "drain": 0.0, "temperature": 0.8} | more)
+
+
+def speech(seconds: float, rate: int, seed: int = 0) -> np.ndarray:
+    draw = np.random.default_rng(seed)
+    n = np.arange(round(seconds * rate))
+    return (0.3 * np.sin(n / 20) * np.abs(np.sin(n / 3000)) + 0.02 * draw.standard_normal(len(n))).astype(np.float32)
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loaded machine makes nobody late."""
+    monkeypatch.setattr(scheduler, "SLACK", 100.0)
+
+
+@pytest.fixture
+def given(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[torch.Tensor]]:
+    """The frames that each conversation was given, by its seed."""
+    found: dict[int, list[torch.Tensor]] = {}
+    original = Conversation.give
+
+    def give(self: Conversation, frame: torch.Tensor) -> None:
+        found.setdefault(self.rules.seed, []).append(frame.clone())
+        original(self, frame)
+
+    monkeypatch.setattr(Conversation, "give", give)
+    return found
+
+
+# ---- /api/chat ----
+
+def test_the_flow_of_the_official_client_gets_the_frames_of_sample(tmp_path, monkeypatch, given, patient):
+    """Its messages byte by byte: wait for 0x00, then 0x01 and what its Opus writer gives for 1,920 samples at a time."""
+    torch.manual_seed(5)
+    mimi = MimiCodec(MimiConfig(width=4, dim=32, layers=1, heads=4, ffn=32, window=20, num_codebooks=8, codebook_size=256, codebook_dim=16))
+    for p in mimi.parameters():
+        p.data.mul_(1.5)
+    monkeypatch.setattr(serve, "load_codec", lambda name, device: mimi)
+    SentencePieceTrainer.train(sentence_iterator=iter(["hello there my old friend", "who is there", "the old man says hello"] * 9),
+                               model_prefix=str(tmp_path / "spm"), vocab_size=24, minloglevel=2, pad_id=3, bos_id=1, eos_id=2, unk_id=0)
+    smoke = run_config(ROOT / "configs/moshi_full.py", "smoke").model
+    model = MultistreamLM(smoke)
+    model.text_head.weight.data[24:] = 0                                  # mostly ids that the tokenizer has
+    official = export(model, tmp_path / "official", to="moshi")
+    made = serve.Serve(ckpt=str(official), port=0, slots=2, codec="tiny", tokenizer=str(tmp_path / "spm.model"), drain=0.0)
+    pcm, sent, heard, texts, kinds = speech(2.5, 24_000), [], [], [], []
+
+    async def talk(http: aiohttp.ClientSession) -> None:
+        async with http.ws_connect(f"{url}/api/chat?text_seed=11&audio_seed=11") as ws:
+            writer, reader = sphn.OpusStreamWriter(24_000), sphn.OpusStreamReader(24_000)
+            assert (await ws.receive()).data == b"\0"
+            for at in range(0, len(pcm) - 1919, 1920):
+                data = writer.append_pcm(pcm[at : at + 1920])
+                if len(data):
+                    sent.append(data)
+                    await ws.send_bytes(b"\1" + data)
+            while sum(map(len, heard)) < 1920 * 24:
+                message = await ws.receive()
+                kinds.append(message.data[0])
+                if message.data[0] == 1:
+                    heard.append(reader.append_bytes(message.data[1:]))
+                elif message.data[0] == 2:
+                    texts.append(message.data[1:].decode())
+
+    with serving(made) as (server, url):
+        client(talk)
+    reader = sphn.OpusStreamReader(24_000)
+    user = np.concatenate([reader.append_bytes(data) for data in sent])
+    codes, ear = mimi.encode(torch.from_numpy(user)[None, None]), mimi.stream()
+    rules = replace(server.usual, seed=11)
+    assert rules.temperature == (0.7, *[0.8] * 8)                         # as the official server draws
+    wanted = reply(model, codes[..., : len(user) // 1920], rules)[0].T
+    frames = torch.stack(given[11])
+    agent = [0, *model.table.audio_out]
+    live = torch.cat([ear.encode(torch.from_numpy(user)[None, None, n : n + 1920]) for n in range(0, len(user) - 1919, 1920)], -1)
+    assert torch.equal(live, codes[..., : live.shape[-1]])
+    count = min(len(frames), len(user) // 1920 - 1)                                         # behind it the server hears silence
+    assert count > 20 and torch.equal(frames[:count, agent], wanted[:count, agent])
+    pieces = SentencePieceProcessor(model_file=str(tmp_path / "spm.model"))
+    said = [pieces.id_to_piece(int(i)).replace("\u2581", " ") for i in wanted[:count, 0] if i not in (0, 3) and i < 24]
+    assert texts[: len(said)] == said and set(kinds) <= {1, 2, 4}
+    stream = mimi.stream()
+    spoken = torch.cat([stream.decode(f[1:9].clamp(0, 255)[None, :, None]) for f in frames[:20]], -1)[0, 0].numpy()
+    writer, again = sphn.OpusStreamWriter(24_000), sphn.OpusStreamReader(24_000)
+    expected = np.concatenate([again.append_bytes(writer.append_pcm(spoken[n : n + 1920])) for n in range(0, 1920 * 20, 1920)])
+    assert np.allclose(np.concatenate(heard)[: len(expected)], expected, atol=1e-3)
+
+
+async def converse(http: aiohttp.ClientSession, url: str, seed: int, seconds: float = 1.2, cut: float = 9.0, pace: float = 0.0) -> int:
+    """Talk in PCM for a while; -> samples heard."""
+    pcm, heard = (speech(seconds, 16_000, seed) * 32767).astype("<i2"), 0
+    async with http.ws_connect(f"{url}/api/chat?format=pcm16&audio_seed={seed}") as ws:
+        while (await ws.receive()).data[:1] != b"\0":
+            pass
+        for at in range(0, len(pcm) - 639, 640):
+            await ws.send_bytes(b"\1" + pcm[at : at + 640].tobytes())
+            await asyncio.sleep(pace)
+            if at > cut * 16_000:
+                return heard
+        while heard < len(pcm) - 6 * 640:
+            message = await ws.receive()
+            assert message.type is aiohttp.WSMsgType.BINARY, message
+            heard += len(message.data) // 2 if message.data[0] == 1 else 0
+    return heard
+
+
+def test_several_at_once_get_what_they_get_alone_and_the_next_waits_with_a_position(talk, given, patient):
+    async def all_of_them(http: aiohttp.ClientSession) -> list[int]:
+        return await asyncio.gather(*(converse(http, url, seed) for seed in (1, 2, 3, 4)))
+
+    with serving(job(talk, slots=2)) as (server, url):
+        assert min(client(all_of_them)) > 10_000
+        assert server.scheduler.metrics.counts["sessions"] == 4
+    model, codec = server.scheduler.model, load_codec("tiny")
+    for seed in (1, 2, 3, 4):
+        pcm = (speech(1.2, 16_000, seed) * 32767).astype("<i2").astype(np.float32) / 32768
+        codes = codec.encode(torch.from_numpy(pcm)[None, None])
+        wanted = reply(model, codes[..., :28], replace(server.usual, seed=seed))[0].T
+        frames, agent = torch.stack(given[seed]), [0, *model.table.audio_out]
+        assert len(frames) >= 24 and torch.equal(frames[:24, agent], wanted[:24, agent]), f"session {seed}"
+
+
+def test_a_full_server_says_so_and_who_waits_is_told_his_place(talk):
+    async def wait(http: aiohttp.ClientSession) -> None:
+        async with http.ws_connect(f"{url}/api/chat") as first:
+            assert (await first.receive()).data == b"\0"
+            async with http.ws_connect(f"{url}/api/chat") as second:
+                message = await second.receive(timeout=10)
+                assert message.data[:1] == b"\4" and json.loads(message.data[1:]) == {"queue": 1}
+                async with http.ws_connect(f"{url}/api/chat") as third:
+                    refused = await third.receive(timeout=10)
+                    assert refused.data[:1] == b"\5" and b"the server is full" in refused.data
+                await first.close()
+                while (message := await second.receive(timeout=10)).data[:1] == b"\4":
+                    pass
+                assert message.data == b"\0"
+
+    with serving(job(talk, slots=1, limits=Limits(most_waiting=1))) as (_, url):
+        client(wait)
+
+
+def test_a_late_client_gets_silence_and_is_counted(talk, given):
+    async def slow(http: aiohttp.ClientSession) -> None:
+        async with http.ws_connect(f"{url}/api/chat?format=pcm16&audio_seed=5") as ws:
+            assert (await ws.receive()).data == b"\0"
+            await ws.send_bytes(b"\1" + bytes(2 * 1280))
+            await asyncio.sleep(0.6)
+
+    with serving(job(talk)) as (server, url):
+        client(slow)
+        assert server.scheduler.metrics.counts["late_frames"] >= 5
+    assert len(given[5]) >= 5
+
+
+# ---- safety ----
+
+def garbage(draw: random.Random) -> bytes:
+    kind = draw.randrange(8)
+    body = draw.randbytes(draw.choice([0, 1, 7, 200, 4000]))
+    page = b"OggS" + bytes(draw.choice([0, 22, 300])) + body
+    any_kind, silence = bytes([draw.randrange(256)]) + body, b"\1" + bytes(60_000)
+    return (any_kind, b"", b"\1" + body, b"\1" + page, b"\1OggS", b"\2" + body, b"\5", silence)[kind]
+
+
+def test_malformed_messages_and_vanishing_clients_end_only_their_own_session(talk, given, capfd):
+    draw, counts = random.Random(7), {"sent": 0}
+
+    async def attack(http: aiohttp.ClientSession) -> None:
+        while counts["sent"] < MALFORMED:
+            query = draw.choice(("", "?format=pcm16", "?text_temperature=nan",
+                                 "?max_steps=0", "?nonsense=1", "?format=%00", "?audio_topk=1e9"))
+            counts["sent"] += 1
+            try:
+                async with http.ws_connect(f"{url}/api/chat{query}") as ws:
+                    if draw.random() < 0.7:
+                        await ws.receive(timeout=3)
+                    for _ in range(draw.randrange(6)):
+                        counts["sent"] += 1
+                        await (ws.send_str("{") if draw.random() < 0.1 else ws.send_bytes(garbage(draw)))
+                    if draw.random() < 0.3:
+                        ws._response.connection.transport.abort()        # vanishes without a word
+            except (aiohttp.ClientError, ConnectionError, TimeoutError):
+                continue
+
+    async def both(http: aiohttp.ClientSession) -> None:
+        survivor = asyncio.create_task(converse(http, url, 42, seconds=3.0, pace=0.03))
+        await asyncio.gather(*(attack(http) for _ in range(3)))
+        assert await survivor > 30_000
+        async with http.get(f"{url}/health") as response:
+            assert (await response.json())["ok"]
+
+    limits = Limits(sessions_per_address=50, most_waiting=60)
+    with serving(job(talk, slots=3, limits=limits)) as (server, url):
+        asyncio.run(asyncio.wait_for(with_session(both), 600))
+        deadline = time.monotonic() + 10
+        while server.scheduler.active and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not server.scheduler.active and not server.scheduler.queue and not server.gate.here
+    out, err = capfd.readouterr()
+    assert "Traceback" not in out + err
+    if server.scheduler.metrics.counts["late_frames"] == 0:              # on a loaded machine the survivor may have been late himself
+        pcm = (speech(3.0, 16_000, 42) * 32767).astype("<i2").astype(np.float32) / 32768
+        wanted = reply(server.scheduler.model, load_codec("tiny").encode(torch.from_numpy(pcm)[None, None]), replace(server.usual, seed=42))
+        agent = [0, *server.table.audio_out]
+        assert torch.equal(torch.stack(given[42])[:60, agent], wanted[0].T[:60, agent])
+
+
+async def with_session(call: Callable[[aiohttp.ClientSession], Awaitable[object]]) -> None:
+    async with aiohttp.ClientSession() as http:
+        await call(http)
+
+
+def test_who_reads_too_slowly_is_dropped(talk):
+    async def deaf(http: aiohttp.ClientSession) -> None:
+        ws = await http.ws_connect(f"{url}/api/chat?format=pcm16")
+        ws._response.connection.protocol.pause_reading()
+        for _ in range(400):
+            try:
+                await ws.send_bytes(b"\1" + bytes(1280))
+            except ConnectionError:                                      # dropped already
+                break
+            await asyncio.sleep(0.002)
+        for _ in range(100):
+            if not server.scheduler.active:
+                return
+            await asyncio.sleep(0.1)
+        raise AssertionError("it still holds a row")
+
+    with serving(job(talk, limits=Limits(send_seconds=0.3, messages_per_second=5000, session_seconds=3.0))) as (server, url):
+        client(deaf)
+
+
+@pytest.mark.parametrize(("headers", "path", "status"), [
+    ({"Origin": "https://evil.example"}, "/about", 403), ({"Host": "evil.example"}, "/about", 403), ({}, "/about", 200),
+    ({}, "/users/nobody", 404), ({}, "/users/..%2f..%2fetc%2fpasswd", 404), ({}, "/web/../serve.py", 404), ({}, "/run/index", 404),
+    ({}, "/health", 200), ({}, "/metrics", 200), ({}, "/voices", 200), ({}, "/", 200), ({}, "/api/chat?pad_mult=3", 400)])
+def test_who_may_ask_for_what(server_of_all, headers, path, status):
+    async def ask(http: aiohttp.ClientSession) -> int:
+        async with http.get(server_of_all + path, headers=headers) as response:
+            return response.status
+    assert client(ask) == status
+
+
+@pytest.fixture(scope="module")
+def server_of_all(talk) -> Iterator[str]:
+    with serving(job(talk)) as (_, url):
+        yield url
+
+
+def test_a_token_is_wanted_where_there_is_one(talk):
+    async def ask(http: aiohttp.ClientSession) -> list[int]:
+        found, wrong, right = [], {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer s3cret"}
+        for headers, query in (({}, ""), (wrong, ""), (right, ""), ({}, "?token=s3cret")):
+            async with http.get(f"{url}/about{query}", headers=headers) as response:
+                found.append(response.status)
+        return found
+
+    with serving(job(talk, token="s3cret")) as (_, url):
+        assert client(ask) == [401, 401, 200, 200]
+    assert call("serve.py", "--ckpt=x", "--host=0.0.0.0")[0] == 2
+
+
+def test_rules_of_a_session_are_the_servers_until_it_says_otherwise(talk):
+    table = run_config(ROOT / "configs/tiny_duplex.py").model.table
+    usual = SampleConfig(temperature=(0.7, *[0.8] * 8), top_k=(25.0, *[250.0] * 8))
+    rules = session_rules({"text_temperature": "0.1", "audio_topk": "7", "max_steps": "9", "email": "a@b"}, usual, table, Limits(), 25)
+    assert rules.temperature == (0.1, *[0.8] * 8) and rules.top_k == (25.0, *[7] * 8) and rules.max_frames == 9
+    for query, words in (({"text_temprature": "1"}, "nearest is text_temperature"), ({"audio_topk": "-1"}, "outside"),
+                         ({"audio_temperature": "inf"}, "outside"), ({"text_seed": "1", "audio_seed": "2"}, "differ")):
+        with pytest.raises(ValueError, match=words):
+            session_rules(query, usual, table, Limits(), 25)
+
+
+def test_a_rate_is_a_bucket(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    rate = Rate(10)
+    assert sum(rate.allow() for _ in range(100)) == 20
+    now[0] = 1.0
+    assert sum(rate.allow() for _ in range(100)) >= 9
+
+
+def test_sigterm_ends_the_process_and_nothing_is_written(talk, tmp_path):
+    process = subprocess.Popen([sys.executable, str(ROOT / "serve.py"), f"--ckpt={talk}", "--port=0", "--slots=1"], cwd=tmp_path,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    line = ""
+    while "http://" not in line:
+        line = process.stdout.readline()
+        assert line or process.poll() is None, process.stderr.read()
+    port = re.search(r":(\d+) ", line)[1]
+    client(lambda http: converse(http, f"http://127.0.0.1:{port}", 1, 0.6))
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 0 and err == "" and list(tmp_path.iterdir()) == []
+
+
+def test_a_log_is_masked_and_written_where_it_is_asked_for(talk, tmp_path):
+    with serving(job(talk, log=str(tmp_path / "log.jsonl"))) as (_, url):
+        client(lambda http: converse(http, url, 3, 0.8))
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert len(rows) == 1 and rows[0]["frames"] > 5 and "time" in rows[0]
+    assert not re.search(r"(zero|one|two|three|four|five|six|seven|eight|nine)( \1)? (zero|one) (zero|one) (zero|one)", rows[0]["said"])
+
+
+# ---- OpenAI's protocols ----
+
+def test_realtime_speaks_the_same_session(talk):
+    async def realtime(http: aiohttp.ClientSession) -> dict[str, int]:
+        found: dict[str, int] = {}
+        async with http.ws_connect(f"{url}/v1/realtime") as ws:
+            assert (await ws.receive_json())["type"] == "session.created"
+            form = {"format": {"type": "audio/pcm", "rate": 24_000}}
+            await ws.send_json({"type": "session.update", "session": {"audio": {"input": form, "output": form}}})
+            pcm = (speech(2.0, 24_000) * 32767).astype("<i2").tobytes()
+            for at in range(0, len(pcm), 4800):
+                await ws.send_json({"type": "input_audio_buffer.append", "audio": base64.b64encode(pcm[at : at + 4800]).decode()})
+            while found.get("response.output_audio.delta", 0) < 24_000:
+                event = await ws.receive_json(timeout=20)
+                size = len(base64.b64decode(event["delta"])) // 2 if "audio.delta" in event["type"] else 1
+                found[event["type"]] = found.get(event["type"], 0) + size
+            await ws.send_str('{"type": "no.such.event"}')
+            while (event := await ws.receive_json(timeout=20))["type"] != "error":
+                pass
+            assert "unknown" in event["error"]["message"]
+        return found
+
+    with serving(job(talk)) as (_, url):
+        assert client(realtime)["session.updated"] == 1
+
+
+def test_pieces_resampled_are_the_whole():
+    from audio.wav import resample
+    wav, made, resampler, draw = speech(1.0, 24_000), [], Resampler(24_000, 16_000), random.Random(1)
+    at = 0
+    while at < len(wav):
+        n = draw.randrange(1, 3000)
+        made.append(resampler(wav[at : at + n]))
+        at += n
+    whole, joined = resample(torch.from_numpy(wav), 24_000, 16_000).numpy(), np.concatenate(made)
+    assert len(whole) - len(joined) < 200 and np.allclose(joined[200:], whole[200 : len(joined)], atol=1e-4)
+
+
+def test_speech_is_streamed_and_is_that_of_sample(tiny_run):
+    async def speak(http: aiohttp.ClientSession) -> tuple[bytes, int]:
+        async with http.post(f"{url}/v1/audio/speech", json={"input": "one two", "seed": 5}) as response:
+            assert response.status == 200 and response.content_type == "audio/wav"
+            wav = await response.read()
+        async with http.post(f"{url}/v1/audio/speech", json={"input": "xylophone"}) as response:
+            assert response.status == 400 and "xylophone" in await response.text()
+        async with http.post(f"{url}/v1/audio/speech", data=b"{") as response:
+            return wav, response.status
+
+    from corpus.data_config import DataConfig
+    from sample import speak as spoken
+    with serving(serve.Serve(ckpt=str(tiny_run), port=0, slots=2, drain=0.0, max_frames=40)) as (server, url):
+        wav, refused = client(speak)
+    assert refused == 400 and wav[:4] == b"RIFF"
+    data = DataConfig(**{k: getattr(server.api.data, k) for k in ("codec", "tokenizer", "normaliser")})
+    wanted = spoken(server.scheduler.model, ["one two"], data, replace(server.usual, seed=5))[0]
+    assert len(wav) == 44 + 2 * wanted.wav.shape[1]
+    assert np.abs(np.frombuffer(wav[44:], "<i2") / 32767 - wanted.wav[0].numpy()).max() < 2e-3
+
+
+def test_completions_answer_with_text(tmp_path):
+    from test_qwen import TABLES, TOKENIZER
+
+    from layers.architecture import ModelConfig, StackConfig
+    torch.manual_seed(1)
+    model = MultistreamLM(ModelConfig(TABLES["qwen2"], StackConfig(dim=32, layers=1, heads=2, ffn=32)))
+    model.extras = Extras(1, {"tokenizer": str(TOKENIZER), "normaliser": "none", "codec": "tiny"})
+    save(model, tmp_path / "run")
+    asked = {"messages": [{"role": "user", "content": "Hello"}], "seed": 3, "max_tokens": 12, "temperature": 0.9}
+
+    async def ask(http: aiohttp.ClientSession) -> tuple[str, str, int]:
+        async with http.post(f"{url}/v1/chat/completions", json=asked) as response:
+            whole = (await response.json())["choices"][0]["message"]["content"]
+        async with http.post(f"{url}/v1/chat/completions", json=asked | {"stream": True}) as response:
+            events = [json.loads(line[6:]) for line in (await response.text()).splitlines() if line.startswith("data: {")]
+        async with http.post(f"{url}/v1/chat/completions", json={"messages": [{"role": 3}]}) as response:
+            return whole, "".join(e["choices"][0]["delta"].get("content", "") for e in events), response.status
+
+    with serving(serve.Serve(ckpt=str(tmp_path / "run"), port=0, slots=2, drain=0.0)) as (_, url):
+        whole, streamed, refused = client(ask)
+    assert whole == streamed != "" and refused == 400
+
+
+def test_a_run_is_shown_and_nothing_beside_it(tiny_run):
+    folder = tiny_run / "samples" / "step_000004"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "a.wav").write_bytes(b"RIFF")
+
+    async def look(http: aiohttp.ClientSession) -> tuple[dict, list[int]]:
+        async with http.get(f"{url}/run/index") as response:
+            index, found = await response.json(), []
+        for path in ("step_000004/a.wav", "step_000004/config.json", "..%2f..%2fckpt/a.wav", "step_000004/..%2f..%2fconfig.json"):
+            async with http.get(f"{url}/run/{path}") as response:
+                found.append(response.status)
+        return index, found
+
+    with serving(serve.Serve(ckpt=str(tiny_run), port=0, slots=1, drain=0.0, run=str(tiny_run))) as (_, url):
+        index, statuses = client(look)
+    assert statuses == [200, 404, 404, 404] and index["steps"][0]["files"][0]["name"] == "a.wav" and "train/loss" in index["curves"]

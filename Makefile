@@ -8,7 +8,7 @@ export GOMP_SPINCOUNT  ?= 0
 export KMP_BLOCKTIME   ?= 0
 PIP     = $(VENV)/bin/pip install --disable-pip-version-check -q -c constraints.txt
 
-.PHONY: demo test check talk smoke wer bench big clean lines
+.PHONY: demo test check talk smoke faults wer bench big clean lines
 
 demo: $(VENV)/demo        ## train the tiny model on real speech (CPU, minutes), then listen to out/demo/*.wav
 	$(RUN) train.py configs/tiny.py
@@ -41,6 +41,10 @@ test: $(VENV)/test        ## lint and the whole test suite; then its quick files
 check: $(VENV)/test       ## lint and the fast tests, for the habit
 	$(VENV)/bin/ruff check .
 	$(PYTEST) -m "not slow"
+
+faults: $(VENV)/test      ## kill each command at every file event, fail every call, damage 20,000 files (hours)
+	$(RUN) tests/faults.py
+	$(RUN) tests/fuzz.py --cases=20000
 
 smoke: $(VENV)/demo       ## every config's tiny twin: trains, resumes, evaluates on bundled data (CPU, minutes)
 	for name in tiny tiny_clone higgs_ar higgs_full moshi_lora moshi_full ivr_qwen ivr_moss ivr_dpo dsaa csm tiny_duplex; do \

@@ -1,23 +1,23 @@
 """Data: cached examples -> packed batches, and the commands that prepare and show them.
 
-    python data.py check FOLDER [--write DIR]          what a source holds, which rows cannot be used, and how to correct them;
-                         [--tokenizer=T]           how well a tokenizer covers its texts (text/coverage.py)
-    python data.py prepare configs/X.py [--data.x=y]   encode once what is not cached yet; training never runs a codec
-    python data.py show configs/X.py [--index 0]       one example as the model sees it
-    python data.py fix-alignments FOLDER --out=DIR     copies of alignments without words that last too long
-    python data.py annotate FOLDER [--shard i/n]       words and times of stereo dialogues, by Whisper; --help lists options
-    python data.py calls FOLDER --out=DIR              stereo phone calls -> turns and conversations
+    python data.py check FOLDER [--write DIR]          report what a source holds, which rows cannot be used, and how to correct them
+                         [--tokenizer=T]           also report how well a tokenizer covers its texts (text/coverage.py)
+    python data.py prepare configs/X.py [--data.x=y]   encode all clips that are not in the cache yet; training never runs a codec
+    python data.py show configs/X.py [--index 0]       print one example as the model sees it
+    python data.py fix-alignments FOLDER --out=DIR     copy alignments without the words that last too long
+    python data.py annotate FOLDER [--shard i/n]       transcribe stereo dialogues with word times, by Whisper; --help lists options
+    python data.py calls FOLDER --out=DIR              cut stereo phone calls into turns and conversations
 
-A source is a manifest (corpus/manifest.py says what may stand in it) or any layout that corpus/ converts. `show` prints
-an example, here two clips joined by a compose rule (`*`: a target):
+A source is a manifest (its fields are described in corpus/manifest.py) or any layout that corpus/ converts. `show` prints
+an example, here two clips joined by a compose rule; `*` marks a target:
 
     digits+0/500  train  'eight five'
-    word          -1    106    106    106    106    120 ...     the word that is spoken, held for its whole length
-    advance       -1      1      0*     0*     0*     1* ...    a word begins
-    cb1          256    256    256    195*   146*   189* ...    trails the text by 2 frames, cb2 by 3, ...
+    word          -1    106    106    106    106    120 ...     the current word, repeated for as long as it lasts
+    advance       -1      1      0*     0*     0*     1* ...    1 where a word begins
+    cb1          256    256    256    195*   146*   189* ...    delayed by 2 frames against the text, cb2 by 3, ...
 
-`Loader` draws, lays out with streams.py and packs examples into rows. All randomness derives from (seed, number of
-the draw), so its whole state is a few counters, and any number of ranks reads one global sequence. Next: train.py.
+`Loader` samples examples, lays them out with streams.py and packs them into rows. All randomness derives from (seed, number
+of the sample), so its whole state is a few counters, and all ranks read slices of one global sequence. Next: train.py.
 """
 
 import system.setup_check  # noqa: F401, first: it says how to set up where torch is missing
@@ -57,13 +57,13 @@ class Batch:
     weights: Tensor             # (B, K, S) float32, 0 = not a target
     positions: Tensor           # (B, S) int64, restarts at 0 in every example
     segments: Tensor            # (B, S) int64, number of the example in its row, -1 = padding
-    names: list[list[str]]      # ids of the examples of each row
-    state: dict[str, Any]       # `Loader.restore(state)` continues behind this batch
-    speakers: Tensor            # (B, S) int64, a number for each voice, -1 = unknown; the contrastive term alone reads it
+    names: list[list[str]]      # ids of the examples in each row
+    state: dict[str, Any]       # `Loader.restore(state)` continues after this batch
+    speakers: Tensor            # (B, S) int64, a number for each voice, -1 = unknown; only the contrastive loss reads it
 
 
 def pack(lengths: Sequence[int], columns: int) -> list[list[int]]:
-    """First fit, longest first: rows of example numbers whose lengths sum to at most `columns`; too long ones left out."""
+    """First-fit decreasing: rows of example numbers whose lengths sum to at most `columns`; longer examples are left out."""
     rows: list[list[int]] = []
     room: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -82,7 +82,7 @@ Packed = list[tuple[str, Grid, int]]     # one row: (id, grid, number of the spe
 
 
 def collate(rows: Sequence[Packed], state: dict[str, Any]) -> Batch:
-    """Lay packed rows into one padded batch."""
+    """Collate packed rows into one padded batch."""
     B, K = len(rows), rows[0][0][1][0].shape[0]
     S = -(-max(1, *(sum(tokens.shape[1] for _, (tokens, _), _ in row) for row in rows)) // 8) * 8
     batch = Batch(torch.full((B, K, S), -1), torch.zeros(B, K, S), torch.zeros(B, S, dtype=torch.long),
@@ -105,19 +105,19 @@ Drawn = tuple[int, random.Random | None, int]     # entry, its generator, entry 
 
 
 class Loader:
-    """Batches of this rank. Training goes on forever; held-out data is one pass, in order, and can be iterated again.
+    """The batches of this rank. Training data is endless; held-out data is one pass, in order, and can be iterated again.
 
-    The global sequence of packed rows is fixed by the seed. One iteration takes `world * batch_size` of them and this
-    rank keeps its slice, so micro-batch i of rank r is number i * world + r: any split of a step into ranks and
-    accumulation reads the same rows. What a window leaves half full is emitted, not carried, so the state is where the
-    window began and how many of its rows are gone. A rank may get no held-out batch when there are fewer rows than ranks.
-    Held-out clips are read as they are (first variant, no drawn reference).
+    The seed fixes one global sequence of packed rows. Each iteration takes the next `world * batch_size` rows, and this
+    rank keeps its slice, so micro-batch i of rank r is number i * world + r: every split of a step into ranks and
+    accumulation reads the same rows. Rows that are not full at the end of a window are emitted and not carried over, so the
+    state is the start of the window and the number of its rows already read. With fewer held-out rows than ranks some
+    ranks get no held-out batch. Held-out examples use the first variant of a clip and no randomly chosen reference.
 
-    With `passes` windows end where a pass over the data does, and training ends behind so many of them: from one source
-    every example is read exactly once a pass. The last step is filled up with empty rows; `steps` counts all.
+    With `passes` > 0, a window never crosses the end of a pass, and training ends after that many passes; with a single
+    source every example is read exactly once in each pass. The last step is filled up with empty rows; `steps` counts it.
 
-    With `pairs` an example is a chosen reply and, behind it in the same row, the rejected one, drawn alike; without it
-    rows that have both are read as their chosen side.
+    With `pairs`, an example is a chosen reply followed in the same row by the rejected one, built with the same random
+    numbers. Without it, rows that have both are read as their chosen side.
     """
 
     def __init__(self, config: DataConfig, table: StreamTable, split: str = "train", batch_size: int = 1, rank: int = 0,
@@ -130,7 +130,7 @@ class Loader:
         self.factors = torch.tensor(config.stream_weights or [1.0] * len(table))[:, None]
         self.index = open_cache(config, table)
         self.sources: list[list[int]] = [[] for _ in config.sources]            # entries of this split, by source
-        self.speakers: dict[str, list[int]] = {}                                # own clips of a voice in this split
+        self.speakers: dict[str, list[int]] = {}                                # entries with a clip of their own, by speaker
         for n, entry in enumerate(self.index.entries):
             if entry.split == split:
                 self.sources[entry.source].append(n)
@@ -148,9 +148,9 @@ class Loader:
             raise ValueError(f"no training example in {', '.join(config.sources)}; lower data.held_out or add data")
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue behind the batch that carried `state`; any rank's state of the same step will do."""
+        """Continue after the batch that carried `state`; the states of all ranks at one step are equal."""
         if len(state["counts"]) != len(self.sources):
-            found = f"the saved position knows {len(state['counts'])} sources, data.sources has {len(self.sources)}"
+            found = f"the saved position has {len(state['counts'])} sources, data.sources has {len(self.sources)}"
             raise ValueError(f"{found}; resume with the same sources or start a new run")
         self.state = state
 
@@ -171,7 +171,7 @@ class Loader:
             yield collate([row for row, _ in mine] or [self.nothing()], state)
 
     def steps(self) -> int:
-        """Optimizer steps of all passes. It lays every example out once a pass: the price of an exact count."""
+        """Number of optimizer steps in all passes. Packing depends on every length, so this lays out each example once a pass."""
         rows = sum(1 for _ in self.rows({"draw": 0, "counts": [0] * len(self.sources), "row": 0}))
         return -(-rows // (self.world * self.batch_size * self.accum))
 
@@ -189,7 +189,7 @@ class Loader:
             yield collate(rows[i : i + self.batch_size], self.state)
 
     def rows(self, state: dict[str, Any]) -> Iterator[tuple[Packed, dict[str, Any]]]:
-        """The global sequence of rows behind `state`, each with the state behind it; endless without `passes`."""
+        """The global sequence of rows that follows `state`, each with the state after it; endless without `passes`."""
         barren = 0
         while not self.passes or state["draw"] < self.passes * self.epoch:
             window, after = self.window(state)
@@ -203,7 +203,7 @@ class Loader:
             state = after
 
     def window(self, state: dict[str, Any]) -> tuple[list[Drawn], dict[str, Any]]:
-        """Draw the next examples, and the state behind them."""
+        """Sample the next examples; also returns the state after them."""
         counts, end = list(state["counts"]), state["draw"] + self.config.window
         if self.passes:
             end = min(end, (state["draw"] // self.epoch + 1) * self.epoch)
@@ -218,7 +218,7 @@ class Loader:
         return drawn, {"draw": end, "counts": counts, "row": 0}
 
     def order(self, source: int, turn: int) -> list[int]:
-        """The shuffled entries of a source in its pass number `turn`; the last one is kept."""
+        """The shuffled entries of a source in its pass number `turn`; the newest order of each source is cached."""
         if self.orders.get(source, (-1, []))[0] != turn:
             order = list(self.sources[source])
             random.Random(f"{self.config.seed}/{source}/{turn}").shuffle(order)
@@ -226,7 +226,7 @@ class Loader:
         return self.orders[source][1]
 
     def reference(self, number: int, draw: random.Random) -> int:
-        """Another clip of the speaker, with the configured probability; never the example itself or a part of it."""
+        """With probability `data.reference`, another clip of the same speaker; never the example itself or a part of it. -1 = none."""
         entry = self.index.entries[number]
         others = self.speakers.get(entry.speaker, [])
         use_reference = draw.random() < self.config.reference and len(others) > 1 + len(entry.parts)
@@ -237,18 +237,18 @@ class Loader:
         return -1
 
     def packed(self, drawn: list[Drawn]) -> list[Packed]:
-        """Lay out examples and pack them; one longer than a row is named and counted in `left_out`."""
+        """Lay out examples and pack them. The ids of examples longer than a row go to `left_out`; the first three are printed."""
         units = [self.unit(*one) for one in drawn]
         lengths = [sum(tokens.shape[1] for _, (tokens, _), _ in unit) for unit in units]
         for length, (name, *_) in zip(lengths, (unit[0] for unit in units), strict=True):
             if length > self.config.columns and name not in self.left_out:
                 self.left_out.add(name)
-                if len(self.left_out) <= 3:             # the rest is only counted
+                if len(self.left_out) <= 3:             # the others are only counted
                     print(f"left out: {visible(name)} has {length} columns; raise data.columns={self.config.columns}", file=sys.stderr)
         return [[grid for i in row for grid in units[i]] for row in pack(lengths, self.config.columns)]
 
     def unit(self, number: int, draw: random.Random | None, reference: int) -> Packed:
-        """The grid of an example; of a pair both, which differ in the reply alone."""
+        """The grid of an example; for a pair the grids of both sides, which differ only in the reply."""
         entry, state = self.index.entries[number], draw.getstate() if draw and self.pairs else None
         grids: Packed = []
         for side in (number, entry.rejected) if self.pairs else (number,):
@@ -260,7 +260,7 @@ class Loader:
 
 
 def prefetch(items: Iterator[Any], depth: int) -> Iterator[Any]:
-    """Run an iterator `depth` items ahead in a thread. Its error is raised here; dropping this iterator ends the thread."""
+    """Run an iterator `depth` items ahead in a thread. Its errors are raised here; closing this iterator ends the thread."""
     end, thread = object(), ThreadPoolExecutor(1, "data prefetch")
     try:
         ahead = deque(thread.submit(next, items, end) for _ in range(depth))
@@ -290,10 +290,10 @@ def check_command(argv: list[str]) -> None:
 
 
 def load_run(argv: list[str]) -> Any:
-    """A config that says what is trained on what."""
+    """Load a config that has a data section."""
     config = load_config(argv)
     if not hasattr(config, "data"):
-        raise ValueError(f"{argv[0]} makes a {type(config).__name__}, which names no data; give the config of a run, as configs/tiny.py")
+        raise ValueError(f"{argv[0]} is a {type(config).__name__} and has no data section; use the config of a run, as configs/tiny.py")
     return config
 
 

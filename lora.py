@@ -3,9 +3,10 @@
     y = W x + s B A x          s = alpha / rank, or alpha / sqrt(rank) with rslora;  A (R, in) random, B (out, R) zero
     y = m * (W + s B A) x / ||W + s B A||                with dora, m (out,) starts as the row norms of W
 
-`inject` hangs an `Adapter` on every Linear whose dotted path a target pattern matches, freezes the rest and may leave
-named modules trainable. A pattern that matches nothing raises. Works on any module that has a `weight` (..., out, in)
-and an `adapter` slot; one per depth step when the weight has a leading axis. Knows nothing of the model.
+`inject` adds an `Adapter` to every Linear whose dotted path matches a target pattern and freezes all other parameters
+except the modules named in `train`. A pattern that matches nothing is an error. It works on any module with a `weight`
+(..., out, in) and an `adapter` attribute; a weight with a leading axis (one set per depth step) gets one update per set.
+This file does not depend on model.py.
 """
 
 import fnmatch
@@ -21,24 +22,24 @@ from torch import Tensor, nn
 from kernels.lora_linear import linear, lora_linear
 from layers.int8_base import check_mergeable, dequantized, linears, whole
 
-# What the Higgs recipes choose among, by name; the text head stays as it is.
+# Named target sets of the Higgs recipes; none of them adapts the text head.
 SETS = {"attention_only": ("attn.*",), "audio_focused": ("audio_ffn.*", "audio_head"),
         "comprehensive": ("attn.*", "ffn.*", "audio_ffn.*", "audio_head")}
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Which Linears get an adapter, and which."""
+    """Which Linear layers get a LoRA adapter, and its hyperparameters."""
 
-    rank: int = 16                        # R
-    alpha: float = 32.0                   # numerator of the scale
-    targets: tuple[str, ...] = ("attn.*", "ffn.*", "audio_ffn.*")   # globs against dotted paths, a leading *. is implied; or a name of SETS
-    dropout: float = 0.0                  # on the adapter's input, in training
-    rslora: bool = False                  # scale by alpha / sqrt(rank)
-    dora: bool = False                    # train direction and magnitude apart
-    train: tuple[str, ...] = ()           # modules or parameters trained in full beside the adapters
-    ranks: tuple[tuple[str, int], ...] = ()      # (pattern, rank) exceptions, the first match holds
-    alphas: tuple[tuple[str, float], ...] = ()   # (pattern, alpha) exceptions
+    rank: int = 16                        # LoRA rank: inner width of the low-rank update
+    alpha: float = 32.0                   # LoRA alpha: the update is scaled by alpha / rank
+    targets: tuple[str, ...] = ("attn.*", "ffn.*", "audio_ffn.*")   # adapted layers: globs for module paths, or a name from lora.SETS
+    dropout: float = 0.0                  # dropout probability on the adapter's input, in training
+    rslora: bool = False                  # true = scale the update by alpha / sqrt(rank) (rsLoRA) instead of alpha / rank
+    dora: bool = False                    # true = DoRA: train a magnitude for each output row beside the low-rank update
+    train: tuple[str, ...] = ()           # globs of modules or parameters that are trained in full, without an adapter
+    ranks: tuple[tuple[str, int], ...] = ()      # (pattern, rank) pairs that override rank; the first match applies
+    alphas: tuple[tuple[str, float], ...] = ()   # (pattern, alpha) pairs that override alpha; the first match applies
 
     def __post_init__(self) -> None:
         assert self.rank > 0 and 0 <= self.dropout < 1, f"rank {self.rank} and dropout {self.dropout} are out of range"
@@ -51,13 +52,13 @@ class Adapter(nn.Module):
         super().__init__()
         *sets, outputs, inputs = weight.shape
         drawn = torch.empty(*sets, rank, inputs, device="meta" if weight.is_meta else "cpu", dtype=torch.float32).uniform_(-1, 1)
-        self.lora_A = nn.Parameter((drawn / math.sqrt(inputs)).to(weight.device))                   # the same on any device
+        self.lora_A = nn.Parameter((drawn / math.sqrt(inputs)).to(weight.device))      # drawn on the CPU: equal on all devices
         self.lora_B = nn.Parameter(torch.zeros(*sets, outputs, rank, device=weight.device, dtype=torch.float32))
         self.lora_magnitude = nn.Parameter(dequantized(weight, row_scale).norm(dim=-1)) if config.dora else None
         self.scale = alpha / (math.sqrt(rank) if config.rslora else rank)
         self.rank, self.alpha, self.dropout = rank, alpha, config.dropout
         self.enabled, self.merging = True, False
-        self.base: Tensor | None = None           # the untouched weight while merged
+        self.base: Tensor | None = None           # the original weight while the adapter is merged
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, pick: Callable[[Tensor], Tensor] = lambda p: p,
                 row_scale: Tensor | None = None) -> Tensor:
@@ -87,12 +88,12 @@ class Adapter(nn.Module):
 
 
 def matches(path: str, pattern: str) -> bool:
-    """Glob against a dotted path; the pattern may begin at any dot."""
+    """Whether a glob matches a dotted path or the end of it, from any dot on."""
     return fnmatch.fnmatchcase(f".{path}", f"*.{pattern}")
 
 
 def within(path: str, pattern: str) -> bool:
-    """`matches`, of a parameter or of a module that it belongs to."""
+    """Whether a glob matches a parameter or a module that contains it."""
     return matches(path, pattern) or matches(path, f"{pattern}.*")
 
 
@@ -104,15 +105,15 @@ def adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module, Adapter]]:
 
 
 def inject(model: nn.Module, config: LoraConfig) -> nn.Module:
-    """Freeze the model, hang adapters on the targets and leave `train` trainable; returns the model.
+    """Freeze the model, add adapters to the targets and keep `train` trainable; returns the model.
 
-    A Linear that is trained in full gets no adapter. ValueError when a pattern matches nothing; it lists what exists.
+    A Linear that is trained in full gets no adapter. ValueError when a pattern matches nothing; it lists the existing paths.
     """
     found = linears(model)
     targets = [pattern for name in config.targets for pattern in SETS.get(name, (name,))]
     for pattern in [*targets, *(p for p, _ in (*config.ranks, *config.alphas))]:
         if not any(matches(path, pattern) for path in found):
-            raise ValueError(f"adapter pattern {pattern!r} matches no Linear; there are {outline(found)}")
+            raise ValueError(f"adapter pattern {pattern!r} matches no Linear; choose from {outline(found)}")
     trained = trained_parameters(model, config)
     model.requires_grad_(False)
     for path, module in found.items():
@@ -122,7 +123,7 @@ def inject(model: nn.Module, config: LoraConfig) -> nn.Module:
             module.adapter = Adapter(module.weight, rank, alpha, config, module.row_scale).train(module.training)
     for parameter in trained.values():
         parameter.requires_grad_(True)
-    model.lora = config                            # saving and loading read it back
+    model.lora = config                            # checkpoint.py saves and loads it
     return model
 
 
@@ -132,39 +133,39 @@ def trained_parameters(model: nn.Module, config: LoraConfig) -> dict[str, nn.Par
     for pattern in config.train:
         hits = {name: p for name, p in model.named_parameters() if "lora_" not in name and within(name, pattern)}
         if not hits:
-            raise ValueError(f"train pattern {pattern!r} matches no parameter; there are {outline(dict(model.named_parameters()))}")
+            raise ValueError(f"train pattern {pattern!r} matches no parameter; choose from {outline(dict(model.named_parameters()))}")
         chosen |= hits
     return chosen
 
 
 def rate_factors(model: nn.Module, rates: Sequence[tuple[str, float]]) -> dict[str, float]:
-    """Factor on the learning rate of each trainable parameter, the first (pattern, factor) that fits; 0 freezes it.
+    """Learning rate factor of each trainable parameter: that of the first pattern that matches; 0 freezes the parameter.
 
-    ValueError when a pattern fits nothing that is trainable, or nothing is left to train.
+    ValueError when a pattern matches no trainable parameter, or when all factors are 0.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     factors = dict.fromkeys(trained, 1.0)
     for pattern, factor in reversed(rates):
         hits = [name for name in trained if within(name, pattern)]
         if not hits:
-            raise ValueError(f"rates pattern {pattern!r} matches nothing that is trained; there are {outline(trained)}")
+            raise ValueError(f"rates pattern {pattern!r} matches nothing that is trained; choose from {outline(trained)}")
         factors |= dict.fromkeys(hits, factor)
     if not any(factors.values()):
-        raise ValueError("rates are 0 throughout: nothing is left to train; give a part a factor above 0")
+        raise ValueError("all rates are 0, so nothing is trained; give at least one pattern a factor above 0")
     for name, p in trained.items():
         p.requires_grad_(factors[name] > 0)
     return factors
 
 
 def outline(names: dict[str, object]) -> str:
-    """Paths with layer numbers folded to N, each once."""
+    """Paths with layer numbers replaced by N, without duplicates."""
     folded = dict.fromkeys(".".join("N" if part.isdigit() else part for part in name.split(".")) for name in names)
     return ", ".join(folded)
 
 
 @contextmanager
 def switched_off(model: nn.Module) -> Iterator[nn.Module]:
-    """Within, the model answers without its adapters, bit for bit as the base does, and drops nothing out."""
+    """Context in which the model runs without adapters and without dropout; its outputs are bit-equal to those of the base."""
     training, on = model.training, [adapter for _, _, adapter in adapters(model) if adapter.enabled]
     model.eval()
     for adapter in on:
@@ -179,7 +180,7 @@ def switched_off(model: nn.Module) -> Iterator[nn.Module]:
 
 @contextmanager
 def merging(model: nn.Module) -> Iterator[nn.Module]:
-    """Within, the model answers as it will once its adapters are merged; each weight is merged as it is used, none is changed."""
+    """Context in which the model computes as if its adapters were merged; each weight is merged when it is used, none is changed."""
     on = [adapter for _, _, adapter in adapters(model)]
     for adapter in on:
         adapter.merging = True
@@ -194,7 +195,7 @@ def merging(model: nn.Module) -> Iterator[nn.Module]:
 
 @torch.no_grad()
 def merge(model: nn.Module) -> nn.Module:
-    """Fold every adapter into its weight: computed in fp32, cast once. The untouched weight is kept for `unmerge`."""
+    """Merge every adapter into its weight: computed in fp32, cast once. The original weight is kept for `unmerge`."""
     for path, module, adapter in adapters(model):
         check_mergeable(path, module)
         if adapter.base is None:
@@ -214,7 +215,7 @@ def unmerge(model: nn.Module) -> nn.Module:
 
 
 def strip(model: nn.Module) -> nn.Module:
-    """Merge and forget the adapters: a plain model."""
+    """Merge the adapters and remove them; returns a plain model."""
     merge(model)
     for _, module, _ in list(adapters(model)):
         module.adapter = None
@@ -223,7 +224,7 @@ def strip(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def norms(model: nn.Module) -> dict[str, float]:
-    """||s B A|| / ||W|| of every adapted Linear: 0 means that the adapter does nothing."""
+    """||s B A|| / ||W|| of every adapted Linear; 0 = the adapter changes nothing."""
     plain = {path: (a, whole(m) if a.base is None else a.base.float()) for path, m, a in adapters(model)}
     return {path: float((a.merged(w) - w).norm() / w.norm()) for path, (a, w) in plain.items()}
 
@@ -231,22 +232,22 @@ def norms(model: nn.Module) -> dict[str, float]:
 # ---- adapter state ----
 
 def state(model: nn.Module, config: LoraConfig) -> dict[str, Tensor]:
-    """Everything an adapter file holds: lora_A, lora_B, magnitudes, and the fully trained parameters."""
+    """The tensors of an adapter file: lora_A, lora_B, magnitudes, and the parameters trained in full."""
     names = set(trained_parameters(model, config))
     return {name: p.detach() for name, p in model.named_parameters() if "lora_" in name or name in names}
 
 
 def idle_adapters(tensors: dict[str, Tensor]) -> list[str]:
-    """The lora_B that are zero throughout: they change nothing."""
+    """Names of the lora_B tensors that are all zero: these adapters change nothing."""
     return [name for name, t in tensors.items() if name.endswith("lora_B") and not t.any()]
 
 
 @torch.no_grad()
 def load_state(model: nn.Module, config: LoraConfig, tensors: dict[str, Tensor], source: str, idle: Collection[str] = ()) -> None:
-    """Fill an injected model, strictly.
+    """Load adapter tensors into an injected model, strictly.
 
-    ValueError names `source` and what is missing, unexpected, of another shape, or has an all-zero B: an adapter that
-    was never trained or never saved. `idle` names the B that may be zero, because nothing they serve was ever trained.
+    ValueError names `source` and the tensors that are missing, unexpected, of another shape, or a lora_B that is all zero (an
+    adapter that was never trained or never saved). `idle` names the lora_B that may be zero: no target ever trained them.
     """
     expected = state(model, config)
     missing, unexpected = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())

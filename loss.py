@@ -4,10 +4,10 @@
 
 Both sums run over all micro-batches and all ranks of an optimizer step, so world size and accumulation never change
 the objective. Groups: `modality` (text | audio; Higgs, Moshi, DSAA) or `all` (MOSS-Speech). The model returns the
-numerators per stream (`Sums`); the denominators are known from the grid before anything is computed.
+numerators per stream (`Sums`); the denominators follow from the weights of the grid, before the forward pass.
 
-Logits exist for a chunk of rows at a time (kernels/cross_entropy.py): peak memory does not grow with the batch or the
-vocabulary. Next: data.py.
+Logits are computed for one chunk of rows at a time (kernels/cross_entropy.py), so peak memory does not grow with the
+batch or the vocabulary. Next: data.py.
 """
 
 from collections.abc import Sequence
@@ -23,14 +23,14 @@ from streams import StreamTable
 
 @dataclass(frozen=True)
 class LossConfig:
-    """How the streams add up."""
+    """How the losses of the streams are weighted and added."""
 
-    groups: str = "modality"     # "modality": text and audio each have a normaliser; "all": one for everything
-    text: float = 1.0            # lambda of the text group
-    audio: float = 1.0           # lambda of the audio group
-    audio_reduction: str = "mean"    # over the codebooks: "mean", one normaliser for all; "sum", one each (transformers' Higgs)
-    contrastive: float = 0.0     # lambda of the contrastive term between a sample's speech and its reference (layers/contrastive.py)
-    z_loss: float = 0.0          # weight of (log sum exp)^2, which keeps logits near 0
+    groups: str = "modality"     # "modality" = text and audio losses are averaged separately; "all" = one average over all targets
+    text: float = 1.0            # factor of the text loss
+    audio: float = 1.0           # factor of the audio loss
+    audio_reduction: str = "mean"    # audio loss: "mean" over the codebooks, or "sum" of their means (transformers' Higgs)
+    contrastive: float = 0.0     # factor of the contrastive loss between a sample's speech and its voice reference; 0 = off
+    z_loss: float = 0.0          # factor of the z-loss, (log sum exp of the logits)^2, which keeps logits small; 0 = off
 
     def __post_init__(self) -> None:
         assert self.groups in ("modality", "all"), f"groups {self.groups!r} is neither 'modality' nor 'all'"
@@ -50,36 +50,37 @@ class Sums:
     weight: Tensor
     hits: Tensor
     count: Tensor
-    quiet: Tensor | None = None     # (4,) what of them is padding in the text row, where it is counted apart
-    places: Tensor | None = None    # (N,) weighted nll of each position, over its streams; carries the gradient too, but with a scale
-    contrast: Tensor | None = None  # the contrastive term, summed over its samples
-    paired: Tensor | None = None    # () how many samples those are
-    total: Tensor | None = None     # () the loss, where the scale of each stream was known: it carries the gradient then
+    quiet: Tensor | None = None     # (4,) the part of the sums that is padding in the text row, where it is counted separately
+    places: Tensor | None = None    # (N,) weighted nll of each position, summed over its streams; carries the gradient unless `total` does
+    contrast: Tensor | None = None  # the contrastive loss, summed over its samples
+    paired: Tensor | None = None    # () number of those samples
+    total: Tensor | None = None     # () the loss, if the scale of each stream was given; it then carries the gradient
 
     def add(self, rows: Sequence[int], part: "Sums", at: Tensor) -> "Sums":
-        """Add the sums of a few streams at their rows, those of positions at theirs."""
+        """Add the sums of some streams: per-stream sums at `rows`, per-position sums at the positions `at`."""
         row, places = device_constant(tuple(rows), self.nll.device), self.places.index_add(0, at, part.places.to(self.places))
         return Sums(*(getattr(self, f).index_add(0, row, getattr(part, f).to(self.nll)) for f in FIELDS), self.quiet, places,
                     total=part.total if self.total is None else self.total + part.total)
 
     def stacked(self) -> Tensor:
-        """All four as one detached float64 tensor (4, K + 1), `quiet` last, ready to be reduced over ranks."""
+        """The four sums as one detached float64 tensor (4, K + 1) with `quiet` as last column, ready for an all-reduce."""
         sums = torch.stack([getattr(self, f).detach().double() for f in FIELDS])
         return torch.cat([sums, torch.zeros_like(sums[:, :1]) if self.quiet is None else self.quiet[:, None].double()], 1)
 
 
-def cross_entropy_sums(h: Tensor, inputs: Tensor, head: Head, targets: Tensor, weights: Tensor, numbers: int, scale: Tensor | None = None,
+def cross_entropy_sums(h: Tensor, inputs: Tensor, head: Head, targets: Tensor, weights: Tensor, row_width: int, scale: Tensor | None = None,
                        z_loss: float = 0.0, parameters: Sequence[Tensor] = ()) -> Sums:
-    """Sums over rows h (N, ...) with targets and weights (N, Q), a chunk of rows at a time, of `numbers` logits each.
+    """Loss sums over rows h (N, ...) with targets and weights (N, Q), one chunk of rows at a time; a row makes `row_width` logits.
 
-    With the `scale` (Q,) of each stream `total` carries the gradient, made in the forward; `parameters` are the head's.
+    With the `scale` (Q,) of each stream, `total` carries the gradient, which is computed in the forward pass; `parameters`
+    are those of the head.
     """
     part = multistream_ce(h, head, targets, weights, scale=scale, inputs=inputs, z_loss=z_loss, parameters=parameters,
-                          rows=slice(None), chunk_rows=rows_of_a_chunk(numbers, h.is_cuda))
+                          rows=slice(None), chunk_rows=rows_of_a_chunk(row_width, h.is_cuda))
     return Sums(part.nll, part.weight, part.hits, part.count, None, part.places, total=part.total)
 
 
-# ---- what the sums add up to ----
+# ---- from the sums to the loss ----
 
 def loss_scale(weight: Tensor, table: StreamTable, config: LossConfig) -> Tensor:
     """Factor of each stream's nll in the loss, from the step's global weight sums.   (K,) -> (K,)"""

@@ -8,11 +8,10 @@ and written by parallel heads or by a depth transformer over the codebooks of a 
     B batch   S columns   K streams   Q predicted codebooks   D width   H heads   V vocabulary   N flat rows
     R LoRA rank   T codec frames   W waveform samples   F mel or feature bins
 
-A column is an audio column when any of its audio rows is >= 0: dual FFNs and split tails follow from that.
-`model(tokens)` reads columns 0..S-2 and predicts columns 1..S-1. Published architectures are constants in
-families/.
+A column is an audio column when any of its audio rows is >= 0; dual FFNs and the audio tail act on those columns.
+`model(tokens)` reads columns 0..S-2 and predicts columns 1..S-1. Published architectures are constants in families/.
 Sources: Llama (arXiv:2302.13971), RoPE (2104.09864), Moshi (2410.00037), Higgs Audio v2, MOSS-Speech (2510.00499).
-Next: loss.py. One file because it is read as one: every switch stands beside the block that it changes.
+Next: loss.py. One file because it is read as one: every switch is next to the block that it changes.
 """
 
 import math
@@ -46,9 +45,9 @@ from streams import is_audio
 
 
 class Linear(nn.Module):
-    """y = x W^T + b. With `sets`, one W per depth step: x (n, N, in) holds the steps of `step`, first one first.
+    """y = x W^T + b. With `sets`, one W per depth step: x (n, N, in) holds the inputs of the steps in the slice `step`, in order.
 
-    `adapter` is where lora.py hangs its low-rank update; it computes the whole product.
+    `adapter` is the LoRA module that lora.py adds; it then computes the whole product.
     """
 
     def __init__(self, inputs: int, outputs: int, bias: bool = False, sets: int = 0, schedule: tuple[int, ...] = ()) -> None:
@@ -57,10 +56,10 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
         self.schedule = schedule
         self.adapter: nn.Module | None = None
-        self.register_buffer("row_scale", None)        # of a weight that int8_base.quantize holds in 8 bits
+        self.register_buffer("row_scale", None)        # scale of each row of a weight that int8_base.quantize stores in 8 bits
 
     def pick(self, parameter: Tensor, step: slice) -> Tensor:
-        """Select the weight sets that serve the steps of a slice."""
+        """Select the weight sets of the depth steps in a slice."""
         return parameter[device_constant(self.schedule[step], parameter.device)] if self.schedule else parameter[step]
 
     def forward(self, x: Tensor, step: slice | None = None) -> Tensor:
@@ -83,7 +82,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None, other: "RMSNorm | None" = None,
                 where: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """With `residual` -> the norm of x + residual, and that sum. With `other`, rows of `where` (...,) use its weight."""
+        """With `residual` -> the norm of x + residual, and that sum. With `other`: rows where `where` (...,) is true use its weight."""
         return rms_norm(x, self.weight, self.eps, residual, other and other.weight, where)
 
 
@@ -151,9 +150,9 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and feed-forward. `dual`: audio columns have norms and a feed-forward network of their own.
+    """Pre-norm attention and feed-forward. `dual`: audio columns have their own norms and feed-forward network.
 
-    `skips_audio` (Higgs fast-forward): audio columns leave the block as they came and no text column sees them.
+    `skips_audio` (Higgs fast-forward): audio columns pass the block unchanged, and text columns do not attend to them.
     """
 
     def __init__(self, c: StackConfig, dropout: float = 0.0, dual: bool = False, skips_audio: bool = False, listens: bool = False) -> None:
@@ -184,7 +183,10 @@ class Block(nn.Module):
         return torch.where(context.audio[..., None], x, h) if self.skips_audio else h
 
     def routed(self, h: Tensor, plan: Plan) -> Tensor:
-        """Send each column through its own network only; an empty side still runs, so that every rank has every gradient.   (N, D)"""
+        """Run text columns through one network and audio columns through the other.   (N, D)
+
+        In training an empty side still runs, because DDP needs a gradient of every parameter on every rank.
+        """
         rows = h if plan.order is None else route(h, plan.order, plan.back)
         text, audio = rows[: plan.texts], rows[plan.texts :]
         if plan.order is None and not torch.is_grad_enabled():
@@ -197,7 +199,7 @@ class Block(nn.Module):
 
 
 def run_blocks(blocks: Iterable[nn.Module], x: Tensor, context: Context, first: int = 0, level: int = 0) -> Tensor:
-    """One block after another; `level` says what is made again in backward: 1 cheap outputs, 3 also every other block, 4 every block."""
+    """Run the blocks in order. `level` = what backward recomputes: 1 cheap outputs, 3 also every second block, 4 every block."""
     level = level if torch.is_grad_enabled() and context.cache is None else 0
     for layer, block in enumerate(blocks, first):
         if level == 4 or level == 3 and layer % 2:
@@ -209,7 +211,7 @@ def run_blocks(blocks: Iterable[nn.Module], x: Tensor, context: Context, first: 
 
 
 class Temporal(nn.Module):
-    """The transformer over columns, with an optional pair of tails.   x (B, S, D) -> text and audio states (B, S, D)"""
+    """The transformer over columns, optionally with a text tail and an audio tail.   x (B, S, D) -> text and audio states (B, S, D)"""
 
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
@@ -224,7 +226,7 @@ class Temporal(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         if context.fast:
-            return self.column(x[:, 0], context)
+            return self.decode_column(x[:, 0], context)
         h = run_blocks(self.layers, x, context, 0, self.c.checkpoint)
         if not self.c.tail:
             h = self.norm(h)
@@ -234,8 +236,8 @@ class Temporal(nn.Module):
         audio = run_blocks(self.audio_tail, h, context, n + self.c.tail, self.c.checkpoint)
         return self.text_norm(text), self.audio_norm(audio)
 
-    def column(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        """The fast way of one column.   x (B, D) -> as `forward`"""
+    def decode_column(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        """The fast path of `forward` for one column.   x (B, D) -> text and audio states (B, 1, D)"""
         cache, (trunk, *tails) = context.cache, context.cache.fast
         if cache.counter is None:
             own, *others = (part.places(cache.slots.start, cache.live) for part in cache.fast)
@@ -247,25 +249,25 @@ class Temporal(nn.Module):
         return h[0], h[-1]
 
     def parts(self) -> list[tuple[nn.ModuleList, int, RMSNorm | None]]:
-        """The shared layers, then the tails: blocks, the number of the first, and the norm behind the last."""
+        """The shared layers, then the tails: (blocks, number of the first block, norm after the last block)."""
         c, n = self.c, len(self.layers)
         tails = [(self.text_tail, n, self.text_norm), (self.audio_tail, n + c.tail, self.audio_norm)] if c.tail else []
         return [(self.layers, 0, None if c.tail else self.norm), *tails]
 
-    def plain(self) -> bool:
-        """Whether a column can go the fast way."""
+    def has_fast_decode(self) -> bool:
+        """Whether `decode_column` supports all blocks."""
         return all(supports_fast_decode(blocks, self.c.temporal, self.layers[0].attn_norm.weight.dtype) for blocks, *_ in self.parts())
 
-    def columns(self, cache: KVCache) -> list[ColumnStep] | None:
-        """What `column` runs, of each part; None when columns must go block by block."""
+    def decode_steps(self, cache: KVCache) -> list[ColumnStep] | None:
+        """The step that `decode_column` runs for each of `parts`; None if decoding has to run block by block."""
         steps = [column_step(blocks, self.c.temporal, cache, *rest) for blocks, *rest in self.parts()]
         return None if None in steps else steps
 
 
 class Embedding(nn.Module):
-    """Sum of one vector per row; -1 adds exactly zero.   ids (B, n, S) -> (B, S, D)
+    """Sum of one embedding per row; -1 adds exactly zero.   ids (B, n, S) -> (B, S, D)
 
-    The tables of all rows of a kind are stacked in one `weight`; `offsets` say where each begins.
+    The tables of all rows are stacked in one `weight`; `offsets` are the first rows of the tables.
     """
 
     def __init__(self, vocabularies: list[int], dim: int) -> None:
@@ -284,7 +286,7 @@ class Embedding(nn.Module):
         return embed_sum(ids, self.weight, self.offsets)
 
 
-PARTS = Parts(Block, Linear, RMSNorm, Embedding, run_blocks)          # what layers/depth.py is built of
+PARTS = Parts(Block, Linear, RMSNorm, Embedding, run_blocks)          # the modules that layers/depth.py uses
 
 
 # ---- the model ----
@@ -326,14 +328,14 @@ class MultistreamLM(nn.Module):
         self.reset_parameters()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MultistreamLM":
-        self.__dict__.pop("replay", None)              # graphs that read the weights where they lay (cuda_graphs.py)
-        if self.tower is not None:                     # moves and casts with the model that it is no part of
+        self.__dict__.pop("replay", None)              # CUDA graphs hold the old addresses of the weights (cuda_graphs.py)
+        if self.tower is not None:                     # not a submodule, but moved and cast with the model
             self.tower.body._apply(fn, recurse)
         return super()._apply(fn, recurse)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Truncated normal, 1/sqrt(fan_in) wide; residual outputs smaller by sqrt(2 layers); embeddings 1/sqrt(D) / sqrt(K)."""
+        """Truncated normal with std 1/sqrt(last axis); outputs of residual branches are divided by sqrt(2 layers)."""
         started = {id(p) for module in self.modules() if isinstance(module, (Affine, Projector)) for p in module.parameters()}
         for name, p in self.named_parameters():
             if p.is_meta or p.dim() < 2 or id(p) in started:
@@ -351,12 +353,12 @@ class MultistreamLM(nn.Module):
         """Predict columns 1..S-1 from columns 0..S-2.
 
         tokens (B, K, S) int64, weights (B, K, S) or None, positions and segments (B, S) of packed rows or None; `voice`
-        (B, n, D) is what self.voice made of features.
+        (B, n, D) is the output of self.voice.
         Without weights -> logits: text (B, S-1, V_text) or None, audio (B, Q, S-1, V_audio) or None.
-        With weights -> Sums: weighted nll, weight, hits and count of every stream, each (K,), and nll of every place, B * (S-1);
-        with speakers (B, S) of packed rows also the contrastive term.
-        With `scale` (K,) of each stream their `total` alone carries the gradient, which is made on the way: less memory, one
-        product less. `plan` is columns.make_plan of the batch, for a device that should not be waited for.
+        With weights -> Sums: weighted nll, weight, hits and count of every stream, each (K,), and nll of every position, B * (S-1);
+        with speakers (B, S) of packed rows also the contrastive loss.
+        With `scale` (K,) of each stream, only `total` carries the gradient; it is computed in the forward pass, which takes less
+        memory and one matmul less. `plan` is batch_plan.make_plan of the batch; made on the CPU it avoids a device sync.
         """
         B, K, S = tokens.shape
         assert len(self.table) == K, f"{K} rows for a table of {len(self.table)}"
@@ -391,7 +393,7 @@ class MultistreamLM(nn.Module):
             context = graph_context(self.config, positions, cache)
         else:
             context = temporal_context(self.config, None if fast else is_audio(tokens, self.table), positions, segments, cache, plan)
-        if fast and cache.side is None and self.config.dual_ffn:                # both kinds of columns stand side by side
+        if fast and cache.side is None and self.config.dual_ffn:                # the batch has text and audio columns at once
             context.audio = is_audio(tokens, self.table)
         voice = cache.voice if voice is None and cache is not None else voice
         context.voice = self.voice.unknown_voice(len(tokens)) if voice is None and self.voice is not None else voice
@@ -399,7 +401,7 @@ class MultistreamLM(nn.Module):
 
     def fused(self, tokens: Tensor, positions: Tensor | None, segments: Tensor | None, cache: KVCache | None,
               plan: Plan | None) -> tuple[Tensor, Tensor]:
-        """`hidden` of two towers: projected for the text head (B, S, Dt), joined for the depth steps (B, S, Dt + D)."""
+        """`hidden` with a text tower: projected for the text head (B, S, Dt), concatenated for the depth steps (B, S, Dt + D)."""
         def towers(tokens: Tensor, positions: Tensor | None = None, segments: Tensor | None = None, plan: Plan | None = None) -> Tensor:
             context = temporal_context(self.config, is_audio(tokens, self.table), positions, segments, cache, plan)
             x = self.embed_tokens(tokens)
@@ -412,7 +414,7 @@ class MultistreamLM(nn.Module):
         return self.text_projector(h), h
 
     def embed_tokens(self, tokens: Tensor, side: bool | None = None) -> Tensor:
-        """Sum the embeddings of a column.   (B, K, S) -> (B, S, D); `side`: nothing but audio, or but text, stands there"""
+        """Sum the embeddings of a column.   (B, K, S) -> (B, S, D); `side`: True = audio columns only, False = text columns only"""
         parts = []
         if self.table.audio and side is not False:
             heard = tokens[:, self.table.lead :]
@@ -426,9 +428,9 @@ class MultistreamLM(nn.Module):
         return sum(parts[1:], parts[0])
 
     def keep_inputs(self, tokens: Tensor, most: float) -> Tensor:
-        """Hide a random share, up to `most`, of the columns of each row as inputs: targets stay.   -> (B, S) of 0 and 1
+        """A random mask of input columns for each item of the batch, with a share of zeros up to `most`; targets stay.   -> (B, S)
 
-        A model that always sees the true past of a small data set learns to recognise the clip and ignores the text.
+        Without it, a model trained on a small data set recognises the clip from its past codes and ignores the text.
         """
         B, _, S = tokens.shape
         share = torch.rand(B, 1, device=tokens.device) * most
@@ -440,35 +442,35 @@ class MultistreamLM(nn.Module):
         return targets[:, device_constant(tuple(rows), targets.device)].transpose(1, 2).flatten(0, 1)
 
     def audio_logits(self, h: Tensor, tokens: Tensor) -> Tensor:
-        """Logits of every predicted codebook.   h (N, D), tokens (N, Q) read by the depth steps only -> (Q, N, V)"""
+        """Logits of every predicted codebook.   h (N, D), tokens (N, Q), which only the depth steps read -> (Q, N, V)"""
         Q, depth = len(self.table.audio_out), self.config.depth
         if depth is None:
             return self.audio_head(h).unflatten(-1, (Q, -1)).transpose(0, 1)
         if not depth.prefix:
             return self.depth.head(self.depth(h, tokens), slice(0, Q))
         first, rest = self.audio_head(h)[None], self.depth_logits(h, tokens)
-        V = max(first.shape[-1], rest.shape[-1])                                # ids that a smaller head lacks have no chance
+        V = max(first.shape[-1], rest.shape[-1])                                # ids that a smaller head does not have get -inf
         return torch.cat([F.pad(x, (0, V - x.shape[-1]), value=-torch.inf) for x in (first, rest)])
 
     def codebook_logits(self, k: int, h: Tensor, token: Tensor, cache: KVCache, known: bool = False) -> Tensor:
-        """Logits of codebook k of a column, drawn one after the other.   h (B, D), token as in Depth.embed -> (B, V)"""
+        """Logits of codebook k of one column, for sampling codebook by codebook.   h (B, D), token as in Depth.embed -> (B, V)"""
         if not self.config.depth.prefix:
             return self.depth.step(k, h, token, cache, known)
         logits = self.depth.step(k, h, token, cache, self.embed["audio"])
         return logits if k else self.audio_head(h)
 
     def depth_logits(self, h: Tensor, tokens: Tensor) -> Tensor:
-        """Logits of what a prefix depth transformer predicts.   h (N, D), tokens (N, Q - 1) -> (Q - 1, N, V)"""
+        """Logits of the codebooks that a prefix depth transformer predicts.   h (N, D), tokens (N, Q - 1) -> (Q - 1, N, V)"""
         return self.depth.head(self.depth(h, tokens, self.embed["audio"]), slice(0, self.config.depth.steps - 1))
 
     def extra_odds(self, h: Tensor) -> Tensor:
-        """What the extra heads say.   text states (B, S, D) -> probabilities (B, heads, S, classes)"""
+        """Probabilities of the extra heads.   text states (B, S, D) -> (B, heads, S, classes)"""
         logits = self.extra_head(h.flatten(0, 1).expand(self.config.extra_heads, -1, -1), slice(0, self.config.extra_heads))
         return logits.unflatten(1, h.shape[:2]).transpose(0, 1).float().softmax(-1)
 
     def sums(self, h_text: Tensor, h_audio: Tensor, targets: Tensor, weights: Tensor, plan: Plan, scale: Tensor | None,
              z_loss: float) -> Sums:
-        """Loss sums per stream; rows without a target never reach a head.   targets, weights (B, K, S)"""
+        """Loss sums per stream; the heads only run at positions with a target.   targets, weights (B, K, S)"""
         zeros, parts = torch.zeros(4, len(self.table), device=weights.device), []
         tables = self.embed["audio"] if self.table.audio else None
         total = Sums(*zeros, places=weights.new_zeros(targets[:, 0].numel()))
@@ -483,12 +485,12 @@ class MultistreamLM(nn.Module):
             streams = device_constant(tuple(rows), targets.device)
             t, w = (x[:, streams].transpose(1, 2).flatten(0, 1)[at] for x in (targets, weights))     # -> (N, Q)
             x, inputs = h.flatten(0, 1)[at], self.depth_inputs(targets)[at]
-            if prefix and rows is out and len(at) < len(plan.audio_rows):       # a share stands for all: on average the sums stay the same
+            if prefix and rows is out and len(at) < len(plan.audio_rows):       # scale up the sampled share: same sums in expectation
                 w = w * (len(plan.audio_rows) / len(at))
             if self.config.depth is not None and module is self.depth.head:
                 x = self.depth(x, inputs, tables, 4 if self.config.checkpoint >= 2 else self.config.checkpoint).transpose(0, 1)
             logits, trained = sum(self.table.streams[k].classes for k in rows), [p for p in module.parameters() if p.requires_grad]
-            if isinstance(module, (Depth, PrefixDepth)):                         # a row of the depth transformer holds more than its logits
+            if isinstance(module, (Depth, PrefixDepth)):                         # its activations can be larger than its logits
                 trained += [p for p in tables.parameters() if p.requires_grad and self.config.depth_tied]
                 logits = max(logits, 4 * self.config.depth.steps * module.c.layers * module.c.dim)
             parts.append(cross_entropy_sums(x, inputs, head, t, w, logits, None if scale is None else scale[streams], z_loss, trained))
@@ -498,17 +500,17 @@ class MultistreamLM(nn.Module):
         return total
 
     def depth_rows(self, at: Tensor) -> Tensor:
-        """The rows that a prefix depth transformer is trained on in this batch: a random share, drawn anew each time, or all."""
+        """The positions on which a prefix depth transformer is trained in this batch: a new random share each time, or all."""
         if not self.training or self.config.depth_share == 1 or len(at) < 2:
             return at
         count = max(1, round(self.config.depth_share * len(at)))
         return at[torch.randperm(len(at), device=at.device)[:count].sort().values]
 
     def audio_part(self, scaled: bool) -> tuple[nn.Module, Head]:
-        """What a chunk of rows runs through on its way to audio logits: from level 2 on that is the depth transformer, too."""
+        """The module that computes audio logits for a chunk of rows: the head; from checkpoint level 2 on the whole depth transformer."""
         if self.config.depth is None:
             return self.audio_head, self.audio_logits
-        sharded = scaled and hasattr(self.depth.layers[0], "unshard")           # what is gathered for one pass cannot run in pieces
+        sharded = scaled and hasattr(self.depth.layers[0], "unshard")           # FSDP gathers a block for one pass, not for many chunks
         if (self.config.checkpoint >= 2 or self.config.depth.prefix) and not sharded:
             return self.depth, self.depth_logits if self.config.depth.prefix else self.audio_logits
         return self.depth.head, lambda x, _: self.depth.head(x.transpose(0, 1), slice(0, x.shape[1]))
@@ -516,16 +518,16 @@ class MultistreamLM(nn.Module):
     # ---- sampling, one column at a time ----
 
     def cache(self, batch: int, columns: int, chunk: int = 256) -> KVCache:
-        """Allocate the static cache for `columns` columns; prompts are read `chunk` columns at a time."""
+        """Allocate the static KV cache for `columns` columns; the prefill reads prompts `chunk` columns at a time."""
         c, weight = self.config, self.temporal.layers[0].attn_norm.weight
         capacity = min(columns, c.temporal.window + chunk) if c.temporal.window else columns
         cache = KVCache(c.temporal.layers + 2 * c.tail, batch, c.temporal.kv, capacity, c.temporal.head, weight)
-        cache.fast, cache.rope = self.temporal.columns(cache), RopeTable(c.temporal, weight)
+        cache.fast, cache.rope = self.temporal.decode_steps(cache), RopeTable(c.temporal, weight)
         cache.tower = self.tower and self.tower.cache(batch, columns)
         return cache
 
     def weights(self) -> dict[str, Tensor]:
-        """The state dict, each shared tensor once."""
+        """The state dict with each shared tensor only once."""
         tensors = self.state_dict()
         if self.config.tied:
             tensors.pop("text_head.weight")

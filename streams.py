@@ -1,16 +1,16 @@
-"""The grid: every model here reads and writes K rows of integer tokens on one axis of columns.
+"""The grid: every model here reads and writes K rows of integer tokens that share one time axis of columns.
 
     sequential (Higgs, MOSS, tiny_clone): text and audio take turns     aligned (Moshi, DSAA, tiny): one column is one frame
     text     12   40    7   -1   -1   -1   -1   -1    9                 text     T0  PAD   w1   w2  PAD  PAD
     cb 1     -1   -1   -1  BOS   a0   a1  EOS  EOS   -1                 cb 1     A0   a0   a1   a2   a3   a4      delay 0
     cb 2     -1   -1   -1  BOS  BOS   b0   b1  EOS   -1                 cb 2     A0   A0   b0   b1   b2   b3      delay 1
 
-`tokens (K, S)` holds ids, -1 where a row has nothing: that embeds to exactly zero and is never a target.
-`weights (K, S)` says how much the token at the same place counts as a target; 0 is never trained. There are no
-labels: the model reads columns 0..S-2 and predicts columns 1..S-1, and nobody else shifts anything.
+`tokens (K, S)` holds ids; -1 marks an empty cell, which embeds to exactly zero and is never a target.
+`weights (K, S)` is the loss weight of the token in the same cell; a token with weight 0 is no target. There are no separate
+labels: the model reads columns 0..S-2 and predicts columns 1..S-1. No other code shifts tokens against targets.
 
-A family is a `StreamTable` (which rows there are) and a layout function (how an example becomes a grid), both in its file
-in families/, built of the blocks below. The same function builds the training grid and the prompt. Next: model.py.
+A family is a `StreamTable` (its rows) and a layout function (from an example to a grid), both in its file in families/
+and made of the functions below. The same function builds the training grid and the prompt. Next: model.py.
 """
 
 from collections.abc import Sequence
@@ -23,32 +23,32 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Stream:
-    """One row of the grid. Ids 0..vocab-1 may stand in it; ids 0..classes-1 are predicted (0 = the row is only read)."""
+    """One row of the grid. It holds ids 0..vocab-1; ids 0..classes-1 are predicted (classes 0 = the row is only read)."""
 
-    name: str            # what messages and metrics call it
+    name: str            # name in messages and metrics
     kind: str            # "text", "condition" (one id for the whole sequence) or "audio"
     vocab: int           # rows of its embedding
     classes: int = 0     # rows of its head
-    delay: int = 0       # columns between a frame and the place of its token
-    start: int = -1      # id that stands in the row before its first token
-    end: int = -1        # id that closes the row (EOS)
-    rank: int = 0        # condition: width of its table
-    values: tuple[str, ...] = ()   # condition: names of its first ids; its last id says that nothing was chosen
+    delay: int = 0       # columns by which its tokens come later than their frames
+    start: int = -1      # start id, which fills the row before its first token (BOS)
+    end: int = -1        # end id, which closes the row (EOS)
+    rank: int = 0        # condition: width of its embedding table, which is then projected to the model's width
+    values: tuple[str, ...] = ()   # condition: names of its first ids; the last id means "not given"
 
 
 @dataclass(frozen=True)
 class StreamTable:
-    """The rows of a family's grid and the text ids that steer it."""
+    """The rows of a family's grid, and the special text ids that begin and end audio or the generation."""
 
     streams: tuple[Stream, ...]  # text rows, conditions, then the agent's codebooks, then the user's
-    layout: str                  # names the family that lays examples out (families/family.py), "" = none yet
+    layout: str                  # name of the layout, by which families/family.py finds the family; "" = none yet
     aligned: bool = False        # text and audio share columns; otherwise they take turns
     audio_start: int = -1        # sequential: the text id after which audio columns begin
-    audio_end: int = -1          # sequential: the text id that follows the last audio column (-1: sampled)
+    audio_end: int = -1          # sequential: the text id that follows the last audio column, -1 = it is sampled
     stop: tuple[int, ...] = ()   # text ids that end generation
-    pad: int = 3                 # inner monologue: the text id of a frame in which nothing is said (Moshi's <pad>)
+    pad: int = 3                 # inner monologue: the text id of a frame without a word piece (Moshi's <pad>)
     epad: int = 0                # inner monologue: the text id of the frame before a word (Moshi's <unk>)
-    joint_end: bool = False      # sequential: audio ends in the frame in which every row holds its end id; that may be a code as well
+    joint_end: bool = False      # sequential: audio ends only when all rows of one frame hold their end id, which is also a usable code
 
     def __post_init__(self) -> None:
         kinds = [s.kind for s in self.streams]
@@ -61,7 +61,7 @@ class StreamTable:
     def __len__(self) -> int:
         return len(self.streams)
 
-    # Row numbers by role; `_out` are the predicted ones.
+    # Row numbers by role; names in `_out` are the predicted rows.
     @cached_property
     def text(self) -> list[int]:
         return [i for i, s in enumerate(self.streams) if s.kind == "text"]
@@ -89,12 +89,12 @@ class StreamTable:
 
     @cached_property
     def monologue(self) -> bool:
-        """Whether row 0 is an inner monologue: the model writes an id into every frame, words and padding."""
+        """Whether row 0 is an inner monologue: the model predicts a text id for every frame, a word piece or padding."""
         return self.aligned and self.text_out == [0]
 
     @cached_property
     def spoken(self) -> slice:
-        """The predicted audio rows, which lie together."""
+        """The predicted audio rows, which are adjacent."""
         return slice(self.audio_out[0], self.audio_out[-1] + 1) if self.audio_out else slice(0, 0)
 
     @cached_property
@@ -103,7 +103,7 @@ class StreamTable:
 
     @cached_property
     def edges(self) -> Tensor:
-        """What stands around the codes: ids of the rows before the audio rows, start ids, end ids; read only.   (K + Q,)"""
+        """The ids around the codes: those of the rows before the audio rows, start ids, end ids; do not write to it.   (K + Q,)"""
         held, audio = ([s.start if self.aligned else -1 for s in self.streams[: self.lead]], self.streams[self.lead :])
         return torch.tensor([*held, *(s.start for s in audio), *(s.end for s in audio)])
 
@@ -115,21 +115,21 @@ class StreamTable:
 
 def codebooks(count: int, vocab: int, classes: int, start: int, end: int = -1, delays: range | tuple[int, ...] | None = None,
               name: str = "cb") -> tuple[Stream, ...]:
-    """A run of audio streams of one speaker; classes 0 = read, never predicted."""
+    """The audio streams of one speaker, a stream for each codebook; classes 0 = read, never predicted."""
     delays = delays if delays is not None else (0,) * count
     return tuple(Stream(f"{name}{k + 1}", "audio", vocab, classes, delays[k], start, end) for k in range(count))
 
 
 def is_audio(tokens: Tensor, table: StreamTable) -> Tensor:
-    """Tell audio columns, those in which any audio row is >= 0.   (..., K, S) -> (..., S) bool"""
+    """Which columns are audio columns: any audio row is >= 0.   (..., K, S) -> (..., S) bool"""
     return (tokens[..., table.lead :, :] >= 0).any(-2)
 
 
 def delay(frames: Tensor, delays: Sequence[int], start: Tensor | int, tail: Tensor | int | None = None) -> Tensor:
-    """Shift row k right by delays[k] behind one column of start ids.   (..., K, T) -> (..., K, S)
+    """Put one column of start ids in front and shift row k right by delays[k].   (..., K, T) -> (..., K, S)
 
-    Without `tail` the last frames of delayed rows fall off and S = T + 1 (Moshi). With `tail`, a value or (K, 1), every
-    row keeps all its frames, shorter rows are filled with it, and S = T + 1 + max(delays) (Higgs).
+    Without `tail` the last frames of delayed rows are cut off and S = T + 1 (Moshi). With `tail`, a value or (K, 1), every
+    row keeps all its frames, the rest is filled with `tail`, and S = T + 1 + max(delays) (Higgs).
     """
     T = frames.shape[-1]
     assert len(delays) == frames.shape[-2] and min(delays) >= 0, (list(delays), tuple(frames.shape))
@@ -151,8 +151,8 @@ def undelay(columns: Tensor, delays: Sequence[int]) -> Tensor:
 class Undelay:
     """Streaming `undelay`: push a column (B, K), get the newest frame (B, K) that is complete in every row.
 
-    Rows in `at_once` are not held back. Until frames are complete `push` returns what stands there, start ids or the
-    oldest column known; the caller's column count says when frames begin: `lag` columns after the start column.
+    Rows in `at_once` are returned without delay. The first complete frame comes `lag` columns after the start column; what
+    `push` returns before that (start ids, or copies of the oldest column) is to be ignored by the caller.
     """
 
     def __init__(self, delays: Sequence[int], at_once: Sequence[int] = ()) -> None:
@@ -181,16 +181,16 @@ class Undelay:
 
 @dataclass
 class Example:
-    """What a layout needs to know of one utterance or dialogue. Without `codes` the layout ends where generation begins."""
+    """One utterance or dialogue, the input of a layout function. Without `codes` the grid is a prompt and ends where generation begins."""
 
     text: Tensor                        # (n,) token ids of the transcript
     codes: Tensor | None = None         # (Q, T) the agent's codes
     starts: Tensor | None = None        # (n,) first frame of each text token (aligned layouts)
     reference: "Example | None" = None  # another clip of the same voice
     user: Tensor | None = None          # (Q, T) the other speaker's codes
-    weights: Tensor | None = None       # (T,) how much each id of a text row with one id a frame counts
-    conditions: Tensor | None = None    # (C,) ids of the condition rows, None = nothing is chosen
-    before: int = 0                     # frames in front that are only context: the head of a chunk of a long dialogue
+    weights: Tensor | None = None       # (T,) loss weight of each id of a text row that has one id a frame
+    conditions: Tensor | None = None    # (C,) ids of the condition rows, None = not given
+    before: int = 0                     # leading frames that are context only, no targets: the overlap of chunks of a long dialogue
     segments: "list[tuple[Tensor, float]]" = field(default_factory=list)    # a conversation: ids (n,) or codes (Q, T), weight
     name: str = ""                      # for messages
 
@@ -199,7 +199,7 @@ Grid = tuple[Tensor, Tensor]            # tokens (K, S) int64, weights (K, S) fl
 
 
 def text_block(ids: Tensor, weight: float, table: StreamTable) -> Grid:
-    """Text columns of a sequential grid: ids (n,) in row 0, nothing elsewhere."""
+    """Text columns of a sequential grid: ids (n,) in row 0, -1 in the other rows."""
     tokens = torch.full((len(table), len(ids)), -1)
     tokens[0] = ids
     weights = torch.zeros(tokens.shape)
@@ -210,8 +210,8 @@ def text_block(ids: Tensor, weight: float, table: StreamTable) -> Grid:
 def audio_block(codes: Tensor, weight: float, table: StreamTable) -> Grid:
     """Audio columns of a sequential grid: codes (Q, T), one EOS a row, delayed.
 
-    Targets are the codes and one EOS in each row; start ids and the fill behind EOS are not. A table whose audio rows
-    have no start id gets no start column (MOSS-Speech).
+    Targets are the codes and one EOS in each row; start ids and the fill after EOS are no targets. A table whose audio
+    rows have no start id gets no start column (MOSS-Speech).
     """
     tokens, weights = audio_columns(codes, weight, table)
     first = int(table.streams[table.lead].start < 0)
@@ -219,14 +219,14 @@ def audio_block(codes: Tensor, weight: float, table: StreamTable) -> Grid:
 
 
 def audio_columns(codes: Tensor, weight: float, table: StreamTable) -> Grid:
-    """A start column, codes (Q, T) and EOS, delayed, among rows that are held."""
+    """A start column, codes (Q, T) and EOS, delayed; the rows before the audio rows keep their start id."""
     place, counts = audio_plan(table.lead, tuple(table.delays[table.lead :]), codes.shape[1])
     return torch.cat([codes.flatten(), table.edges]).take(place), weight * counts
 
 
 @lru_cache(maxsize=256)         # short clips come in few lengths; a long one pays for itself
 def audio_plan(lead: int, delays: tuple[int, ...], T: int) -> Grid:
-    """Where `audio_columns` finds each id among codes and edges, and 1 for each that may count; shared, so read only."""
+    """The index of each cell of `audio_columns` in [codes, edges], and 1 for each target. Cached and shared: do not write to it."""
     Q = len(delays)
     codes, held, start, end = (n[:, None] for n in torch.arange(Q * T + lead + 2 * Q).split([Q * T, lead, Q, Q]))
     framed = torch.cat([codes.view(Q, T), end], dim=1)                          # (Q, T) -> (Q, T + 1)
@@ -237,24 +237,24 @@ def audio_plan(lead: int, delays: tuple[int, ...], T: int) -> Grid:
 
 
 def join(blocks: Sequence[Grid]) -> Grid:
-    """Put blocks one behind the other and never train the first column, which nothing predicts."""
+    """Concatenate blocks; the first column gets weight 0, because no column predicts it."""
     tokens, weights = (torch.cat(parts, dim=1) for parts in zip(*blocks, strict=True))
     weights[:, 0] = 0
     return tokens, weights
 
 
 def text_grid(example: Example, table: StreamTable) -> Grid:
-    """Plain language modelling: every token but the first is a target."""
+    """Plain language modelling: every token except the first is a target."""
     return join([text_block(example.text, 1.0, table)])
 
 
 def chat_grid(example: Example, table: StreamTable) -> Grid:
-    """A conversation as text/conversation.py wrote it: text and speech take turns, each with its weight."""
+    """A conversation from text/conversation.py: segments of text and of speech, each with its loss weight."""
     return join([(text_block if part.dim() == 1 else audio_block)(part, weight, table) for part, weight in example.segments])
 
 
 def show(tokens: Tensor, weights: Tensor, table: StreamTable, columns: int = 16) -> str:
-    """Draw the first columns of a grid (K, S); a target carries a `*`."""
+    """The first columns of a grid (K, S) as text; `*` marks a target."""
     n = min(columns, tokens.shape[1])
     lines = []
     for k, stream in enumerate(table.streams):

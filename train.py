@@ -5,10 +5,10 @@
     python train.py configs/tiny.py                               again: continues where it stopped
     python train.py configs/higgs_ar.py --plan=24GB               what it needs in memory, and what makes it fit
 
-One step: fetch the micro-batches, count their targets over all ranks, forward and backward with one all-reduce (DDP, or
-shards: parallel.py), clip, update. Checkpoints are written between steps, so a run that is killed anywhere repeats
-nothing and skips nothing.
-A script, read from top to bottom; what it calls is tested on its own, and it through its command line.
+One step: fetch the micro-batches, count their targets over all ranks, forward and backward with one all-reduce (DDP or
+FSDP2: training/parallel.py), clip, update. Checkpoints are written between steps, so a resumed run neither repeats nor
+skips an example.
+This is a script to read from top to bottom; tests run it through its command line.
 """
 
 import system.setup_check  # noqa: F401, first: it says how to set up where torch is missing
@@ -61,17 +61,18 @@ device = parallel.start(config.device, local)
 kind = device.type
 dtype = plan.computed_type(config, kind)
 autocast = torch.autocast(kind, dtype) if dtype != torch.float32 else nullcontext()
-torch.manual_seed(config.seed)                   # equal weights everywhere; the ranks part ways in section 5
+torch.manual_seed(config.seed)                   # equal initial weights on all ranks; section 5 seeds each rank differently
 
 
-def say(*lines: object) -> None:
+def log_line(*lines: object) -> None:
+    """Print each argument as a line, on rank 0 only."""
     for line in lines if rank == 0 else ():
         tqdm.write(str(line), file=sys.stdout)
         sys.stdout.flush()
 
 
 if slow := slow_dtype(dtype, kind):
-    say(slow)
+    log_line(slow)
 
 # ---- 3. data ----
 if rank == 0:
@@ -82,11 +83,11 @@ barrier()
 reader = Curriculum(config, table, rank, world)
 if config.epochs:
     steps = reader.loader.steps()
-    say(f"{config.epochs} epochs are {steps} steps" + (f", of which --steps={config.steps} does the first" if config.steps < steps else ""))
+    log_line(f"{config.epochs} epochs are {steps} steps" + (f"; --steps={config.steps} ends the run first" if config.steps < steps else ""))
     config = replace(config, steps=min(config.steps, steps))
 held_out = Loader(config.data, table, "held-out", config.batch_size, rank, world, pairs=config.dpo is not None)
 if config.eval_every and not any(held_out.sources):
-    say("no validation data: validation loss and ckpt/best are off. Add --data.split=hash --data.held_out=0.05")
+    log_line("no validation data: validation loss and ckpt/best are off. Add --data.split=hash --data.held_out=0.05")
 for path in config.prompts if table.monologue else ():      # a missing recording is an error now, not at the first evaluation
     load_wav(path)
 
@@ -100,7 +101,7 @@ if config.lora is not None and not base:         # adapters on random weights: k
 
 
 def prepare(model: MultistreamLM) -> dict[str, torch.dtype]:
-    """What is frozen is read in the compute type, or in 8 bits; only what is trained has fp32 masters. A rank reads its shards."""
+    """Choose dtypes: frozen weights in the compute dtype or int8, trained ones in fp32. With --shard each rank reads its shards only."""
     adapters = adapter_config(config.init_adapter, model) if config.init_adapter else config.lora
     types = plan.held_types(model, adapters, config.rates, config.quantize)
     if config.shard and base:
@@ -111,10 +112,10 @@ def prepare(model: MultistreamLM) -> dict[str, torch.dtype]:
 raw = load(base, device, dtype, config=config.model, prepare=prepare)
 if getattr(raw, "lora", None) is not None:
     raise ValueError(f"{base} has an adapter; go on with it (--init_adapter={base}), or merge it first (python checkpoint.py merge)")
-torch.manual_seed(config.seed)                   # adapters are the same whether the base was drawn just now or read
-if config.init_adapter:                          # it brings its own ranks and targets
+torch.manual_seed(config.seed)                   # equal initial adapters, whether the base was initialised now or loaded
+if config.init_adapter:                          # its own ranks and targets replace those of config.lora
     put_adapter(raw, config.init_adapter)
-    say(*(f"adapter {config.init_adapter}: lora.{line}" for line in difference(config.lora, raw.lora)))
+    log_line(*(f"adapter {config.init_adapter}: lora.{line}" for line in difference(config.lora, raw.lora)))
 elif config.lora is not None:
     lora.inject(raw, config.lora)
 factors = lora.rate_factors(raw, config.rates)
@@ -130,7 +131,7 @@ trained = {n: p for n, p in raw.named_parameters() if p.requires_grad}
 ema = {n: p.detach().clone() for n, p in trained.items()} if config.ema else {}
 
 # ---- 5. optimizer ----
-groups: dict[tuple[float, bool], list[torch.nn.Parameter]] = {}      # by factor of the rate, and matrices apart from vectors
+groups: dict[tuple[float, bool], list[torch.nn.Parameter]] = {}      # by (learning rate factor, is a matrix); vectors do not decay
 for n, p in trained.items():
     groups.setdefault((factors[n], p.dim() >= 2), []).append(p)
 optimizer = torch.optim.AdamW([{"params": ps, "factor": factor, "weight_decay": config.weight_decay * matrices}
@@ -140,17 +141,17 @@ torch.manual_seed(config.seed + 1 + rank)        # dropout differs between ranks
 
 # ---- 6. resume ----
 run = RunState()
-previous = newest_whole(out, say) if config.resume in ("auto", "never") else resolve(config.resume)
+previous = newest_whole(out, log_line) if config.resume in ("auto", "never") else resolve(config.resume)
 if previous.exists():
     if config.resume == "never":
         raise ValueError(f"{out} already holds a run; continue it with --resume=auto or choose another --out")
     run, averaged = load_run(previous, raw, optimizer, rank)
     ema = {n: parallel.place(t.read().clone(), trained[n]) for n, t in averaged.items()} if config.ema and averaged else ema
-    say(*reader.restore(run.step, run.loader))
+    log_line(*reader.restore(run.step, run.loader))
     if run.scaler:
         scaler.load_state_dict(run.scaler)
     before = from_json(TrainConfig, read_json(previous / "state" / "run.json")["config"])
-    say(f"resuming {previous} at step {run.step}", *("  " + line for line in difference(before, config)))
+    log_line(f"resuming {previous} at step {run.step}", *("  " + line for line in difference(before, config)))
 if rank == 0:
     write_json(out / "config.json", config)
     prune(out, config.keep)
@@ -162,9 +163,9 @@ goal = Preference(raw, config.dpo) if config.dpo else (Contrast if config.loss.c
 
 
 def forward(module: torch.nn.Module, batch: Batch, scale: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a batch adds to the loss, where the scale of that is given, and to the numbers that are reported."""
+    """The loss of a batch (scaled, if `scale` is given), and its sums for the reported metrics."""
     tensors = (batch.tokens, batch.weights, batch.positions, batch.segments, batch.speakers)
-    counts = make_plan(config.model, *tensors[:4]).to(device)              # counted here, where nothing has to be waited for
+    counts = make_plan(config.model, *tensors[:4]).to(device)              # computed on the CPU, which avoids device syncs
     with autocast:
         return goal.sums(module, [t.to(device, non_blocking=True) for t in tensors], counts, scale)
 
@@ -172,7 +173,7 @@ def forward(module: torch.nn.Module, batch: Batch, scale: torch.Tensor | None = 
 # ---- 7. evaluate, sample, save ----
 @torch.no_grad()
 def evaluate() -> dict[str, float]:
-    """Held-out numbers, weighted by targets over all ranks; rank 0 also speaks the prompts or answers them."""
+    """Validation metrics over all ranks, and on rank 0 those of generated samples (config.prompts, config.listen)."""
     raw.eval()
     swap(trained, ema)
     total, spoken = goal.zero(), {}
@@ -184,7 +185,7 @@ def evaluate() -> dict[str, float]:
         if (config.prompts or config.listen) and rank == 0:
             with autocast:
                 spoken = evaluation_samples.speak_samples(raw, config, held_out.index, out / "samples" / f"step_{run.step:06d}")
-            say(f"step {run.step}: {evaluation_samples.summary_line(spoken)}")
+            log_line(f"step {run.step}: {evaluation_samples.summary_line(spoken)}")
     swap(trained, ema)
     raw.train()
     return (goal.report(all_sum(total, device)) if any(held_out.sources) else {}) | spoken
@@ -210,11 +211,11 @@ stop, saved = {"why": ""}, {"step": run.step if previous.exists() and config.res
 for name in ("SIGTERM", "SIGINT"):
     signal.signal(getattr(signal, name), lambda *_, name=name: stop.update(why=name))
 log = monitor.Log(out, config.trackers, run.step, run.evaluated) if rank == 0 else monitor.Log()
-say(monitor.memory(raw))
+log_line(monitor.memory(raw))
 began, began_at, meter = time.time(), run.step, monitor.Meter(table, reader.loader.index.info["frame_rate"], world, run.step)
 bar = tqdm(total=config.steps, initial=run.step, unit="step", disable=rank > 0 or not sys.stderr.isatty())
 while True:
-    # (a) evaluate and save before a step; the last pass does only this, and no step counts its time
+    # (a) evaluate and save before a step; the last pass does only this. Step times do not include it
     paused = time.perf_counter()
     due = config.eval_every and run.step and run.step % config.eval_every == 0
     if run.skips and over() and not scaler.is_enabled():
@@ -223,7 +224,7 @@ while True:
         numbers = evaluate()
         log(run.step, {f"val/{k}": v for k, v in numbers.items()})
         shown = [f"{k} {numbers[k]:.3f}" for k in ("loss", "text_loss", "audio_loss", "reward_margin", "reward_accuracy") if k in numbers]
-        say(*([f"step {run.step}: held-out " + ", ".join(shown)] if shown else []))
+        log_line(*([f"step {run.step}: held-out " + ", ".join(shown)] if shown else []))
         better, run.evaluated = numbers.get("loss", math.inf) < run.best, run.step
         if not math.isfinite(numbers.get("loss", 0.0)):
             raise ValueError(f"step {run.step}: held-out loss {numbers['loss']}; nothing is saved, {out}/ckpt/latest stays; lower --lr")
@@ -237,15 +238,15 @@ while True:
     meter.began += time.perf_counter() - paused
 
     # (b) the step's micro-batches and how many targets they hold on all ranks; a request to stop is summed with them
-    say(*reader.enter(run.step))
+    log_line(*reader.enter(run.step))
     step_batches = reader.take(config.accum)
     late = config.max_minutes and time.time() - began > 60 * config.max_minutes
     wish = torch.tensor([float(bool(stop["why"] or late))], dtype=torch.float64)
     counts = all_sum(torch.cat([sum(goal.count(b.weights, b.segments, b.tokens, b.speakers) for b in step_batches), wish]), device)
     if counts[-1] > 0:
         if saved["step"] != run.step:
-            checkpoint()                         # run.loader still stands before these micro-batches
-        say(f"stopped by {stop['why'] or '--max_minutes'} before step {run.step}; the same command continues")
+            checkpoint()                         # run.loader is still the position before these micro-batches
+        log_line(f"stopped by {stop['why'] or '--max_minutes'} before step {run.step}; the same command continues")
         break
     run.loader = reader.position
     scale = scaler.scale(goal.scale(counts[:-1], reader.loss).float().to(device)) * world
@@ -275,7 +276,7 @@ while True:
         run.skips, run.skipped = run.skips + 1, run.skipped + 1
         scaled = f", loss scale {scaler.get_scale():g} halves" if scaler.is_enabled() else ""      # fp16 finds its scale this way
         read = [n for b in step_batches for row in b.names for n in row]
-        say(f"step {run.step}: gradient is {norm}, step skipped{scaled}; it read {read}")
+        log_line(f"step {run.step}: gradient is {norm}, step skipped{scaled}; it read {read}")
         if run.skips >= config.max_skips:
             raise ValueError(f"{run.skips} steps in a row had a non-finite gradient; lower --lr, use --dtype=fp32, or check these rows")
     scaler.update()
@@ -285,12 +286,12 @@ while True:
     if run.step % config.log_every == 0 or run.step == config.steps - 1:
         numbers = goal.report(all_sum(total, device))
         if run.step == 0 and config.init:
-            say(*monitor.check_first_loss(numbers, table, config.init))
+            log_line(*monitor.check_first_loss(numbers, table, config.init))
         speeds = meter.read(run.step)
         log(run.step, {f"train/{k}": v for k, v in numbers.items()} | {"grad_norm": norm, "lr": rate} | speeds)
         bar.set_postfix_str(f"loss {numbers['loss']:.3f}, {monitor.pace(speeds)}")
         if bar.disable:
-            say(f"step {run.step}: loss {numbers['loss']:.4f}, gradient norm {norm:.2f}, lr {rate:.2e}, {monitor.pace(speeds)}")
+            log_line(f"step {run.step}: loss {numbers['loss']:.4f}, gradient norm {norm:.2f}, lr {rate:.2e}, {monitor.pace(speeds)}")
     run.step += 1
     bar.update()
 
@@ -298,8 +299,8 @@ while True:
 bar.close()
 peak = f", peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if kind == "cuda" else ""
 if began_at >= config.steps and not stop["why"]:
-    say(f"{out} has already run its {run.step} steps; raise --steps to continue (checkpoint: {out}/ckpt/latest)")
+    log_line(f"{out} has already run its {run.step} steps; raise --steps to continue (checkpoint: {out}/ckpt/latest)")
 else:
-    say(f"finished in {time.time() - began:.0f} s{peak}; checkpoint: {out}/ckpt/latest, metrics: {out}/metrics.jsonl")
+    log_line(f"finished in {time.time() - began:.0f} s{peak}; checkpoint: {out}/ckpt/latest, metrics: {out}/metrics.jsonl")
 unlock(out)
 parallel.end()

@@ -13,39 +13,39 @@ PROMPT_FIELDS = ("codec", "tokenizer", "normaliser", "system", "scene", "referen
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where examples come from and how they become rows of a batch."""
+    """The sources of a data set, and how examples become packed rows of a batch."""
 
-    sources: tuple[str, ...] = ()           # manifests or folders, each "path" or "path:weight"
+    sources: tuple[str, ...] = ()           # manifests or folders to read, each "path" or "path:weight" (default weight 1)
     cache: str = "out/cache"                # folder of the token cache
-    codec: str = "tiny"                     # name, file or hub id of the codec
-    tokenizer: str = "bytes"                # "bytes", a word list (.json), a SentencePiece .model, or a tokenizer.json
-    normaliser: str = "none"                # "none", "english-v1", "arabic-v1", "higgs-v1", joined by +; stored in the checkpoint
-    variants: int = 1                       # encoded versions of a clip: shift < 1 frame, 3 dB, 6 % speed, noise; the first is unchanged
-    augment: AugmentConfig | None = None    # dialogues: augmentation of the variants after the first, instead
-    split: str = "hash"                     # "hash", "speaker" or "manifest" (the rows' own "split")
-    held_out: float = 0.05                  # fraction for validation under hash and speaker
-    columns: int = 1200                     # columns of one packed row
-    window: int = 256                       # examples in the buffer of first-fit packing
-    max_seconds: float = 30.0               # seconds; longer clips are left out
-    min_seconds: float = 0.2                # seconds; shorter clips are left out
-    max_text: int = 0                       # rows whose text has more ids are left out, 0 = no limit
-    reference: float = 0.0                  # probability of another clip of the same speaker as a voice reference
-    reference_in: str = "assistant"         # conversations: put the reference in an "assistant" turn or in the "system" message
-    scene: str = ""                         # conversations: scene description of rows without one
-    system: str = ""                        # conversations: system message of rows without one, "" = the family's own
-    thought: str = ""                       # conversations: "empty" or "none" before a reply, "" = as the tokenizer's chat template says
-    assistant_text: str = "drop"            # one-turn clone requests: "drop" or "keep" the text before the answer's speech
-    chunk_seconds: float = 100.0            # dialogues: longer ones are cut evenly into chunks of at most this many seconds
-    interleaver: str = "queue"              # dialogues: "queue" keeps every token, "reference" drops those that the next word overtakes
-    contextual: bool = False                # dialogues: tokenize whole sentences, not word by word
-    spaces: bool = True                     # dialogues: words of a sentence are joined by spaces
-    both_speakers: bool = False             # dialogues: also train on the user's side as the agent, channels swapped
-    text_padding_weight: float = 0.5        # dialogues: target weight of padding in the text row
-    stream_weights: tuple[float, ...] = ()  # factor on the target weights of each row of the grid; () = ones
-    seed: int = 0                           # of sampling, shuffling, variants and references
-    workers: int = 0                        # clips that prepare encodes in parallel, one thread each; 0 = 1
-    prefetch: int = 4                       # batches built ahead by a thread; 0 = none
-    allow_outside: bool = False             # manifests may name files outside their folder
+    codec: str = "tiny"                     # audio codec: its name, a file or a hub id
+    tokenizer: str = "bytes"                # text tokenizer: "bytes", a word list (.json), a SentencePiece .model, or a tokenizer.json
+    normaliser: str = "none"                # text normalisers: "none", "english-v1", "arabic-v1", "higgs-v1", joined by +
+    variants: int = 1                       # encoded versions of each clip; all but the first get a random shift, gain, speed and noise
+    augment: AugmentConfig | None = None    # dialogues: augmentation of the variants after the first, in place of the default one
+    split: str = "hash"                     # how validation rows are chosen: "hash" of the id, "speaker", or "manifest" (field "split")
+    held_out: float = 0.05                  # fraction of the rows (or speakers) held out for validation when split is hash or speaker
+    columns: int = 1200                     # length of one packed row, in columns; longer examples are left out
+    window: int = 256                       # number of examples that are packed into rows at a time
+    max_seconds: float = 30.0               # longest clip in seconds; longer ones are left out
+    min_seconds: float = 0.2                # shortest clip in seconds; shorter ones are left out
+    max_text: int = 0                       # largest number of text tokens in an example; longer ones are left out; 0 = no limit
+    reference: float = 0.0                  # probability that an example gets another clip of its speaker as voice reference, 0 to 1
+    reference_in: str = "assistant"         # conversations: place of the voice reference, an "assistant" turn or the "system" message
+    scene: str = ""                         # conversations: scene description for rows that have none
+    system: str = ""                        # conversations: system message for rows that have none; "" = the default of the family
+    thought: str = ""                       # conversations: thinking block before a reply, "empty" or "none"; "" = as in the chat template
+    assistant_text: str = "drop"            # voice cloning in one turn: "drop" or "keep" the text before the speech of the answer
+    chunk_seconds: float = 100.0            # dialogues: largest chunk in seconds; longer dialogues are cut into equal chunks
+    interleaver: str = "queue"              # dialogues: "queue" keeps every text token, "reference" drops those later than the next word
+    contextual: bool = False                # dialogues: tokenize whole sentences instead of single words
+    spaces: bool = True                     # dialogues: put spaces between the words of a sentence
+    both_speakers: bool = False             # dialogues: also train with the channels swapped, so that the user's side is the agent
+    text_padding_weight: float = 0.5        # dialogues: loss weight of padding in the text row
+    stream_weights: tuple[float, ...] = ()  # factor on the loss weights of each row of the grid, in order; () = 1 for all
+    seed: int = 0                           # random seed of sampling, shuffling, variants and voice references
+    workers: int = 0                        # number of clips encoded in parallel by prepare, one thread each; 0 = 1
+    prefetch: int = 4                       # number of batches that a background thread builds ahead; 0 = no thread
+    allow_outside: bool = False             # let manifests name files outside their own folder
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -189,8 +189,8 @@ def why_not(model: MultistreamLM, device: torch.device, feed: Feed | None) -> st
         return "a text tower beside the model steps by itself"
     if feed is not None and not hasattr(feed, "state") and not hasattr(feed, "ahead"):
         return "what feeds it does not lie on the device, and is not known ahead"
-    if not model.temporal.plain():
-        return "its blocks are not plain: merge the adapters (lora.merge), hold all weights in one type"
+    if not model.temporal.has_fast_decode():
+        return "the fast decode path does not support its blocks; merge the adapters (lora.merge) and keep all weights in one dtype"
     return ""
 
 

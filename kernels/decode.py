@@ -176,7 +176,8 @@ class ColumnStep:
 
         mask (B, 1, 1, live) or None; `audio` is the side of all columns, or of each (B, 1).
         """
-        if torch.is_autocast_enabled(x.device.type):                # all of this memory is of the type of the weights
+        # all buffers have the dtype of the weights, so autocast must not cast; a meta device has no autocast
+        if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
                 return self(x, places, turn, mask, audio, step)
         eps = self.c.norm_eps

@@ -1,6 +1,6 @@
-"""What a model is, in numbers: stacks of transformer blocks, and the switches of a family. model.py builds them.
+"""The architecture of a model as dataclasses: transformer stacks, and the switches by which families differ.
 
-The published architectures are constants in families/. Next: model.py.
+model.py builds models from them; the published architectures are constants in families/. Next: model.py.
 """
 
 from dataclasses import dataclass, field
@@ -10,29 +10,29 @@ from streams import StreamTable
 
 @dataclass(frozen=True)
 class StackConfig:
-    """A stack of equal transformer blocks: the temporal or the depth transformer."""
+    """A stack of identical transformer blocks: the temporal transformer or the depth transformer."""
 
-    dim: int = 256                    # width D
-    layers: int = 4                   # blocks
-    heads: int = 4                    # query heads
-    kv_heads: int = 0                 # key and value heads, 0 = as many as query heads
-    head_dim: int = 0                 # width of a head, 0 = dim / heads
+    dim: int = 256                    # model width: size of the hidden states
+    layers: int = 4                   # number of transformer blocks
+    heads: int = 4                    # number of query heads
+    kv_heads: int = 0                 # number of key and value heads (grouped-query attention); 0 = as many as query heads
+    head_dim: int = 0                 # width of one attention head; 0 = dim / heads
     ffn: int = 1024                   # inner width of the feed-forward network
-    gated: bool = True                # down(act(gate x) * up x), otherwise down(act(up x))
-    activation: str = "silu"          # "silu" or "gelu" (exact)
-    norm_eps: float = 1e-5            # RMSNorm epsilon
-    rope_theta: float = 10000.0       # RoPE base, 0 = no position embedding
-    rope_interleaved: bool = False    # pairs (2i, 2i+1) as in Moshi, otherwise halves (i, i + d/2) as in Llama
-    rope_scaling: tuple[float, ...] = ()   # llama3: factor, low and high frequency factor, original length
-    window: int = 0                   # attention window in positions, the query included; 0 = all
-    qkv_bias: bool = False            # Qwen2
-    qk_norm: bool = False             # Qwen3: RMSNorm over each head before RoPE
-    packed: bool = False              # qkv is one Linear, and so are gate and up (Moshi)
-    steps: int = 0                    # depth transformer: codebook steps, each with its own weights
-    schedule: tuple[int, ...] = ()    # depth transformer: index of each step's weight set, () = one set per step
-    prefix: bool = False              # depth transformer: reads [state, codebook 0, 1, ...] as a sequence (layers/depth.py)
-    projection: str = ""              # prefix depth transformer: temporal width -> dim, "linear", "bias" (one with bias) or ""
-    low_rank: int = 0                 # depth transformer: width of its embedding tables, projected to dim; 0 = dim
+    gated: bool = True                # feed-forward network: true = down(act(gate x) * up x), false = down(act(up x))
+    activation: str = "silu"          # activation function: "silu" or "gelu" (exact, not the tanh approximation)
+    norm_eps: float = 1e-5            # epsilon of RMSNorm
+    rope_theta: float = 10000.0       # base of the rotary position embedding (RoPE); 0 = no position embedding
+    rope_interleaved: bool = False    # RoPE rotates the pairs (2i, 2i+1) as in Moshi; false = (i, i + head_dim/2) as in Llama
+    rope_scaling: tuple[float, ...] = ()   # Llama 3 RoPE scaling: factor, low and high frequency factor, original length; () = none
+    window: int = 0                   # attention window: positions that a query sees, itself included; 0 = no limit
+    qkv_bias: bool = False            # add a bias to the query, key and value projections (Qwen2)
+    qk_norm: bool = False             # RMSNorm on queries and keys of each head before RoPE (Qwen3)
+    packed: bool = False              # one Linear for query, key and value, and one for gate and up (Moshi)
+    steps: int = 0                    # depth transformer: number of codebook steps, each with its own weights
+    schedule: tuple[int, ...] = ()    # depth transformer: number of the weight set for each step; () = one set per step
+    prefix: bool = False              # depth transformer: read [temporal state, codebook 0, 1, ...] as one sequence (layers/depth.py)
+    projection: str = ""              # prefix depth transformer: map the temporal state to dim, "linear", "bias" (with bias) or "" (no map)
+    low_rank: int = 0                 # depth transformer: width of its embedding tables before a projection to dim; 0 = dim
 
     def __post_init__(self) -> None:
         assert min(self.dim, self.layers, self.heads, self.ffn) > 0 <= self.kv_heads, "dim, layers, heads and ffn are at least 1"
@@ -60,19 +60,19 @@ class StackConfig:
 
 @dataclass(frozen=True)
 class FusionConfig:
-    """DSAA: a frozen text model beside the temporal transformer, and the projectors that join them (layers/fusion.py)."""
+    """DSAA: a frozen text model beside the temporal transformer, and the projectors that combine them (layers/fusion.py)."""
 
-    tower: "ModelConfig"              # the text model
-    source: str = ""                  # where its weights are: folder or hub id; checkpoints leave them out
-    revision: str = ""                # hash of those weights
-    rate: str = "frame"               # the tower steps once a column ("frame"), or only at word pieces ("token")
-    text: str = "preserve"            # projector before the text head: preserve, residual, mlp, gated, text_residual
-    depth: str = "residual"           # projector before each depth step
+    tower: "ModelConfig"              # architecture of the text model
+    source: str = ""                  # weights of the text model, a folder or hub id; checkpoints do not contain them
+    revision: str = ""                # hash of the text model's weights, checked when they are loaded
+    rate: str = "frame"               # when the text model runs: "frame" = once a column, "token" = only at word pieces
+    text: str = "preserve"            # type of the projector before the text head: preserve, residual, mlp, gated, text_residual
+    depth: str = "residual"           # type of the projector before each depth step, as for text
     hidden: int = 4096                # inner width of the projectors
-    dropout: float = 0.1              # in the projectors, in training
-    split_norm: bool = False          # one norm for each part of their input
-    remember: int = 0                 # MiB to cache states of frozen towers between epochs; 0 = off
-    feed_text: bool = False           # the temporal transformer also reads the text, through a projection that starts at zero
+    dropout: float = 0.1              # dropout probability in the projectors, in training
+    split_norm: bool = False          # normalise the text state and the temporal state separately in the projectors
+    remember: int = 0                 # MiB of memory for caching the states of frozen models between epochs; 0 = no cache
+    feed_text: bool = False           # the temporal transformer also reads the text, through a projection initialised to zero
 
     def __post_init__(self) -> None:
         assert self.rate in ("frame", "token"), f"rate {self.rate!r} is neither 'frame' nor 'token'"
@@ -81,27 +81,27 @@ class FusionConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A family: its stream table and its switches."""
+    """A whole model: its stream table, its transformers, and the switches by which families differ."""
 
     table: StreamTable                                   # the rows of the grid
-    temporal: StackConfig = field(default_factory=StackConfig)   # transformer over columns
-    depth: StackConfig | None = None                     # transformer over codebooks; None = parallel heads
-    dual_ffn: tuple[int, ...] = ()                       # layers with a feed-forward network and norms for audio columns
-    fast_forward: bool = False                           # other layers skip audio columns and hide them as keys (needs dual_ffn)
-    tail: int = 0                                        # layers after the shared ones, one stack for text and one for audio
-    tied: bool = False                                   # the text head is the text embedding
-    demux: bool = False                                  # text rows share one table, each behind a Linear (Moshi's TTS)
-    extra_heads: int = 0                                 # additional heads next to the text head (Moshi's STT: does the user pause?)
-    extra_classes: int = 6                               # classes of each
-    voice: int = 0                                       # width F of the voice features that every layer attends to (Moshi's TTS), 0 = none
-    voice_places: float = 0.0                            # scale of the sinusoidal positions added to them
-    fusion: FusionConfig | None = None                   # a text model beside the temporal transformer (DSAA)
-    depth_tied: bool = False                             # a prefix depth transformer embeds codebooks by the model's own tables
-    depth_share: float = 1.0                             # share of the frames that a prefix depth transformer is trained on
-    dropout: float = 0.0                                 # on both residual branches, in training
-    text_drop: float = 0.0                               # up to this fraction of columns has no text as input, in training (aligned)
-    input_drop: float = 0.0                              # up to this fraction of audio columns is hidden as input, in training
-    checkpoint: int | bool = 0                           # recompute in backward: 1 cheap outputs, 2 and depth, 3 and half the layers, 4 all
+    temporal: StackConfig = field(default_factory=StackConfig)   # the temporal transformer, which runs over columns
+    depth: StackConfig | None = None                     # the depth transformer, which runs over codebooks; none = parallel audio heads
+    dual_ffn: tuple[int, ...] = ()                       # layers with a second feed-forward network and norms for audio columns, e.g. 0,1
+    fast_forward: bool = False                           # layers outside dual_ffn skip audio columns and mask them as keys (Higgs)
+    tail: int = 0                                        # layers after the shared ones, one stack for text, one for audio (MOSS)
+    tied: bool = False                                   # the text head shares its weights with the text embedding
+    demux: bool = False                                  # text rows share one embedding table and have separate projections (Moshi's TTS)
+    extra_heads: int = 0                                 # number of extra heads beside the text head (Moshi's STT: pause detection)
+    extra_classes: int = 6                               # number of classes of each extra head
+    voice: int = 0                                       # width of the voice features for cross-attention (Moshi's TTS); 0 = none
+    voice_places: float = 0.0                            # scale of the sinusoidal position embedding added to the voice features
+    fusion: FusionConfig | None = None                   # a frozen text model beside the temporal transformer (DSAA); none = off
+    depth_tied: bool = False                             # the prefix depth transformer uses the audio embedding of the temporal transformer
+    depth_share: float = 1.0                             # share of the frames on which a prefix depth transformer is trained, in (0, 1]
+    dropout: float = 0.0                                 # dropout probability on attention and feed-forward outputs, in training
+    text_drop: float = 0.0                               # largest fraction of columns without text input, in training (aligned layouts)
+    input_drop: float = 0.0                              # largest fraction of columns without audio input, in training
+    checkpoint: int | bool = 0                           # recomputed in backward: 0 nothing, 1 cheap outputs, 2 + depth, 3 + half, 4 all
 
     def __post_init__(self) -> None:
         if isinstance(self.checkpoint, bool):                  # older files store a bool: none, or all

@@ -231,7 +231,7 @@ def test_the_prompt_is_the_training_grid_without_speech(tmp_path, config):
 
 def test_a_config_that_names_no_data_is_told() -> None:
     for command in ("prepare", "show"):
-        with pytest.raises(ValueError, match="dsaa_ae.py makes a SaeConfig, which names no data"):
+        with pytest.raises(ValueError, match="dsaa_ae.py is a SaeConfig and has no data section"):
             data.main([command, str(ROOT / "configs/dsaa_ae.py")])
 
 

@@ -135,7 +135,7 @@ def test_rates_name_parts_beside_adapters_and_the_first_match_holds() -> None:
     assert {n: f for n, f in factors.items() if "lora" not in n} == {"embed.text.weight": 0.1, "embed.audio.weight": 1.0}
     assert {f for n, f in factors.items() if "layers.0" in n} == {0.0} and {f for n, f in factors.items() if "layers.1" in n} == {0.5}
     assert trained == {name: factor > 0 for name, factor in factors.items()}
-    for rates, words in ((("ffn.*", 0.5),), "matches nothing that is trained"), ((("*", 0.0),), "nothing is left to train"):
+    for rates, words in ((("ffn.*", 0.5),), "matches nothing that is trained"), ((("*", 0.0),), "so nothing is trained"):
         with pytest.raises(ValueError, match=words):
             lora.rate_factors(model, rates)
 

@@ -599,7 +599,7 @@ RESUMES = {     # name: (how the last checkpoint is spoilt, what the line says)
     "run.json is a list": (lambda c: (c / "state/run.json").write_text("[]"), ("run.json is damaged", "use another checkpoint")),
     "run.json of other fields": (lambda c: edit_json(c / "state/run.json", stepp=3), ("run.json is damaged", "use another checkpoint")),
     "other sources": (lambda c: edit_json(c / "state/run.json", loader={"draw": 8, "counts": [4, 4], "row": 0}),
-                      ("knows 2 sources", "same sources")),
+                      ("has 2 sources", "same sources")),
     "checkpoint gone": (lambda c: shutil.rmtree(c), ("latest points to step_000004, which is gone", "choose a new --out")),
 }
 

@@ -161,7 +161,7 @@ def test_the_adapter_sets_of_the_recipes_have_their_sizes() -> None:
 
 def test_a_set_of_adapters_that_the_model_cannot_have_is_named() -> None:
     plain = MultistreamLM(ModelConfig(TINY, StackConfig(dim=24, layers=1, heads=2, ffn=20)))
-    with pytest.raises(ValueError, match=r"audio_ffn\.\*' matches no Linear; there are .*temporal\.layers\.N\.ffn\.gate"):
+    with pytest.raises(ValueError, match=r"audio_ffn\.\*' matches no Linear; choose from .*temporal\.layers\.N\.ffn\.gate"):
         inject(plain, LoraConfig(targets=("audio_focused",)))
 
 

@@ -92,7 +92,7 @@ def test_epochs_end_the_run_behind_the_last_example(small: Path) -> None:
     assert [row["step"] for row in found if "train/loss" in row] == list(range(told)) and found[-1]["step"] == told
     assert found[-2]["lr"] == pytest.approx(5e-3 * 1 / (told - 4))                      # the decay ends with them
     said = train(small, *small_run(small), "--epochs=3", "--steps=2", f"--out={small}/fewer")
-    assert "of which --steps=2 does the first" in said and rows(small / "fewer")[-1]["step"] == 2
+    assert "--steps=2 ends the run first" in said and rows(small / "fewer")[-1]["step"] == 2
 
 
 def test_a_second_stage_starts_from_the_adapter_on_the_same_base(small: Path) -> None:

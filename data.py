@@ -2,7 +2,7 @@
 
     python data.py check FOLDER [--write DIR]          report what a source holds, which rows cannot be used, and how to correct them
                          [--tokenizer=T]           also report how well a tokenizer covers its texts (text/coverage.py)
-    python data.py prepare configs/X.py [--data.x=y]   encode all clips that are not in the cache yet; training never runs a codec
+    python data.py prepare configs/X.py [--data.x=y]   encode the clips that are not in the cache yet; training never runs a codec
     python data.py show configs/X.py [--index 0]       print one example as the model sees it
     python data.py fix-alignments FOLDER --out=DIR     copy alignments without the words that last too long
     python data.py annotate FOLDER [--shard i/n]       transcribe stereo dialogues with word times, by Whisper; --help lists options

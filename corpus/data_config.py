@@ -20,7 +20,7 @@ class DataConfig:
     codec: str = "tiny"                     # audio codec: its name, a file or a hub id
     tokenizer: str = "bytes"                # text tokenizer: "bytes", a word list (.json), a SentencePiece .model, or a tokenizer.json
     normaliser: str = "none"                # text normalisers: "none", "english-v1", "arabic-v1", "higgs-v1", joined by +
-    variants: int = 1                       # encoded versions of each clip; all but the first get a random shift, gain, speed and noise
+    variants: int = 1                       # encoded versions of a clip; all but the first get a random shift, gain, speed and noise
     augment: AugmentConfig | None = None    # dialogues: augmentation of the variants after the first, in place of the default one
     split: str = "hash"                     # how validation rows are chosen: "hash" of the id, "speaker", or "manifest" (field "split")
     held_out: float = 0.05                  # fraction of the rows (or speakers) held out for validation when split is hash or speaker

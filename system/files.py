@@ -225,10 +225,10 @@ def check_sums(folder: Path, below: bool = True) -> None:
         return                                     # written by another program, or by an older version
     try:
         found = json.loads(path.read_bytes()).items()
-        wanted = {name: [int(size), str(known)] for name, (size, known) in found if below or "/" not in name}
+        expected = {name: [int(size), str(known)] for name, (size, known) in found if below or "/" not in name}
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}); use another checkpoint, or delete it to go without checksums") from None
-    for name, known in wanted.items():
+    for name, known in expected.items():
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name} does not exist; the checkpoint is incomplete, use another one")
         if file_sum(folder / name) != known:

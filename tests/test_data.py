@@ -257,7 +257,7 @@ config = Config(DataConfig(sources={config.sources!r}, cache={config.cache!r}))
     data.main(["check", config.sources[0], "--write", str(tmp_path)])
     data.main(["--help"])
     assert "encoded versions of a clip" in capsys.readouterr().out
-    for argv in (["show", str(tmp_path / "c.py"), "--index=99", "--data.held_out=0.5"], ["chekc"], ["check"]):
+    for argv in (["show", str(tmp_path / "c.py"), "--index=99", "--data.held_out=0.5"], ["chekc"], ["check", "a", "b"]):
         with pytest.raises(ValueError):
             data.main(argv)
 

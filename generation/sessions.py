@@ -5,7 +5,7 @@
     frames = batch.step({3: codes})             a column of every row: what each user said -> the frames that became complete
     batch.end(3)
 
-All rows write a step into the same place of the ring of the KV cache. What a row may see is told by positions of its own,
+All rows write a step into the same place of the ring of the KV cache. Each row has its own positions, which say what it may attend to,
 which restart with a session: nothing has to be shifted or cleared for anybody else. Seeds, rules and column numbers are
 per row, too, so a session draws what it would draw alone; only sums are rounded otherwise in a batch.
 
@@ -217,7 +217,7 @@ class SessionBatch:
         if self.counted:
             count = int(cache.counter[0])
         else:
-            cache.count += cache.capacity if cache.count < n else 0       # places behind those in use: nobody sees them yet
+            cache.count += cache.capacity if cache.count < n else 0       # positions after those in use: no query attends to them yet
             cache.live, count = min(cache.count, cache.capacity), cache.count
         places = torch.arange(count - n, count, device=self.device) % cache.capacity
         order = torch.arange(taken.count - n, taken.count, device=self.device) % taken.capacity
@@ -277,7 +277,7 @@ class SessionBatch:
     # ---- on CUDA ----
 
     def start_counting(self) -> None:
-        """Let the device count columns, from a full ring in which nobody sees anything: a graph then serves every step."""
+        """Let the device count columns, from a full ring whose positions are all masked, so that one graph serves every step."""
         cache = self.decode_step.cache
         cache.counter = torch.full((len(cache.positions),), cache.capacity, device=self.device)
         cache.padding = cache.counter.clone()

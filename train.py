@@ -30,6 +30,7 @@ from checkpoint import Extras, adapter_config, base_of, load, put_adapter, resol
 from config import TrainConfig, first_beta, learning_rate
 from corpus.index import prompt_facts
 from data import Batch, Loader
+from families.other_trainers import with_other_trainer
 from kernels.choice import slow_dtype
 from layers.batch_plan import make_plan
 from layers.fusion import remember
@@ -46,13 +47,14 @@ exit_on_error()                                  # a ValueError or OSError from 
 if sys.argv[1:2] == ["sweep"]:                   # several runs, each by this script
     sweep.main(sys.argv[2:])
     raise SystemExit
-USAGE = "python train.py configs/NAME.py [--key=value ...] [--smoke] [--plan[=24GB] [--ranks=8]]"
-if any(word.split("=")[0] == "--plan" for word in sys.argv):
-    plan.main(sys.argv[1:], USAGE)               # what it needs in memory; nothing is loaded
+USAGE = "python train.py configs/NAME.py [--key=value ...] [--smoke] [--from=FILE] [--plan[=24GB] [--ranks=8]]"
+argv = with_other_trainer(sys.argv[1:])          # --from: the config of another trainer
+if any(word.split("=")[0] == "--plan" for word in argv):
+    plan.main(argv, USAGE)               # what it needs in memory; nothing is loaded
     raise SystemExit
 
 # ---- 1. config ----
-config: TrainConfig = load_config(sys.argv[1:], USAGE, kind="TrainConfig")
+config: TrainConfig = load_config(argv, USAGE, kind="TrainConfig")
 out, table = Path(config.out), config.model.table
 
 # ---- 2. runtime: rank, device, precision, seed ----

@@ -8,6 +8,8 @@
 
 Needs: not yet measured.  Expect: not yet measured.  The agent is the left channel, the user the right one.
 
+    python train.py configs/moshi_lora.py --from=moshi_7B.yaml      or all of this from moshi-finetune's own YAML
+
     moshi-finetune                                          here
     data.train_data, eval_data                              `data.sources`, `data.held_out` (by file)
     data.shuffle                                            always; `data.seed`

@@ -2,6 +2,7 @@
 
     family.py          the interface of a family, and how families are found
     folder_files.py    files beside official weights: what a checkpoint keeps and an export carries
+    other_trainers.py  configs of other trainers, as options of train.py
     formats.py         conversion of official names and configs, in both directions
     tensor_files.py    files of tensors, read and written one tensor at a time
     adapters.py        PEFT adapters, and helpers for other adapter files

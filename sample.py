@@ -186,7 +186,7 @@ def chat(job: Job, given: Collection[str]) -> None:
     if said := [name for name in ("text", "texts", "user", "prompt") if getattr(job, name)]:
         raise ValueError(f"--chat reads what is said line by line; leave --{said[0]} out")
     model, data = load_for_sampling(job)
-    job = replace(job, **usual_rules(model.table, given))
+    job = replace(job, **usual_rules(model.table, given, model.extras))
     chat_in_terminal(model.table, data, job.chat, lambda prompt: generate(model, prompt, job), job.reply, job.out)
 
 
@@ -203,12 +203,12 @@ def answer_recording(job: Job, given: Collection[str]) -> None:
         codes = encode(codec, load_wav(job.user, codec.sample_rate)[0])
         asked = {"role": "user", "content": [{"type": "audio", "audio_url": job.user}]}
         prompt = lay_out(reply_example([asked], [codes], data, tokenizer, table, job.reply), table)[0]
-        job = replace(job, **usual_rules(table, given))
+        job = replace(job, **usual_rules(table, given, model.extras))
         return print_reply(generate(model, prompt, job), table, tokenizer, "" if job.reply == "text" else job.out, codec)
     if family.user_audio != "duplex":
         option, what = ("--user", "listens") if job.user else ("--prompt", "hears both sides at once")
         raise ValueError(f"{option} needs a model that {what}, {job.ckpt} is a {family.name} model; give it --text")
-    job = replace(job, **usual_rules(table, given))
+    job = replace(job, **usual_rules(table, given, model.extras))
     tokenizer = load_tokenizer(data.tokenizer)
     codec = fitting_codec(data.codec, table, tokenizer)
     before, user, wav = conversation_input(job, codec, tokenizer, table, data)
@@ -222,7 +222,7 @@ def speak_texts(job: Job, texts: list[str], voices: Sequence[tuple[str, str]] = 
     model, data = load_for_sampling(job)
     if family_of(model.table).user_audio == "duplex":
         raise ValueError(f"{job.ckpt} talks with somebody; give it a recording with --user=in.wav instead of a text")
-    job = replace(job, **usual_rules(model.table, given))
+    job = replace(job, **usual_rules(model.table, given, model.extras))
     if not model.table.audio_out or job.reply == "text":
         tokenizer = load_tokenizer(data.tokenizer)
         for text in texts:

@@ -47,6 +47,8 @@ class Family:
     template: Template | None = None                            # chat template
     feed: Callable[..., Any] | None = None                      # fills input-only rows while sampling: feed(texts, table)
     rules: Callable[[StreamTable], dict[str, Any]] = lambda table: {}   # SampleConfig fields of the official inference script
+    condition: Callable[[StreamTable], str] = lambda table: ""          # what the official inference script tells a model with conditions
+    before_sampling: Callable[[Any], None] = lambda model: None         # what it changes in the model
     companions: dict[str, str] = field(default_factory=dict)    # DataConfig fields that go with official weights: codec, normaliser
     text_to_speech: bool = False                                   # TTS: the text of a held-out recording can be synthesised
     references: int = 0                                         # most voice references of a prompt

@@ -7,12 +7,13 @@ Weights, adapters and the README of the base stay behind.
 """
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from families.formats import About, config_file, official_files
 from options import read_json, replace_file, write_json
+from streams import StreamTable
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json")
 LEFT = ("config.json", "moshi_lm_kwargs.json", "adapter_config.json", "README.md")
@@ -33,6 +34,32 @@ def small_files(folder: Path) -> list[Path]:
 
 def copy(source: Path, folder: Path) -> None:
     replace_file(folder / source.name, lambda temporary: shutil.copyfile(source, temporary))
+
+
+OURS = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "ras_win_len": "ras_window",
+        "ras_win_max_num_repeat": "ras_repeats"}
+WITHOUT = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1, "typical_p": 1.0, "epsilon_cutoff": 0.0}
+
+
+def sampling_rules(folder: Path, table: StreamTable, say: Callable[[str], Any]) -> dict[str, Any]:
+    """How the files beside official weights want to be sampled: generation_config.json, or lm_gen_config of a config of moshi's."""
+    file = folder / "generation_config.json"
+    about = read_json(file) if file.is_file() else {}
+    rules = {ours: about[theirs] for theirs, ours in OURS.items() if about.get(theirs) is not None}
+    if about.get("do_sample") is False and rules.keys() & {"temperature", "top_k", "top_p"}:
+        rules["temperature"] = 0.0
+    if ignored := [f"{key} {about[key]}" for key, none in WITHOUT.items() if about.get(key) not in (None, none)]:
+        say(f"{file.name} asks for {', '.join(ignored)}, which is not done here")
+    told, Q = read_json(config_file(folder)).get("lm_gen_config") or {}, len(table.audio_out)
+    if told.keys() & {"temp", "temp_text", "use_sampling"}:
+        greedy = told.get("use_sampling") is False
+        rules["temperature"] = 0.0 if greedy else (told.get("temp_text", 0.7), *[told.get("temp", 0.8)] * Q)
+    if told.keys() & {"top_k", "top_k_text"}:
+        rules["top_k"] = (float(told.get("top_k_text", 25)), *[float(told.get("top_k", 250))] * Q)
+    rules |= {"cfg": told["cfg_coef"]} if "cfg_coef" in told else {}
+    if strange := told.keys() - {"temp", "temp_text", "use_sampling", "top_k", "top_k_text", "cfg_coef"}:
+        say(f"config.json has lm_gen_config {', '.join(sorted(strange))}, which is not done here")
+    return rules
 
 
 def remember(source: Path, folder: Path) -> None:

@@ -138,10 +138,15 @@ def higgs_table(about: About, vocab: int, count: int, size: int, start: int, sto
                    audio_end=-1 if end is None else end, stop=stop)
 
 
+HF_ROPE = {"factor": 32.0, "rope_theta": 500000.0, "high_freq_factor": 0.5, "low_freq_factor": 0.125,
+           "original_max_position_embeddings": 1024, "rope_type": "llama3"}        # of transformers' class, where the file says nothing
+
+
 def read_higgs(about: About, tensors: Tensors) -> ModelConfig:
     table = higgs_table(about, about["vocab_size"], about["num_codebooks"], about["codebook_size"], about["audio_bos_token_id"],
                         ids(about.get("eos_token_id")), "text_lm_head.weight" in tensors)
     layers = about["num_hidden_layers"]
+    about = about if about.keys() & {"rope_parameters", "rope_scaling", "rope_theta"} else about | {"rope_parameters": HF_ROPE}
     require(about, {"tie_word_embeddings": (False,)})
     return ModelConfig(table, llama(about, layers, 1e-5), dual_ffn=tuple(range(layers)))
 

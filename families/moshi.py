@@ -117,6 +117,23 @@ def rules(table: StreamTable) -> dict[str, tuple[float, ...]]:
     return {"temperature": (0.7, *[0.8] * Q), "top_k": (25.0, *[250.0] * Q)} if Q else {"temperature": (0.0,)}
 
 
+def translates(table: StreamTable) -> bool:
+    """Whether a model is Hibiki: a condition says how well it should sound."""
+    return any("very_good" in table.streams[k].values for k in table.conditions)
+
+
+def condition(table: StreamTable) -> str:
+    return "description=very_good" if translates(table) else ""
+
+
+@torch.no_grad()
+def before_sampling(model: Any) -> None:
+    """Hibiki writes its end too early at times: from then on it reads padding instead, as in moshi's loader."""
+    if translates(model.table):
+        weight = model.embed["text"].weight
+        weight[2] = weight[model.table.pad]
+
+
 def expand_depth(config: Any, weights: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
     """Let a model that predicts the agent predict the user too, as J-Moshi's trainer does: its depth steps, copied.
 
@@ -545,7 +562,9 @@ FORMAT = Format("moshi", "moshi", lambda c: (*DEMUX, *NAMES) if c.demux else NAM
 HF = Format("moshi_hf", "hf", lambda c: HF_NAMES, read_moshi_hf, write_moshi_hf, is_moshi, by_model_type("moshi"), tidy_moshi_hf,
             split_moshi_hf, stacked=True, shards=True)
 FAMILIES = (Family(
-    "Moshi", "duplex", "Moshi 7B, Hibiki, Kyutai's STT and TTS: both speakers at once", duplex_grid, rules=rules, user_audio="duplex",
+    "Moshi", "duplex", "Moshi 7B, Hibiki, Kyutai's STT and TTS: both speakers at once", duplex_grid,
+    rules=rules, condition=condition, before_sampling=before_sampling,
+    user_audio="duplex",
     formats=(FORMAT, HF), adapters=(AdapterFormat("moshi-lora", "config.json", "lora.safetensors", import_moshi_lora, export_moshi_lora,
                             recognise=lambda about: bool(about.get("lora"))),),
     conversions=(

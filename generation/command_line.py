@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 import lora
-from checkpoint import DTYPES, load
+from checkpoint import DTYPES, Extras, load, official_folder
 from corpus.data_config import DataConfig
 from families.family import family_of
+from families.folder_files import sampling_rules
 from families.formats import official_files
 from generation.conversation import ChatConfig
 from generation.decode_step import SampleConfig
@@ -82,9 +83,11 @@ def load_for_sampling(job: Job) -> tuple[MultistreamLM, DataConfig]:
     lora.strip(model)                                # merged adapters go the fast way
     if job.quantize:
         quantize(model.requires_grad_(False))
+    family_of(model.table).before_sampling(model)
     folder = Path(model.extras.folder)
     given = {key: getattr(job, key) for key in ("codec", "tokenizer", "normaliser") if getattr(job, key)}
-    facts = dict(model.extras.data or family_of(model.table).companions | official_files(folder, given)) | given
+    origin = official_folder(model.extras) or folder              # under an adapter of another library the base's own
+    facts = dict(model.extras.data or family_of(model.table).companions | official_files(origin, given)) | given
     for what in ("codec",) * bool(model.table.audio) + ("tokenizer",):
         if what not in facts:
             raise ValueError(f"{folder} does not say which {what} the model was made for; name it with --{what}=FILE, a folder or hub id")
@@ -106,9 +109,11 @@ def pair_voices(refs: Sequence[str], transcripts: Sequence[str], texts: Sequence
     return voices
 
 
-def usual_rules(table: StreamTable, given: Collection[str]) -> dict[str, Any]:
-    """The sampling rules of a family's official script, those that the user gave left out; prints them."""
-    rules = {name: value for name, value in family_of(table).rules(table).items() if name not in given}
+def usual_rules(table: StreamTable, given: Collection[str], extras: Extras | None = None) -> dict[str, Any]:
+    """The sampling rules of a family's official script and of the files beside its weights, without those the user gave; prints them."""
+    folder, family = official_folder(extras) if extras else None, family_of(table)
+    rules = family.rules(table) | ({"condition": family.condition(table)} if family.condition(table) else {})
+    rules = {k: v for k, v in (rules | (sampling_rules(folder, table, print) if folder else {})).items() if k not in given}
     if rules:
         print("sampling as the official example does: " + ", ".join(f"{name} {value}" for name, value in rules.items()))
     return rules

@@ -27,10 +27,10 @@ from corpus.cache import encode
 from corpus.data_config import DataConfig
 from corpus.examples import build_example, prompt_example
 from corpus.index import check_fit, codebooks_of, new_chat, prepare, prompt_facts
-from families.family import lay_out, on_base, other_grid, with_tokenizer_ids
+from families.family import family_of, lay_out, on_base, other_grid, with_tokenizer_ids
 from families.formats import official_files
 from families.moshi import HIBIKI_2B, MOSHI_7B, STT_1B, TTS_1_6B, predict_user
-from generation.command_line import Job, load_for_sampling
+from generation.command_line import Job, load_for_sampling, usual_rules
 from generation.decode_step import SampleConfig
 from generation.dialogue import dialogue_prompt
 from layers.architecture import ModelConfig, StackConfig
@@ -569,3 +569,56 @@ def test_ids_that_a_tokenizer_does_not_have_are_unknown_not_a_trace(tmp_path):
     assert tokenizer.decode([*known, tokenizer.size, 59]).startswith(tokenizer.decode(known)) and tokenizer.size < 59
     text = torch.tensor([3, *known, 59, 3])
     assert "says" in timed_transcript(text, tokenizer, 12.5, 3, 0) and timed_words(text, tokenizer, 12.5, 3, 0)
+
+
+# ---- official scripts ----
+
+def test_rules_lie_beside_the_weights_and_go_with_a_run(tmp_path, capsys):
+    for name, wanted in (("qwen2", {"temperature": 0.7, "top_k": 20, "top_p": 0.8}), ("qwen3", {"temperature": 0.6, "top_p": 0.95}),
+                         ("higgs", {"temperature": 1.0, "ras_window": 7, "ras_repeats": 2})):
+        base = official(name, tmp_path / name)
+        for folder in (base, adapter_run(base, tmp_path / f"{name}_run"), export(base, tmp_path / f"{name}_imported")):
+            model = load(folder)
+            assert usual_rules(model.table, (), model.extras).items() >= wanted.items(), (name, folder)
+            assert "top_k" not in usual_rules(model.table, ("top_k",), model.extras)
+    assert "asks for repetition_penalty 1.1, which is not done here" in capsys.readouterr().out
+    told = {"temp": 0.5, "temp_text": 0.0, "top_k": 9, "top_k_text": 3, "cfg_coef": 2.0, "check": True}
+    model = load(kyutai(tmp_path / "moshi", lm_gen_config=told))
+    Q = len(model.table.audio_out)
+    assert usual_rules(model.table, (), model.extras) == {"temperature": (0.0, *[0.5] * Q), "top_k": (3.0, *[9.0] * Q), "cfg": 2.0}
+    assert "lm_gen_config check, which is not done here" in capsys.readouterr().out
+
+
+def test_hibiki_is_told_to_sound_very_good_and_reads_padding_for_an_early_end(tmp_path):
+    case = Golden("hibiki")
+    lut = next(iter(case.config["conditioners"].values()))["lut"]
+    lut["possible_values"] = ["very_bad", "bad", "neutral", "good", "very_good"][: lut["n_bins"]]
+    folder = case.write(tmp_path / "m")
+    model = load(folder)
+    good = "very_good" in model.table.streams[model.table.conditions[0]].values
+    assert good and usual_rules(model.table, (), model.extras)["condition"] == "description=very_good"
+    before = model.embed["text"].weight.detach().clone()
+    family_of(model.table).before_sampling(model)
+    after = model.embed["text"].weight
+    assert torch.equal(after[2], before[model.table.pad]) and torch.equal(after[3:], before[3:]) and not torch.equal(after[2], before[2])
+    other = load(kyutai(tmp_path / "moshi"))
+    before = other.embed["text"].weight.detach().clone()
+    family_of(other.table).before_sampling(other)
+    assert torch.equal(before, other.embed["text"].weight) and "condition" not in usual_rules(other.table, (), other.extras)
+
+
+def test_a_higgs_config_without_rope_fields_is_the_class_itself(tmp_path):
+    base = official("higgs", tmp_path / "base")
+    expected = load(base).config
+    edit(base / "config.json", rope_parameters="gone")
+    assert load(base).config == expected and expected.temporal.rope_theta == 500000.0
+
+
+def test_the_files_of_the_base_serve_under_an_adapter_of_another_library(tmp_path):
+    """The tokenizer lies beside the base, not beside the adapter."""
+    base = official("qwen2", tmp_path / "base")
+    peft = export(adapter_run(base, tmp_path / "run"), tmp_path / "peft", to="peft")
+    for file in peft.glob("tokenizer*"):
+        file.unlink()
+    model, data = load_for_sampling(Job(ckpt=str(base), adapter=str(peft)))
+    assert data.tokenizer == str(base / "tokenizer.json")

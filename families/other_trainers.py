@@ -10,6 +10,7 @@ are printed, so that nothing is lost unseen. PyYAML is imported when a YAML file
 
 import json
 import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -159,7 +160,13 @@ def read_other(path: Path) -> tuple[str, Pairs, Table]:
                      + "the JSON of transformers' TrainingArguments")
 
 
-def with_other_trainer(argv: Sequence[str], say: Callable[[str], Any] = print) -> list[str]:
+def print_once(line: str) -> None:
+    """Of several processes the first one prints."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line)
+
+
+def with_other_trainer(argv: Sequence[str], say: Callable[[str], Any] = print_once) -> list[str]:
     """A command line in which `--from=FILE` is replaced by the options that the file stands for; the user's own come behind."""
     place = next((n for n, word in enumerate(argv) if word == "--from" or word.startswith("--from=")), None)
     if place is None:

@@ -52,7 +52,7 @@ class StreamTable:
 
     def __post_init__(self) -> None:
         kinds = [s.kind for s in self.streams]
-        assert all(max(s.vocab, s.classes, s.rank) <= 2**24 and 0 <= s.delay <= 2**16 for s in self.streams), "a table or delay too large"
+        assert all(0 <= n <= 2**24 for s in self.streams for n in (s.vocab, s.classes, s.rank, s.delay)), "a size or delay is out of range"
         assert kinds == sorted(kinds, reverse=True), f"text rows come first, then conditions: {kinds}"
         sizes = [s.classes for s in self.streams if s.kind == "audio" and s.classes]
         assert len(set(sizes[1:])) <= 1, f"the codebooks behind the first have one head shape: {sizes}"

@@ -108,7 +108,8 @@ class ModelConfig:
             object.__setattr__(self, "checkpoint", 4 * self.checkpoint)
         assert 0 <= self.checkpoint <= 4, f"checkpoint is {self.checkpoint}; give 0 none, 1 cheap, 2 depth, 3 half or 4 all"
         assert 0 <= self.dropout < 1 and 0 <= self.input_drop <= 1, "dropout is in [0, 1), input_drop in [0, 1]"
-        assert 0 <= self.tail <= 2**13 and max(self.extra_heads, self.extra_classes, self.voice) <= 2**20, "tail, heads or voice too large"
+        extras = (self.extra_heads, self.extra_classes, self.voice)
+        assert 0 <= self.tail <= 2**13 and 0 <= min(extras) <= max(extras) <= 2**20, "tail, extra heads or voice are out of range"
         assert 0 <= self.text_drop <= self.table.aligned, "text_drop is in [0, 1], and for aligned rows only"
         assert len(self.table.text) == 1 or not self.tied, "tied needs a table with a single text row; set it to false"
         assert all(0 <= n < self.temporal.layers for n in self.dual_ffn), (

@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-SAMPLE = {"prepare": 3, "sample_stream": 2, "sample_texts": 2, "merge": 2, "train_full": 3, "train_lora_random": 3, "train_2_ranks": 1}
+NAMES, SAMPLE = ("prepare", "sample_texts", "merge", "train_full", "train_lora_random"), 2
 
 
 def run(*words: object) -> tuple[int, list[str], str]:
@@ -16,14 +16,19 @@ def run(*words: object) -> tuple[int, list[str], str]:
     return done.returncode, done.stdout.splitlines(), done.stderr
 
 
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> dict[str, dict]:
+    code, lines, err = run("tests/faults.py", *NAMES, f"--sample={SAMPLE}", f"--dir={tmp_path_factory.mktemp('faults')}")
+    assert len(lines) == len(NAMES), (code, lines, err)
+    return {result["name"]: result for result in map(json.loads, lines)}
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="the harness reads /proc")
-@pytest.mark.parametrize("name", SAMPLE)
-def test_a_command_that_dies_or_fails_at_any_event_ends_the_same_when_it_runs_again(name, tmp_path):
-    code, lines, err = run("tests/faults.py", name, f"--sample={SAMPLE[name]}", f"--dir={tmp_path}")
-    result = json.loads(lines[-1])
-    assert code == 0 and result["faults"] == [], (lines, err)
-    assert [result[mode][0] for mode in ("kill", "fail", "memory")] == [SAMPLE[name]] * 3
+@pytest.mark.parametrize("name", NAMES)
+def test_a_command_that_dies_or_fails_at_any_event_ends_the_same_when_it_runs_again(name, results):
+    assert results[name]["faults"] == []
+    assert [results[name][mode][0] for mode in ("kill", "fail", "memory")] == [SAMPLE] * 3
 
 
 @pytest.mark.slow

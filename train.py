@@ -36,7 +36,7 @@ from layers.batch_plan import make_plan
 from layers.fusion import remember
 from model import Block, MultistreamLM
 from options import difference, exit_on_error, from_json, load_config, read_json, write_json
-from system.files import lock, unlock
+from system.files import SUMS, lock, unlock
 from training import evaluation_samples, monitor, parallel, plan, sweep
 from training.curriculum import Curriculum, prepare_all
 from training.objective import Contrast, Likelihood, Preference
@@ -97,7 +97,7 @@ for path in config.prompts if table.monologue else ():      # a missing recordin
 base = config.init or (base_of(config.init_adapter) if config.init_adapter else "")
 if config.lora is not None and not base:         # adapters on random weights: keep those weights beside the run
     base = str(out / "base")
-    if rank == 0 and not (out / "base" / "config.json").is_file():
+    if rank == 0 and not (out / "base" / ("config.json" if (out / "ckpt/latest").exists() else SUMS)).is_file():
         save(MultistreamLM(config.model), base)
     barrier()
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 import lora
 from families.family import all_families
 from families.formats import About, AdapterFormat, Format, Tensors, config_differences, join, official_names, require, torch_tensors
+from families.tensor_files import read_tensors
 from layers.architecture import ModelConfig
 from lora import LoraConfig
 from model import MultistreamLM
@@ -224,8 +224,7 @@ def find_adapter(path: Path) -> tuple[AdapterFormat, Path] | None:
 def adapter_tensors(file: Path) -> Tensors:
     """The tensors of an adapter file; of PyTorch's own kind with weights_only, which runs nothing that stands in it."""
     if file.suffix == ".safetensors":
-        with safe_open(str(file), "pt") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}
+        return read_tensors(file)
     return torch_tensors(file)
 
 

@@ -217,7 +217,7 @@ def tidy_moshi(tensors: Tensors, config: ModelConfig) -> Tensors:
             continue
         if tensor.dim() == 3 and tensor.shape[:2] == (1, 1) and name.endswith((".alpha", ".learnt_padding")):
             tensor = tensor[0, 0] if name.endswith(".alpha") else tensor[0]           # (1, 1, D): norms are (D,) here, conditions (1, D)
-        name = re.sub(r"\.linear_(in|out)_weight$", r".linear_\1.weight", name)
+        name = re.sub(r"\.linear_(in|out)_weight$", r".linear_\1.weight", name).replace(".frozen_W.weight", ".weight")
         match = re.fullmatch(r"(.+\.(?:in|out)_proj)(?:[._]weight|(\.lora_[AB]\.weight))", name)
         if match is None:
             result[name] = tensor
@@ -486,7 +486,9 @@ def export_moshi_lora(model: MultistreamLM, base: str, dtype: str) -> tuple[Abou
         stem = module_path(UNREAD)
         result |= {f"{stem}.lora_A.weight": torch.zeros(rank, depth.low_rank), f"{stem}.lora_B.weight": torch.zeros(depth.dim, rank)}
     trained = lora.trained_parameters(model, model.lora)
-    result |= to_theirs(FORMAT, {n: p.detach() for n, p in trained.items()}, model.config)
+    for name, tensor in to_theirs(FORMAT, {n: p.detach() for n, p in trained.items()}, model.config).items():
+        linear = f"{module_path(name)}.lora_A.weight" in result          # moshi keeps the weight of an adapted Linear one name deeper
+        result[f"{module_path(name)}.frozen_W.weight" if linear else name] = tensor
     return {**write_moshi(model.config, dtype), "lora": True, "lora_rank": rank, "lora_scaling": scale}, result
 
 

@@ -269,6 +269,33 @@ def test_a_moshi_adapter_is_scaled_by_its_factor_alone(tmp_path):
         load(base, adapter=adapter)
 
 
+@pytest.mark.parametrize("name", ["moshi", "hibiki", "tts"])
+@torch.no_grad()
+def test_embeddings_trained_beside_a_moshi_adapter_go_and_come(name, tmp_path):
+    """ft_embed of moshi-finetune, of narrow tables too: their maps are Linears, which moshi names otherwise once they are adapted."""
+    base = kyutai(tmp_path / "base", name)
+    model = load(base)
+    torch.manual_seed(0)
+    lora.inject(model, LoraConfig(rank=3, alpha=6.0, targets=("temporal.*", "depth.*"), train=("embed.*", "depth.text", "depth.audio")))
+    for path, p in model.named_parameters():
+        if "lora_B" in path or path in lora.trained_parameters(model, model.lora):
+            p.add_(0.1 * torch.randn(p.shape))
+    adapter = export(model, tmp_path / "adapter", to="moshi-lora")
+    again = dict(load(base, adapter=adapter).named_parameters())
+    assert all(torch.equal(p, again[path]) for path, p in model.named_parameters() if "lora_" not in path)
+    names = load_file(adapter / "lora.safetensors").keys()
+    assert any(n.endswith("low_rank.frozen_W.weight") for n in names) is (name == "tts")
+    try:
+        from moshi.models.loaders import get_moshi_lm
+    except ImportError:
+        return
+    kwargs = {k: v for k, v in json.loads((adapter / "config.json").read_text()).items() if k != "model_type"}
+    theirs = get_moshi_lm(base / "model.safetensors", lm_kwargs=kwargs, device="cpu", dtype=torch.float32,
+                          lora_weights=adapter / "lora.safetensors", fuse_lora=True)
+    rows = theirs.emb[0].weight
+    assert torch.equal(rows, model.embed["audio"].weight[: len(rows)])
+
+
 def test_an_adapter_alone_finds_its_base_or_says_how_to_name_it(tmp_path):
     base, _, adapter = moshi_adapter(tmp_path)
     rc, _, err = call("sample.py", f"--ckpt={adapter}", "--user=x.wav")

@@ -4,6 +4,7 @@
     agent           =========      =======                                next beginning; below 0 the user was interrupted
             <------>  latency   <->                       overlap ratio   time with both / time with anybody
                                                           PAD ratio       frames of the text row in which no word is said
+                                                          turns right     replies whose words are those of the recorded reply
 
 `python evaluate.py FOLDER` measures every stereo wav of a folder: what sample.py wrote (the text row lies in the .json
 beside it), or recordings. Speech is found by loudness (audio/telephone.py).
@@ -83,7 +84,12 @@ def mean(rows: Sequence[dict[str, float]]) -> dict[str, float]:
         weights = [row["replies"] if name == "reply_latency" else 1 for row in known]
         if known:
             result[name] = sum(row[name] * w for row, w in zip(known, weights, strict=True)) / sum(weights)
-    return result | {name: sum(row[name] for row in rows) for name in ("replies", "user_turns")}
+    result |= {name: sum(row[name] for row in rows) for name in ("replies", "user_turns")}
+    for name in sorted({key for row in rows for key in row if key.startswith("turns")} - {"turns_right"}):
+        if not name.endswith("_right"):                                 # shares of the turns of all conversations
+            right, total = (sum(row.get(key, 0.0) for row in rows) for key in (f"{name}_right", name))
+            result |= {name: total, f"{name}_right": right / total}
+    return result
 
 
 def report(folder: Path) -> dict[str, Any] | None:

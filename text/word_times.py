@@ -219,3 +219,35 @@ def timed_words(text: Tensor, tokenizer: Tokenizer, frame_rate: float, pad: int,
             elif said:
                 words[-1] = (said[-1], words[-1][1], (t + 1) / frame_rate, MAIN)
     return words
+
+
+def turns_right(reference: Sequence[Alignment], words: Sequence[Alignment]) -> dict[str, float]:
+    """How many of the user's turns get the reply that was recorded, word for word, in `words` that a model wrote.
+
+    A turn is what the user says until the agent speaks; its reply is what the agent says from its end to the user's next turn. A
+    word in parentheses is what the agent has heard. {} where the reference says nothing of the user's words.
+    """
+    turns: list[list[Alignment]] = []
+    spoken_since = True
+    for word in sorted(reference, key=lambda w: w[1]):
+        if word[3] == OTHER and spoken_since:
+            turns.append([])
+        if word[3] == OTHER:
+            turns[-1].append(word)
+        spoken_since = word[3] == MAIN and not word[0].startswith("(") or spoken_since and word[3] != OTHER
+    if not turns:
+        return {}
+    found = {"turns": float(len(turns)), "turns_right": 0.0}
+    for turn, after in zip(turns, [*turns[1:], None], strict=True):
+        span = turn[-1][2], after[0][1] if after else float("inf")
+        wanted, said = (reply_words(side, *span) for side in (reference, words))
+        name = f"turns_of_{len(turn)}"
+        found[name] = found.get(name, 0.0) + 1
+        found[f"{name}_right"] = found.get(f"{name}_right", 0.0) + (wanted == said)
+        found["turns_right"] += wanted == said
+    return found
+
+
+def reply_words(words: Sequence[Alignment], begin: float, end: float) -> list[str]:
+    """What the agent says, not what it has heard, in a span of time."""
+    return [w[0] for w in sorted(words, key=lambda w: w[1]) if w[3] == MAIN and begin <= w[1] < end and not w[0].startswith("(")]

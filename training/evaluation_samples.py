@@ -34,10 +34,11 @@ from families.family import family_of
 from generation.decode_step import SampleConfig
 from generation.dialogue import write_reply
 from model import MultistreamLM
-from options import write_rows
+from options import read_json, write_rows
 from sample import Speech, reply, speak_examples
 from streams import Example
 from text.tokenizers import load_tokenizer
+from text.word_times import parse_alignments, timed_words, turns_right
 
 SILENCE = -50.0             # dBFS
 MOST_FRAMES = 2048          # of one text, however long it should take
@@ -77,12 +78,22 @@ def speak_samples(model: MultistreamLM, config: TrainConfig, index: Index, folde
 
 def answer(model: MultistreamLM, recordings: Sequence[str], data: DataConfig, codec: object, folder: Path) -> dict[str, float]:
     """Answer recordings, of a stereo one its right side, into wavs of `folder`; returns how they went (evaluation/duplex_measures.py)."""
-    tokenizer, rows = load_tokenizer(data.tokenizer), []
-    for path in recordings:
-        user = load_wav(path, codec.sample_rate, None)[0][-1:]
-        frames = reply(model, encode(codec, user)[None], SampleConfig(**family_of(model.table).rules(model.table)))[0]
-        write_reply(folder / f"{Path(path).stem}.wav", frames, user, codec, tokenizer, model.table)
-        rows.append(measure_file(folder / f"{Path(path).stem}.wav"))
+    tokenizer, table, rows = load_tokenizer(data.tokenizer), model.table, []
+    users = [load_wav(path, codec.sample_rate, None)[0][-1:] for path in recordings]
+    codes = [encode(codec, user) for user in users]
+    rules = SampleConfig(**family_of(table).rules(table))
+    if len({c.shape for c in codes}) == 1:                                           # equally long: one batch
+        replies = list(reply(model, torch.stack(codes), rules))
+    else:
+        replies = [reply(model, c[None], rules)[0] for c in codes]
+    for path, user, frames in zip(recordings, users, replies, strict=True):
+        wav, beside = folder / f"{Path(path).stem}.wav", Path(path).with_suffix(".json")
+        write_reply(wav, frames, user, codec, tokenizer, table)
+        right = {}
+        if beside.is_file():
+            words = timed_words(frames[0], tokenizer, codec.frame_rate, table.pad, table.epad)
+            right = turns_right(parse_alignments(read_json(beside)), words)
+        rows.append(measure_file(wav) | right)
     return mean(rows)
 
 

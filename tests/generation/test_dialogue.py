@@ -17,7 +17,7 @@ from corpus.bundled import demo_dialogues
 from corpus.data_config import DataConfig
 from corpus.examples import build_example
 from corpus.index import prepare
-from evaluation.duplex_measures import latencies, measure
+from evaluation.duplex_measures import latencies, mean, measure
 from families.family import lay_out
 from families.moshi import expand_depth
 from generation.decode_step import SampleConfig
@@ -27,7 +27,7 @@ from options import run_config
 from sample import reply
 from streams import Stream, delay
 from text.tokenizers import load_tokenizer
-from text.word_times import EPAD, MAIN, PAD, interleave, timed_transcript, timed_words, tokenise
+from text.word_times import EPAD, MAIN, OTHER, PAD, interleave, timed_transcript, timed_words, tokenise, turns_right
 
 GREEDY = SampleConfig(temperature=0)
 RATE = 8000
@@ -213,3 +213,20 @@ def test_a_folder_of_conversations_is_evaluated(tmp_path):
     (tmp_path / "none").mkdir()
     rc, _, err = call("evaluate.py", tmp_path / "none")
     assert rc == 2 and "or stereo wav" in err
+
+
+def test_a_turn_is_right_when_its_reply_is_the_recorded_one():
+    def words(*given: tuple[str, float, str]) -> list[tuple[str, float, float, str]]:
+        return [(word, at, at + 0.3, who) for word, at, who in given]
+
+    reference = words(("two", 0.0, OTHER), ("(two)", 0.4, MAIN), ("four", 0.5, OTHER), ("(four)", 0.9, MAIN), ("two", 1.1, MAIN),
+                      ("four", 1.5, MAIN), ("six", 3.0, OTHER), ("(six)", 3.4, MAIN), ("six", 3.6, MAIN))
+    own = [w for w in reference if w[3] == MAIN]
+    assert turns_right(reference, own) == {"turns": 2, "turns_right": 2, "turns_of_2": 1, "turns_of_2_right": 1, "turns_of_1": 1,
+                                           "turns_of_1_right": 1}
+    swapped = [("four", *w[1:]) if w[0] == "two" else w for w in own]
+    rows = [turns_right(reference, said) | {"replies": 2, "user_turns": 2} for said in (own, swapped, [*own, ("six", 4.2, 4.4, MAIN)], [])]
+    found = mean(rows)
+    assert found["turns"] == 8 and found["turns_right"] == 4 / 8
+    assert found["turns_of_2_right"] == found["turns_of_1_right"] == 2 / 4
+    assert turns_right([w for w in reference if w[3] == MAIN], own) == {}

@@ -111,7 +111,9 @@ def split(tensor: Tensor, names: list[str], form: Format) -> list[Tensor]:
 
 def join(parts: list[Tensor], shape: torch.Size) -> Tensor:
     """Undo `split`."""
-    return torch.stack(parts) if parts[0].dim() < len(shape) else torch.cat(parts).view(shape) if shape else parts[0]
+    if parts[0].dim() < len(shape):
+        return torch.stack(parts)
+    return torch.cat(parts).view(shape) if len(parts) > 1 else parts[0]        # one part is the tensor: nothing is copied
 
 
 def to_ours(form: Format, wanted: Tensors, config: ModelConfig, tensors: Tensors, source: str) -> Tensors:

@@ -102,6 +102,17 @@ def test_a_mapped_weight_changes_no_file_and_what_is_trained_owns_its_memory(tmp
         assert held == {"text_head.weight"}                     # the others are small, or trained
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="Linux says what stands where")
+def test_official_weights_of_the_wanted_type_are_the_mapped_file(tmp_path: Path) -> None:
+    table = StreamTable((Stream("text", "text", 6000, 6000),), "qwen2", stop=(0,))
+    model = MultistreamLM(ModelConfig(table, StackConfig(dim=128, layers=1, heads=2, ffn=256, qkv_bias=True))).bfloat16()
+    export(model, tmp_path, to="hf")
+    loaded = load(tmp_path, dtype="bf16")
+    lines = [line.split()[0].split("-") for line in open("/proc/self/maps") if str(tmp_path) in line]
+    for p in (loaded.embed["text"].weight, loaded.text_head.weight):
+        assert any(int(a, 16) <= p.data_ptr() < int(b, 16) for a, b in lines)
+
+
 LOAD = """
 import sys, torch
 from checkpoint import load

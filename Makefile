@@ -1,8 +1,8 @@
-# Every command worth knowing. `make demo` and `make test` set up all they need in .venv.
+# The main commands. `make demo` and `make test` install what they need into .venv.
 PYTHON ?= python3
 VENV   := .venv
 RUN    := $(VENV)/bin/python
-# All cores, and who waits for another thread sleeps: one that spins takes a core from whatever else computes there.
+# Use all cores with passive waiting: threads that spin while they wait would take cores from other processes.
 export OMP_WAIT_POLICY ?= PASSIVE
 export GOMP_SPINCOUNT  ?= 0
 export KMP_BLOCKTIME   ?= 0
@@ -10,7 +10,7 @@ PIP     = $(VENV)/bin/pip install --disable-pip-version-check -q -c constraints.
 
 .PHONY: demo test check talk smoke faults wer bench big clean lines
 
-demo: $(VENV)/demo        ## train the tiny model on real speech (CPU, minutes), then listen to out/demo/*.wav
+demo: $(VENV)/demo        ## train the tiny model on real speech and write samples to out/demo/*.wav (CPU, minutes)
 	$(RUN) train.py configs/tiny.py
 	$(RUN) sample.py --ckpt out/demo --texts assets/demo.txt --out out/demo
 	$(RUN) evaluate.py out/demo
@@ -18,9 +18,9 @@ demo: $(VENV)/demo        ## train the tiny model on real speech (CPU, minutes),
 	@echo "Made: out/demo/000.wav ... 018.wav (16 digit strings never trained on, 3 phrases), samples.jsonl, curves.png."
 	@echo "Next:  $(RUN) sample.py --ckpt out/demo --text \"four nine two seven\" --out x.wav     say something else"
 	@echo "       $(RUN) data.py show configs/tiny.py                                             see what the model sees"
-	@echo "       make wer                                                                        let a recogniser listen"
+	@echo "       make wer                                                                        transcribe the samples and print the word error rate"
 
-# Two processes of one thread. PLAIN is what the oldest processors have: other sizes of vectors, other rounding.
+# Two processes with one thread each. PLAIN is the oldest instruction set, with other vector sizes and other rounding.
 PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN) -m pytest -n 2 --dist loadfile
 PLAIN  = ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 DNNL_MAX_CPU_ISA=SSE41
 QUICK  = $(patsubst %,tests/test_%.py,checkpoint data lora loss model streams) tests/generation/test_sample.py tests/audio tests/layers \
@@ -38,7 +38,7 @@ test: $(VENV)/test        ## lint and the whole test suite; then its quick files
 	$(PYTEST)
 	$(PLAIN) $(PYTEST) -m "not slow" $(QUICK)
 
-check: $(VENV)/test       ## lint and the fast tests, for the habit
+check: $(VENV)/test       ## lint and the fast tests
 	$(VENV)/bin/ruff check .
 	$(PYTEST) -m "not slow"
 
@@ -51,10 +51,10 @@ smoke: $(VENV)/demo       ## every config's tiny twin: trains, resumes, evaluate
 		$(RUN) train.py configs/$$name.py --smoke || exit 1; done
 	$(RUN) evaluate.py sae configs/dsaa_ae.py --smoke
 
-wer: $(VENV)/test         ## word error rate of the demo's recordings, by an offline recogniser
+wer: $(VENV)/test         ## word error rate of the demo's recordings, by an offline speech recogniser
 	$(RUN) evaluate.py out/demo
 
-bench: $(VENV)/core       ## us against what others use, side by side (peers that are not installed read "not measured"; minutes)
+bench: $(VENV)/core       ## benchmarks against other implementations (those not installed are shown as "not measured"; minutes)
 	$(RUN) bench.py loss --pairs=7
 	$(RUN) bench.py higgs
 	$(RUN) bench.py moshi
@@ -70,7 +70,7 @@ bench: $(VENV)/core       ## us against what others use, side by side (peers tha
 big: $(VENV)/core         ## full-size random Qwen2.5-1.5B and Higgs v2 3B: load, train, sample, merge, export, and their peaks (35 GB of disk)
 	$(RUN) -m benchmarks.big
 
-lines:                    ## how long everything is: the core path, then each room
+lines:                    ## number of lines: the core path, then each folder
 	@wc -l config.py streams.py model.py lora.py loss.py data.py train.py sample.py | tail -1 | sed 's/total/core path/'
 	@wc -l *.py | tail -1 | sed 's/total/top level/'
 	@for room in */__init__.py; do wc -l $${room%/*}/*.py | tail -1 | sed "s,total,$${room%/*}/,"; done

@@ -1,19 +1,19 @@
-"""Side-by-side measurements: us and what people use now, in one process, on equal weights and equal tokens.
+"""Side-by-side benchmarks of this code and its peers, in one process, on equal weights and equal tokens.
 
-    python bench.py higgs                           all three of these with the peer; also moshi, qwen, moss, tiny
+    python bench.py higgs                           train, decode and ops with the peer; also moshi, qwen, moss, tiny
     python bench.py train --model=higgs --peer      a LoRA training step against transformers + PEFT (moshi: against moshi)
     python bench.py decode --model=moshi --peer     greedy frames against LMGen (higgs, qwen: against transformers generate), then
-                                                    frames one by one, drawn, behind --context columns
-    python bench.py ops --model=moshi --peer        operations that a frame needs (CUDA: kernels, graphs, syncs)
+                                                    single sampled frames after a prompt of --context columns
+    python bench.py ops --model=moshi --peer        number of operations in a frame (CUDA: kernels, graphs, syncs)
     python bench.py loss                            chunked cross-entropy against full logits: time and peak memory
     python bench.py memory --model=higgs --peer     peak memory of the loss and of a training step
     python bench.py kernels                         every op of kernels/ against torch.compile of its reference (CUDA)
     python bench.py loader                          columns a second and packing of data.Loader on the bundled speech
     python bench.py scaling                         a training step on 1, 2 and 4 gloo processes of one thread each
 
-Before anything is timed both sides compute: the losses of three updates, or all greedy tokens, must be equal. Then they
-alternate, and the median of the pairwise ratios counts: a busy machine slows both halves of a pair. A peer that is not
-installed reads "not measured". `make bench` runs everything; BENCHMARKS.md holds the results and the machine.
+Before the timing, both sides must compute the same losses of three updates, or the same greedy tokens. Then they run
+alternately, and the result is the median of the pairwise ratios, because a busy machine slows both runs of a pair. A peer that
+is not installed is shown as "not measured". `make bench` runs everything; BENCHMARKS.md has the results and the machine.
 """
 
 import system.setup_check  # noqa: F401, first: it says how to set up where torch is missing
@@ -68,7 +68,7 @@ def bench_train(job: Job) -> list[dict[str, Any]]:
 # ---- decoding ----
 
 def frame_row(job: Job, model: MultistreamLM, net: nn.Module | None, why: str) -> dict[str, Any]:
-    """Single frames, drawn with top-k 250, behind a prompt: their times, and how far they are from reading what they must."""
+    """Times of single frames, sampled with top-k 250 after a prompt, and their ratio to the time of the necessary memory reads."""
     table, batch, frames = model.table, job.batch or 1, job.frames or (500 if ON_GPU else 50)
     context, deciles = job.context or (1 if table.aligned else 32), (10, 90, 99)
     columns = max(frames // 10, 1) + frames + max(table.delays) + 1
@@ -92,7 +92,7 @@ def frame_row(job: Job, model: MultistreamLM, net: nn.Module | None, why: str) -
 
 
 def bench_decode(job: Job, columns: int = 64) -> list[dict[str, Any]]:
-    """Greedy columns behind a prompt of 32 (aligned: the start column), then single frames."""
+    """Greedy columns after a prompt of 32 columns (aligned: of the start column), then single frames."""
     with tempfile.TemporaryDirectory() as folder:
         model, net, why = decode_models(job, Path(folder))
         ours, peer = decode_sides(model, net, 1, 1 if model.table.aligned else 32, columns, 0)
@@ -107,7 +107,7 @@ def bench_decode(job: Job, columns: int = 64) -> list[dict[str, Any]]:
 
 
 def bench_ops(job: Job, frames: int = 8) -> list[dict[str, Any]]:
-    """What one frame makes the host do. Greedy, as the known figures of the peers are."""
+    """Number of operations that the host launches for one frame, with greedy decoding as in the published figures of the peers."""
     with tempfile.TemporaryDirectory() as folder:
         model, net, checked = decode_models(job, Path(folder))
         lag = max(model.table.delays) + 1
@@ -120,14 +120,14 @@ def bench_ops(job: Job, frames: int = 8) -> list[dict[str, Any]]:
 
 
 def bench_model(job: Job) -> list[dict[str, Any]]:
-    """A family's training step, its generation and what that costs the host, each beside its peer."""
+    """A family's training step, decoding, and operations of a frame, each against its peer."""
     return [row for measure in (bench_train, bench_decode, bench_ops) for row in measure(replace(job, peer=True))]
 
 
 # ---- the loss, memory ----
 
 def peak(job: Job, which: str, *shape: str) -> None:
-    """Print the memory that one side needs: of the loss at `shape`, or of a training step."""
+    """Print the extra memory of one side, for the loss at `shape` or for a training step."""
     torch.set_num_threads(1)
     if shape:
         return print(extra_memory(peers.loss_side(*map(int, shape), which, **loss_shape(job))))
@@ -135,12 +135,12 @@ def peak(job: Job, which: str, *shape: str) -> None:
         pair = train_workload(replace(job, peer=which == "peer"), Path(folder))
         side = pair.ours if which == "ours" else pair.peer
         del pair
-        gc.collect()                                         # of the other side nothing stays on the device
+        gc.collect()                                         # free the other side's memory on the device
         print(extra_memory(side, whole=True))
 
 
 def run_peak(job: Job, which: str, *shape: int) -> float:
-    """`peak` in a process of its own, which gives freed memory back at once."""
+    """Run `peak` in a separate process, with malloc set to return freed memory at once."""
     options = [f"--{name}={value}" for name, value in asdict(job).items() if value != getattr(Job(), name)]
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 18), "MALLOC_TRIM_THRESHOLD_": "0"}
     command = [sys.executable, __file__, "peak", which, *map(str, shape), *options]
@@ -153,7 +153,7 @@ def memory_row(what: str, checked: str, limit: float | None, sizes: dict[str, fl
 
 
 def loss_shape(job: Job) -> dict[str, Any]:
-    """How many rows, how wide, of which type."""
+    """Number of rows, width and dtype of the loss benchmarks."""
     rows, width = (16384, 4096) if job.preset == "full" else (4096, 256)
     return {"rows": rows, "width": width, "dtype": DTYPES["bf16" if job.half else "fp32"]}
 
@@ -167,14 +167,14 @@ def bench_loss_memory(job: Job) -> list[dict[str, Any]]:
 
 
 def bench_memory(job: Job) -> list[dict[str, Any]]:
-    """Of the loss against full logits, then of a training step of --model against its peer."""
+    """Memory of the loss against full logits, then of a training step of --model against its peer."""
     why = peers.missing(job.model) or ("" if job.peer else "not measured: add --peer")
     sizes = {which: run_peak(job, which) for which in (("ours",) if why else ("ours", "peer"))}
     return [*bench_loss_memory(job), memory_row(f"train memory {job.model}", why, None, sizes)]
 
 
 def bench_loss(job: Job) -> list[dict[str, Any]]:
-    """Against full logits; then one stream without weights against the fused losses of others."""
+    """The loss against full logits; then one stream without weights against torch and Liger."""
     rows, given = bench_loss_memory(job), loss_shape(job)
     for vocab, streams in ((32000, 1), (1026, 8)):
         sides = [peers.loss_side(vocab, streams, who, **given) for who in ("ours", "full")]
@@ -195,7 +195,7 @@ def bench_loss(job: Job) -> list[dict[str, Any]]:
 # ---- kernels ----
 
 def bench_kernels(job: Job) -> list[dict[str, Any]]:
-    """Each op, forward and backward, against torch.compile of its reference, with the share of the byte floor it reaches."""
+    """Each op, forward and backward, against torch.compile of its reference, and its share of the memory bandwidth."""
     width, count, dtype = (4096, 16384, torch.bfloat16) if ON_GPU else (job.width, 64, torch.float32)
     given, rows = shapes.cases(torch.device("cuda" if ON_GPU else "cpu"), dtype, count, width), []
     for name, (op, ref) in PAIRS.items():
@@ -211,7 +211,7 @@ def bench_kernels(job: Job) -> list[dict[str, Any]]:
 # ---- several processes ----
 
 def rank_side(job: Job) -> None:
-    """One of several processes: its share of a LoRA step, gradients averaged by DDP. The first one prints seconds and bytes."""
+    """One of several processes: a LoRA step whose gradients DDP averages. Rank 0 prints seconds and gradient bytes."""
     torch.set_num_threads(1)
     parallel.start("cpu", 0)
     with tempfile.TemporaryDirectory() as folder:
@@ -228,7 +228,7 @@ def rank_side(job: Job) -> None:
 
 
 def bench_scaling(job: Job, worlds: tuple[int, ...] = (1, 2, 4)) -> list[dict[str, Any]]:
-    """The same work for every process on 1, 2 and 4 of them: what gloo and the shared cores cost. Traffic is that of a ring."""
+    """The same work in each of 1, 2 and 4 processes: the cost of gloo and of sharing cores. Traffic is that of a ring all-reduce."""
     rows, alone = [], None
     for world in worlds:
         with socket.socket() as s:
@@ -237,10 +237,10 @@ def bench_scaling(job: Job, worlds: tuple[int, ...] = (1, 2, 4)) -> list[dict[st
         env = os.environ | {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}
         command = [sys.executable, __file__, "rank", f"--model={job.model}", f"--width={job.width}", f"--pairs={job.pairs}"]
         running = [subprocess.Popen(command, env=env | {"RANK": str(n)}, stdout=subprocess.PIPE, text=True) for n in range(world)]
-        said = [process.communicate()[0] for process in running]
+        outputs = [process.communicate()[0] for process in running]
         if any(process.returncode for process in running):
-            raise ValueError(f"a process of {world} failed; its message stands above")
-        times, size = json.loads(said[0])
+            raise ValueError(f"one of {world} processes failed; its message is above")
+        times, size = json.loads(outputs[0])
         alone = alone or times
         row = {"what": f"{world} process{'es' * (world > 1)} {job.model}", **compare(times, alone, world), "target": None}
         sent = 2 * (world - 1) / world * size / 2**20

@@ -123,7 +123,7 @@ class TrainConfig:
         except ValueError as error:
             raise AssertionError(error) from None
         assert not self.listen or family_of(self.model.table).text_to_speech, (
-            f"listen speaks texts again, layout {self.model.table.layout!r} is no text to speech; leave it at 0")
+            f"listen needs a text-to-speech model, layout {self.model.table.layout!r} is none; leave it at 0")
         known = [name for name in consolidated_files(self.model) if self.lora or not name.endswith("-lora")]
         assert self.consolidated in ("", *known), f"consolidated {self.consolidated!r} is none of {known}"
         unknown = set(self.trackers) - {"tensorboard", "wandb", "trackio"}

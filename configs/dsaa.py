@@ -1,4 +1,4 @@
-"""DSAA: a frozen Qwen text model beside a frozen Moshi; what joins them is trained. Text first, then both.
+"""DSAA: a frozen Qwen text model beside a frozen Moshi; the projectors between them are trained, first on text, then on both.
 
     python checkpoint.py setup-dsaa --moshi=kyutai/moshiko-pytorch-bf16 --text-llm=Qwen/Qwen2.5-3B-Instruct --out=models/dsaa
     torchrun --standalone --nproc_per_node=8 train.py configs/dsaa.py --data.sources=data/dailytalk.jsonl
@@ -9,18 +9,18 @@
 Needs: not yet measured.  Expect: not yet measured.
 
     reference (slavivo/dsaa)            here, and why it differs
-    optim.proj_lr 1e-4, finetune_lr 5e-6   lr, and factors of it in rates. There the depth layers and the text map fell out of
-                                        both groups by a missing comma; here a pattern that fits nothing is an error
+    optim.proj_lr 1e-4, finetune_lr 5e-6   lr, and factors of it in rates. There a missing comma left the depth layers and the
+                                        text map out of both groups; here a pattern that matches nothing is an error
     proj_wd .05, finetune_wd .01        weight_decay .05, on matrices only (there on norms, biases and the mixing factor too)
     only_text, max_steps [..]           stages: how long, which sources, which losses count
-    every 4th step text only            no: the two losses train parts of their own, it changed nothing but the clipping
+    every 4th step text only            no: the two losses train separate parameters, so this only changes the gradient clipping
     PAD = EPAD = the id of a space      ids of their own (setup-dsaa --padding=space for theirs); start <|im_start|>
-    words one by one, no space before   data.contextual: whole sentences, as the text model knows them
-    random depth projectors             begun at what Moshi's depth transformer was given (warm start), norms of their own
+    words one by one, no space before   data.contextual: whole sentences, as in the text model's training data
+    random depth projectors             initialised to pass on Moshi's depth inputs (warm start), with separate norms
     data.aug.*                          data.variants and data.augment, when the data is prepared; masks hide inputs only, not
                                         targets: model.input_drop (audio), model.text_drop
 
-The text model never hears the user: all that joins the two is one network a frame behind their last layers.
+The text model never reads the user's audio: the two models are only connected by the projectors after their last layers.
 """
 
 from dataclasses import replace
@@ -53,7 +53,7 @@ config = TrainConfig(
 
 
 def smoke() -> TrainConfig:
-    """Random tiny towers under out/cache/dsaa, joined by setup-dsaa; then text alone, then both."""
+    """Random tiny models under out/cache/dsaa, combined by setup-dsaa; trained on text only, then on both."""
     folder, parts = demo_dialogues("out/cache/dialogues"), Path("out/cache/dsaa")
     if not (parts / "new" / "config.json").is_file():
         delays = (0, *[1] * 7)

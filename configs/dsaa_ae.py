@@ -1,10 +1,10 @@
-"""Sparse autoencoders on the joined states of DSAA: which directions its projectors read.
+"""Sparse autoencoders on the concatenated states of DSAA, which its projectors read.
 
     python evaluate.py sae configs/dsaa_ae.py --run=out/dsaa
-    python evaluate.py sae configs/dsaa_ae.py --smoke        on out/smoke_dsaa, which configs/dsaa.py --smoke leaves
+    python evaluate.py sae configs/dsaa_ae.py --smoke        on out/smoke_dsaa, the run of configs/dsaa.py --smoke
 
-Needs: not yet measured.  Expect: not yet measured.  The reference codes the joined state with (2048, 16) and each depth step's
-input with (1024, 8), six epochs at 1e-3; its validation read batches that were trained on, here a share is held out.
+Needs: not yet measured.  Expect: not yet measured.  The reference uses (width, k) = (2048, 16) for the concatenated state and
+(1024, 8) for the input of each depth step, six epochs at 1e-3; it validates on training batches, here a share is held out.
 """
 
 from dataclasses import replace

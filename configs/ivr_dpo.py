@@ -1,16 +1,17 @@
-"""Preference tuning (DPO) of a phone model: professional replies before curt ones and before figures that were not looked up.
+"""Preference tuning (DPO) of a phone model: professional replies are preferred to curt ones and to made-up figures.
 
-    python checkpoint.py merge out/ivr_qwen --out=models/ivr_qwen      the model to begin with, its adapter folded in
+    python checkpoint.py merge out/ivr_qwen --out=models/ivr_qwen      the initial model: out/ivr_qwen with its adapter merged
     python train.py configs/ivr_dpo.py                                 one GPU; minutes
     python train.py configs/ivr_dpo.py --data.sources=pairs.jsonl      {"messages": [...], "chosen": ..., "rejected": ...} a line
     python train.py configs/higgs_ar.py --dpo.beta=0.1 --data.sources=spoken_pairs.jsonl      any family that has adapters
 
-    python train.py configs/ivr_qwen.py --preset=base      a tiny Qwen, trained here
-    python train.py configs/ivr_dpo.py --smoke --init=out/smoke_ivr_base               and its preferences
+    python train.py configs/ivr_qwen.py --preset=base      trains a tiny Qwen
+    python train.py configs/ivr_dpo.py --smoke --init=out/smoke_ivr_base               trains it on preferences
 
-The reference is the same model with its adapters switched off, so the model to begin with is one plain checkpoint; objective.py
-has the equation. metrics.jsonl has loss, reward margin and accuracy, of training and held-out pairs. Recordings are sides as
-texts are; manifest.py shows both. Moshi: leave first-codebook weights at 1 (--data.stream_weights), a margin sums over all streams.
+The reference model is the same model with its adapters switched off, so --init must be a checkpoint without adapters. The
+equation is in training/objective.py. metrics.jsonl has loss, reward margin and accuracy of training and held-out pairs. A side of
+a pair can be text or a recording (corpus/manifest.py). For Moshi set the first codebook's weight to 1 (--data.stream_weights):
+the margin sums over all streams.
 """
 
 from dataclasses import replace

@@ -9,13 +9,13 @@
     python train.py configs/ivr_moss.py --smoke            a tiny twin on bundled clips: CPU, under a minute
 
 Needs the released model and its codec in models/ (huggingface-cli download ID --local-dir models/NAME). Rows are
-conversations (`python data.py --help`); the agent's turns are learnt, speech codes and <|im_end|>, spoken or written: a call may
-mix both. r = 8 on q, k, v, o trains 8,519,680 parameters; --lora.targets="temporal.audio_tail.*attn.*" only 851,968 of them.
-Another backbone: `python checkpoint.py split-from-qwen models/Qwen3-0.6B --out=models/split`, then --init=models/split, and in
-this file the table and sizes of its config.json. Expect: not yet measured on the released weights.
+conversations (`python data.py --help`). The targets are the agent's turns: speech codes or text, and <|im_end|>; one call may
+have both. r = 8 on q, k, v, o trains 8,519,680 parameters; --lora.targets="temporal.audio_tail.*attn.*" only 851,968 of them.
+For another backbone run `python checkpoint.py split-from-qwen models/Qwen3-0.6B --out=models/split`, train with
+--init=models/split, and copy the table and sizes of its config.json into this file. Expect: not yet measured on the released weights.
 
-The smoke twin has random weights and the first codebook of the tiny codec ("tiny:1", 25 codes a second): its speech can be told
-from noise, its words cannot. Its calls are bundled digits, read by a synthetic caller and said back by Allison.
+The smoke twin has random weights and the first codebook of the tiny codec ("tiny:1", 25 codes a second): its output sounds like
+speech without intelligible words. Its calls are bundled digits, read by a synthetic caller and repeated by the voice Allison.
 """
 
 from dataclasses import replace

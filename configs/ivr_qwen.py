@@ -3,16 +3,16 @@
     python train.py configs/ivr_qwen.py --data.sources=assets/ivr/dialogues.jsonl      one GPU; minutes
     python train.py configs/ivr_qwen.py --preset=seed                                  the recipe this one comes from, as it was
     python train.py configs/ivr_qwen.py --preset=second --data.sources=mine.jsonl      second stage, from the adapter of the first
-    python sweep.py configs/ivr_qwen.py                                                ranks 4 to 64, one table
-    python evaluate.py report out/ivr_qwen                                             replies, intents, what was made up, forgetting
+    python train.py sweep configs/ivr_qwen.py                                          ranks 4 to 64, one table
+    python evaluate.py report out/ivr_qwen                                             replies, intents, made-up figures, forgetting
 
     python train.py configs/ivr_qwen.py --preset=base      a tiny Qwen, trained here on general sentences in half a minute
     python train.py configs/ivr_qwen.py --smoke --init=out/smoke_ivr_base               and the recipe on top of it
 
 Needs the released model with its tokenizer.json in models/ (huggingface-cli download Qwen/Qwen2.5-1.5B-Instruct --local-dir
 models/Qwen2.5-1.5B-Instruct). Any size is a change of two lines: families/qwen.py has 0.5B to 8B. r = 8 on q, k, v, o trains
-2,179,072 parameters; the seed's 3,670,016 counts four square 2048-wide projections, which this model does not have.
-Bundled dialogues teach style only: 58 families of calls. Expect: not yet measured on the released weights.
+2,179,072 parameters; the seed recipe states 3,670,016, which assumes four square projections of width 2048.
+The bundled dialogues (58 families of calls) only teach style. Expect: not yet measured on the released weights.
 """
 
 from dataclasses import replace
@@ -62,4 +62,4 @@ base = replace(
     schedule="cosine", eval_every=25, save_every=0,
     data=replace(smoke.data, sources=("assets/ivr/generic.jsonl:1", "assets/speech/manifest.jsonl:2"), columns=256))
 
-sweep = tuple({"lora.rank": rank, "lora.alpha": 2.0 * rank} for rank in (4, 8, 16, 32, 64))      # what sweep.py runs
+sweep = tuple({"lora.rank": rank, "lora.alpha": 2.0 * rank} for rank in (4, 8, 16, 32, 64))      # run by train.py sweep

@@ -5,13 +5,13 @@
     python checkpoint.py export out/moshi_full --to=moshi --out=merged
     python -m moshi.server --moshi-weight merged/model.safetensors --config-path merged/config.json
 
-The user's codebooks too, and both speakers as the agent, as J-Moshi is trained:
+To predict the user's codebooks as well, and use both speakers as the agent, as J-Moshi does:
 
     python checkpoint.py expand-depth kyutai/moshiko-pytorch-bf16 --out=models/moshiko-both
     torchrun --standalone --nproc_per_node=8 train.py configs/moshi_full.py --preset=both
     python checkpoint.py trim-depth out/moshi_both --out=models/trained       what moshi.server can play
 
-Needs: not yet measured; weights, gradients and AdamW in fp32 are 123 GB before activations, shared out over the ranks
+Needs: not yet measured; weights, gradients and AdamW in fp32 take 123 GB without activations, sharded over the ranks
 (FSDP2).  Expect: not yet measured.
 """
 

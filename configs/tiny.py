@@ -1,9 +1,9 @@
 """The embedded default: word-aligned text to speech on real recordings, in minutes on a CPU.
 
-    python train.py configs/tiny.py            make demo does this, then samples
+    python train.py configs/tiny.py            `make demo` runs this and then samples
 
-The agent's voice reads the current, next and previous word, the age of the word and the codes of the frame before;
-it predicts eight codebooks and when to advance to the next word. It composes words from its training recordings and cannot say others.
+The model reads the current, next and previous word, the age of the word in frames, and the codes of the previous frame. It
+predicts eight codebooks, and when to advance to the next word. It can only say words that occur in its training recordings.
 """
 
 from dataclasses import replace

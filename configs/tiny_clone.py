@@ -3,7 +3,7 @@
     python train.py configs/tiny_clone.py      about half an hour on two cores; not intelligible in minutes
 
 Sequential grid: reference transcript, reference speech, transcript (bytes), speech; eight delayed codebooks; audio
-columns go through a feed-forward network of their own.
+columns have their own feed-forward network (dual FFN).
 """
 
 from dataclasses import replace

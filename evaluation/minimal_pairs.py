@@ -1,16 +1,16 @@
-"""What a model finds likelier: the right one of a pair, or of several spoken answers; and two such evaluations compared.
+"""Likelihood tests: minimal pairs, spoken multiple choice, and a paired comparison of two such evaluations.
 
-    python evaluate.py pairs out/dsaa --set=swuggy.jsonl       {"id": "7", "right": CLIP, "wrong": CLIP}, a line each
+    python evaluate.py pairs out/dsaa --set=swuggy.jsonl       one line an item: {"id": "7", "right": CLIP, "wrong": CLIP}
     python evaluate.py choices out/dsaa --set=mmlu.jsonl       {"id": "7", "context": [CLIP, ...], "choices": [CLIP, ...], "answer": 2}
-    python evaluate.py compare a/pairs.jsonl b/pairs.jsonl     who is right where the other is not, and whether that is chance
+    python evaluate.py compare a/pairs.jsonl b/pairs.jsonl     items that only one run gets right, and McNemar's test of the difference
 
-A CLIP is {"audio": "a.wav"}, {"text": "four nine"}, or both; in dialogues (Moshi, DSAA) "words" [["four", 0.31], ...] put
-the text into frames, and without them the text row is absent. The pair sets are those of sWUGGY, sBLIMP, spoken
-StoryCloze and contrast sets, the choices those of spoken multiple choice. An item is one line of the result, with its
-own scores: what is compared later is the item, never the average.
+A CLIP is {"audio": "a.wav"}, {"text": "four nine"}, or both. In dialogues (Moshi, DSAA) "words" [["four", 0.31], ...] align
+the text with the frames; without them the text row is empty. Pairs can be sWUGGY, sBLIMP, spoken StoryCloze and contrast
+sets, choices any spoken multiple choice. Each item is one line of the result, with its own scores, so that two runs are
+compared item by item and not by their averages.
 
-    score of a clip    sum of w log p over its targets / sum of w         w of all: 100 on the semantic codebook, as trained
-    score of a choice  text_share * text + (1 - text_share) * speech      over the choice alone, given the context
+    score of a clip    sum of w log p over its targets / sum of w         w = 100 on the semantic codebook as in training, else 1
+    score of a choice  text_share * text + (1 - text_share) * speech      over the choice only, given the context
 
 Every token is scored by the logits that predict it: the grid and the weights are delayed by one function.
 """
@@ -43,13 +43,13 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class MinimalPairsConfig:
-    """What `python evaluate.py pairs|choices RUN` does."""
+    """Options of `python evaluate.py pairs|choices RUN`."""
 
-    set: str = ""                  # jsonl of items; its recordings lie in its folder or below
-    out: str = ""                  # jsonl of results, "" = RUN/pairs.jsonl or RUN/choices.jsonl
-    text_share: float = 0.9        # choices: how much the text counts beside the speech, where there is both
-    semantic: float = 100.0        # weight of the first codebook
-    limit: int = 0                 # items, 0 = all
+    set: str = ""                  # JSONL file of items; recordings are in the folder of the file or below
+    out: str = ""                  # JSONL file of results; "" = RUN/pairs.jsonl or RUN/choices.jsonl
+    text_share: float = 0.9        # choices: weight of the text score, 0 to 1; the speech score has the rest
+    semantic: float = 100.0        # weight of the first (semantic) codebook in a score; the other codebooks have 1
+    limit: int = 0                 # largest number of items to score; 0 = all
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -60,7 +60,7 @@ class MinimalPairsConfig:
 
 @torch.inference_mode()
 def log_probabilities(model: MultistreamLM, tokens: Tensor) -> Tensor:
-    """log p of each token given what the model saw of it, 0 where none is predicted.   tokens (K, S) -> (K, S)"""
+    """log p of each token given the columns before it, 0 where none is predicted.   tokens (K, S) -> (K, S)"""
     text, audio = model(tokens[None])
     table, found = model.table, torch.zeros(tokens.shape, dtype=torch.float64)
     rows = [(k, text[0]) for k in table.text_out] + [(k, audio[0, n]) for n, k in enumerate(table.audio_out)]
@@ -74,14 +74,14 @@ def log_probabilities(model: MultistreamLM, tokens: Tensor) -> Tensor:
 
 @dataclass
 class Clip:
-    """One clip, or several behind each other, ready to be scored: tokens (K, S) and which of them count, (K, S) of 0 and 1."""
+    """One clip, or several in a row, as a grid: tokens (K, S), and a mask (K, S) of the tokens that are scored."""
 
     tokens: Tensor
     counts: Tensor
 
 
 def scores(model: MultistreamLM, clip: Clip, semantic: float) -> dict[str, float]:
-    """Mean log p: `speech` weighted as trained, `semantic` codebook alone, `plain` mean of all codes, `text`; NaN = nothing there."""
+    """Mean log p: `speech` weighted as in training, `semantic` codebook only, `plain` mean of all codes, `text`; NaN = no token."""
     logs, counts, table = log_probabilities(model, clip.tokens), clip.counts.double(), model.table
     first, audio = table.audio_out[:1], table.audio_out
     heavy = counts.clone()
@@ -108,14 +108,14 @@ class Reader:
     folder: Path
 
     def clip(self, parts: Sequence[Row], scored: int, where: str) -> Clip:
-        """Lay parts behind each other; those from number `scored` on count. ValueError names `where`."""
+        """Concatenate clips; those from number `scored` on are scored. ValueError names `where`."""
         for part in parts:
             if not isinstance(part, dict) or not (part.get("audio") or part.get("text")):
                 raise ValueError(f"{where}: a clip is {{\"audio\": ...}} or {{\"text\": ...}}, got {json.dumps(part)[:60]}")
         if self.table.monologue:
             return self.dialogue(parts, scored, where)
         if self.table.audio:
-            raise ValueError(f"pairs and choices know dialogues and plain text, this model has layout {self.table.layout!r}")
+            raise ValueError(f"pairs and choices support dialogues and plain text; this model has layout {self.table.layout!r}")
         ids = [torch.tensor(self.tokenizer.encode(self.said(part)), dtype=torch.int64) for part in parts]
         if empty := [part for part, found in zip(parts, ids, strict=True) if not len(found)]:
             raise ValueError(f"{where}: this model reads text alone; add \"text\" to {json.dumps(empty[0])[:60]}")
@@ -130,7 +130,7 @@ class Reader:
         return normalise(str(part.get("text", "")), self.data.normaliser)
 
     def dialogue(self, parts: Sequence[Row], scored: int, where: str) -> Clip:
-        """Frames of a dialogue: the clip is what the agent says, the user is silent or the right channel of a stereo file."""
+        """Frames of a dialogue: the clip is the agent's side; the user's side is silence or the right channel of a stereo file."""
         agent, user, texts, context = [], [], [], 0
         for n, part in enumerate(parts):
             if not part.get("audio"):
@@ -193,7 +193,7 @@ def pairs(run: str, job: MinimalPairsConfig) -> dict[str, float]:
 
 
 def verdict(right: dict[str, float], wrong: dict[str, float]) -> bool:
-    """Whether the right one is likelier: by its speech, or by its text where there is none."""
+    """Whether the right one is more likely: by its speech, or by its text if there is no speech."""
     name = "speech" if not math.isnan(right["speech"]) else "text"
     return right[name] > wrong[name]
 
@@ -217,7 +217,7 @@ def choices(run: str, job: MinimalPairsConfig) -> float:
 
 
 def choice_score(found: dict[str, float], text_share: float) -> float:
-    """Text and speech of a choice in one number; what is not there does not count."""
+    """Text score and speech score of a choice in one number; a missing one is left out."""
     parts = [(text_share, found["text"]), (1 - text_share, found["plain"])]
     known = [(w, x) for w, x in parts if not math.isnan(x)]
     total = sum(w for w, _ in known)
@@ -253,6 +253,6 @@ def compare(one: Path, other: Path) -> dict[str, Any]:
 
 
 def mcnemar(a: int, b: int) -> float:
-    """Exact two-sided p of a against b discordant items: each falls to either side by a fair coin."""
+    """Exact two-sided p of McNemar's test with a and b discordant items (binomial with probability 1/2)."""
     n, k = a + b, min(a, b)
     return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n) if n else 1.0

@@ -1,15 +1,15 @@
-"""Held-out evaluation of a run: numbers with intervals, and a page to look at and listen to.
+"""Held-out evaluation of a run: metrics with confidence intervals, and an HTML page with tables, curves and audio players.
 
-    python evaluate.py report out/ivr_qwen                                            the run's own held-out rows
-    python evaluate.py report out/ivr_qwen --sources=assets/ivr/test.jsonl            rows that no run has seen
+    python evaluate.py report out/ivr_qwen                                            on the run's own held-out rows
+    python evaluate.py report out/ivr_qwen --sources=assets/ivr/test.jsonl            on rows that no run has seen
 
-Every family: loss, perplexity and accuracy of each predicted stream, the adapter against its base (the same weights with the
-adapters switched off), the curves of the run, its spoken samples with their word and character error rates. Conversations in
-text, besides: replies to every held-out turn with BLEU, ROUGE and the share of figures and names that were made up, what
-callers want (key words, and a linear probe on hidden states), all by slice, and how much of general language was forgotten.
+For every family: loss, perplexity and accuracy of each predicted stream, the adapter against its base (the same weights with
+the adapters switched off), the curves of the run, and its audio samples with word and character error rates. For text
+conversations also: replies to every held-out turn with BLEU, ROUGE and the share of made-up figures and names, intent
+classification (by key words, and by a linear probe on hidden states), all by slice, and the loss on general texts (forgetting).
 
-An interval is a bootstrap over groups of rows (the wordings of one call are one group), seeded. Written whole into
-RUN/report: rows.jsonl (every row, every reply), summary.json, index.html. Next: html_page.py.
+Intervals are a seeded bootstrap over groups of rows (the wordings of one call are one group). The output is in RUN/report:
+rows.jsonl (every row, every reply), summary.json, index.html. Next: html_page.py.
 """
 
 import math
@@ -55,22 +55,22 @@ GENERIC, OUT_OF_SCOPE = "assets/ivr/generic.jsonl", "assets/ivr/out_of_scope.txt
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `python evaluate.py report RUN` does."""
+    """Options of `python evaluate.py report RUN`."""
 
-    sources: tuple[str, ...] = ()  # manifests to read instead of the run's own; rows whose split is "train" are left out
-    out: str = ""                  # folder to write, "" = RUN/report
-    base: str = ""                 # checkpoint to compare with, "" = what is under the adapter, or was before the run; "none" = nothing
-    generic: str = GENERIC         # general texts for the forgetting probe, "" = none
-    out_of_scope: str = OUT_OF_SCOPE   # what callers say that has no category, a line each
-    replies: int = 0               # conversations that are replied to, 0 = all
-    max_tokens: int = 96           # of a reply
-    temperature: float = 0.0       # of replies, 0 = the likeliest
-    batch: int = 16                # replies at once
-    rounds: int = 1000             # of the bootstrap
-    seed: int = 0                  # of the bootstrap and of replies
-    recogniser: str = ""           # module:function, list of (wav, rate) -> list of texts; "" = Whisper tiny.en
-    device: str = "cpu"            # cpu or cuda
-    dtype: str = "fp32"            # fp32, bf16 or fp16
+    sources: tuple[str, ...] = ()  # manifests to evaluate on, without rows of split "train"; () = the held-out rows of the run
+    out: str = ""                  # output folder; "" = RUN/report
+    base: str = ""                 # checkpoint to compare with; "" = the model without adapters, or the run's --init; "none" = none
+    generic: str = GENERIC         # JSONL file of general texts, on which forgetting is measured; "" = off
+    out_of_scope: str = OUT_OF_SCOPE   # text file of callers' sentences that belong to no category, one a line; "" = off
+    replies: int = 0               # number of conversations for which replies are generated; 0 = all
+    max_tokens: int = 96           # largest number of tokens in a reply
+    temperature: float = 0.0       # sampling temperature of replies; 0 = greedy
+    batch: int = 16                # number of replies generated at once
+    rounds: int = 1000             # number of bootstrap rounds for the intervals
+    seed: int = 0                  # random seed of the bootstrap and of replies
+    recogniser: str = ""           # speech recogniser, module:function from a list of (wav, rate) to a list of texts; "" = Whisper tiny.en
+    device: str = "cpu"            # device of the models: cpu or cuda
+    dtype: str = "fp32"            # dtype of the models: fp32, bf16 or fp16
 
     def __post_init__(self) -> None:
         assert min(self.batch, self.max_tokens, self.rounds) > 0 <= self.replies, "batch, max_tokens and rounds are at least 1, replies 0"
@@ -79,7 +79,7 @@ class Evaluation:
 
 @dataclass
 class Held:
-    """What is evaluated: held-out entries of an index, and their rows as the manifests have them."""
+    """The evaluated data: held-out entries of an index, and their rows in the manifests."""
 
     index: Index
     numbers: list[int]
@@ -92,7 +92,7 @@ class Held:
 
 @dataclass
 class Case:
-    """One reply that was asked for: what was said before, what should come, and what each model said."""
+    """One assistant turn to generate: the messages before it, the reference reply, and the reply of each model."""
 
     row: Row
     before: list[Row]
@@ -111,7 +111,7 @@ def report(run: Path, job: Evaluation, hear: Hear) -> Path:
     own, started = of_run(run, model)
     data = replace(own, sources=job.sources, split="manifest") if job.sources else own
     if not data.sources:
-        raise ValueError(f"{run} does not say what it was trained on; name held-out rows with --sources=FILE")
+        raise ValueError(f"{run} has no data sources in its config; name held-out rows with --sources=FILE")
     held = read_held(data, model)
     out = Path(job.out) if job.out else run / "report"
     models = compared(model, job, started)
@@ -132,10 +132,10 @@ def report(run: Path, job: Evaluation, hear: Hear) -> Path:
     return out / "index.html"
 
 
-# ---- what is evaluated, and against what ----
+# ---- data and models ----
 
 def of_run(run: Path, model: MultistreamLM) -> tuple[DataConfig, str]:
-    """The data of a run with the tokenizer of its checkpoint, and what its weights started from."""
+    """The data config of a run with the tokenizer of its checkpoint, and the weights that the run started from."""
     facts = model.extras.data or {}
     if (run / "config.json").is_file() and "steps" in (about := read_json(run / "config.json")):
         config = from_json(TrainConfig, about, f"{run}/config.json")
@@ -155,7 +155,7 @@ def read_held(data: DataConfig, model: MultistreamLM) -> Held:
 
 
 def raw_rows(data: DataConfig) -> dict[str, Row]:
-    """The rows of jsonl sources by id, with whatever else they say (category, language, slots)."""
+    """The rows of JSONL sources by id, with all their fields (category, language, slots)."""
     found: dict[str, Row] = {}
     for source in (locate(source_weight(s)[0]) for s in data.sources):
         if source.suffix == ".jsonl":                       # prepare has named the lines that cannot be read
@@ -240,7 +240,7 @@ def report_losses(models: Models, held: Held, job: Evaluation, summary: Row, pag
 # ---- conversations ----
 
 def cases_of(held: Held, limit: int) -> list[Case]:
-    """Every assistant turn of the first `limit` conversations, with what was said before it."""
+    """Every assistant turn of the first `limit` conversations, with the messages before it."""
     rows = [row for row in held.rows if row["messages"] and not any(clips(m["content"]) for m in row["messages"])]
     return [Case(row, row["messages"][:n], str(m["content"])) for row in rows[: limit or None]
             for n, m in enumerate(row["messages"]) if m["role"] == "assistant" and n and row["messages"][n - 1]["role"] != "assistant"]
@@ -262,7 +262,7 @@ def reply_all(model: MultistreamLM, name: str, cases: list[Case], held: Held, da
 
 
 def made_up(cases: list[Case], replies: Sequence[str]) -> np.ndarray:
-    """(N, 2): entities of each reply that nothing before holds, and all its entities."""
+    """(N, 2): number of entities in each reply that do not occur in the messages before it, and number of all its entities."""
     before = ["\n".join(str(m["content"]) for m in case.before) for case in cases]
     return np.array([[len(ungrounded(r, b)), len(named(r))] for r, b in zip(replies, before, strict=True)], dtype=float)
 
@@ -281,13 +281,13 @@ def report_calls(models: Models, held: Held, data: DataConfig, losses: dict[str,
     cases = cases_of(held, job.replies)
     if not cases:
         return []
-    bleu_parts([], []), rouge_rows([], [])                  # a package that is missing is named before the long work
+    bleu_parts([], []), rouge_rows([], [])                  # report missing packages before the long computation
     for name, use in models.items():
         with use() as model:
             reply_all(model, name, cases, held, data, job)
     report_replies(list(models), cases, job, summary, page)
     report_slices(list(models), cases, held, losses, job, summary, page)
-    report_intents(models, held, data, job, summary, page)       # the probe learns from the rows that the run learnt from
+    report_intents(models, held, data, job, summary, page)       # the probe is fitted on the run's training rows
     page.heading("Some replies")
     page.table(["call", "caller", "should be", *models], [
         [case.row["id"], str(case.before[-1]["content"]), case.reference, *case.replies.values()] for case in cases[:40]])
@@ -300,7 +300,7 @@ def groups_of(cases: list[Case]) -> list[str]:
 
 
 def likeness(cases: list[Case], replies: Sequence[str], job: Evaluation) -> dict[str, tuple[float, float, float]]:
-    """BLEU-4 in percent, ROUGE F-measures, and the shares of what was made up, each with its interval."""
+    """BLEU-4 in percent, ROUGE F-measures, and the shares of made-up entities, each with its interval."""
     references, groups, one = [case.reference for case in cases], groups_of(cases), np.ones((len(cases), 1))
     found = {"BLEU-4": Resample(bleu_parts(references, replies), groups, job.rounds, job.seed)(bleu_of)}
     rouge = rouge_rows(references, replies)
@@ -326,7 +326,7 @@ def report_replies(names: list[str], cases: list[Case], job: Evaluation, summary
 
 def report_slices(names: list[str], cases: list[Case], held: Held, losses: dict[str, np.ndarray], job: Evaluation, summary: Row,
                 page: Page) -> None:
-    """Loss and replies of every slice; the worst by the run's loss stands first."""
+    """Loss and reply metrics of every slice, sorted by the run's loss, worst first."""
     table = []
     for name in dict.fromkeys(s for row in held.rows for s in slices_of(row)):
         rows = [n for n, row in enumerate(held.rows) if name in slices_of(row)]
@@ -355,7 +355,7 @@ def first_words(row: Row) -> str:
 
 
 def features(model: MultistreamLM, index: Index, texts: Sequence[str]) -> Tensor:
-    """Mean last hidden state of what a caller says first.   N texts -> (N, D)"""
+    """Mean last hidden state of a caller's first message.   N texts -> (N, D)"""
     found, device = [], model.temporal.layers[0].attn.o.weight.device
     with torch.inference_mode():
         for text in texts:
@@ -366,7 +366,7 @@ def features(model: MultistreamLM, index: Index, texts: Sequence[str]) -> Tensor
 
 
 def report_intents(models: Models, held: Held, data: DataConfig, job: Evaluation, summary: Row, page: Page) -> None:
-    """What callers want, by their first words: key words, and a probe fitted on the training rows' hidden states."""
+    """Intent classification by the caller's first message: key words, and a linear probe on hidden states of the training rows."""
     asked = [(first_words(row), str(row["category"]), group)
              for row, group in zip(held.rows, held.groups, strict=True) if row.get("category")]
     if not asked:
@@ -401,7 +401,7 @@ def report_intents(models: Models, held: Held, data: DataConfig, job: Evaluation
 
 
 def training_rows(data: DataConfig, model: MultistreamLM) -> list[Row]:
-    """The rows that a run has learnt from and that say their category; none where its files are gone."""
+    """The training rows of a run that have a category; empty if its files do not exist any more."""
     if not data.sources or not all(locate(source_weight(s)[0]).exists() for s in data.sources):
         return []
     prepare(data, model.table)
@@ -410,7 +410,7 @@ def training_rows(data: DataConfig, model: MultistreamLM) -> list[Row]:
             if entry.split == "train" and entry.messages and rows.get(entry.id, {}).get("category")]
 
 
-# ---- what was forgotten ----
+# ---- forgetting ----
 
 def bundled(name: str) -> Path:
     """The file of texts that an option names."""
@@ -445,7 +445,7 @@ def report_forgetting(models: Models, data: DataConfig, job: Evaluation, summary
 # ---- speech and curves ----
 
 def report_speech(run: Path, hear: Hear, summary: Row, page: Page) -> None:
-    """Error rates of the recordings in samples.jsonl, with players."""
+    """Word and character error rates of the recordings in samples.jsonl, with audio players."""
     path = run / "samples.jsonl"
     if not path.is_file():
         return
@@ -456,7 +456,7 @@ def report_speech(run: Path, hear: Hear, summary: Row, page: Page) -> None:
     page.heading("Speech")
     texts = [row["text"] for row in rows]
     summary |= {name: Resample([[row[name], 1] for row in summary["speech"]], texts)() for name in ("wer", "cer")}
-    page.table(["text", "heard", "WER", "CER"],
+    page.table(["text", "recognised", "WER", "CER"],
                [[*row.values()] for row in summary["speech"]] + [["mean", "", summary["wer"], summary["cer"]]])
     for row in rows:
         page.player(path.parent / row["wav"], row["text"])

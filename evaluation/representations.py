@@ -1,11 +1,11 @@
-"""The geometry of a model: how its states resemble each other, and how its loss bends around where it stands.
+"""Representations and loss landscape of a model: similarity of its hidden states, and its loss around the trained weights.
 
-    python evaluate.py representations out/dsaa [--other=out/moshi]    representations.json and .png: CKA, cosines, two main axes
-    python evaluate.py landscape out/dsaa --points=11         landscape.json, landscape.png: the loss along two random directions
+    python evaluate.py representations out/dsaa [--other=out/moshi]    representations.json and .png: CKA, cosine similarity, PCA
+    python evaluate.py landscape out/dsaa --points=11                  landscape.json and .png: the loss along two random directions
 
-States are those of the run's held-out rows, `columns` of them. CKA is the linear one, debiased (Nguyen et al. 2021): 1 for
-states that are rotations of each other, 0 for unrelated ones, whatever the number of columns. Directions are normalised by
-filter (Li et al. 2018, arXiv:1712.09913): each row of a matrix gets a random one of its own length; vectors stay.
+Hidden states are taken at `columns` columns of the run's held-out rows. CKA is linear and debiased (Nguyen et al. 2021): 1 for
+states that are rotations of each other, 0 for unrelated states, for any number of columns. Directions are filter-normalised
+(Li et al. 2018, arXiv:1712.09913): each row of a matrix moves along a random vector of the row's length; vectors do not move.
 """
 
 import itertools
@@ -30,15 +30,15 @@ from options import check_types, from_json, read_json, write_json
 
 @dataclass(frozen=True)
 class GeometryConfig:
-    """What `python evaluate.py representations|landscape RUN` does."""
+    """Options of `python evaluate.py representations|landscape RUN`."""
 
-    other: str = ""                # representations: another model that reads the same rows
-    columns: int = 2000            # representations: columns read at most
-    points: int = 9                # landscape: steps along each direction
-    reach: float = 0.5             # landscape: how far, in lengths of the weights
-    pattern: str = ""              # landscape: part of the names of the parameters moved, "" = all
-    batches: int = 2               # landscape: held-out batches read at each point
-    seed: int = 0
+    other: str = ""                # representations: run or checkpoint to compare with, of the same stream table; "" = none
+    columns: int = 2000            # representations: largest number of columns whose states are compared
+    points: int = 9                # landscape: number of points along each direction
+    reach: float = 0.5             # landscape: largest distance along a direction, as a factor of the weights' norm
+    pattern: str = ""              # landscape: only move parameters whose name contains this text; "" = all
+    batches: int = 2               # landscape: number of held-out batches evaluated at each point
+    seed: int = 0                  # landscape: random seed of the directions
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -56,7 +56,7 @@ def of_run(run: Path) -> tuple[MultistreamLM, TrainConfig, Loader]:
 
 @torch.inference_mode()
 def states(model: MultistreamLM, batches: Sequence[Batch], columns: int) -> dict[str, Tensor]:
-    """What the layers hold at the columns of real rows: name -> (N, D), N <= columns."""
+    """Hidden states of the layers at all columns that are not padding: name -> (N, D), N <= columns."""
     kept: dict[str, list[Tensor]] = {}
     watched = {f"layer {n}": m for n, m in enumerate(model.temporal.layers)}
     if model.tower is not None:
@@ -103,7 +103,7 @@ def cosine(x: Tensor, y: Tensor) -> float:
 
 
 def main_axes(x: Tensor, count: int = 2) -> tuple[Tensor, Tensor]:
-    """Places (N, count) along the main axes, and the share of the variance that each explains."""
+    """Principal components of states: coordinates (N, count), and the share of the variance that each component explains."""
     centred = x.double() - x.double().mean(0)
     u, s, _ = torch.linalg.svd(centred, full_matrices=False)
     return (u * s)[:, :count], s.square()[:count] / s.square().sum()
@@ -132,7 +132,7 @@ def compare_representations(run: Path, job: GeometryConfig) -> dict[str, Any]:
 
 
 def enough(columns: int) -> Any:
-    """A test that holds until so many columns were read."""
+    """A predicate on batches, true until `columns` columns were read."""
     read = 0
 
     def more(batch: Batch) -> bool:
@@ -144,7 +144,7 @@ def enough(columns: int) -> Any:
 
 
 def neighbours(names: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Layers that follow each other, and those of two models at the same height."""
+    """Pairs of consecutive layers, and of the same layer in two models."""
     for name in names:
         stem, _, number = name.rpartition(" ")
         if number.isdigit() and f"{stem} {int(number) + 1}" in names:
@@ -154,7 +154,7 @@ def neighbours(names: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def spoken(batches: Sequence[Batch], model: MultistreamLM, columns: int) -> Tensor:
-    """Where the text row says something, (N,) bool, as `states` orders columns."""
+    """Mask (N,) of the columns whose text row has a word piece, in the order of `states`."""
     table = model.table
     said = torch.cat([b.tokens[:, 0, :-1].flatten()[(b.segments[:, :-1] >= 0).flatten()] for b in batches])[:columns]
     return (said >= 0) & (said != table.pad) & (said != table.epad)
@@ -177,10 +177,10 @@ def draw_representations(path: Path, found: dict[str, Tensor], result: dict[str,
     save_figure(path, figure)
 
 
-# ---- the loss around a point ----
+# ---- loss landscape ----
 
 def direction(parameters: dict[str, nn.Parameter], seed: int) -> dict[str, Tensor]:
-    """A random direction, each row of a matrix as long as that row of the weights; vectors do not move."""
+    """A random filter-normalised direction: each row of a matrix has the length of that row of the weights; vectors do not move."""
     generator, found = torch.Generator().manual_seed(seed), {}
     for name, p in sorted(parameters.items()):
         if p.dim() > 1:
@@ -192,7 +192,7 @@ def direction(parameters: dict[str, nn.Parameter], seed: int) -> dict[str, Tenso
 @torch.no_grad()
 def plane(model: MultistreamLM, parameters: dict[str, nn.Parameter], batches: Sequence[Batch], config: TrainConfig,
           job: GeometryConfig) -> Tensor:
-    """The loss at points (a, b) of two directions, (points, points); the weights come back bit for bit."""
+    """The loss on a grid along two directions, (points, points); the weights are restored bit for bit."""
     one, two = (direction(parameters, 2 * job.seed + n) for n in (0, 1))
     kept = {name: parameters[name].detach().clone() for name in one}
     steps = torch.linspace(-job.reach, job.reach, job.points)

@@ -1,16 +1,16 @@
-"""Sparse autoencoders of a model's states: each column as a combination of k out of many learned directions.
+"""Sparse autoencoders on a model's hidden states: each state is a combination of k out of many learned directions.
 
-    python evaluate.py sae configs/dsaa_ae.py --run=out/dsaa               cosine on held-out columns and dead units, RUN/sae/*.safetensors
+    python evaluate.py sae configs/dsaa_ae.py --run=out/dsaa               trains; reports held-out cosine and dead units, RUN/sae/
     python evaluate.py sae configs/dsaa_ae.py --smoke                      on the tiny run of configs/dsaa.py --smoke
 
-    e  = the k largest of |x / |x| W_e + b_e|, with their signs, the others 0          encode
+    e  = the k largest by magnitude of x / |x| W_e + b_e, the others 0                 encode
     x' = e W_d, rows of W_d of length 1                                                decode
     loss = (1 - cos(x, x'_k)) + (1 - cos(x, x'_4k)) / 8
 
-Only the direction of a state is learned: both sides are compared by cosine. The rows of the decoder stay on the unit sphere:
-their gradient loses what points outwards, and a step ends with a projection. States that are all zero encode to zero. One
-autoencoder for each name in `states`, as representations.py calls them; an epoch that is done is never done again. After CompresSAE
-(arXiv:2505.11388), which the DSAA reference trains on the same states.
+The loss is the cosine distance, so only the direction of a state is learned. The rows of the decoder have length 1: the
+radial part of their gradient is removed, and each step ends with a normalisation. States that are all zero encode to zero.
+There is one autoencoder for each name in `states` (the names of representations.py); training resumes after the last
+finished epoch. Method: CompresSAE (arXiv:2505.11388), which the DSAA reference trains on the same states.
 """
 
 import itertools
@@ -35,18 +35,18 @@ from options import check_types, from_json, help_text, load_config, read_json, w
 
 @dataclass(frozen=True)
 class SaeConfig:
-    """Which states, and how they are coded."""
+    """Options of `python evaluate.py sae`: the states, the autoencoder and its training."""
 
-    run: str = "out/run"                       # run folder
-    states: tuple[str, ...] = ("state",)        # names as in representations.json
-    columns: int = 200_000                      # columns of the training rows that are read
-    width: int = 2048                           # learned directions
-    k: int = 16                                 # of them a state may use
-    epochs: int = 6                             # passes over the columns
-    batch: int = 1024                           # columns a step
-    lr: float = 1e-3                            # peak of a one-cycle schedule, Adam
-    held_out: float = 0.05                      # share of the columns that is only measured
-    seed: int = 0                               # of weights and order
+    run: str = "out/run"                        # run folder whose model and training rows are used
+    states: tuple[str, ...] = ("state",)        # hidden states to train on, named as in representations.json
+    columns: int = 200_000                      # largest number of columns whose states are used
+    width: int = 2048                           # number of learned directions
+    k: int = 16                                 # number of directions that one state may use
+    epochs: int = 6                             # number of passes over the states
+    batch: int = 1024                           # number of states in an optimizer step
+    lr: float = 1e-3                            # peak learning rate of Adam with a one-cycle schedule
+    held_out: float = 0.05                      # fraction of the states held out for validation
+    seed: int = 0                               # random seed of initial weights and data order
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -63,10 +63,10 @@ class Sae(nn.Module):
         self.encoder, self.bias = nn.Parameter(torch.empty(dim, width)), nn.Parameter(torch.zeros(width))
         self.decoder = nn.Parameter(F.normalize(torch.randn(width, dim), dim=-1))
         with torch.no_grad():
-            self.encoder.copy_(self.decoder.mT)        # reads what it writes
+            self.encoder.copy_(self.decoder.mT)        # start as the transpose of the decoder
 
     def encode(self, x: Tensor, k: int = 0) -> Tensor:
-        """The k largest by size, signs kept; an x of zeros gives zeros."""
+        """Keep the k largest by magnitude; an x of zeros gives zeros."""
         full = F.normalize(x, dim=-1) @ self.encoder + self.bias
         full = full * (x != 0).any(-1, keepdim=True)
         kept = full.abs().topk(min(k or self.k, full.shape[-1]), dim=-1).indices
@@ -81,7 +81,7 @@ class Sae(nn.Module):
 
     @torch.no_grad()
     def tangent(self) -> None:
-        """Take from the decoder's gradient what would only change the length of its rows."""
+        """Remove the radial part of the decoder's gradient, which only changes the length of its rows."""
         grad = self.decoder.grad
         grad -= (grad * self.decoder).sum(-1, keepdim=True) * self.decoder
 
@@ -92,13 +92,13 @@ class Sae(nn.Module):
 
 @torch.no_grad()
 def measure(sae: Sae, x: Tensor) -> dict[str, float]:
-    """Mean cosine of states (N, D) with what comes back, and the share of directions that none of them uses."""
+    """Mean cosine similarity of states (N, D) and their reconstructions, and the share of directions that no state uses."""
     e = sae.encode(x)
     return {"cosine": float(F.cosine_similarity(x, sae.decode(e), dim=-1).mean()), "dead": float((e == 0).all(0).float().mean())}
 
 
 def gather(config: SaeConfig) -> dict[str, Tensor]:
-    """The states of a run's training rows, as they come: name -> (N, D)."""
+    """Hidden states of a run's training rows: name -> (N, D)."""
     run = Path(config.run)
     model, about = load(run), from_json(TrainConfig, read_json(run / "config.json"), f"{run}/config.json")
     rows = Loader(about.data, about.model.table, "train", about.batch_size, passes=1)
@@ -110,7 +110,7 @@ def gather(config: SaeConfig) -> dict[str, Tensor]:
 
 
 def fit(x: Tensor, config: SaeConfig, path: Path) -> dict[str, float]:
-    """Train one autoencoder on states (N, D), an epoch at a time; `path` holds it and what the next epoch needs."""
+    """Train one autoencoder on states (N, D); after each epoch `path` gets its weights and the optimizer state."""
     torch.manual_seed(config.seed)
     order = torch.randperm(len(x))
     held = max(1, round(config.held_out * len(x)))
@@ -139,7 +139,7 @@ def fit(x: Tensor, config: SaeConfig, path: Path) -> dict[str, float]:
 
 
 def restore(path: Path, sae: Sae, optimizer: torch.optim.Optimizer) -> int:
-    """Continue behind the epochs that a file holds; returns how many."""
+    """Load weights and optimizer state from a file; returns the number of finished epochs."""
     found = read_tensors(path)
     names = sae.state_dict()
     if any(n not in found or found[n].shape != t.shape for n, t in names.items()):

@@ -1,21 +1,21 @@
-"""Conversation: turns, what was looked up, what is said as it comes, what is kept of it, and a log without personal data.
+"""Turn-based chat: look-ups, replies streamed piece by piece, history, barge-in, and a log without personal data.
 
     python sample.py --ckpt out/ivr_qwen --chat --chat.lookup=orders.json
     you: Where is order 48213?
     Order 48213 was shipped and arrives on 3 June.
 
-A line is what the caller says or, where the model hears, the path of a sound file. `repeat` gives the last reply again, `agent`
-hands over to a person, `quit` hangs up; Ctrl-C while a reply is given cuts it off (barge-in).
+A line of input is the caller's text or, if the model reads audio, the path of a sound file. `repeat` gives the last reply
+again, `agent` transfers to a person, `quit` ends the call; Ctrl-C during a reply cuts it off (barge-in).
 
-No figure is made up: numbers of five digits and more are looked up, and an unknown one gets a fixed sentence; a reply stops in
-front of a figure that neither the call nor a lookup named, and asks. Words are let through one by one, figures when they are
-whole. This reads text: what a spoken reply says is not checked, nor are numbers in a recording looked up.
+Made-up figures are blocked: numbers of five or more digits are looked up, and an unknown one gets a fixed sentence. A reply
+stops before a figure that occurs neither in the call nor in a look-up, and asks instead. Words are released one by one,
+figures when they are complete. Only text is checked: neither spoken replies nor numbers in recordings are.
 
-    history    every exchange, until the prompt has more than `budget` columns: then the oldest go, whole; the system turn stays.
-               Of a reply that was cut off it holds what was said, and no more.
-    log        a line a turn: what was said, masked; seconds to the first token, the first sound and the end
+    history    all exchanges, as long as the prompt has at most `budget` columns; then the oldest exchanges are dropped whole and
+               the system turn stays. Of a reply that was cut off it contains only the part that was given.
+    log        one line a turn: the text of both sides, masked; seconds to the first token, to the first audio and in all
 
-The engine draws through `say`, a prompt grid (K, S) -> frames (B, K); sample.py binds `generate` to it.
+`say` generates: a prompt grid (K, S) -> frames (B, K). sample.py passes `generate`.
 """
 
 import json
@@ -62,18 +62,18 @@ SENTENCES = {
            "agent": "سأحولك إلى زميل. من فضلك انتظر.", "quit": "مع السلامة.", "repeat": "لا يوجد ما أكرره بعد."}}
 COMMANDS = ("repeat", "agent", "quit")
 SOUNDS = (".wav", ".flac", ".ogg", ".opus", ".mp3")
-NUMBER = re.compile(r"[a-z]{0,3}\d{5,}")                # what is looked up, as calls.figures writes it
+NUMBER = re.compile(r"[a-z]{0,3}\d{5,}")                # a number to look up, as phone_calls.figures writes it
 
 
 @dataclass(frozen=True)
 class ChatConfig:
-    """How a conversation is led."""
+    """Options of turn-based chat."""
 
-    lookup: str = ""             # json file of what may be looked up: {"48213": {"order": "48213", "status": "shipped"}}
-    log: str = ""                # jsonl file to append to, "" = chat.jsonl beside --out
-    budget: int = 2048           # columns of a prompt; beyond, the oldest exchanges are forgotten whole
-    grounded: bool = True        # refuse to say a figure that neither the caller nor a look-up named; default true
-    timeout: float = 0.0         # seconds after which a reply is cut off, 0 = never
+    lookup: str = ""             # JSON file of facts by number, e.g. {"48213": {"order": "48213", "status": "shipped"}}; "" = no look-ups
+    log: str = ""                # JSONL file to which each turn is appended; "" = chat.jsonl in the folder of --out
+    budget: int = 2048           # largest prompt in columns; when it is exceeded the oldest exchanges are dropped
+    grounded: bool = True        # stop a reply before a figure that occurs neither in the call nor in a look-up
+    timeout: float = 0.0         # seconds after which a reply is cut off; 0 = no limit
 
     def __post_init__(self) -> None:
         assert self.budget > 0, f"budget {self.budget} is not positive"
@@ -81,17 +81,17 @@ class ChatConfig:
 
 
 def read_lookup(path: str) -> Lookup:
-    """A lookup in a json file: numbers, each with its facts; ValueError for anything else."""
+    """The look-up table in a JSON file: facts by number; ValueError for anything else."""
     found = read_json(path)
     if not isinstance(found, dict) or not all(isinstance(facts, dict) for facts in found.values()):
         raise ValueError(f'{path} is no table of facts; write {{"48213": {{"order": "48213", "status": "shipped"}}}}')
     table = {figure: {str(k): str(v) for k, v in facts.items()} for key, facts in found.items() for figure in figures(key) or [key.lower()]}
     for facts in table.values():
-        lookup_turn(facts)                              # what cannot be written into a turn is reported at once
+        lookup_turn(facts)                              # report facts that cannot be written into a turn now, not in a call
     return table.get
 
 
-# ---- what is not written down ----
+# ---- masking of personal data in the log ----
 
 PERSONAL = ("name", "mail", "phone", "address", "street", "birth", "card", "iban")
 EMAIL = re.compile(r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+")
@@ -112,14 +112,14 @@ def masked(text: str, slots: Mapping[str, str]) -> str:
     return DIGITS.sub(lambda m: re.sub(r"\d", "#", m[0]), text)
 
 
-# ---- what is not said ----
+# ---- made-up figures ----
 
 WORDS = "|".join((*NUMBERS, *SCALES))
 OPEN = re.compile(rf"(?:\S*\d\S*\s+|\b(?:{WORDS})\b\W+)*\S*$", re.I)         # a figure that may go on, or a word that has not ended
 
 
 class Guard:
-    """Releases a growing text, up to the first figure that `context` does not contain."""
+    """Releases a streamed text, up to the first figure that `context` does not contain."""
 
     def __init__(self, context: str) -> None:
         self.known = set(figures(context)) | set(re.findall(r"\w+", context.lower()))
@@ -144,7 +144,7 @@ class Guard:
 
 @dataclass
 class Exchange:
-    """What the caller said, what was looked up for it, and what was replied; codes (Q, T) of its recordings."""
+    """The caller's message, its look-ups and the reply; codes (Q, T) of its recordings."""
 
     messages: list[Message]
     codes: list[Tensor] = field(default_factory=list)
@@ -152,7 +152,7 @@ class Exchange:
 
 @dataclass
 class TurnLog:
-    """What a turn was like, for the log."""
+    """The log entry of a turn."""
 
     outcome: str = "reply"       # or "unknown", "repeat", "agent", "quit", "error"
     cut: str = ""                # "barge-in", "length" (max_frames), "timeout" or "made up"
@@ -174,7 +174,7 @@ class Session:
         family = family_of(table)
         if family.template is None:
             fix = "give it a recording with --user=in.wav" if family.user_audio else "give it --text"
-            raise ValueError(f"{family.name} knows no turns; {fix} instead of --chat")
+            raise ValueError(f"{family.name} has no chat template; {fix} instead of --chat")
         self.table, self.data, self.config, self.say, self.lookup, self.log, self.clock = table, data, config, say, lookup, log, clock
         self.tokenizer = load_tokenizer(data.tokenizer)
         self.codec = fitting_codec(data.codec, table, self.tokenizer)
@@ -184,13 +184,13 @@ class Session:
         self.exchanges: list[Exchange] = []
         self.slots: dict[str, str] = {}
         self.id, self.turns, self.language, self.last = uuid.uuid4().hex[:12], 0, "en", list[Piece]()
-        self.cancel = threading.Event()                 # set it, from anywhere, and the reply ends at once
+        self.cancel = threading.Event()                 # set it from any thread to end the reply at once
 
     def fixed(self, kind: str, **values: str) -> str:
         return SENTENCES[self.language][kind].format(**values)
 
     def hear(self, heard: str) -> Iterator[Piece]:
-        """Answer what the caller says, piece by piece. Ends early when `cancel` is set or the iterator is closed."""
+        """Answer a line of the caller, piece by piece. Ends early when `cancel` is set or the iterator is closed."""
         turn, start = TurnLog(), self.clock()
         self.turns += 1
         self.cancel.clear()
@@ -223,7 +223,7 @@ class Session:
             yield "text", self.fixed(command)
 
     def answer(self, heard: str, turn: TurnLog, start: float) -> Iterator[Piece]:
-        """Look up what the caller names, and reply; what is said of the reply goes into the history."""
+        """Look up the caller's numbers and reply; the part of the reply that is given goes into the history."""
         exchange = self.open(heard)
         unknown = self.look_up(exchange, heard, turn)
         self.exchanges.append(exchange)
@@ -237,18 +237,18 @@ class Session:
             prompt = self.prompt(turn)
             with closing(self.drawn(prompt, turn, start)) as drawn:
                 for kind, piece in drawn:
-                    parts.append(piece)                 # before it is given: what the listener got, the history has
+                    parts.append(piece)                 # before the yield, so that the history has everything that was given
                     yield from self.sound(piece, turn, start) if kind == "codes" else [("text", piece)]
                 if self.codec is not None and self.decoder is not None and turn.cut != "barge-in":
                     yield "audio", self.decoder.flush()[0]
         except ValueError:
-            self.exchanges.remove(exchange)             # a turn that could not be had leaves no trace
+            self.exchanges.remove(exchange)             # a failed turn does not stay in the history
             raise
         finally:
             self.keep(exchange, parts)
 
     def open(self, heard: str) -> Exchange:
-        """The caller's side of an exchange: words, or the codes of a sound file."""
+        """The caller's side of an exchange: text, or the codes of a sound file."""
         self.decoder = None
         if not heard.strip().lower().endswith(SOUNDS):
             return Exchange([{"role": "user", "content": heard.strip()}])
@@ -272,7 +272,7 @@ class Session:
         return unknown
 
     def prompt(self, turn: TurnLog) -> Tensor:
-        """The grid (K, S) of the history, cut to the budget; the exchange that is being had always stays."""
+        """The grid (K, S) of the history, cut to the budget; the current exchange always stays."""
         while True:
             messages = [m for exchange in self.exchanges for m in exchange.messages]
             codes = [c for exchange in self.exchanges for c in exchange.codes]
@@ -287,7 +287,7 @@ class Session:
             turn.dropped += 1
 
     def drawn(self, prompt: Tensor, turn: TurnLog, start: float) -> Iterator[tuple[str, str | Tensor]]:
-        """Draw a reply: "text" as far as it may be said, "codes" as they come. Stops drawing once it is cut off."""
+        """Generate a reply: "text" as far as `Guard` releases it, "codes" as they are sampled. Stops when it is cut off."""
         named = [text_of(message["content"]) for exchange in self.exchanges for message in exchange.messages]
         context = "\n".join([*named, self.data.system, *self.slots.values()])
         guard, mark = Guard(context), SENTENCES[self.language]["made up"]
@@ -311,7 +311,7 @@ class Session:
             yield "text", (" " if guard.released and not guard.text[: guard.released].endswith((" ", "\n")) else "") + mark
 
     def frames(self, prompt: Tensor, turn: TurnLog, start: float) -> Iterator[Tensor]:
-        """The frames of a reply, until it is cut off: not one is drawn behind that."""
+        """The frames of a reply until it is cut off; none is sampled after that."""
         with closing(self.say(prompt)) as drawn:
             while not self.cancel.is_set() and (frame := next(drawn, None)) is not None:
                 past = self.clock() - start
@@ -332,7 +332,7 @@ class Session:
             yield "audio", wav
 
     def keep(self, exchange: Exchange, parts: list[str | Tensor]) -> None:
-        """Put what was said into an exchange: text, and speech where there is any."""
+        """Add the given part of a reply to an exchange: its text, and its speech if there is any."""
         content: list[Any] = []
         for part in parts:
             if isinstance(part, str) and content and isinstance(content[-1], str):
@@ -361,7 +361,7 @@ class Session:
 
 
 def unmarked(text: str) -> str:
-    """A reply without the marks that no turn may hold: drawn as words, they would become structure when it is read again."""
+    """A reply without special tokens: generated as plain text, they would be parsed as structure in the next prompt."""
     for mark in special_tokens():
         text = text.replace(mark, "")
     return text
@@ -371,7 +371,7 @@ def unmarked(text: str) -> str:
 
 @contextmanager
 def barge_in(cancel: threading.Event) -> Iterator[None]:
-    """Within, Ctrl-C sets `cancel` and does nothing else."""
+    """Context in which Ctrl-C only sets `cancel`."""
     before = signal.signal(signal.SIGINT, lambda *_: cancel.set())
     try:
         yield
@@ -381,7 +381,7 @@ def barge_in(cancel: threading.Event) -> Iterator[None]:
 
 def chat_in_terminal(table: StreamTable, data: DataConfig, config: ChatConfig, say: Say, reply: str = "", out: str = "out/sample.wav",
          lines: TextIO | None = None) -> None:
-    """Talk with whoever sits at the terminal, or reads lines into it. Spoken replies are NAME_001.wav, ... beside `out`."""
+    """Chat over the terminal or a file of lines. Spoken replies are written as NAME_001.wav, ... beside `out`."""
     lines = lines or sys.stdin
     path = Path(config.log or Path(out).parent / "chat.jsonl")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -394,7 +394,7 @@ def chat_in_terminal(table: StreamTable, data: DataConfig, config: ChatConfig, s
                 with barge_in(session.cancel):
                     print_turn(session.hear(heard), wav, session)
             except (ValueError, OSError) as error:
-                if not lines.isatty():                  # a script must not go on as if it had been answered
+                if not lines.isatty():                  # a script must see the failure
                     raise
                 print(error_line(error))
             if heard.strip().lower() in ("agent", "quit"):
@@ -403,7 +403,7 @@ def chat_in_terminal(table: StreamTable, data: DataConfig, config: ChatConfig, s
 
 
 def input_lines(lines: TextIO) -> Iterable[str]:
-    """The lines of a caller that are not blank, to the end of the input or Ctrl-C."""
+    """The caller's non-blank lines, until the end of the input or Ctrl-C."""
     while True:
         if lines.isatty():
             print("you: ", end="", flush=True)

@@ -1,15 +1,15 @@
-"""Generation on CUDA: a column is one graph, captured once and replayed without a pause between columns.
+"""Generation on CUDA: one decode step is one CUDA graph, captured once and replayed for every column.
 
-    known (B, K) -> [ draw the column -> does something end or begin? -> read it ] -> column (B, K), stalled
+    known (B, K) -> [ sample the column -> does it begin or end audio or text? -> read it ] -> column (B, K), stalled
 
-What must stand in a column (start ids, end ids, whose turn it is) is decided on the host by turns.py, and is known
-one column ahead unless an id that is drawn ends or begins something. So the host launches the next column before it
-looks at this one: the device never idles. It says itself when such an id was drawn. Then it stalls: launches leave
-nothing behind, until the host has decided, holds the column as it must be, and launches it again. The states, the place
-in the cache, seeds and counters lie on the device; a graph is captured for each kind of column.
+The required ids of a column (start ids, end ids, text or audio) are decided on the host by turns.py. They are known one
+column ahead, unless a sampled id begins or ends something. So the host launches the next column before it has read this
+one, and the device never idles. The graph itself detects such an id and sets `stalled`: launches then change no state until
+the host has decided, has corrected the column and launches it again. States, cache position, seeds and counters are on the
+device; one graph is captured for each kind of column.
 
-Buffers and graphs stay with the model and serve the next prompt of the same size class: batches are filled up to a power
-of two by copies of their first item. Used by sample.py.
+Buffers and graphs stay with the model and are reused for the next prompt of the same size class: batches are padded to a
+power of two with copies of their first item. Used by sample.py.
 """
 
 from collections import deque
@@ -29,21 +29,21 @@ ROOM, SLOTS = 256, 4        # columns are allocated in multiples of ROOM; launch
 
 
 class Slot(NamedTuple):
-    """Pinned memory of one launch: what goes to the device and what comes back."""
+    """Pinned memory of one launch: its input and its result."""
 
     known: Tensor               # (B, K)
     result: Tensor              # (B, K + 1): the column, and whether the device has stalled
-    done: Any                   # torch.cuda.Event behind the copies; None on a CPU
+    done: Any                   # torch.cuda.Event recorded after the copies; None on a CPU
 
 
 class Launch(NamedTuple):
     slot: Slot
-    known: Tensor               # (B, K) on the host, as it was asked for
-    after: DecodeState          # the state behind it, if it does not stall
+    known: Tensor               # (B, K) the required ids, on the host
+    after: DecodeState          # the state after it, if it does not stall
 
 
 def capture(step: Callable[[], None]) -> Callable[[], None]:
-    """Record what a step launches; the result launches it again."""
+    """Capture the kernels of a step; calling the result replays them."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         step()
@@ -51,7 +51,7 @@ def capture(step: Callable[[], None]) -> Callable[[], None]:
 
 
 class GraphRunner:
-    """Runs a `DecodeStep` by graphs. It is called as `EagerRunner` is: once for each column."""
+    """Runs a `DecodeStep` through CUDA graphs. Same interface as `EagerRunner`: one call for each column."""
 
     def __init__(self, decode_step: DecodeStep) -> None:
         self.decode_step, cache = decode_step, decode_step.cache
@@ -61,7 +61,7 @@ class GraphRunner:
         self.known = torch.full((B, K), FREE, device=device)
         self.result = torch.zeros(B, K + 1, dtype=torch.int64, device=device)
         self.stalled = torch.zeros((), dtype=torch.bool, device=device)
-        self.real = torch.ones(B, 1, dtype=torch.bool, device=device)         # the others only fill the batch
+        self.real = torch.ones(B, 1, dtype=torch.bool, device=device)         # False for items that only pad the batch
         self.kept = [t.clone() for t in self.fresh()]
         cuda = device.type == "cuda"
         self.slots = [Slot(torch.empty(B, K, dtype=torch.int64, pin_memory=cuda), torch.empty(B, K + 1, dtype=torch.int64, pin_memory=cuda),
@@ -73,14 +73,14 @@ class GraphRunner:
         """A copy of a model captures graphs of its own."""
 
     def fresh(self) -> list[Tensor]:
-        """What the decode step holds behind a prompt: states, position, recent codes; columns and padding in the cache (2, B')."""
+        """The state of the decode step after the prefill: states, position, recent codes; columns and padding of the cache (2, B')."""
         decode_step = self.decode_step
         padding = decode_step.guide.twice(decode_step.padding)
         recent = [] if decode_step.recent is None else [decode_step.recent]
         return [*decode_step.h, decode_step.position, *recent, torch.stack([torch.full_like(padding, decode_step.cache.count), padding])]
 
     def begin(self, items: int, feed: Feed | None = None) -> "GraphRunner":
-        """Take over the state behind a prompt; the first `items` of the batch are real, and `feed` gives columns that it knows ahead."""
+        """Start after a prefill; the first `items` of the batch are real, and `feed` supplies input that it knows ahead of time."""
         decode_step, self.items, self.feed, self.made = self.decode_step, items, feed, 0
         for kept, t in zip(self.kept, self.fresh(), strict=True):
             kept.copy_(t)
@@ -95,7 +95,7 @@ class GraphRunner:
     # ---- the device's side ----
 
     def step(self, kind: ColumnKind) -> None:
-        """Draw a column and read it, from the states in place to the states in place."""
+        """Sample a column and read it; all states are updated in place."""
         decode_step, before = self.decode_step, [t.clone() for t in getattr(self.decode_step.feed, "state", ())]
         column = decode_step.draw(self.known, kind)
         self.stalled.logical_or_(self.turning(column))
@@ -108,7 +108,7 @@ class GraphRunner:
         decode_step.cache.counter.add_(moves)
 
     def turning(self, column: Tensor) -> Tensor:
-        """Whether an id that was drawn ends or begins something.   column (B, K) -> () bool"""
+        """Whether a sampled id begins or ends audio or the generation.   column (B, K) -> () bool"""
         decode_step, table = self.decode_step, self.decode_step.table
         special = column.new_zeros((), dtype=torch.bool)
         if table.audio_out and decode_step.end >= 0:
@@ -140,7 +140,7 @@ class GraphRunner:
         return column
 
     def launch(self, state: DecodeState, known: Tensor, kind: ColumnKind) -> None:
-        """Put a column behind those that the device has to do."""
+        """Queue a column on the device."""
         slot, recent = self.slots[self.count % SLOTS], self.feed and self.feed.ahead(self.made + len(self.ahead))
         self.count += 1
         if recent is not None:
@@ -148,7 +148,7 @@ class GraphRunner:
             known[:, self.feed.place] = torch.where(known[:, self.feed.place] == FREE, recent, known[:, self.feed.place])
         slot.known.copy_(self.filled(known))
         self.known.copy_(slot.known, non_blocking=True)
-        if kind not in self.graphs:                  # the first column of a kind runs as it is: libraries make their plans
+        if kind not in self.graphs:                  # the first column of a kind runs eagerly: libraries set up workspaces in it
             self.graphs[kind] = None
             self.step(kind)
         else:
@@ -167,11 +167,11 @@ class GraphRunner:
         return result[:, :-1].clone(), bool(result[0, -1])
 
     def decide(self, state: DecodeState, column: Tensor, kind: ColumnKind) -> None:
-        """Something was drawn that ends or begins something: have the column read as it must be."""
+        """After a stall: launch the corrected column again."""
         self.ahead.clear()
         self.stalled.fill_(False)
         self.launch(state, column, kind)
-        self.ahead.clear()                           # nothing is drawn in it; what comes next is not known before `finish`
+        self.ahead.clear()                           # its ids are all given; the next column is known only after `finish`
 
     def filled(self, rows: Tensor) -> Tensor:
         """Rows of the real items, and copies of the first for the rest of the batch."""
@@ -179,16 +179,16 @@ class GraphRunner:
         return rows if not spare else torch.cat([rows, rows[:1].expand(spare, *rows.shape[1:])])
 
 
-# ---- who runs what ----
+# ---- graphs or eager ----
 
 def why_not(model: MultistreamLM, device: torch.device, feed: Feed | None) -> str:
-    """Why generation cannot be captured; empty where it can."""
+    """Why CUDA graphs cannot be used; "" if they can."""
     if device.type != "cuda":
         return "the model is not on a CUDA device"
     if model.tower is not None:
-        return "a text tower beside the model steps by itself"
+        return "the model has a text tower, which runs outside the graph"
     if feed is not None and not hasattr(feed, "state") and not hasattr(feed, "ahead"):
-        return "what feeds it does not lie on the device, and is not known ahead"
+        return "its input feed is neither on the device nor known ahead of time"
     if not model.temporal.has_fast_decode():
         return "the fast decode path does not support its blocks; merge the adapters (lora.merge) and keep all weights in one dtype"
     return ""
@@ -226,5 +226,5 @@ def keep_graphs(model: MultistreamLM, runner: EagerRunner | GraphRunner) -> None
 
 
 def weights_of(model: MultistreamLM) -> int:
-    """Where the weights lie: captured graphs read them there."""
+    """A hash of the weights' addresses, which captured graphs contain."""
     return hash(tuple((t.data_ptr(), t.dtype) for t in (*model.parameters(), *model.buffers())))

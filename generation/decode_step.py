@@ -140,7 +140,7 @@ def sample_ids(logits: Tensor, config: SampleConfig, rows: slice, noise: Samplin
 
 
 class ColumnKind(NamedTuple):
-    """Which heads a column needs, and whether it is an audio column: of all items, or None where they differ or nobody knows."""
+    """Which heads a column needs, and whether it is an audio column: for all items, None if they differ or it is unknown."""
 
     text: bool
     audio: bool

@@ -1,7 +1,7 @@
-"""A full-duplex conversation as files: what a model hears, what it goes on from, what both sides said.
+"""A full-duplex conversation as files: the user's audio, a dialogue to continue, and the speech and words of both sides.
 
-Left is the agent, right the user. `UserFeed` gives the model what the user says, frame by frame. How a conversation went
-is measured by evaluation/duplex_measures.py.
+The left channel is the agent, the right one the user. `UserFeed` feeds the user's codes to the model frame by frame.
+evaluation/duplex_measures.py measures the result.
 """
 
 import json
@@ -29,11 +29,11 @@ from text.word_times import (
     tokenise,
 )
 
-BEHIND = 3.5                # seconds of silence after a recording whose words are written: they come up to 2.5 s late
+BEHIND = 3.5                # seconds of silence appended to a recording for speech to text: words come up to 2.5 s late
 
 
 def dialogue_prompt(path: str | Path, codec: Any, tokenizer: Tokenizer, table: StreamTable, data: Any) -> Tensor:
-    """Frames (K, T) of a recorded dialogue to go on with, left the agent; his words are those of the .json beside it, if there."""
+    """Frames (K, T) of a recorded dialogue to continue; left is the agent, whose words come from the .json beside it, if it exists."""
     wav, rate = load_wav(path, codec.sample_rate, 2)
     with torch.inference_mode():
         sides = codec.encode(wav[:, None]).clone().cpu()                          # (2, Q, T)
@@ -51,14 +51,14 @@ def dialogue_prompt(path: str | Path, codec: Any, tokenizer: Tokenizer, table: S
     frames = torch.cat([text[None], held, *sides])
     if len(frames) != len(table):
         raise ValueError(f"two sides of {sides.shape[1]} codebooks are {2 * sides.shape[1]} rows, the model has {len(table.audio)}; "
-                         + "only a model that hears one side and speaks the other can go on with a dialogue")
+                         + "only a model that reads one side and generates the other can continue a dialogue")
     return frames
 
 
 def conversation_input(job: Any, codec: Any, tokenizer: Tokenizer, table: StreamTable,
                        data: Any) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """What a conversation starts from: frames (1, K, t) of the dialogue job.prompt or None, the user's codes (1, Q, T) from its
-    beginning on, None where the model speaks for both, and his wav (1, W): job.user, or silence for job.seconds."""
+    """The input of a conversation: frames (1, K, t) of the dialogue job.prompt or None; the user's codes (1, Q, T) from its
+    beginning on, None if the model generates both sides; the user's wav (1, W): job.user, or job.seconds of silence."""
     wav = load_wav(job.user, codec.sample_rate)[0] if job.user else torch.zeros(1, round(job.seconds * codec.sample_rate))
     if not table.audio_out:
         wav = torch.nn.functional.pad(wav, (0, round(BEHIND * codec.sample_rate)))
@@ -66,7 +66,7 @@ def conversation_input(job: Any, codec: Any, tokenizer: Tokenizer, table: Stream
     heard = [k for k in table.audio if k not in table.audio_out]
     if not heard:
         if job.user:
-            raise ValueError("this model speaks for both sides and hears nobody; leave --user out, or trim it (checkpoint.py trim-depth)")
+            raise ValueError("this model generates both sides, so --user has no effect; leave it out, or run checkpoint.py trim-depth")
         return before, None, wav
     with torch.inference_mode():
         codes = codec.encode(wav[None]).clone().cpu()
@@ -74,15 +74,15 @@ def conversation_input(job: Any, codec: Any, tokenizer: Tokenizer, table: Stream
 
 
 def write_reply(out: str | Path, frames: Tensor, user: Tensor | None, codec: Any, tokenizer: Tokenizer, table: StreamTable) -> str:
-    """Write a conversation, frames (K, T): a stereo wav, left the agent, right `user` (1, W) or what his rows say. Returns what was
-    written: beside the wav lie its words as .txt, and the text row with them as alignments, Moshi's sidecar, as .json."""
+    """Write a conversation, frames (K, T), as a stereo wav: left the agent, right `user` (1, W) or the decoded user rows. Beside it:
+    the words as .txt, and the text row with word alignments (Moshi's format) as .json. Returns a line about what was written."""
     rows, text, rate, pads = table.audio, frames[0], codec.frame_rate, (table.pad, table.epad)
     sides = [table.audio_out[: codec.num_codebooks], [] if user is not None else rows[len(rows) // 2 :]]
     wavs = [codec.decode(frames[None, side].clamp(max=codec.codebook_size - 1))[0].cpu() for side in sides if side]
     wavs += [user] if user is not None else []
     length = max(wav.shape[1] for wav in wavs)
     wavs = [torch.nn.functional.pad(wav, (0, length - wav.shape[1])) for wav in wavs]
-    if len(wavs) == 2:                                                           # a recogniser only writes
+    if len(wavs) == 2:                                                           # a speech-to-text model has no audio to write
         save_wav(out, torch.cat(wavs), codec.sample_rate)
     row = {"alignments": as_json(timed_words(text, tokenizer, rate, *pads)), "frame_rate": rate, "text": text.tolist(), "pads": list(pads)}
     for suffix, written in ((".txt", timed_transcript(text, tokenizer, rate, *pads)), (".json", json.dumps(row, ensure_ascii=False))):
@@ -92,10 +92,10 @@ def write_reply(out: str | Path, frames: Tensor, user: Tensor | None, codec: Any
 
 
 class UserFeed:
-    """Fill the user's rows while sampling with his codes (B, Q, T), frame by frame; behind their end stands nothing.
+    """Fill the user's rows with codes (B, Q, T) while sampling, frame by frame; after their end the rows are -1.
 
-    They are delayed by the function that lays out training grids. `skip_first_frame`: as in moshi's LMGen the first frame is
-    never heard, so that every other one comes a frame early.
+    The codes are delayed by the function that lays out training grids. `skip_first_frame`: leave out the first frame as
+    moshi's LMGen does, so that every other frame comes one frame earlier.
     """
 
     def __init__(self, user: Tensor, table: StreamTable, skip_first_frame: bool = False, column: int = 1) -> None:
@@ -108,7 +108,7 @@ class UserFeed:
         self.column = column                                                    # number of the column that comes next
 
     def ahead(self, n: int) -> Tensor:
-        """What he says in the n-th column from now, the next being 0.   -> (B, Q)"""
+        """The user's codes in the n-th column from now; the next column is 0.   -> (B, Q)"""
         return self.columns[..., min(self.column + n, self.columns.shape[-1] - 1)]
 
     def __call__(self, column: Tensor) -> Tensor:

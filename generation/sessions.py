@@ -5,9 +5,9 @@
     frames = batch.step({3: codes})             a column of every row: what each user said -> the frames that became complete
     batch.end(3)
 
-All rows write a step into the same place of the ring of the KV cache. Each row has its own positions, which say what it may attend to,
-which restart with a session: nothing has to be shifted or cleared for anybody else. Seeds, rules and column numbers are
-per row, too, so a session draws what it would draw alone; only sums are rounded otherwise in a batch.
+All rows write a step into the same place of the ring of the KV cache. Each row has its own positions for the attention mask, which
+restart with a session, so nothing is shifted or cleared for the other rows. Seeds, sampling rules and column numbers are
+per row, too: a session samples what it would sample alone, up to the rounding of sums in a batch.
 
 On CUDA one step is one graph (cuda_graphs.py), captured once for the number of rows. Next: serving/scheduler.py.
 """

@@ -1,15 +1,15 @@
-"""Whose turn it is: where each item of a batch of generations stands between text and audio, column by column.
+"""Turn state: whether each item of a batch generates text or audio, and when its audio ends, column by column.
 
     text ... audio_start | start column, codes, end ids | audio_end, text ... stop
 
-An audio segment closes when an end id was drawn. Codebook k trails the first by its delay, so what remains is decided
-then, by a `Closing` of families/family.py. K codebooks, codebook i drew its end id in column c:
+An audio segment ends when an end id is sampled. Codebook k is delayed against the first one, so its remaining columns are
+filled by rule, a `Closing` of families/family.py. If codebook i samples its end id in column c, codebook k is forced to it
 
-    frame     codebook k holds it from column c + k - i on: the place where training put it
-    grace 1   from column c + k - i + 1 on: the column before is still drawn freely
-    by row    from column c + k + 1 on, whichever i; over as soon as all rows of a column hold it
+    frame     from column c + k - i on: where the training data has it
+    grace 1   from column c + k - i + 1 on: the column before is still sampled freely
+    by row    from column c + k + 1 on, for every i; the segment is over as soon as all rows of a column have it
 
-A trained model draws those ids itself, and the three agree. Used by sample.py.
+A trained model samples those ids itself, and the three rules agree. Used by sample.py.
 """
 
 from collections.abc import Sequence
@@ -27,28 +27,28 @@ NEVER, FREE = 1 << 40, -2
 
 @dataclass
 class ItemState:
-    """Where one item of the batch stands, in plain numbers: a few comparisons a column cost less here than as tensors."""
+    """The turn state of one item, in Python numbers: a few comparisons a column are cheaper here than as tensors."""
 
     speaking: bool              # the next column is an audio column
-    count: int                  # columns since its audio segment began, the start column being 0
-    closed: int = NEVER         # frame in which the audio ends, NEVER while it goes on
+    count: int                  # columns since its audio segment began; the start column is 0
+    closed: int = NEVER         # frame in which the audio ends, NEVER = no end id was sampled yet
     done: bool = False
-    owed: int = -1              # text id that must come next, -1 = none
+    owed: int = -1              # text id required in the next column, -1 = none
 
 
 @dataclass
 class DecodeState:
-    """What generation remembers from column to column, on the host."""
+    """The state of a generation between columns, on the host."""
 
     table: StreamTable
     turns: list[ItemState]
-    undelay: Undelay                                # columns in, frames out; remembers the newest columns
-    conditions: list[list[int]]                     # of each item, the ids of its condition rows
-    closing: Closing                                # how audio ends
-    limit: int = 0                                  # frames of speech that are closed then, 0 = when the model closes them
+    undelay: Undelay                                # from columns to frames; keeps the newest columns
+    conditions: list[list[int]]                     # ids of the condition rows, for each item
+    closing: Closing                                # the rule by which audio ends
+    limit: int = 0                                  # frames after which a speech segment is closed, 0 = only when the model ends it
     edges: list[tuple[int, int, int]] = field(init=False)      # start id, end id and delay of the predicted audio rows
     ends: bool = field(init=False)                  # whether audio can end at all
-    last: tuple[Any, Any] = (None, None)            # what `required_ids` returned last, and for which facts
+    last: tuple[Any, Any] = (None, None)            # cache of `required_ids`: its last inputs and its last result
 
     def __post_init__(self) -> None:
         self.edges = [(s.start, s.end, s.delay) for s in (self.table.streams[k] for k in self.table.audio_out)]
@@ -58,7 +58,7 @@ class DecodeState:
 
 
 def start_state(prompt: Tensor, table: StreamTable, closing: Closing = FRAME, limit: int = 0) -> DecodeState:
-    """Read off the prompt (B, K, S) what comes next: text, the first audio column, or more of a segment."""
+    """The state after a prompt (B, K, S): each item continues with text, with a first audio column, or inside an audio segment."""
     prompt = prompt.cpu()
     B, _, S = prompt.shape
     audio = is_audio(prompt, table)
@@ -71,7 +71,7 @@ def start_state(prompt: Tensor, table: StreamTable, closing: Closing = FRAME, li
     for codes, n, begin in zip(prompt[:, table.audio_out].transpose(1, 2).tolist(), run, begins, strict=True):
         turn = ItemState(n > 0 or begin or table.aligned, S if table.aligned else n + state.bare)
         state.turns.append(turn)
-        for column in range(S - n, S) if state.ends else ():      # a prompt that ends inside a closing segment goes on closing
+        for column in range(S - n, S) if state.ends else ():      # the prompt may already contain end ids
             note_ending(state, turn, codes[column], turn.count - S + column)
     return state
 
@@ -84,10 +84,10 @@ def recent_codes(prompt: Tensor, table: StreamTable, window: int) -> Tensor:
 
 
 def note_ending(state: DecodeState, turn: ItemState, codes: Sequence[int], place: int) -> bool:
-    """Note an end id among the audio rows of a column: the lowest codebook that has one decides in which frame the audio ends.
+    """Record an end id in the audio rows of a column: the lowest codebook that has one decides in which frame the audio ends.
 
-    Closing by row, codebook k ends k + 1 columns later, whichever had it, or all in the first column where all have drawn it.
-    -> whether that changed anything
+    When closing by row, codebook k ends k + 1 columns later, or all end in the first column in which all have their end id.
+    -> whether the state changed
     """
     before = turn.closed
     ended = [delay for code, (_, end, delay) in zip(codes, state.edges, strict=True) if code == end >= 0 and place > delay]
@@ -101,13 +101,13 @@ def note_ending(state: DecodeState, turn: ItemState, codes: Sequence[int], place
 
 
 def note_endings(state: DecodeState, codes: Tensor) -> bool:
-    """`note_ending` for every item that speaks.   codes (B, Q)"""
+    """`note_ending` for every item that generates audio.   codes (B, Q)"""
     return any([turn.speaking and note_ending(state, turn, row, turn.count)
                 for turn, row in zip(state.turns, codes.tolist(), strict=True)])
 
 
 def with_endings(state: DecodeState, column: Tensor, given: Tensor | None = None) -> Tensor:
-    """Note what ends in a drawn column (B, K) -> the column as it must be: a row below the one that ended ends with it."""
+    """Record end ids in a sampled column (B, K) -> the corrected column: codebooks whose audio ended get their end id, too."""
     if not state.ends or not note_endings(state, column[:, state.table.spoken]):
         return column
     known, _ = required_ids(state, given)
@@ -115,9 +115,9 @@ def with_endings(state: DecodeState, column: Tensor, given: Tensor | None = None
 
 
 def forced_ids(state: DecodeState, turn: ItemState) -> list[int] | None:
-    """The ids required in the audio rows of an item that speaks: start ids before a row begins, end ids once the audio is closed.
+    """The required ids of an item's audio rows: start ids before a row begins, end ids after the audio has ended.
 
-    FREE where they may hold any; None = all may.
+    FREE where any id may be sampled; None = in all rows.
     """
     if turn.closed == NEVER and turn.count >= state.begun:
         return None
@@ -129,7 +129,7 @@ def forced_ids(state: DecodeState, turn: ItemState) -> list[int] | None:
 def required_ids(state: DecodeState, given: Tensor | None = None) -> tuple[Tensor, bool]:
     """The ids of the next column (B, K), FREE where they are sampled or fed, and whether every sampled id is free.
 
-    `given` (B, K) goes before the rules; an item that is done holds nothing. The result is not to be written to.
+    `given` (B, K) has priority over the rules; an item that is done gets -1 everywhere. Do not write to the result.
     """
     table = state.table
     facts = [(turn.done, turn.speaking, turn.owed, forced_ids(state, turn) if turn.speaking else None) for turn in state.turns]
@@ -151,13 +151,13 @@ def required_ids(state: DecodeState, given: Tensor | None = None) -> tuple[Tenso
 
 
 def next_is_audio(state: DecodeState) -> bool | None:
-    """Whether the next column is an audio column: of all items that go on, or None where they differ."""
+    """Whether the next column is an audio column for all unfinished items; None if they differ."""
     speaking = {turn.speaking for turn in state.turns if not turn.done}
     return None if len(speaking) > 1 else True in speaking
 
 
 def predicted_state(state: DecodeState, column: Tensor) -> DecodeState:
-    """The state behind a column (B, K) of `required_ids`, if nothing that is drawn in it ends or begins anything."""
+    """The state after a column (B, K) of `required_ids`, if no id sampled in it begins or ends audio or the generation."""
     after = replace(state, turns=[replace(turn) for turn in state.turns])
     if state.ends:
         note_endings(after, column[:, state.table.spoken])
@@ -166,7 +166,7 @@ def predicted_state(state: DecodeState, column: Tensor) -> DecodeState:
 
 
 def advance(state: DecodeState, column: Tensor) -> None:
-    """Move every item on: into audio after `audio_start`, out of it when all rows have ended, to the end after `stop`."""
+    """Advance every item by one column: into audio after `audio_start`, back to text when all rows have ended, done after `stop`."""
     table, lag = state.table, state.undelay.lag
     text = [-1] * len(state.turns)
     if table.text_out and not table.aligned and next_is_audio(state) is not True:

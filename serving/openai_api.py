@@ -139,7 +139,7 @@ class OpenAI:
         """Answer messages with text."""
         body = await self.body(request, messages=list)
         if self.family.template is None:
-            raise web.HTTPBadRequest(text=f"a {self.family.name} model knows no turns\n")
+            raise web.HTTPBadRequest(text=f"a {self.family.name} model has no chat template\n")
         rules = self.rules(body)
         try:
             messages = [parse_row(json.dumps(m), role=str, content=str) for m in body["messages"]]

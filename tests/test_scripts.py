@@ -43,10 +43,21 @@ def test_without_torch_a_script_says_how_to_set_up(script, tmp_path):
     assert "make demo" in done.stderr and "pip install -e ." in done.stderr and done.stderr.count("\n") == 1
 
 
+def test_without_torch_the_list_of_families_says_how_to_set_up(tmp_path):
+    bare = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    blind = "import sys, importlib.util as u; sys.path.insert(0, sys.argv[1]); found = u.find_spec\n" + (
+        "u.find_spec = lambda name, *rest: None if name == 'torch' else found(name, *rest); sys.modules['torch'] = None\n"
+        + "import runpy; runpy.run_module('families', run_name='__main__')")
+    done = subprocess.run([sys.executable, "-c", blind, str(ROOT)], env=bare, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith("error: torch not installed in "), done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 # ---- plain English ----
 
 BANNED = ("dear", "hitherto", "foresee", "only training losses are told", "first frames, this many", "mend the reasons", "nobody hears",
-          "names layers of the temporal stack")
+          "names layers of the temporal stack", "knows no turns", "hears nobody", "does the first", "nothing is left to train",
+          "it said nothing", "where it stands", "what was forgotten", "how dear", "folded in")
 ROOMS = (".", "generation", "training", "evaluation", "configs")
 FILES = sorted(path for room in ROOMS for path in (ROOT / room).glob("*.py"))
 NAMES = {"told", "foresee", "wanted", "settle", "settled", "heard_before", "Writer", "Direct", "hold", "talk"}

@@ -1,8 +1,8 @@
-"""What a run reads when: the stages of a curriculum, each with sources and loss weights of its own, then the run's own.
+"""The curriculum: stages with their own sources and loss weights, then the settings of the run itself.
 
     stages=(Stage(400, audio=0.0), Stage(600, sources=("easy.jsonl:3", "hard.jsonl")))     text only, then a mixture
 
-A stage begins its data anew; the position inside it is part of a checkpoint. Used by train.py alone.
+Each stage starts its data from the beginning; checkpoints contain the position in the current stage. Used by train.py.
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ from training.parallel import whole
 
 
 def stage(step: int, c: TrainConfig) -> tuple[int, DataConfig, LossConfig]:
-    """Number, data and loss of the stage that a step belongs to."""
+    """Number, data config and loss config of the stage of a step."""
     for n, part in enumerate(c.stages):
         if step < part.steps:
             return n, replace(c.data, sources=part.sources or c.data.sources), replace(c.loss, text=part.text, audio=part.audio)
@@ -30,7 +30,7 @@ def stage(step: int, c: TrainConfig) -> tuple[int, DataConfig, LossConfig]:
 
 
 def prepare_all(config: TrainConfig, table: StreamTable) -> None:
-    """Encode what any stage reads, and what the run itself does."""
+    """Encode the sources of all stages and of the run itself."""
     for sources in {part.sources: None for part in config.stages if part.sources}:
         prepare(replace(config.data, sources=sources), table)
     prepare(config.data, table)
@@ -45,18 +45,18 @@ class Curriculum:
         self.enter(0)
 
     def enter(self, step: int) -> list[str]:
-        """Go to the stage of a step; a line of what it does when that is another one than before."""
+        """Switch to the stage of a step; returns a log line if the stage changed."""
         part, data, self.loss = stage(step, self.config)
         if part == self.part:
             return []
         c, self.part = self.config, part
         self.loader = Loader(data, self.table, "train", c.batch_size, self.rank, self.world, c.accum, c.epochs, c.dpo is not None)
         self.batches: Iterator[Batch] | None = None
-        counts = f"text counts {self.loss.text:g}, audio {self.loss.audio:g}"
+        counts = f"loss weights: text {self.loss.text:g}, audio {self.loss.audio:g}"
         return [f"step {step}: stage {part + 1} reads {', '.join(data.sources)}; {counts}"] if c.stages else []
 
     def restore(self, step: int, state: dict[str, Any] | None) -> list[str]:
-        """Continue at a step; a stage that had just ended left its own position, which is of no use to the next."""
+        """Continue at a step. A saved position of an earlier stage, which had just ended, is ignored."""
         lines = self.enter(step)
         if state and state.get("part", 0) == self.part:
             lines += self.loader.index.changes(state.get("data", ""))
@@ -64,14 +64,14 @@ class Curriculum:
         return lines
 
     def take(self, count: int) -> list[Batch]:
-        """The next micro-batches; `position` is then what stands behind them."""
+        """The next micro-batches; `position` is then the state after them."""
         self.batches = self.batches or iter(self.loader)
         taken = [next(self.batches) for _ in range(count)]
         self.position = taken[-1].state | {"part": self.part, "data": self.loader.index.content}
         return taken
 
     def spare(self, parameters: dict[str, torch.nn.Parameter]) -> None:
-        """What a stage does not train keeps its weights: a gradient of zeros is dropped, so that nothing decays either."""
+        """Drop all-zero gradients: parameters that the stage does not train then have no weight decay and keep their values."""
         if self.loss.text and self.loss.audio:
             return
         for p in parameters.values():

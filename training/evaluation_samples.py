@@ -1,15 +1,15 @@
-"""How a model sounds at an evaluation, in numbers that need no recogniser: texts are spoken, saved and measured.
+"""Speech samples at each evaluation, with metrics that need no speech recogniser.
 
-    out/NAME/samples/step_000100/*.wav  samples.jsonl       what was spoken, and each line's numbers
-    metrics.jsonl   "val/quality_duration_ratio"            seconds spoken / seconds expected; 1 is right, 0 silence, 2 runaway
-                    "val/quality_silence_ratio"             share of 25 ms pieces below -50 dBFS
-                    "val/quality_ended"                     share that the model ended by itself
-                    "val/quality_similarity_hubert"         cosine of the mean state of HuBERT, speech and the voice it clones;
-                                                            "_spectrum", of the mean log-mel spectrum, where the codec has no HuBERT
+    out/NAME/samples/step_000100/*.wav  samples.jsonl       the samples, and the metrics of each
+    metrics.jsonl   "val/quality_duration_ratio"            seconds generated / seconds expected; 1 is right, 0 silence, 2 runaway
+                    "val/quality_silence_ratio"             share of 25 ms frames below -50 dBFS
+                    "val/quality_ended"                     share of the samples that the model ended itself
+                    "val/quality_similarity_hubert"         cosine similarity of mean HuBERT states, sample and voice reference;
+                                                            "_spectrum": of mean log-mel spectra, if the codec has no HuBERT
 
-The same texts every time: TrainConfig.prompts, expected to take the data's pace, and the first `listen` held-out
-recordings said again, each in the voice of another clip of its speaker (never its own), expected to take what they took.
-Similarity tells trends of one run, not speakers apart: the voice goes through the codec too. Used by train.py.
+The texts are the same at every evaluation: TrainConfig.prompts, whose expected duration follows from the average pace of the
+data, and the texts of the first `listen` held-out recordings, each in the voice of another clip of its speaker, with the
+duration of the recording. Similarity shows trends within one run; it does not identify speakers. Used by train.py.
 """
 
 from collections.abc import Sequence
@@ -41,12 +41,12 @@ from text.tokenizers import load_tokenizer
 from text.word_times import parse_alignments, timed_words, turns_right
 
 SILENCE = -50.0             # dBFS
-MOST_FRAMES = 2048          # of one text, however long it should take
+MOST_FRAMES = 2048          # largest number of frames of one sample
 
 
 @dataclass
 class Trial:
-    """One text to speak: its prompt, how long it should take, and whose voice it should have."""
+    """One text to speak: its prompt, its expected seconds and its voice reference."""
 
     name: str
     text: str
@@ -56,9 +56,9 @@ class Trial:
 
 
 def speak_samples(model: MultistreamLM, config: TrainConfig, index: Index, folder: Path) -> dict[str, float]:
-    """Speak the fixed texts of a run into `folder`; -> the means of their numbers, {"quality_...": value}.
+    """Generate the samples of a run into `folder`; returns the means of their metrics, {"quality_...": value}.
 
-    A model that converses answers recordings instead, and the conversation is measured.
+    A full-duplex model answers the recordings in `prompts` instead, and the conversations are measured.
     """
     codec = fitting_codec(config.data.codec, config.model.table, load_tokenizer(config.data.tokenizer))
     if config.model.table.monologue:
@@ -77,7 +77,7 @@ def speak_samples(model: MultistreamLM, config: TrainConfig, index: Index, folde
 
 
 def answer(model: MultistreamLM, recordings: Sequence[str], data: DataConfig, codec: object, folder: Path) -> dict[str, float]:
-    """Answer recordings, of a stereo one its right side, into wavs of `folder`; returns how they went (evaluation/duplex_measures.py)."""
+    """Answer recordings (the right channel, if stereo) into wavs of `folder`; returns the means of evaluation/duplex_measures.py."""
     tokenizer, table, rows = load_tokenizer(data.tokenizer), model.table, []
     users = [load_wav(path, codec.sample_rate, None)[0][-1:] for path in recordings]
     codes = [encode(codec, user) for user in users]
@@ -113,7 +113,7 @@ def trials(config: TrainConfig, index: Index, codec: Any) -> list[Trial]:
 
 
 def voice_of(index: Index, number: int) -> int:
-    """The entry in whose voice another is said again: its own reference, or another clip of its speaker; -1 = none."""
+    """The entry that is the voice reference of another: its own reference, or another clip of its speaker; -1 = none."""
     entry = index.entries[number]
     if entry.reference >= 0:
         return entry.reference
@@ -122,7 +122,7 @@ def voice_of(index: Index, number: int) -> int:
 
 
 def measure(speech: Speech, trial: Trial, codec: Any) -> dict[str, float]:
-    """The numbers of one text that was spoken."""
+    """The metrics of one sample."""
     seconds = speech.frames / codec.frame_rate
     found = {"seconds": seconds, "duration_ratio": seconds / trial.seconds, "ended": float(speech.ended),
              "silence_ratio": silence(speech.wav, codec.sample_rate)}
@@ -133,14 +133,14 @@ def measure(speech: Speech, trial: Trial, codec: Any) -> dict[str, float]:
 
 
 def means(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """The mean of every number over the rows that have it."""
+    """The mean of every metric over the rows that have it."""
     names = dict.fromkeys(key for row in rows for key in row if key not in ("text", "wav", "seconds"))
     found = {name: [row[name] for row in rows if name in row] for name in names}
     return {f"quality_{name}": sum(values) / len(values) for name, values in found.items()}
 
 
 def silence(wav: Tensor, rate: int) -> float:
-    """Share of the 25 ms pieces of (1, W) that are silent; 1 for nothing at all."""
+    """Share of silent 25 ms frames in (1, W); 1 for an empty wav."""
     level = levels(wav, rate)
     return float((level < SILENCE).float().mean()) if level.numel() else 1.0
 
@@ -152,7 +152,7 @@ def similarity(codes: Tensor, voice: Tensor, codec: Any) -> float:
 
 @torch.no_grad()
 def voice_vector(codes: Tensor, codec: Any) -> Tensor:
-    """What does not change over a recording: the mean over time of HuBERT's states, else of a log-mel spectrum, its level taken off."""
+    """A vector of the voice: the mean over time of HuBERT's states, or of a log-mel spectrum without its level."""
     wav = codec.decode(codes[None])[:, 0]                                            # (1, W)
     if hasattr(codec, "semantic_states"):
         return codec.semantic_states(wav)[0].mean(1)                                 # (1, D, T) -> (D,)
@@ -161,5 +161,5 @@ def voice_vector(codes: Tensor, codec: Any) -> Tensor:
 
 
 def summary_line(numbers: dict[str, float]) -> str:
-    """One line of the log."""
-    return "spoken: " + ", ".join(f"{name.removeprefix('quality_').replace('_', ' ')} {value:.2f}" for name, value in numbers.items())
+    """The metrics in one line, for the log."""
+    return "samples: " + ", ".join(f"{name.removeprefix('quality_').replace('_', ' ')} {value:.2f}" for name, value in numbers.items())

@@ -1,11 +1,11 @@
-"""What a run reports: numbers to files and trackers, its memory, and a warning when the first loss is no better than a guess.
+"""What a run reports: metrics to files and trackers, its memory, and a warning when the first loss is that of random guessing.
 
     out/demo/metrics.jsonl      {"step": 40, "train/loss": 3.1, ..., "grad_norm": 0.8, "lr": 0.001, "step_seconds": 0.4,
                                  "columns_per_second": 5400.0, "tokens_per_second": 43000.0, "audio_seconds_per_second": 190.0,
                                  "memory_gib": 0.9}
 
-Columns, tokens and seconds of speech are those of all ranks, padding left out; memory is the peak of this process so far,
-on the GPU where there is one. Held-out numbers stand beside them as "val/...". Next: evaluate.py, which draws them.
+Columns, tokens and seconds of speech are summed over all ranks, without padding; memory is the peak of this process so
+far, on the GPU if there is one. Validation metrics have the prefix "val/". Next: evaluate.py, which plots them.
 """
 
 import json
@@ -26,7 +26,7 @@ from training.parallel import part
 
 try:
     import resource
-except ImportError:         # Windows counts no peak
+except ImportError:         # Windows has no such module
     resource = None
 
 Write = Callable[[dict[str, float], int], object]
@@ -97,7 +97,7 @@ def tracker(name: str, out: Path) -> Write:
 
 
 def report(sums: Tensor, table: StreamTable, config: LossConfig) -> dict[str, float]:
-    """Name the numbers of (4, K + 1) sums: the loss, and loss and accuracy of every class and every predicted stream."""
+    """The metrics of (4, K + 1) sums: the loss, and loss and accuracy of every class and every predicted stream."""
     sums, quiet = sums[:, :-1], sums[:, -1]
     numbers = {"loss": float((sums[0] * loss_scale(sums[1], table, config)).sum())}
     found = {name: sums[:, rows].sum(1) for name, rows in classes(table).items()}
@@ -110,7 +110,7 @@ def report(sums: Tensor, table: StreamTable, config: LossConfig) -> dict[str, fl
 
 
 def classes(table: StreamTable) -> dict[str, list[int]]:
-    """The predicted rows of each class: text, audio, each on its own; where two speakers talk also what kind and whose they are."""
+    """The predicted rows of each class: text, audio, every single row; in dialogues also semantic, acoustic, own and user rows."""
     out = table.audio_out
     found = {"text": table.text_out, "audio": out}
     if table.monologue:
@@ -121,7 +121,7 @@ def classes(table: StreamTable) -> dict[str, list[int]]:
 
 
 class Meter:
-    """Counts what steps read, between two readings."""
+    """Counts the columns, tokens and frames of the steps since the last `read`."""
 
     def __init__(self, table: StreamTable, frame_rate: float, world: int = 1, step: int = 0) -> None:
         first = [table.streams[k] for k in table.audio_out[:1]]
@@ -136,7 +136,7 @@ class Meter:
         self.counts += torch.stack([(tokens >= 0).any(1).sum(), (tokens >= 0).sum(), frames.sum()])
 
     def read(self, step: int) -> dict[str, float]:
-        """Speeds since the last reading, which was before step `self.step`; counting begins again."""
+        """Speeds since the last call, which was before step `self.step`; resets the counts."""
         now, steps = time.perf_counter(), step + 1 - self.step
         seconds, (columns, tokens, frames) = now - self.began, (self.counts * self.world).tolist()
         self.began, self.step = now, step + 1
@@ -148,7 +148,7 @@ class Meter:
 
 
 def peak_memory() -> float:
-    """The most that this process held so far, on the GPU where it uses one, in GiB."""
+    """Peak memory of this process in GiB, of the GPU if it uses one."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated() / 2**30
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource else 0
@@ -156,7 +156,7 @@ def peak_memory() -> float:
 
 
 def pace(speeds: dict[str, float]) -> str:
-    """One line of the log."""
+    """The speeds in one line, for the log."""
     shown = f"{speeds['step_seconds']:.2f} s a step, " + ", ".join(f"{speeds[f'{x}_per_second']:.0f} {x}/s" for x in ("columns", "tokens"))
     if "audio_seconds_per_second" in speeds:
         shown += f", {speeds['audio_seconds_per_second']:.0f} s of speech a second"
@@ -164,7 +164,7 @@ def pace(speeds: dict[str, float]) -> str:
 
 
 def memory(model: nn.Module) -> str:
-    """What this rank holds before activations."""
+    """The memory of this rank without activations, as a line for the log."""
     trained = [p for p in model.parameters() if p.requires_grad]
     weights, ours = (sum(part(p).numel() * p.element_size() for p in ps) / 2**20 for ps in (model.parameters(), trained))
     counts = f"{sum(p.numel() for p in model.parameters()):,} parameters, {sum(p.numel() for p in trained):,} trained"
@@ -172,10 +172,11 @@ def memory(model: nn.Module) -> str:
 
 
 def check_first_loss(numbers: dict[str, float], table: StreamTable, source: str) -> list[str]:
-    """A pretrained model that starts near the loss of a guess does not fit its data, its layout or its code."""
+    """Warn if a pretrained model starts near the loss of random guessing: its codec, tokenizer or layout does not match the data."""
     warnings = []
     for name, rows in (("text_loss", table.text_out), ("audio_loss", table.audio_out)):
         guess = math.log(table.streams[rows[0]].classes) if rows else math.inf
         if numbers.get(name, 0.0) > 0.9 * guess:
-            warnings.append(f"warning: {source} starts with {name} {numbers[name]:.2f}, a guess has {guess:.2f}; check codec and tokenizer")
+            found = f"{source} starts with {name} {numbers[name]:.2f}, a random guess has {guess:.2f}"
+            warnings.append(f"warning: {found}; check codec and tokenizer")
     return warnings

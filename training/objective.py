@@ -1,17 +1,17 @@
-"""What a step minimises: how unlikely the targets are, or, between two replies, how little the better one is preferred.
+"""The objective of a step: negative log-likelihood of the targets, or a preference between two replies (DPO).
 
     likelihood   loss.py: sum of w * nll over sum of w, by groups of streams
     preference   DPO (arXiv:2305.18290), over all pairs of a chosen reply y+ and a rejected one y-
 
         L = - mean log sigmoid(h)      h = r(y+) - r(y-)      r(y) = beta * sum over targets of w * (log p(t) - log p_ref(t))
 
-A target is what the grid says is one, in the text row and in every codebook row, so r is that of a whole grid: what is
-said and how. The mean is over the pairs of all micro-batches and ranks of a step. The reference is the same model with its
-adapters switched off: no second copy. With label smoothing e, a pair is the other way round with probability e:
-L = - (1 - e) log sigmoid(h) - e log sigmoid(-h). Rewards r are logged. Codebooks weigh as data.stream_weights says.
+Targets are all tokens with weight > 0, in the text row and in every codebook row, so r covers words and voice. The mean is
+over the pairs of all micro-batches and ranks of a step. The reference is the same model with its adapters switched off, so
+there is no second copy. With label smoothing e, a pair is taken to be swapped with probability e:
+L = - (1 - e) log sigmoid(h) - e log sigmoid(-h). Rewards r are logged. data.stream_weights weighs the codebooks.
 
-The two sides of a pair lie side by side in a packed row (data.py): segments 2n and 2n + 1. Both objectives answer to the
-same five calls of train.py, which is what comes next.
+The two sides of a pair are neighbours in a packed row (data.py): segments 2n and 2n + 1. All objectives have the same five
+methods, which train.py calls. Next: train.py.
 """
 
 from collections.abc import Callable, Sequence
@@ -45,15 +45,15 @@ class Likelihood:
         return weights[..., 1:].sum((0, 2)).double()
 
     def sums(self, net: Net, tensors: Sequence[Tensor], plan: Plan | None = None, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """What a batch adds to the loss before it is divided, or with the factors of `scale` after that, and to the numbers.
+        """The loss sums of a batch (K,), or with the factors of `scale` its part of the loss (), and its sums for the metrics.
 
-        -> (K,) or (), as `zero`; `plan` is columns.make_plan of the batch
+        The latter have the shape of `zero`; `plan` is batch_plan.make_plan of the batch.
         """
         found = net(*tensors[:4], plan=plan, scale=scale, z_loss=self.config.z_loss)
         return found.nll if scale is None else found.total, found.stacked()
 
     def scale(self, counts: Tensor, config: LossConfig) -> Tensor:
-        """The factors of what `sums` gave, from the counts of all micro-batches and ranks, under the loss of a stage."""
+        """The factor of each loss sum, from the counts of all micro-batches and ranks and the loss config of the stage."""
         return loss_scale(counts, self.table, config)
 
     def report(self, total: Tensor) -> dict[str, float]:
@@ -61,15 +61,15 @@ class Likelihood:
 
 
 class Contrast(Likelihood):
-    """Weighted cross-entropy, and behind its streams the contrastive term of layers/contrastive.py."""
+    """Weighted cross-entropy plus the contrastive loss of layers/contrastive.py."""
 
     warned = False
 
     def zero(self) -> Tensor:
-        return torch.zeros(5, len(self.table) + 1, dtype=torch.float64)          # a fifth row: the term, and how many samples it is of
+        return torch.zeros(5, len(self.table) + 1, dtype=torch.float64)          # fifth row: contrastive loss, number of its samples
 
     def count(self, weights: Tensor, segments: Tensor, *rest: Tensor) -> Tensor:
-        """-> (K + 1,): the samples that the model will find in what it reads, all columns but the last."""
+        """-> (K + 1,); the last is the number of samples of the contrastive loss, which reads all columns except the last."""
         tokens, speakers = rest
         found = contrastive_pairs(tokens[..., :-1], weights[..., :-1], segments[:, :-1], speakers[:, :-1], self.table)
         return torch.cat([super().count(weights, segments), found.count[None]])
@@ -85,7 +85,7 @@ class Contrast(Likelihood):
     def scale(self, counts: Tensor, config: LossConfig) -> Tensor:
         if not counts[-1] and not self.warned:
             self.warned = True
-            print("contrastive term 0: no sample meets another voice in its micro-batch; name speakers, raise data.reference or columns")
+            print("contrastive loss 0: no micro-batch has two voices; give rows a speaker, raise data.reference or data.columns")
         return torch.cat([super().scale(counts[:-1], config), config.contrastive / counts[-1:].clamp(min=1)])
 
     def report(self, total: Tensor) -> dict[str, float]:
@@ -93,7 +93,7 @@ class Contrast(Likelihood):
 
 
 class Preference:
-    """Direct preference optimisation of an adapted model."""
+    """Direct preference optimisation (DPO) of a model with adapters."""
 
     def __init__(self, model: nn.Module, config: DpoConfig) -> None:
         self.model, self.config = model, config
@@ -106,7 +106,7 @@ class Preference:
         return ((segments.amax(1) + 1) // 2).sum(0, keepdim=True).double()
 
     def sums(self, net: Net, tensors: Sequence[Tensor], plan: Plan | None = None, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Loss summed over pairs (1,), or scaled (), and summed: loss, pairs, pairs in the right order, rewards of y+, of y- (5,)."""
+        """Loss summed over pairs (1,), or scaled (), and the sums (5,): loss, pairs, correctly ordered pairs, rewards of y+, of y-."""
         with torch.no_grad(), lora.switched_off(self.model):
             reference = self.model(*tensors[:4], plan=plan).places
         rewards = self.rewards(net(*tensors[:4], plan=plan).places, reference, tensors[3])
@@ -117,14 +117,14 @@ class Preference:
         return loss[None] if scale is None else (scale * loss).sum(), numbers.double()
 
     def real(self, segments: Tensor) -> Tensor:
-        """Which of the most pairs that rows could hold there are.   (B, S) -> (B, P)"""
+        """Mask of the pairs that exist, among the P that a row could have.   (B, S) -> (B, P)"""
         pairs = torch.arange(-(-segments.shape[1] // 2), device=segments.device)
         return 2 * pairs < segments.amax(1, keepdim=True)
 
     def rewards(self, policy: Tensor, reference: Tensor, segments: Tensor) -> Tensor:
-        """Weighted nll of every place (B * (S-1),) under both, segments (B, S) -> rewards (B, P, 2): chosen, rejected.
+        """Weighted nll of every position (B * (S-1),) under both models, segments (B, S) -> rewards (B, P, 2): chosen, rejected.
 
-        The difference is taken place by place, before anything long is summed.
+        The difference is taken position by position, before the sum, which keeps its precision.
         """
         B, S = segments.shape
         ratio = self.config.beta * (reference - policy).view(B, S - 1)
@@ -142,6 +142,6 @@ class Preference:
 
 
 def preference_loss(margin: Tensor, config: DpoConfig) -> Tensor:
-    """Loss of pairs whose rewards differ by `margin`, each on its own."""
+    """The DPO loss of each pair, from the difference of its rewards."""
     e = config.label_smoothing
     return -(1 - e) * F.logsigmoid(margin) - (e * F.logsigmoid(-margin) if e else 0.0)

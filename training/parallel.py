@@ -1,10 +1,10 @@
-"""Several processes that train one model: who is who, sums over ranks, and how weights are shared out.
+"""Training one model with several processes: ranks, sums over ranks, DDP and sharding.
 
-    DDP      every rank holds all weights; gradients are averaged               adapters, and whatever fits
-    FSDP2    a rank holds 1/world of each weight, gradient and moment; a block is gathered just before it runs
+    DDP      every rank has all weights; gradients are averaged                 for adapters, and for all that fits
+    FSDP2    a rank has 1/world of each weight, gradient and moment; a block is gathered just before it runs
 
-Without torchrun all of this does nothing. Every rank calls what is marked collective, in the same order. Checkpoints
-hold whole tensors either way: `whole` gathers one, `place` cuts one to the part of this rank. Next: train.py.
+Without torchrun all of this does nothing. Functions marked collective must be called by all ranks in the same order.
+Checkpoints contain whole tensors in both cases: `whole` gathers one, `place` cuts out this rank's part. Next: train.py.
 """
 
 import os
@@ -47,7 +47,7 @@ def barrier() -> None:
 
 
 def all_sum(x: Tensor, device: torch.device) -> Tensor:
-    """Sum over ranks, on the CPU. Collective; NCCL reduces what lies on the GPU."""
+    """Sum over ranks, returned on the CPU. Collective; `device` is where the reduction runs (NCCL needs the GPU)."""
     x = x.to(device)
     if dist.is_initialized():
         dist.all_reduce(x)
@@ -59,13 +59,13 @@ def end() -> None:
         dist.destroy_process_group()
 
 
-# ---- how weights are shared out ----
+# ---- DDP and sharding ----
 
 def shard(model: nn.Module, block: type[nn.Module], device: torch.device, dtype: torch.dtype) -> None:
-    """Cut every weight into one part a rank, in place; alone there is nothing to cut. Collective.
+    """Shard every weight over the ranks, in place; a single process shards nothing. Collective.
 
-    A module of type `block` is gathered for as long as it runs, all else with the model. Parts, gradients and moments keep
-    their type; what is gathered is in `dtype`, and gradients are summed in fp32.
+    A module of type `block` is gathered while it runs, all other weights with the whole model. Shards, gradients and moments
+    keep their dtype; gathered weights are in `dtype`, and gradients are summed in fp32.
     """
     if not dist.is_initialized():
         return
@@ -78,21 +78,21 @@ def shard(model: nn.Module, block: type[nn.Module], device: torch.device, dtype:
 
 
 def wrap(model: nn.Module, device: torch.device) -> nn.Module:
-    """What to call in training: the model itself when it is sharded or alone, otherwise with DDP around it. Collective."""
+    """The module to call in training: the model itself if it is sharded or there is one process, otherwise DDP. Collective."""
     if isinstance(model, FSDPModule) or not dist.is_initialized():
         return model
     return DDP(model, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True)
 
 
 def last_of_step(net: nn.Module, last: bool) -> None:
-    """DDP averages gradients with the last micro-batch only; shards have no room for whole gradients and sum each time."""
+    """DDP averages gradients only in the last micro-batch; FSDP2 keeps no whole gradients and reduces in each one."""
     if isinstance(net, DDP):
         net.require_backward_grad_sync = last
 
 
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """Hold all weights on every rank: within, each may run the model on its own, or not at all. Collective."""
+    """Context in which every rank has all weights, so that each may run the model on its own, or not at all. Collective."""
     parts = [m for m in model.modules() if isinstance(m, FSDPModule)]
     if parts:
         model._get_fsdp_state()._lazy_init()       # otherwise a block that runs before the model ever did takes itself for the root
@@ -108,16 +108,16 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
 
 def whole(t: Tensor) -> Tensor:
-    """All of a tensor of which each rank holds a part. Collective."""
+    """The whole tensor of which each rank has a part. Collective."""
     return t.full_tensor() if isinstance(t, DTensor) else t
 
 
 def part(t: Tensor) -> Tensor:
-    """What this rank holds of a tensor."""
+    """This rank's part of a tensor."""
     return t.to_local() if isinstance(t, DTensor) else t
 
 
 def place(full: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, which every rank has, as `like` is kept: on its device, and cut as it is."""
+    """Put a whole tensor, which every rank has, on the device of `like`, sharded as `like`."""
     full = full.to(like.device)
     return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None) if isinstance(like, DTensor) else full

@@ -1,11 +1,11 @@
 """Train a config with several values of its options and print one table.
 
-    python train.py sweep configs/ivr_qwen.py                                     what the file calls `sweep`: ranks 4, 8, 16, 32, 64
-    python train.py sweep configs/ivr_qwen.py --sweep.lora.rank=4,16 --smoke      every combination of the values that are given
-    python train.py sweep configs/ivr_qwen.py --sweep.lr=1e-4,2e-4 --dtype=bf16   other options hold for all runs
+    python train.py sweep configs/ivr_qwen.py                                     the list `sweep` in the file: ranks 4, 8, 16, 32, 64
+    python train.py sweep configs/ivr_qwen.py --sweep.lora.rank=4,16 --smoke      every combination of the given values
+    python train.py sweep configs/ivr_qwen.py --sweep.lr=1e-4,2e-4 --dtype=bf16   other options apply to all runs
 
-Each run is train.py with a folder of its own, OUT/NAME, so a sweep that is stopped and started again continues: what is
-finished is not trained again. The table, best held-out loss first, stands in OUT/sweep.json too.
+Each run is train.py with its own folder OUT/NAME, so a sweep that was stopped continues when it is started again: finished
+runs are not trained again. The table, sorted by held-out loss, is also written to OUT/sweep.json.
 """
 
 import runpy
@@ -42,18 +42,18 @@ def name_of(run: dict[str, str]) -> str:
 
 
 def train(argv: list[str], log: Path) -> None:
-    """Run train.py, what it says into a file; ValueError with its last line when it fails."""
+    """Run train.py with its output in a file; ValueError with the last line of it when the run fails."""
     log.parent.mkdir(parents=True, exist_ok=True)
     script = Path(__file__).resolve().parents[1] / "train.py"
     with log.open("w") as file:
         code = subprocess.run([sys.executable, str(script), *argv], stdout=file, stderr=subprocess.STDOUT).returncode
     if code:
-        last = (log.read_text().strip().splitlines() or ["it said nothing"])[-1].removeprefix("error: ")
+        last = (log.read_text().strip().splitlines() or ["no output"])[-1].removeprefix("error: ")
         raise ValueError(f"a run ended with code {code}: {last} (all of it in {log}); correct it and run the sweep again, which continues")
 
 
 def outcome(out: Path) -> dict[str, Any]:
-    """Held-out loss of a finished run, best and last, the step of the best, and how much it trained."""
+    """Held-out loss of a finished run, best and last, the step of the best, and the number of trained parameters."""
     held = [(loss, step) for step, loss in read_metrics(out / "metrics.jsonl").get("val/loss", [])]
     if not held:
         raise ValueError(f"{out}/metrics.jsonl has no held-out loss; give the data held-out rows")
@@ -84,7 +84,7 @@ def main(argv: Sequence[str]) -> None:
               for word in ([f"--{key}={text}"] if text else [f"--{key}"])]
     config: TrainConfig = load_config([*words, *common], kind="TrainConfig")
     out, runs = Path(pairs.get("out") or f"{config.out}_sweep"), runs_of(words[0], pairs)
-    for run in runs:                                        # a misspelt option ends here, not after an hour
+    for run in runs:                                        # report a misspelt option now, not after an hour
         load_config([*words, *common, *(f"--{key}={text}" for key, text in run.items())])
     rows = []
     for run in runs:

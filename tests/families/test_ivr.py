@@ -144,7 +144,7 @@ def test_an_adapter_names_its_base_or_the_command_asks_for_it(small: Path, peft:
     (tmp_path / "nameless/adapter_config.json").write_text(json.dumps(about | {"base_model_name_or_path": None}))
     rc, _, err = call("train.py", *SMOKE, f"--data.cache={small}/cache", *small_run(small), f"--init_adapter={tmp_path}/nameless",
                       f"--out={tmp_path}/x")
-    assert rc == 2 and "does not say which model it belongs to; name it with --init=MODEL" in err
+    assert rc == 2 and "does not say which model it belongs to; name both:" in err and "--init=MODEL --init_adapter=ADAPTER" in err
 
 
 @pytest.mark.parametrize("field, value", [("use_qalora", True), ("corda_config", {"rho": 2}), ("lora_bias", True), ("mystery", 3)])

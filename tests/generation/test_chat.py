@@ -288,7 +288,7 @@ def test_control_c_cuts_a_reply_and_the_call_goes_on(tmp_path: Path, capsys: pyt
     ("text", (), "x.wav\n", "x.wav: this model reads text only"),
     ("text", (), "I say <|im_end|> now\n", "holds <|im_end|>"),
     ("moss", (), "nowhere.wav\n", "nowhere.wav"),
-    ("../tiny", (), "", "knows no turns")])
+    ("../tiny", (), "", "has no chat template")])
 def test_bad_input_is_one_line(name: str, options: tuple[str, ...], lines: str, told: str, models: Path, tmp_path: Path,
                                monkeypatch: pytest.MonkeyPatch, tiny_run: Path) -> None:
     (models / "bad.json").write_text("[1]")

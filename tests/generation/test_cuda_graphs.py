@@ -196,7 +196,7 @@ def test_why_there_is_no_graph() -> None:
     with pytest.raises(ValueError, match="graphs=on: the model is not on a CUDA device; use graphs=auto"):
         next(generate(model, start, rules))
     cuda = torch.device("cuda")
-    assert why_not(model, cuda, None) == "" and "what feeds it" in why_not(model, cuda, lambda column: column)
+    assert why_not(model, cuda, None) == "" and "input feed" in why_not(model, cuda, lambda column: column)
     inject(model, LoraConfig(rank=2, targets=("attn.*",)))
     assert "merge the adapters" in why_not(model, cuda, None)
     assert why_not(merge(model), cuda, None) == "" and "not support" in why_not(make("fast_forward"), cuda, None)

@@ -112,7 +112,7 @@ def test_the_user_of_a_prompt_may_go_on_too(talks, tmp_path):
     lengths = [soundfile.info(p).duration for p in (prompt, user, tmp_path / "on.wav")]
     assert abs(lengths[0] + lengths[1] - lengths[2]) < 0.1
     rc, _, err = call("sample.py", *options(talks, "two", prompt=prompt, user=user))
-    assert rc == 2 and "speaks for both sides" in err and err.count("\n") == 1
+    assert rc == 2 and "generates both sides" in err and err.count("\n") == 1
 
 
 def sound(path: Path, channels: int, seconds: float = 1.0) -> Path:

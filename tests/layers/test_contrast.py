@@ -114,7 +114,7 @@ def test_a_run_with_the_term_logs_it_and_says_when_it_is_nothing(tmp_path) -> No
               "--prompts=", "--listen=0", "--loss.contrastive=0.1")
     for source, nothing in (("arabic", False), ("chat", True)):
         rc, out, err = call(*common, f"--out={tmp_path}/{source}", f"--data.sources=assets/speech/{source}.jsonl")
-        assert rc == 0 and ("contrastive term 0: no sample meets another voice" in out) == nothing, out + err
+        assert rc == 0 and ("contrastive loss 0: no micro-batch has two voices" in out) == nothing, out + err
         rows = [json.loads(line) for line in (tmp_path / source / "metrics.jsonl").read_text().splitlines()]
         found = [row["train/contrastive_loss"] for row in rows if "train/loss" in row]
         assert found == [0, 0] if nothing else all(0.01 < loss < math.log(200) + 2 / TEMPERATURE for loss in found)

@@ -40,7 +40,7 @@ def test_restored_at_any_step_it_reads_what_it_would_have_read(config):
         told += whole.enter(step)
         read.append(names(whole.take(1)))
         positions.append(whole.position)
-    assert len(told) == 2 and "stage 2" in told[0] and "text counts 2, audio 1" in told[0]
+    assert len(told) == 2 and "stage 2" in told[0] and "text 2, audio 1" in told[0]
     assert whole.loader.config.sources == config.data.sources != config.stages[1].sources
     for step in range(9):
         again = Curriculum(config, config.model.table, 0, 1)

@@ -100,11 +100,11 @@ def test_listening_writes_what_it_hears(run: TrainConfig, tmp_path: Path, monkey
     assert numbers["quality_duration_ratio"] == pytest.approx(sum(row["duration_ratio"] for row in rows) / 5)
     assert ["similarity_spectrum" in row for row in rows] == [False, True, True, True, False]
     assert set(numbers) == {f"quality_{n}" for n in ("duration_ratio", "ended", "silence_ratio", "similarity_spectrum")}
-    assert evaluation_samples.summary_line(numbers).startswith("spoken: duration ratio ")
+    assert evaluation_samples.summary_line(numbers).startswith("samples: duration ratio ")
 
 
 def test_only_text_to_speech_listens():
-    with pytest.raises(AssertionError, match="no text to speech"):
+    with pytest.raises(AssertionError, match="needs a text-to-speech model"):
         TrainConfig(ModelConfig(replace(TINY, layout="duplex"), StackConfig(dim=16, layers=1, heads=2, ffn=16)), DataConfig(), listen=1)
 
 

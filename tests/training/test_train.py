@@ -228,7 +228,7 @@ def test_parts_have_rates_of_their_own_and_0_freezes(folder: Path, whole: Path) 
 
 def test_a_pretrained_model_that_only_guesses_raises_the_alarm(folder: Path) -> None:
     train(folder, f"--out={folder}/fresh", "--steps=1", "--lr=1e-9")
-    assert "a guess has" in train(folder, f"--out={folder}/alarm", f"--init={folder}/fresh", "--steps=1")
+    assert "a random guess has" in train(folder, f"--out={folder}/alarm", f"--init={folder}/fresh", "--steps=1")
 
 
 def test_a_non_finite_gradient_is_skipped_named_and_ends_the_run_after_a_while(folder: Path) -> None:

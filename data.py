@@ -1,6 +1,7 @@
 """Data: cached examples -> packed batches, and the commands that prepare and show them.
 
     python data.py check FOLDER [--write DIR]          report what a source holds, which rows cannot be used, and how to correct them
+                         [--doubtful=drop]         leave out recordings that may be faulty (silence, clipping, noise, copies) as well
                          [--tokenizer=T]           also report how well a tokenizer covers its texts (text/coverage.py)
     python data.py prepare configs/X.py [--data.x=y]   encode the clips that are not in the cache yet; training never runs a codec
     python data.py show configs/X.py [--index 0]       print one example as the model sees it
@@ -275,7 +276,7 @@ def prefetch(items: Iterator[Any], depth: int) -> Iterator[Any]:
 
 def check_command(argv: list[str]) -> None:
     words, options = split_arguments(argv, ("allow_outside",))
-    known = ("write", "allow_outside", "min_seconds", "max_seconds", "tokenizer", "normaliser")
+    known = ("write", "allow_outside", "min_seconds", "max_seconds", "doubtful", "tokenizer", "normaliser")
     for name in options.keys() - set(known):
         raise ValueError(unknown(f"--{name}", [f"--{k}" for k in known]))
     if len(words) != 1:
@@ -283,8 +284,10 @@ def check_command(argv: list[str]) -> None:
     if "normaliser" in options and "tokenizer" not in options:
         raise ValueError("--normaliser is only used with --tokenizer; add --tokenizer=T, or drop it")
     tokenizer = load_tokenizer(options["tokenizer"]) if "tokenizer" in options else None
-    limits = apply(DataConfig(), {key: text for key, text in options.items() if key.endswith("_seconds")})
-    kept = check_source(words[0], options.get("write", ""), "allow_outside" in options, (limits.min_seconds, limits.max_seconds))
+    chosen = {key: text for key, text in options.items() if key in ("min_seconds", "max_seconds", "doubtful")}
+    config = apply(DataConfig(), chosen)
+    kept = check_source(words[0], options.get("write", ""), "allow_outside" in options, (config.min_seconds, config.max_seconds),
+                        config.doubtful, [f"--data.{key}={text}" for key, text in chosen.items()])
     if tokenizer is not None:
         print(*measure_coverage((row["text"] for row in kept), tokenizer, options.get("normaliser", "none")).lines(), sep="\n")
 
@@ -306,7 +309,7 @@ def show_command(argv: list[str]) -> None:
     if not number.isdecimal() or int(number) >= len(shown):
         raise ValueError(f"--index {number} does not exist; the data has examples 0..{len(shown) - 1}")
     entry = index.entries[shown[int(number)]]
-    print(f"{visible(entry.id)}  {entry.split}  {entry.text!r}")
+    print(*index.verdict, f"{visible(entry.id)}  {entry.split}  {entry.text!r}", sep="\n")
     print(show(*lay_out(build_example(index, shown[int(number)], table), table), table))
 
 

@@ -22,6 +22,7 @@ from system.files import replace_file
 
 RESAMPLER = "kaiser-v1"     # part of the token cache's key: change it when a resampled sample would change
 MAX_RATE = 384_000
+LOUDEST = 4.0               # times full scale; lossy decoders overshoot by less, samples of another scale by far more
 MOST = 8 << 30              # bytes of the samples of one file
 SWELL = 20_000              # so many times its size a file may grow when it is decoded; silence in FLAC reaches 9,362
 ZEROS = 64                  # sinc zero crossings on each side, counted at the lower of the two rates
@@ -51,6 +52,8 @@ def load_wav(path, rate: int | None = None, channels: int | None = 1,
         raise ValueError(f"{path} is empty (0 samples); record it again or leave it out")
     if not torch.isfinite(wav).all():
         raise ValueError(f"{path} holds NaN or infinite samples; export it again as 16-bit PCM")
+    if float(peak := wav.abs().max()) > LOUDEST:
+        raise ValueError(f"{path} has samples up to {float(peak):,.0f}, far above 1; export it as 16-bit PCM, or divide it by its peak")
     wav = wav.clamp(-1, 1)                          # lossy decoders overshoot full scale a little
     if channels == 1:
         wav = wav.mean(0, keepdim=True)             # (C, W) -> (1, W)

@@ -10,8 +10,7 @@ sequence per clip a model could memorise the codes and ignore the text. Next: in
 import hashlib
 import json
 import random
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,10 +28,10 @@ from tqdm import tqdm
 from audio import augment
 from audio.augment import AugmentConfig
 from audio.wav import RESAMPLER, resample
-from corpus.checks import audio_digest, header_faults, usable_clip
+from corpus.checks import read_clip
 from corpus.data_config import DataConfig
 from corpus.manifest import Manifest, RejectedRow, Row
-from options import FULL, out_of_memory, visible
+from options import FULL, out_of_memory
 from system.files import checksum, replace_file
 
 SUM = "sum:"                # stands before a checksum
@@ -41,22 +40,16 @@ CACHE_VERSION = "1"         # part of every key: change it when the same input w
 
 
 def store_codes(manifests: list[Manifest], codec: Any, duplex: bool, config: DataConfig) -> int:
-    """Encode every clip that is not in a shard yet. Usable clips get key, shard and frames; returns how many were encoded."""
+    """Encode every clip that is not in a shard yet, of manifests that were judged (checks.py). Clips get key, shard and frames;
+    returns how many were encoded."""
     folder, version = Path(config.cache) / "codes", codec_version(codec)
     stored, jobs = stored_clips(folder), {}
     clips = [(m, clip) for m in manifests for clip in m.clips.values() if clip["file"]]
-    for m, clip in clips:
-        clip["stereo"] = duplex or bool(clip.get("stereo"))
-        try:
-            clip["mark"] = audio_digest(clip)
-        except OSError as error:
-            m.reject(clip["id"], "missing file", f"{clip['file']}: {error.strerror}")
-            continue
+    for _, clip in clips:
         clip["key"] = hash_of(CACHE_VERSION, clip["mark"], version, RESAMPLER, config.variants, duplex,
                           *([config.augment] if config.augment else []))
         if clip["key"] not in stored:
             jobs[clip["key"]] = clip
-    print_warnings(jobs.values())
     bad = encode_missing(jobs, folder, codec, duplex, config)
     stored = stored_clips(folder) if jobs else stored
     for m, clip in clips:
@@ -65,17 +58,6 @@ def store_codes(manifests: list[Manifest], codec: Any, duplex: bool, config: Dat
         elif clip["key"]:
             clip["shard"], clip["frames"] = stored[clip["key"]]
     return len(jobs) - len(bad)
-
-
-def print_warnings(clips: Iterable[Row]) -> None:
-    """Print warnings about the headers of recordings, one line for each reason; the clips are still used."""
-    named: dict[tuple[str, str], list[str]] = {}
-    for clip in clips:
-        for _, reason, fix in header_faults(clip):
-            named.setdefault((reason, fix), []).append(clip["id"])
-    for (reason, fix), ids in named.items():
-        shown = ", ".join(ids[:3]) + (f" and {len(ids) - 3} more" if len(ids) > 3 else "")
-        print(visible(f"warning: {shown}: {reason}; {fix}"), file=sys.stderr)
 
 
 def hash_of(*parts: Any) -> str:
@@ -134,7 +116,7 @@ def encode_or_reject(key: str, row: Row, codec: Any, duplex: bool, config: DataC
 def encode_clip(key: str, row: Row, codec: Any, duplex: bool, config: DataConfig) -> list[np.ndarray] | RejectedRow:
     """Encode all variants of a clip, each (C * Q, T) uint16, or say why it cannot be used."""
     try:
-        wav, rate = usable_clip(row, (config.min_seconds, config.max_seconds))
+        wav, rate = read_clip(row, (config.min_seconds, config.max_seconds))
     except ValueError as error:
         return RejectedRow(row["id"], *error.args)
     wav = resample(wav if duplex else wav[:1], rate, codec.sample_rate)

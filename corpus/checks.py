@@ -1,14 +1,21 @@
-"""Faults of recordings (level, length, channels, speaking rate) and the report of `data.py check`.
+"""Which recordings are used: one verdict for `check`, `prepare`, training and `--ref`, and the report of `data.py check`.
 
-A fault is ("reject" | "doubt" | "warn", reason, fix). Next: cache.py.
+A fault (level, length, channels, speaking rate) is (kind, reason, fix). "reject": the row is left out. "warn": it is kept and named.
+"doubt": DataConfig.doubtful says which of the two. Next: cache.py.
 """
 
 import hashlib
 import json
 import math
 import os
+import shlex
+import shutil
+import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +25,16 @@ from torch import Tensor
 
 from audio.wav import levels, load_wav, resample
 from corpus.layouts import read_manifest
-from corpus.manifest import CACHE_FIELDS, INLINE, Manifest, Row, Unusable, open_audio
-from options import visible, write_rows
+from corpus.manifest import CACHE_FIELDS, INLINE, Manifest, RejectedRow, Row, Unusable, open_audio
+from options import FULL, visible, write_rows
 from text.word_times import MAIN, OTHER, Alignment, check_length, parse_alignments, row_words, tidy_words
 
 PACE, SILENCE = "text does not fit the length", "silence"
-Fault = tuple[str, str, str]    # "reject" | "doubt" (check leaves it out, prepare keeps it) | "warn", reason, fix
-UNREADABLE = {"is empty": "empty audio", "NaN": "NaN samples", "channel(s)": "not stereo", "channels, expected": "too many channels"}
+Fault = tuple[str, str, str]    # "reject" | "doubt" | "warn", reason, fix
+UNREADABLE = {"is empty": "empty audio", "NaN": "NaN samples", "channel(s)": "not stereo", "channels, expected": "too many channels",
+              "far above 1": "samples far above 1"}
+TALK = 4 * 3600.0               # seconds that a dialogue may last where no config says otherwise
+VERDICTS = "2"                  # part of the key of a stored verdict: change it when a recording would be judged differently
 
 
 def read_clip(row: Row, limits: tuple[float, float] = (0.0, 4 * 3600)) -> tuple[Tensor, int]:
@@ -62,15 +72,6 @@ def header_faults(row: Row) -> list[Fault]:
     return [STEREO] * mixed + [NARROW] * (8000 <= about.samplerate < 16000)
 
 
-def usable_clip(row: Row, limits: tuple[float, float]) -> tuple[Tensor, int]:
-    """`read_clip`, and Unusable for a fault that rules the clip out."""
-    wav, rate = read_clip(row, limits)
-    for kind, reason, fix in faults(wav, rate, row["text"], limits):
-        if kind == "reject":
-            raise Unusable(reason, fix)
-    return wav, rate
-
-
 def faults(wav: Tensor, rate: int, text: str, limits: tuple[float, float]) -> Iterator[Fault]:
     """Yield the faults of a clip (C, W), worst first. Levels in dBFS, limits in seconds."""
     seconds = wav.shape[-1] / rate
@@ -93,6 +94,9 @@ def quality_faults(wav: Tensor, rate: int, pace: float) -> Iterator[Fault]:
     """Quality faults of a readable clip (C, W); `pace` is characters per second."""
     seconds = wav.shape[-1] / rate
     peak = wav.abs().max()
+    if not peak:
+        yield "reject", "all-zero audio", "the recording has no sound at all: export it again from its source"
+        return
     level = levels(wav, rate)
     if (wav.abs() >= 0.999).float().mean() > 0.01:
         yield "doubt", "clipping", "more than 1 % of samples at full scale: lower the gain and record again"
@@ -112,22 +116,159 @@ def audio_digest(row: Row) -> str:
     return hashed.hexdigest()
 
 
-def check_clip(row: Row, limits: tuple[float, float], seen: dict[str, str]) -> list[Fault]:
-    """Open the audio of a row and list its faults; `seen` maps digests to ids and finds copies.
+@dataclass(frozen=True)
+class Verdict:
+    """What was found in one recording; seconds and rate are 0 when it cannot be read."""
 
-    A dialogue is cut into chunks, so it may be long; its agent may listen for most of it.
-    """
-    dialogue = "alignments" in row
-    limits = (limits[0], 4 * 3600.0) if dialogue else limits
+    faults: list[Fault]
+    seconds: float = 0.0
+    rate: int = 0
+
+
+def judge_clip(row: Row, limits: tuple[float, float]) -> Verdict:
+    """Open the audio of a row and list its faults. Limits in seconds. The agent of a dialogue may listen for most of it."""
+    if row["file"] != INLINE and (path := Path(row["file"])).exists() and not (path.is_file() or path.is_dir()):
+        return Verdict([("reject", "not a file", "it is a pipe, a socket or a device: name a sound file")])
     try:
         wav, rate = read_clip(row, limits)
     except Unusable as error:
-        return [("reject", *error.args)]
-    first = seen.setdefault(audio_digest(row), row["id"])
-    copy = [("doubt", "duplicate audio", f"the same audio as {first}: remove one")] if first != row["id"] else []
+        return Verdict([("reject", *error.args)])
+    dialogue = "alignments" in row
     stereo = stereo_faults(wav, rate, row) if row.get("stereo") else ()
     found = [f for f in faults(wav, rate, row["text"], limits) if not (dialogue and f[1] in (PACE, SILENCE))]
-    return [*found, *copy, *stereo, *(f for f in header_faults(row) if f not in found)]
+    return Verdict([*found, *stereo, *(f for f in header_faults(row) if f not in found)], wav.shape[-1] / rate, rate)
+
+
+class Verdicts:
+    """Verdicts by a hash of everything that was judged. With a folder (CACHE/verdicts) they outlive the command, which adds a file
+    of its own: a recording is judged once."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder, self.known, self.new = folder, {}, []
+        for path in sorted(folder.glob("*.jsonl")) if folder else []:
+            for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+                try:
+                    key, found, seconds, rate = json.loads(line)
+                    self.known[key] = Verdict([(kind, reason, fix) for kind, reason, fix in found], seconds, rate)
+                except (TypeError, ValueError):
+                    raise ValueError(f"{path} is damaged in line {number}; delete it, its recordings are judged again") from None
+
+    def of(self, row: Row, limits: tuple[float, float]) -> Verdict:
+        """The verdict on a row that has its `mark`, the digest of its audio."""
+        said = [row.get(name) for name in ("text", "words", "alignments")] if row["mark"] else [row["file"]]
+        key = hashlib.sha256(json.dumps([VERDICTS, row["mark"], *said, limits]).encode()).hexdigest()[:32]
+        if key not in self.known or not row["mark"]:
+            self.known[key] = verdict = judge_clip(row, limits)
+            if row["mark"]:
+                self.new.append([key, verdict.faults, verdict.seconds, verdict.rate])
+        return self.known[key]
+
+    def save(self) -> None:
+        if self.folder is None or not self.new:
+            return
+        path = self.folder / f"{hashlib.sha256(json.dumps(self.new).encode()).hexdigest()[:16]}.jsonl"
+        try:
+            write_rows(path, self.new)
+        except OSError as error:
+            raise OSError(f"{path} cannot be written ({error.strerror}); {FULL}") from None
+        self.new = []
+
+
+def digest_or_nothing(row: Row) -> str:
+    """`audio_digest`, "" for a file that cannot be read."""
+    if row["file"] != INLINE and not Path(row["file"]).is_file():
+        return ""
+    try:
+        return audio_digest(row)
+    except OSError:
+        return ""
+
+
+def judge(m: Manifest, limits: tuple[float, float], doubtful: str = "keep", talk: float = TALK, verdicts: Verdicts | None = None,
+          duplex: bool = False, workers: int = 1) -> dict[str, Verdict]:
+    """Leave out the rows of a manifest whose audio cannot be used, and name those that are kept with a warning.
+
+    Limits are the least and most seconds of a clip, `talk` the most of a dialogue. With `duplex` every clip must be stereo.
+    Returns the verdicts on the recordings that are kept, by id.
+    """
+    own, seen, verdicts = {r["id"] for r in m.rows}, {}, verdicts or Verdicts()
+    clips = [clip for clip in m.clips.values() if clip["file"]]
+    for clip in clips:
+        if duplex:
+            clip["stereo"] = True
+        clip["mark"] = digest_or_nothing(clip)
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        found = list(pool.map(lambda clip: verdicts.of(clip, (limits[0], talk if "alignments" in clip else limits[1])), clips))
+    verdicts.save()
+    kept: dict[str, Verdict] = {}
+    for clip, verdict in zip(clips, found, strict=True):
+        name, faults = clip["id"], list(verdict.faults)
+        first = seen.setdefault(clip["mark"], name) if name in own and clip["mark"] else name
+        if first != name:
+            faults.append(("doubt", "duplicate audio", f"the same audio as {first}: remove one"))
+        out = [fault for fault in faults if fault[0] == "reject" or (fault[0] == "doubt" and doubtful == "drop")]
+        if not out:
+            kept[name] = verdict
+        for _, reason, fix in out[:1]:                  # the worst is the reason
+            m.reject(name, reason, fix)
+        for _, reason, fix in [] if out else faults:
+            m.warned.append(RejectedRow(name, reason, fix))
+    drop_users(m, {clip["id"] for clip in clips} - kept.keys())
+    return kept
+
+
+def drop_users(m: Manifest, dropped: set[str]) -> None:
+    """Remove the clips `dropped` from a manifest, and the rows that need one of them."""
+    rows = []
+    for row in m.rows:
+        sides = [row, *([row["rejected"]] if "rejected" in row else [])]
+        beside = [side["id"] + suffix for side in sides for suffix in ("#reference", "#rejected", *side.get("others", ()))]
+        part = next((name for name in row.get("parts", ()) if name in dropped), None)
+        if part is not None:
+            m.reject(row["id"], f"its part {part} was left out", "correct or remove that clip")
+        if part is not None or row["id"] in dropped or not dropped.isdisjoint(beside):
+            m.clips.pop(row["id"], None)
+        else:
+            rows.append(row)
+    m.rows[:] = rows
+    for name in dropped:
+        m.clips.pop(name, None)
+
+
+def verdict_lines(manifests: Sequence[Manifest], doubtful: str) -> list[str]:
+    """How many rows are kept, kept with a warning and left out, with the reasons: the same lines in every command."""
+    rows = [row["id"] for m in manifests for row in m.rows if row["id"] not in {b.where for b in m.bad}]
+    lost = Counter(b.reason for m in manifests for b in m.bad)
+    warned = Counter(w.reason for m in manifests for w in m.warned)
+    count = len({(n, w.where.partition("#")[0]) for n, m in enumerate(manifests) for w in m.warned})
+    out = len({(n, b.where.partition("#")[0] or b.where) for n, m in enumerate(manifests) for b in m.bad})
+    listed = [", ".join(f"{n} {reason}" for reason, n in found.most_common(8)) for found in (warned, lost)]
+    lines = [f"kept {len(rows)} rows, {count} of them with a warning" + (f": {listed[0]}" if count else ""),
+             f"left out {out} rows" + (f": {listed[1]}" if out else "")]
+    if warned or lost:
+        does, other = {"keep": ("kept", "drop"), "drop": ("left out", "keep")}[doubtful]
+        lines.append(f"recordings that may be faulty are {does} (--data.doubtful={doubtful}, the other choice is {other})")
+    return lines
+
+
+def warning_lines(m: Manifest) -> Iterator[str]:
+    """One line for each reason of a warning."""
+    named: dict[tuple[str, str], list[str]] = {}
+    for found in m.warned:
+        named.setdefault((found.reason, found.fix), []).append(found.where)
+    for (reason, fix), names in named.items():
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        yield visible(f"warning: {shown}: {reason}; {fix}")
+
+
+def checked_reference(name: str, said: str, limits: tuple[float, float], doubtful: str) -> tuple[Tensor, int]:
+    """Read a recording that is given as a voice; ValueError names its fault. Warnings are printed."""
+    row = {"id": name, "file": name, "text": said, "mark": ""}
+    for kind, reason, fix in judge_clip(row, limits).faults:
+        if kind == "reject" or (kind == "doubt" and doubtful == "drop"):
+            raise ValueError(f"reference {name}: {reason}; {fix}")
+        print(visible(f"warning: {name}: {reason}; {fix}"), file=sys.stderr)
+    return read_clip(row, limits)
 
 
 def stereo_faults(wav: Tensor, rate: int, row: dict[str, Any]) -> Iterator[Fault]:
@@ -181,63 +322,120 @@ def crosstalk(wav: Tensor, rate: int, seconds: float = 30.0, reach: float = 0.02
     return float(torch.cat([lags[: reach + 1], lags[-reach:]]).max() / (x.square().sum(1).prod().sqrt() + 1e-12))
 
 
-def check_source(path: str, write: str = "", allow_outside: bool = False, limits: tuple[float, float] = (0.2, 30.0)) -> list[Row]:
-    """Print the layout of a source and the faults of its rows; returns the usable rows, ValueError when there is none.
+def check_source(path: str, write: str = "", allow_outside: bool = False, limits: tuple[float, float] = (0.2, 30.0),
+                 doubtful: str = "keep", given: Sequence[str] = ()) -> list[Row]:
+    """Print the layout of a source and the verdict on its rows; returns the usable rows, ValueError when there is none.
 
-    `write` names a folder for NAME.kept.jsonl and NAME.rejected.jsonl.
+    `write` names a folder for NAME.kept.jsonl and NAME.rejected.jsonl; `given` are options for the command to run next.
     """
     m = read_manifest(path, allow_outside)
     print(f"detected: {m.kind} ({m.path})", *m.notes, sep="\n  ")
-    seen: dict[str, str] = {}
-    dropped: set[str] = set()
-    own = {r["id"] for r in m.rows}
-    for row in [r for r in m.clips.values() if r["file"]]:
-        serves = row["id"].rpartition("#")[0] in own                # one recording may be the reference of many rows
-        for kind, reason, fix in check_clip(row, limits, {} if serves else seen):
-            if kind == "warn":
-                print(visible(f"  warning: {row['id']}: {reason}; {fix}"))
-            else:
-                m.reject(row["id"], reason, fix)
-                dropped.add(row["id"])
-    used = {r["id"]: [r["id"], *r.get("parts", []), *(r["id"] + suffix for suffix in ("#reference", "#rejected", *r.get("others", ())))]
-            for r in m.rows}
-    kept = [r for r in m.rows if not dropped.intersection(used[r["id"]])]
-    report(m, len(kept))
+    verdicts = judge(m, limits, doubtful)
+    print(*(f"  {line}" for line in warning_lines(m)), sep="\n", end="\n" if m.warned else "")
+    report(m)
+    if m.rows:
+        print(*describe(m.rows, verdicts), sep="\n")
+    print(*verdict_lines([m], doubtful), sep="\n")
     if write:
-        write_lists(m, kept, Path(write))
-    if not kept:
+        path = str(write_lists(m, Path(write)))
+    if not m.rows:
         if not m.bad:
             raise ValueError(f"{path} has no usable row: read as {m.kind}, nothing found; see `python data.py --help` for the layouts")
         raise ValueError(f"{path} has no usable row; fix the rejected rows listed above")
-    return kept
+    outside = ["--data.allow_outside=True"] if allow_outside and not write else []
+    print("next:", shlex.join(["python", "train.py", recipe_for(m), f"--data.sources={path}", *outside, *given]))
+    return m.rows
 
 
-def report(m: Manifest, kept: int) -> None:
-    """Print the table of reasons and the counts."""
+def report(m: Manifest) -> None:
+    """Print the table of the reasons why rows are left out."""
     for reason, count in Counter(b.reason for b in m.bad).most_common():
         found = [b for b in m.bad if b.reason == reason]
         print(visible(f"  {count:>6}  {reason:<28} {', '.join(b.where for b in found[:3])}{' ...' if count > 3 else ''}"))
-        print(visible(f"  {'':>6}  {'':<28} fix: {found[0].fix}"))
-    print(f"kept {kept} rows, rejected {len({b.where for b in m.bad})}")
+        for fix in list(dict.fromkeys(b.fix for b in found))[:3]:
+            print(visible(f"  {'':>6}  {'':<28} fix: {fix}"))
 
 
-def write_lists(m: Manifest, kept: list[Row], folder: Path) -> None:
-    """Write the kept rows as a manifest into `folder`, and the rejected ones as a second file."""
-    rows = [with_relative_paths(r, folder) for r in kept if not r.get("composed")]      # the compose line is written instead
-    for suffix, items in (("kept", rows + m.virtual), ("rejected", [vars(b) for b in m.bad])):
-        path = folder / f"{m.path.stem}.{suffix}.jsonl"
+def describe(rows: Sequence[Row], verdicts: dict[str, Verdict]) -> Iterator[str]:
+    """Minutes, voices, sample rates, scripts and pace of the usable rows, a line each."""
+    spoken = {row["id"]: verdicts[row["id"]] for row in rows if row["id"] in verdicts}
+    yield f"{sum(v.seconds for v in spoken.values()) / 60:.1f} minutes in {len(spoken)} recordings, {len(rows)} rows"
+    minutes: Counter[str] = Counter()
+    for row in rows:
+        minutes[row["speaker"]] += spoken[row["id"]].seconds / 60 if row["id"] in spoken else 0
+    named = [f"{name or '(no name)'} {m:.1f}" for name, m in minutes.most_common(8)]
+    yield visible(f"voices (minutes): {', '.join(named)}{f' and {len(minutes) - 8} more' if len(minutes) > 8 else ''}")
+    rates = Counter(v.rate for v in spoken.values())
+    yield f"sample rates: {', '.join(f'{rate} Hz ({n})' for rate, n in rates.most_common())}" if rates else "no recordings, texts only"
+    scripts = Counter(script for row in rows for script in scripts_of(row["text"]))
+    yield f"scripts of the texts: {', '.join(f'{script} ({n} rows)' for script, n in scripts.most_common(6)) or 'none'}"
+    pace = sorted(len(row["text"].strip()) / spoken[row["id"]].seconds for row in rows if row["id"] in spoken)
+    if pace:
+        yield f"characters a second: {pace[len(pace) // 2]:.1f} in the middle, {pace[0]:.1f} to {pace[-1]:.1f}"
+
+
+def scripts_of(text: str) -> set[str]:
+    """The scripts of the letters of a text, by the first word of their Unicode names."""
+    return {unicodedata.name(letter, "unknown").split()[0].capitalize() for letter in set(text) if letter.isalpha()}
+
+
+def recipe_for(m: Manifest) -> str:
+    """The config to begin with for data of this kind."""
+    if any("alignments" in row for row in m.rows):
+        return "configs/moshi_lora.py"
+    return "configs/higgs_ar.py" if any(row["file"] or "parts" in row for row in m.rows) else "configs/ivr_qwen.py"
+
+
+def write_lists(m: Manifest, folder: Path) -> Path:
+    """Write the kept rows as a manifest into `folder`, and the rejected ones as a second file; returns the first.
+
+    Recordings that do not lie below `folder` are linked into it, or copied where a link is not possible: the manifest can be
+    used as it is.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = m.path.resolve().stem
+    virtual = {id(line) for line in m.virtual}
+    rows = [with_own_paths(r, m, folder) for r in m.rows if not r.get("composed") and id(r) not in virtual]
+    names = {name: f"{stem}.clips{n or ''}.jsonl" for n, name in enumerate(m.named)}
+    if folder.resolve() == m.root.resolve():
+        names = {}
+    for name, file in names.items():
+        used = [clip for clip in m.named[name].values() if "parts" not in clip and "#" not in clip["id"]]
+        write_rows(folder / file, (with_own_paths(clip, m, folder) for clip in used if Path(clip["file"]).is_file() or not clip["file"]))
+    lines = [line | ({"manifest": names[line["manifest"]]} if line.get("manifest") in names else {}) for line in (*rows, *m.virtual)]
+    for suffix, items in (("rejected", [vars(b) for b in m.bad]), ("kept", lines)):
+        path = folder / f"{stem}.{suffix}.jsonl"
         write_rows(path, items)
         print(f"wrote {path}")
+    return path
 
 
-def with_relative_paths(row: Row, folder: Path) -> Row:
-    """A row whose audio paths are relative to `folder`."""
+def with_own_paths(row: Row, m: Manifest, folder: Path) -> Row:
+    """A row whose audio paths are relative to `folder` and stay inside it."""
     new = {k: v for k, v in row.items() if k not in CACHE_FIELDS}
     if row["file"] and row["file"] != INLINE:
-        new["audio"] = os.path.relpath(row["file"], folder)
+        new["audio"] = place_inside(Path(row["file"]), m.root, folder)
     for side in ("reference", "rejected"):
         if row.get(side):
-            new[side] = with_relative_paths(row[side], folder)
+            new[side] = with_own_paths(row[side], m, folder)
     if row.get("others"):
-        new["others"] = {suffix: with_relative_paths(part, folder) for suffix, part in row["others"].items()}
+        new["others"] = {suffix: with_own_paths(part, m, folder) for suffix, part in row["others"].items()}
     return new
+
+
+def place_inside(file: Path, root: Path, folder: Path) -> str:
+    """The path of a recording relative to `folder`; one from elsewhere is linked into folder/audio first."""
+    real, home = file.resolve(), folder.resolve()
+    if real.is_relative_to(home):
+        return real.relative_to(home).as_posix()
+    inside = real.is_relative_to(root.resolve())
+    name = real.relative_to(root.resolve()) if inside else Path(hashlib.sha256(str(real).encode()).hexdigest()[:8]) / real.name
+    target = home / "audio" / name
+    if not (target.is_file() and target.samefile(real)):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)
+        try:
+            os.link(real, target)
+        except OSError:                                 # another disk, or one without links
+            shutil.copyfile(real, target)
+    return target.relative_to(home).as_posix()

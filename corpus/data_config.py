@@ -28,6 +28,7 @@ class DataConfig:
     window: int = 256                       # number of examples that are packed into rows at a time
     max_seconds: float = 30.0               # longest clip in seconds; longer ones are left out
     min_seconds: float = 0.2                # shortest clip in seconds; shorter ones are left out
+    doubtful: str = "keep"                  # recordings that may be faulty (silence, clipping, noise): "keep" and name them, or "drop"
     max_text: int = 0                       # largest number of text tokens in an example; longer ones are left out; 0 = no limit
     reference: float = 0.0                  # probability that an example gets another clip of its speaker as voice reference, 0 to 1
     reference_in: str = "assistant"         # conversations: place of the voice reference, an "assistant" turn or the "system" message
@@ -61,6 +62,7 @@ class DataConfig:
         assert self.reference_in in ("assistant", "system"), f"reference_in {self.reference_in!r} is neither assistant nor system"
         assert self.thought in ("", "empty", "none"), f"thought {self.thought!r} is neither empty nor none"
         assert self.assistant_text in ("drop", "keep"), f"assistant_text {self.assistant_text!r} is neither drop nor keep"
+        assert self.doubtful in ("keep", "drop"), f"doubtful {self.doubtful!r} is neither keep nor drop"
         assert 0 <= self.min_seconds <= self.max_seconds, "min_seconds is at most max_seconds"
         assert self.interleaver in INTERLEAVERS, f"interleaver {self.interleaver!r} is none of {', '.join(INTERLEAVERS)}"
         assert self.chunk_seconds > 0 <= self.text_padding_weight, "chunk_seconds is positive, text_padding_weight not negative"

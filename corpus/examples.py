@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from audio.wav import resample
-from corpus.cache import encode, print_warnings
-from corpus.checks import usable_clip
+from corpus.cache import encode
+from corpus.checks import checked_reference
 from corpus.data_config import DataConfig
 from corpus.index import Index, new_chat
 from families.family import family_of
@@ -151,9 +151,5 @@ def reply_example(messages: list[dict[str, Any]], codes: Sequence[Tensor], confi
 
 def reference_codes(name: str, said: str, config: DataConfig, codec: Any) -> Tensor:
     """Codes (Q, T) of a reference recording; ValueError names its fault."""
-    print_warnings([{"id": name, "file": name}])
-    try:
-        wav, rate = usable_clip({"file": name, "text": said}, (config.min_seconds, config.max_seconds))
-    except ValueError as error:
-        raise ValueError(f"reference {name}: {'; '.join(error.args)}") from None
+    wav, rate = checked_reference(name, said, (config.min_seconds, config.max_seconds), config.doubtful)
     return encode(codec, resample(wav, rate, codec.sample_rate).clamp(-1, 1))

@@ -35,6 +35,7 @@ from corpus.cache import (
     word_shift,
     write_tensors,
 )
+from corpus.checks import Verdicts, judge, verdict_lines, warning_lines
 from corpus.data_config import PROMPT_FIELDS, DataConfig
 from corpus.layouts import read_manifest
 from corpus.manifest import Manifest, Row, hash_fraction
@@ -88,6 +89,7 @@ class Index:
     chat: Chat | None = None                            # chat template and tokenizer, for families with conversations
     padding: tuple[float, int, int] = (0.5, 3, 0)       # weight of padding in the text row of a dialogue, and its ids
     content: str = ""                                   # the name of its files
+    verdict: list[str] = field(default_factory=list)    # how many rows are kept and left out, as lines to print
 
     def text(self, number: int) -> Tensor:
         """Ids of an entry and, where text is aligned, the first frame of each under every variant.   (1 or 1 + V, n)"""
@@ -120,13 +122,14 @@ class Index:
         about = json.dumps(self.info | {"entries": [vars(e) for e in self.entries]}, ensure_ascii=False).encode()
         sums = {key: SUM + checksum(array.data.cast("B")) for key, array in texts.items()}
         self.content = hashlib.sha256(about + json.dumps(sums).encode()).hexdigest()[:16]
-        now = {"content": self.content, "checksum": checksum(about), "before": ""}
+        now = {"content": self.content, "checksum": checksum(about), "before": "", "verdict": self.verdict}
         try:
             before = current(self.folder)
         except ValueError as error:
             print(f"{error}: written anew", file=sys.stderr)
             before = None
-        if before and before["content"] == self.content and self.path("").is_file() and (self.folder / f"{self.content}.json").is_file():
+        same = before and before["content"] == self.content and self.path("").is_file() and (self.folder / f"{self.content}.json").is_file()
+        if same and before.get("verdict", []) == self.verdict:
             return
         write_tensors(self.path(""), texts, sums)
         replace_file(self.folder / f"{self.content}.json", lambda temporary: Path(temporary).write_bytes(about))
@@ -178,14 +181,19 @@ def write_index(config: DataConfig, table: StreamTable) -> Index:
         raise ValueError(f"data.augment needs a duplex model and data.variants above 1 (now {config.variants}); or drop data.augment")
     chat = new_chat(config, tokenizer, table)
     manifests = [read_manifest(source_weight(s)[0], config.allow_outside, assistant_text=config.assistant_text) for s in config.sources]
+    if codec:
+        verdicts = Verdicts(Path(config.cache) / "verdicts")
+        for m in manifests:
+            judge(m, (config.min_seconds, config.max_seconds), config.doubtful, config.max_seconds, verdicts, duplex, config.workers)
     encoded = store_codes(manifests, codec, duplex, config) if codec else 0
     info = {"version": CACHE_VERSION, "frame_rate": codec.frame_rate if codec else 0.0, "duplex": duplex}
     index = Index(index_folder(config, table), info, [], chat=chat, padding=(config.text_padding_weight, table.pad, table.epad))
     indexer = Indexer(index, config, table, tokenizer, composed_audio(manifests))
     for source, m in enumerate(manifests):
         indexer.add(m, source)
-    bad = print_left_out(manifests, table)
     index = indexer.index
+    index.verdict = verdict_lines(manifests, config.doubtful)
+    bad = print_left_out(manifests, table, index.verdict)
     count = sum(e.split != "" for e in index.entries)
     if not count:
         raise ValueError(f"no usable row in {', '.join(config.sources)}; `python data.py check` lists the reasons")
@@ -272,13 +280,16 @@ def source_weight(source: str) -> tuple[str, float]:
     return (path, float(number)) if path and re.fullmatch(r"\d+(\.\d*)?|\.\d+", number) else (source, 1.0)
 
 
-def print_left_out(manifests: list[Manifest], table: StreamTable) -> int:
-    """Print the rejected rows with reason and fix; returns their number."""
+def print_left_out(manifests: list[Manifest], table: StreamTable, verdict: list[str]) -> int:
+    """Print warnings, the rejected rows with reason and fix, and the verdict; returns the number of rejected rows."""
     bad = [b for m in manifests for b in m.bad]
+    for line in (line for m in manifests for line in warning_lines(m)):
+        print(line, file=sys.stderr)
     for b in bad[:10]:
         print(visible(f"left out: {b.where}: {b.reason}; {b.fix}"), file=sys.stderr)
     if len(bad) > 10:
         print(f"left out: {len(bad) - 10} more rows; `python data.py check` lists them", file=sys.stderr)
+    print(*verdict, sep="\n")
     untimed = sum("words" not in row and "parts" not in row for m in manifests for row in m.rows)
     untimed = untimed if table.aligned and not table.monologue else 0
     if untimed:
@@ -292,6 +303,7 @@ def index_folder(config: DataConfig, table: StreamTable) -> Path:
     return Path(config.cache) / hash_of(CACHE_VERSION, sources, config.codec, config.tokenizer, config.normaliser, config.variants,
                                     config.split, config.held_out, config.min_seconds, config.max_seconds,
                                     config.allow_outside, table.aligned, len(table.audio), config.max_text,
+                                    *([config.doubtful] if config.doubtful != "keep" else []),
                                     *([config.assistant_text, table.layout] if family_of(table).template else []),
                                     *([config.chunk_seconds, config.interleaver, config.contextual, config.spaces,
                                        config.both_speakers, table.layout, table.pad, table.epad,
@@ -310,6 +322,7 @@ def open_cache(config: DataConfig, table: StreamTable) -> Index:
     try:
         found = read_json(path, MAX_INDEX, now["checksum"])
         return Index(folder, found, [Entry(**entry) for entry in found.pop("entries")], chat=chat, content=now["content"],
+                     verdict=now.get("verdict", []),
                      padding=(config.text_padding_weight, table.pad, table.epad)).open()
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(damaged_message(path, error)) from None
@@ -317,7 +330,7 @@ def open_cache(config: DataConfig, table: StreamTable) -> Index:
         raise FileNotFoundError(f"{path} is missing; run `python data.py prepare CONFIG.py` again") from None
 
 
-def current(folder: Path) -> dict[str, str] | None:
+def current(folder: Path) -> dict[str, Any] | None:
     """What index.json of a folder of the cache says; None where there is none, or one of an older layout."""
     if not (folder / "index.json").is_file():
         return None
@@ -386,11 +399,7 @@ class Indexer:
 
     def locate(self, entry: Entry, row: Row, numbers: dict[str, int]) -> None:
         """Fill in where the codes of an entry are; NoAudio for audio that was rejected, ValueError for a new reason."""
-        entry.reference = numbers.get(f"{row['id']}#reference", -1)
-        if "rejected" in row:
-            if f"{row['id']}#rejected" not in numbers:
-                raise ValueError("its rejected reply was left out")
-            entry.rejected = numbers[f"{row['id']}#rejected"]
+        self.locate_sides(entry, row, numbers)
         if self.index.chat is not None:
             self.add_messages(entry, row, numbers)
             if not self.table.audio or (entry.messages and not row["file"]):
@@ -409,6 +418,14 @@ class Indexer:
         low, high = self.config.min_seconds, self.config.max_seconds
         if not low <= entry.frames[0] / self.index.info["frame_rate"] <= high + 1:      # the codec pads the last frame
             raise ValueError(f"duration outside {low:g}..{high:g} s")
+
+    def locate_sides(self, entry: Entry, row: Row, numbers: dict[str, int]) -> None:
+        """Fill in the entries of a row's reference and of its rejected reply; ValueError when one was left out."""
+        entry.reference, entry.rejected = (numbers.get(f"{row['id']}#{side}", -1) for side in ("reference", "rejected"))
+        if row.get("reference") and entry.reference < 0 and self.table.audio:
+            raise ValueError("its reference was left out")
+        if "rejected" in row and entry.rejected < 0:
+            raise ValueError("its rejected reply was left out")
 
     def add_messages(self, entry: Entry, row: Row, numbers: dict[str, int]) -> None:
         """Store the messages of a row and the entries of their recordings; ValueError when they cannot be trained."""

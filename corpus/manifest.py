@@ -85,6 +85,7 @@ class Manifest:
     named: dict[str, dict[str, Row]] = field(default_factory=dict)      # clips of those manifests, by file
     virtual: list[Row] = field(default_factory=list)        # compose lines as they were written
     bad: list[RejectedRow] = field(default_factory=list)
+    warned: list[RejectedRow] = field(default_factory=list) # kept, with a warning
     notes: list[str] = field(default_factory=list)
     assistant_text: str = "drop"                            # DataConfig.assistant_text: of one-turn clone requests
 

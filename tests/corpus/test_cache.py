@@ -196,7 +196,7 @@ def test_a_second_prepare_is_refused_by_name_while_one_runs(config):
     import sys
 
     from conftest import ROOT
-    code = "import sys, time; from files import lock; lock(sys.argv[1]); print('ready', flush=True); time.sleep(60)"
+    code = "import sys, time; from system.files import lock; lock(sys.argv[1]); print('ready', flush=True); time.sleep(60)"
     other = subprocess.Popen([sys.executable, "-c", code, config.cache], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     other.stdout.readline()
     with pytest.raises(ValueError, match=f"is being written by process {other.pid} on"):

@@ -8,7 +8,7 @@ import pytest
 import soundfile
 import torch
 
-from corpus.checks import check_source, faults, quality_faults, read_clip
+from corpus.checks import check_source, faults, judge, quality_faults, read_clip, warning_lines
 from corpus.layouts import read_manifest
 from corpus.manifest import compose, hash_fraction
 
@@ -233,14 +233,14 @@ def test_check_prints_reasons_and_writes_lists(tmp_path, capsys):
     names = "good copy quiet empty nan broken missing".split()
     rows = [{"id": n, "audio": f"{n}.wav", "text": "some words"} for n in names]
     path = write_lines(tmp_path / "manifest.jsonl", rows + [{"id": "v", "parts": ["good", "good"]}, {"id": "w", "parts": ["quiet"]}])
-    check_source(str(path), write=str(tmp_path))
+    check_source(str(path), write=str(tmp_path), doubtful="drop")
     out = capsys.readouterr().out
     for word in ("detected: manifest", "duplicate audio", "silence", "empty audio", "NaN samples", "unreadable audio", "missing file",
-                 "kept 2 rows, rejected 6"):
+                 "its part quiet was left out", "kept 2 rows, 0 of them with a warning", "left out 7 rows"):
         assert word in out, word
     again = read_manifest(tmp_path / "manifest.kept.jsonl")
     assert [r["id"] for r in again.rows] == ["good", "v"] and not again.bad
-    assert len((tmp_path / "manifest.rejected.jsonl").read_text().splitlines()) == 6
+    assert len((tmp_path / "manifest.rejected.jsonl").read_text().splitlines()) == 7
 
 
 def test_check_keeps_compose_lines_and_fails_when_nothing_is_left(tmp_path, capsys):
@@ -301,7 +301,6 @@ def test_moss_ttsd_rows(tmp_path):
 # ---- what is used, but not without a word ----
 
 def test_two_channels_and_telephone_rates_are_told_by_check_prepare_and_cloning(tmp_path, capsys):
-    from corpus.cache import print_warnings
     from corpus.data_config import DataConfig
     from corpus.examples import prompt_example
     from text.tokenizers import load_tokenizer
@@ -311,12 +310,11 @@ def test_two_channels_and_telephone_rates_are_told_by_check_prepare_and_cloning(
     check_source(str(write_lines(tmp_path / "m.jsonl", rows)))
     out = capsys.readouterr().out
     assert "warning: two: stereo; both channels are mixed to mono" in out and "kept 2 rows" in out
-    assert out.count("sample rate below 16 kHz") == 1
-    found = read_manifest(tmp_path / "m.jsonl").rows
-    print_warnings([*found, *({"id": str(n), "file": found[0]["file"]} for n in range(4)), {"id": "gone", "file": "gone.wav"},
-                   {"id": "duplex", "file": found[0]["file"], "stereo": True}])
-    lines = capsys.readouterr().err.splitlines()
-    assert [line.split(";")[0] for line in lines] == ["warning: two, 0, 1 and 2 more: stereo", "warning: phone: sample rate below 16 kHz"]
+    assert out.count("phone: sample rate below 16 kHz") == 1 and "2 of them with a warning: 1 stereo, 1 sample rate" in out
+    many = [{"id": str(n), "audio": "two.wav", "text": "hello there friend"} for n in range(6)]
+    m = read_manifest(write_lines(tmp_path / "many.jsonl", many))
+    judge(m, (0.2, 30.0))
+    assert list(warning_lines(m))[0].startswith("warning: 0, 1, 2 and 3 more: stereo; both channels")
 
     class Codec:
         sample_rate = 16000

@@ -283,8 +283,7 @@ def source_weight(source: str) -> tuple[str, float]:
 def print_left_out(manifests: list[Manifest], table: StreamTable, verdict: list[str]) -> int:
     """Print warnings, the rejected rows with reason and fix, and the verdict; returns the number of rejected rows."""
     bad = [b for m in manifests for b in m.bad]
-    for line in (line for m in manifests for line in warning_lines(m)):
-        print(line, file=sys.stderr)
+    print(*(f"{line}\n" for m in manifests for line in warning_lines(m)), sep="", end="", file=sys.stderr)
     for b in bad[:10]:
         print(visible(f"left out: {b.where}: {b.reason}; {b.fix}"), file=sys.stderr)
     if len(bad) > 10:

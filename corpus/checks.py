@@ -26,6 +26,7 @@ from torch import Tensor
 from audio.wav import levels, load_wav, resample
 from corpus.layouts import read_manifest
 from corpus.manifest import CACHE_FIELDS, INLINE, Manifest, RejectedRow, Row, Unusable, open_audio
+from families.family import RECIPES
 from options import FULL, visible, write_rows
 from text.word_times import MAIN, OTHER, Alignment, check_length, parse_alignments, row_words, tidy_words
 
@@ -382,8 +383,8 @@ def scripts_of(text: str) -> set[str]:
 def recipe_for(m: Manifest) -> str:
     """The config to begin with for data of this kind."""
     if any("alignments" in row for row in m.rows):
-        return "configs/moshi_lora.py"
-    return "configs/higgs_ar.py" if any(row["file"] or "parts" in row for row in m.rows) else "configs/ivr_qwen.py"
+        return RECIPES["dialogues"]
+    return RECIPES["speech" if any(row["file"] or "parts" in row for row in m.rows) else "text"]
 
 
 def write_lists(m: Manifest, folder: Path) -> Path:

@@ -85,6 +85,9 @@ def lay_out(example: Example, table: StreamTable) -> Grid:
     return family_of(table).lay_out(example, table)
 
 
+RECIPES = {"dialogues": "configs/moshi_lora.py", "speech": "configs/higgs_ar.py", "text": "configs/ivr_qwen.py"}     # to begin with
+
+
 def special_tokens() -> tuple[str, ...]:
     """Special tokens of all families, which no text of a conversation may contain."""
     return tuple(dict.fromkeys(mark for family in all_families() if family.template for mark in family.template.refused))

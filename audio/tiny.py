@@ -152,6 +152,7 @@ class TinyStream:
         self.wav = None             # (B, n) from 432 samples before the next frame
         self.codes = None           # (B, 8, n) from `start` on
         self.done = 0               # frames of self.codes already decoded; the rest of the past is context
+        self.vocoder = None         # what the vocoder's convolutions remember: each frame is computed once
 
     def encode(self, wav: Tensor) -> Tensor:
         """Take (B, 1, n >= 0) samples, give the codes (B, 8, t >= 0) that are certain."""
@@ -177,14 +178,21 @@ class TinyStream:
     def decode(self, codes: Tensor) -> Tensor:
         """Take codes (B, 8, n >= 0), give the samples (B, 1, m >= 0) that are certain."""
         self.codes = codes if self.codes is None else torch.cat([self.codes, codes], 2)
-        certain = 0 if self.codec.vocoder is None else self.codes.shape[2] - LOOKAHEAD
-        return self._decode(max(certain, self.done))
+        if self.codec.vocoder is None:
+            return self._decode(self.done)
+        self.vocoder = self.vocoder or VocoderStream(self.codec.vocoder, len(codes))
+        until = max(self.done, self.codes.shape[2] - LOOKAHEAD)
+        with torch.no_grad():
+            wav = self.vocoder.push(self.codec.mel(codes), (until - self.done) * FRAME).clamp(-1, 1)[:, None]
+        past = max(0, until - LOOKBACK)
+        self.codes, self.done = self.codes[:, :, past:], until - past
+        return wav
 
     def flush(self) -> Tensor:
         """End the codes: the samples (B, 1, m) that were held back."""
         assert self.codes is not None, "flush() before decode()"
         wav = self._decode(self.codes.shape[2])
-        self.codes, self.done = None, 0
+        self.codes, self.done, self.vocoder = None, 0, None
         return wav
 
     def _decode(self, until: int) -> Tensor:
@@ -246,9 +254,52 @@ class Vocoder(nn.Module):
         x = self.norm(self.embed(F.pad(mel.transpose(1, 2), (5, 1))).transpose(1, 2))   # (B, J, D)
         for block in self.blocks:
             x = block(x)
+        return overlap_add(self.synthesis(x))
+
+    def synthesis(self, x: Tensor) -> Tensor:
+        """States (B, J, D) -> windows of sound (B, J, 640)."""
         log_magnitude, phase = self.head(self.final_norm(x)).float().chunk(2, -1)       # (B, J, 321) each
-        spectrum = torch.polar(log_magnitude.clamp(max=6).exp(), phase)
-        return overlap_add(torch.fft.irfft(spectrum, SYNTHESIS))
+        return torch.fft.irfft(torch.polar(log_magnitude.clamp(max=6).exp(), phase), SYNTHESIS)
+
+
+class VocoderStream:
+    """The vocoder piece by piece: each convolution remembers its last 6 inputs and lags one behind; sound lags two more."""
+
+    def __init__(self, vocoder: Vocoder, items: int):
+        self.vocoder, like = vocoder, vocoder.final_norm.weight
+        widths = [MELS, *[len(like)] * len(vocoder.blocks)]
+        self.kept = [like.new_zeros(items, width, 5) for width in widths]       # in front of the first is silence
+        self.frames = like.new_zeros(items, 0, SYNTHESIS)                       # the last ones, which later ones overlap
+        self.first, self.wav = True, like.new_zeros(items, 0)
+
+    def convolve(self, n: int, conv: nn.Conv1d, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The next inputs (B, C, j) of convolution n -> its outputs, and the inputs that stand in their place."""
+        x = torch.cat([self.kept[n], x], 2)
+        self.kept[n] = x[..., -6:]
+        if x.shape[2] <= 6:
+            y = x.new_zeros(len(x), conv.out_channels, 0)
+        elif conv.groups > 1:                               # of a few columns, a product is faster than a grouped convolution
+            y = (x.unfold(2, 7, 1) * conv.weight[:, 0, None]).sum(-1) + conv.bias[:, None]
+        else:
+            y = conv(x)
+        return y, x[..., 5 : 5 + y.shape[2]]
+
+    def push(self, mel: Tensor, samples: int) -> Tensor:
+        """Take (B, j, 80), give the next `samples` (B, samples)."""
+        v = self.vocoder
+        x = v.norm(self.convolve(0, v.embed, mel.transpose(1, 2))[0].transpose(1, 2))
+        for n, block in enumerate(v.blocks, 1):
+            h, own = self.convolve(n, block.conv, x.transpose(1, 2))
+            x = own.transpose(1, 2) + block.scale * block.down(F.gelu(block.up(block.norm(h.transpose(1, 2)))))
+        if x.shape[1]:
+            self.frames = torch.cat([self.frames, v.synthesis(x)], 1)
+        J, begin = self.frames.shape[1], 0 if self.first else 2
+        if J >= begin + 3:                                                      # a hop needs the two frames behind it
+            hops = overlap_add(self.frames)[:, begin * HOP : (J - 2) * HOP]
+            self.wav, self.frames, self.first = torch.cat([self.wav, hops], 1), self.frames[:, -4:], False
+        out, self.wav = self.wav[:, :samples], self.wav[:, samples:]
+        assert out.shape[1] == samples, (out.shape, samples)
+        return out
 
 
 class Block(nn.Module):

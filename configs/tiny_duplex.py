@@ -32,8 +32,8 @@ config = TrainConfig(
                     split="manifest", columns=304, window=64, text_padding_weight=0.1,
                     stream_weights=(1.0, *(0.85**k for k in range(8)), *[0.0] * 8)),
     out="out/talk",
-    steps=1500, batch_size=3, lr=1.5e-3, schedule="linear", warmup=30, warmup_offset=1, weight_decay=0.02, dtype="auto",
-    eval_every=250, eval_batches=8, save_every=250, prompts=tuple(f"{FOLDER}/{1200 + n}.flac" for n in range(24)))
+    steps=2400, batch_size=3, lr=1.5e-3, schedule="linear", warmup=30, warmup_offset=1, weight_decay=0.02, dtype="auto",
+    eval_every=800, eval_batches=8, save_every=400, prompts=tuple(f"{FOLDER}/{1200 + n}.flac" for n in range(24)))
 
 
 def smoke() -> TrainConfig:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from audio.wav import levels, load_wav, resample
+from corpus.data_config import DataConfig
 from corpus.layouts import read_manifest
 from corpus.manifest import CACHE_FIELDS, INLINE, Manifest, RejectedRow, Row, Unusable, open_audio
 from families.family import RECIPES
@@ -262,6 +263,16 @@ def warning_lines(m: Manifest) -> Iterator[str]:
         yield visible(f"warning: {shown}: {reason}; {fix}")
 
 
+def advice(manifests: Sequence[Manifest], entries: Sequence[Any], config: DataConfig) -> Iterator[str]:
+    """Lines about options that do nothing with this data: references without a pair, lists that are held out by their name."""
+    voices = Counter(entry.speaker for entry in entries if entry.speaker and entry.key and entry.split == "train")
+    if config.reference and not any(n > 1 for n in voices.values()) and not any(entry.reference >= 0 for entry in entries):
+        yield (f"data.reference={config.reference:g} finds no pair: no speaker has two training recordings, so no voice is cloned; "
+               + 'give rows a "speaker", or put the recordings of each into a folder of their own\n')
+    if config.split != "manifest" and any(m.split_by_name for m in manifests):
+        yield f"lists named valid, dev or test are mixed with the others (data.split={config.split}): use --data.split=manifest\n"
+
+
 def checked_reference(name: str, said: str, limits: tuple[float, float], doubtful: str) -> tuple[Tensor, int]:
     """Read a recording that is given as a voice; ValueError names its fault. Warnings are printed."""
     row = {"id": name, "file": name, "text": said, "mark": ""}
@@ -344,6 +355,7 @@ def check_source(path: str, write: str = "", allow_outside: bool = False, limits
             raise ValueError(f"{path} has no usable row: read as {m.kind}, nothing found; see `python data.py --help` for the layouts")
         raise ValueError(f"{path} has no usable row; fix the rejected rows listed above")
     outside = ["--data.allow_outside=True"] if allow_outside and not write else []
+    outside += ["--data.split=manifest"] if m.split_by_name else []
     print("next:", shlex.join(["python", "train.py", recipe_for(m), f"--data.sources={path}", *outside, *given]))
     return m.rows
 
@@ -394,7 +406,7 @@ def write_lists(m: Manifest, folder: Path) -> Path:
     used as it is.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    stem = m.path.resolve().stem
+    stem = m.path.resolve().name if m.path.is_dir() else m.path.stem
     virtual = {id(line) for line in m.virtual}
     rows = [with_own_paths(r, m, folder) for r in m.rows if not r.get("composed") and id(r) not in virtual]
     names = {name: f"{stem}.clips{n or ''}.jsonl" for n, name in enumerate(m.named)}

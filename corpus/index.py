@@ -35,10 +35,10 @@ from corpus.cache import (
     word_shift,
     write_tensors,
 )
-from corpus.checks import Verdicts, judge, verdict_lines, warning_lines
+from corpus.checks import Verdicts, advice, judge, verdict_lines, warning_lines
 from corpus.data_config import PROMPT_FIELDS, DataConfig
 from corpus.layouts import read_manifest
-from corpus.manifest import Manifest, Row, hash_fraction
+from corpus.manifest import Manifest, Row, hash_fraction, label
 from families.family import family_of
 from layers.conditioning import condition_ids
 from options import read_json, visible, write_json
@@ -172,8 +172,7 @@ def prepare(config: DataConfig, table: StreamTable, wait: Callable[[str], Any] |
 
 def write_index(config: DataConfig, table: StreamTable) -> Index:
     if config.split not in ("hash", "speaker", "manifest") or not config.sources:
-        raise ValueError(f"data.split={config.split!r}, data.sources={config.sources}; "
-                         + "set split to hash, speaker or manifest and name a source")
+        raise ValueError(f"data.split={config.split!r}, sources={config.sources}; set split to hash, speaker or manifest and name a source")
     tokenizer = load_tokenizer(config.tokenizer)
     codec = fitting_codec(config.codec, table, tokenizer)
     duplex = check_fit(table, tokenizer, codec)
@@ -194,6 +193,7 @@ def write_index(config: DataConfig, table: StreamTable) -> Index:
     index = indexer.index
     index.verdict = verdict_lines(manifests, config.doubtful)
     bad = print_left_out(manifests, table, index.verdict)
+    print(*advice(manifests, index.entries, config), sep="", file=sys.stderr, end="")
     count = sum(e.split != "" for e in index.entries)
     if not count:
         raise ValueError(f"no usable row in {', '.join(config.sources)}; `python data.py check` lists the reasons")
@@ -378,7 +378,7 @@ class Indexer:
         """Append the usable rows of a manifest and reject the others."""
         self.drawn, numbers = {row["id"] for row in m.rows}, {}
         for row in m.clips.values():                    # parts and references come before the rows that use them
-            entry = Entry(row["id"], row["text"], source, "", str(row.get("speaker") or ""), str(row.get("group") or ""))
+            entry = Entry(row["id"], row["text"], source, "", label(row.get("speaker")), label(row.get("group")))
             try:
                 if self.table.audio or self.index.chat is not None:
                     self.locate(entry, row, numbers)

@@ -4,29 +4,46 @@
     conversations       {"messages": [...]}, a json list or jsonl (Higgs ChatML, ms-swift, TRL)
     cloning samples     {"samples": [{"audio_file", "ref_audio_file", ...}]} (train-higgs-audio)
     tagged transcripts  {"file_path", "full_transcript"} with [S1], [S2] (MOSS-TTSD)
-    metadata            metadata.csv, LJSpeech, a csv or tsv with a header
-    wav + txt, wav + json    folders of pairs
+    metadata            LJSpeech, lists of `path|text` (VITS, XTTS, Piper), a csv, tsv or jsonl with a header (Common Voice, NeMo)
+    Kaldi               wav.scp, text, and segments and utt2spk where they exist
+    wav + txt, wav + json    folders of pairs; trees of LibriSpeech and LibriTTS
 
-LAYOUTS maps the name of a layout to its reader and its converter. Next: checks.py.
+LAYOUTS maps the name of a layout to its reader and its converter. One file because a layout is a reader of ten lines and a line
+of that table, and `detect` must know all of them. Next: checks.py.
 """
 
 import csv
 import json
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from corpus.manifest import CACHE_FIELDS, SOUNDS, Manifest, Row, Unusable, accept, compose, path_inside, unusable_on_error
+from corpus.manifest import (
+    CACHE_FIELDS,
+    SOUNDS,
+    Manifest,
+    Row,
+    Unusable,
+    accept,
+    check_unicode,
+    compose,
+    label,
+    path_inside,
+    unusable_on_error,
+)
 from families.family import special_tokens
 from options import locate, parse_row
 from text.conversation import Message, bare, checked, clips, parts, said
 from text.word_times import MAIN, as_json, parse_alignments, tidy_words
 
 MAX_MANIFEST = 1 << 30      # bytes; a larger file is refused
-COLUMNS = {"audio": ("file_name", "audio", "path", "wav", "filename"),
+COLUMNS = {"audio": ("file_name", "audio", "path", "wav", "filename", "audio_filepath", "audio_file", "audio_path", "wav_filename"),
            "text": ("text", "transcription", "sentence", "transcript", "normalized_text"),
-           "speaker": ("speaker", "speaker_id", "source", "client_id")}
+           "speaker": ("speaker", "speaker_id", "source", "client_id", "speaker_name")}
+TABLES = (".csv", ".tsv", ".txt", ".list", ".lst")
+HELD_OUT = re.compile(r"(^|[^a-z])(valid|validation|val|dev|test|eval)([^a-z]|$)", re.I)      # in the name of a list
 
 
 def read_manifest(path: str | Path, allow_outside: bool = False, nested: bool = False, assistant_text: str = "drop") -> Manifest:
@@ -34,11 +51,12 @@ def read_manifest(path: str | Path, allow_outside: bool = False, nested: bool = 
 
     Raises FileNotFoundError without the source, ValueError when its layout is unknown.
     """
-    kind, path = detect(locate(path))
-    m, virtual = Manifest(path, kind, allow_outside, assistant_text=assistant_text), []
+    kind, *paths = detect(locate(path))
+    m, virtual = Manifest(paths[0], kind, allow_outside, assistant_text=assistant_text), []
     read, convert = LAYOUTS[kind]
-    for where, row in read(m):
+    for where, row in read(m) if len(paths) == 1 else several(m, paths, read):
         try:
+            check_unicode(row)
             row = preference_row(m, row, convert) if "rejected" in row else convert(m, row)
             if "rejected" in row:
                 accept_pair(m, where, row)
@@ -56,62 +74,119 @@ def read_manifest(path: str | Path, allow_outside: bool = False, nested: bool = 
     return m
 
 
-def detect(path: Path) -> tuple[str, Path]:
-    """Name the layout of a file or folder, and the file that lists its rows."""
+def several(m: Manifest, paths: list[Path], read: Callable[[Manifest], Iterator[tuple[str, Row]]]) -> Iterator[tuple[str, Row]]:
+    """Read all lists of a folder; the rows of one named valid, dev, test ... are held out unless they say otherwise."""
+    m.notes.append(f"{len(paths)} lists are read: {', '.join(path.name for path in paths)}")
+    for path in paths:
+        part = Manifest(path, m.kind, m.allow_outside, notes=m.notes, assistant_text=m.assistant_text)
+        for where, row in read(part):
+            if HELD_OUT.search(path.stem):
+                row.setdefault("split", "held-out")
+                m.split_by_name = True
+            yield f"{path.name} {where}", row
+        m.bad += [replace(bad, where=f"{path.name} {bad.where}") for bad in part.bad]
+    m.path = m.root
+
+
+def detect(path: Path) -> tuple[Any, ...]:
+    """Name the layout of a file or folder, and the file or files that list its rows."""
     if path.is_dir():
-        named = [path / n for n in ("manifest.jsonl", "metadata.csv", "metadata.jsonl", "metadata.tsv", "metadata.json")]
-        lists = [p for p in named if p.is_file()] or sorted(path.glob("*.jsonl"))
+        if (path / "wav.scp").is_file():
+            return "Kaldi", path
+        lists = lists_of(path)
         if not lists:
             paired = any(p.with_suffix(".json").is_file() for p in path.rglob("*") if p.suffix.lower() in SOUNDS)
             return ("wav + json" if paired else "wav + txt"), path
-        path = lists[0]
+        kinds = {p: layout_of(p) for p in lists}
+        if len(set(kinds.values())) > 1:
+            named = ", ".join(f"{p.name} ({kind})" for p, kind in kinds.items())
+            raise ValueError(f"{path} has several lists of different layouts: {named}; name the one to read")
+        return kinds[lists[0]], *lists
+    return layout_of(path), path
+
+
+def lists_of(folder: Path) -> list[Path]:
+    """The lists of a folder: the one of a known name, else all jsonl files, else all tables; never what `check --write` wrote."""
+    named = [folder / n for n in ("manifest.jsonl", "metadata.csv", "metadata.jsonl", "metadata.tsv", "metadata.json")]
+    if found := [p for p in named if p.is_file()][:1]:
+        return found
+    for endings in ((".jsonl",), (".tsv", ".csv")):
+        found = sorted(p for p in folder.iterdir() if p.suffix in endings and p.is_file()
+                       and not p.name.endswith((".kept.jsonl", ".rejected.jsonl")) and ".clips" not in p.name)
+        if {p.name for p in found} & {"validated.tsv", "train.tsv"}:                    # Common Voice: the others are parts or rejects
+            parts = [p for p in found if p.name in ("train.tsv", "dev.tsv", "test.tsv")]
+            return parts or [p for p in found if p.name == "validated.tsv"]
+        if found:
+            return found
+    return []
+
+
+def layout_of(path: Path) -> str:
+    """Name the layout of a list by its first row."""
     if not path.is_file():
         raise FileNotFoundError(f"data source {path} does not exist; check the path")
-    if path.suffix in (".csv", ".tsv", ".txt"):
-        return "metadata", path
-    first = next((row for _, row in json_rows(Manifest(path))), {})
+    if path.suffix in TABLES:
+        return "metadata"
+    probe = Manifest(path)
+    first = next((row for _, row in json_rows(probe)), {})
     keys = (first | first["chosen"] if isinstance(first.get("chosen"), dict) else first).keys()
+    spoken = "metadata" if keys & set(COLUMNS["text"]) else "stereo dialogues"          # of {"path", ...}
     for kind, marks in (("manifest", ("audio", "parts", "compose", "manifest")), ("conversations", ("messages", "prompt")),
                         ("cloning samples", ("samples", "audio_file")), ("tagged transcripts", ("full_transcript",)),
-                        ("stereo dialogues", ("path",)), ("metadata", ("file_name",)), ("manifest", ("text",))):
+                        (spoken, ("path",)), ("metadata", ("file_name", "audio_filepath")), ("manifest", ("text",))):
         if keys & set(marks):
-            return kind, path
-    raise ValueError(f"{path} has no known layout (first row: {', '.join(keys) or 'none'}); see `python data.py --help`")
+            return kind
+    why = "; ".join(f"{b.where}: {b.reason}, {b.fix}" for b in probe.bad[:1])
+    raise ValueError(f"{path} has no known layout (first row: {', '.join(keys) or why or 'none'}); see `python data.py --help`")
 
 
-def text_lines(m: Manifest, path: Path | None = None) -> Iterator[tuple[int, str]]:
-    """Yield the numbered lines of a UTF-8 file that are not blank; undecodable ones are rejected."""
+def text_lines(m: Manifest, path: Path | None = None, blank: bool = False) -> Iterator[tuple[int, str]]:
+    """Yield the numbered lines of a UTF-8 file (or UTF-16 with its mark), blank ones on request; undecodable ones are rejected."""
     path = path or m.path
     if path.stat().st_size > MAX_MANIFEST:
         raise ValueError(f"{path} has more than {MAX_MANIFEST} bytes; split it into several manifests")
     with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
+        wide = file.read(2) in (b"\xff\xfe", b"\xfe\xff")
+        file.seek(0)
+        lines = (line.encode() for line in file.read().decode("utf-16", errors="replace").split("\n")) if wide else file
+        for number, raw in enumerate(lines, 1):
             text = raw.decode("utf-8-sig", errors="replace").rstrip("\r\n")     # U+FFFD marks what is not UTF-8
             if "\ufffd" in text:
                 m.reject(f"{path.name} line {number}", "bad encoding", "save the file as UTF-8")
-            elif text.strip():
+            elif blank or text.strip():
                 yield number, text
 
 
 def json_rows(m: Manifest) -> Iterator[tuple[str, Row]]:
-    """Yield the objects of a jsonl file or a json list, each with its place ("line 3", "item 2")."""
-    if m.path.suffix == ".json":
+    """Yield the objects of a json list or of JSON lines, each with its place ("line 3", "item 2"); the content says which it is."""
+    first = next((text.strip() for _, text in text_lines(Manifest(m.path))), "")
+    if first.startswith("[") or (is_json(first) is False and (m.path.suffix == ".json" or first in ("{", "[")) and first):
         yield from json_list(m)
         return
     for number, text in text_lines(m):
         try:
-            row = parse_row(text)
+            row = parse_row(text.rstrip().removesuffix(",") if text.rstrip().endswith("},") else text)
         except ValueError as error:
-            m.reject(f"line {number}", "malformed json", f"fix this line: {error}")
+            said = f"column {error.colno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else str(error)
+            m.reject(f"line {number}", "malformed json", f"fix this line: {said}")
             continue
         yield f"line {number}", row
 
 
+def is_json(text: str) -> bool:
+    try:
+        json.loads(text.removesuffix(","))
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
 def json_list(m: Manifest) -> Iterator[tuple[str, Row]]:
     try:
-        found = json.loads("\n".join(line for _, line in text_lines(m)))
+        found = json.loads("\n".join(line for _, line in text_lines(m, blank=True)))
     except (ValueError, RecursionError) as error:
-        m.reject(f"line {getattr(error, 'lineno', 1)}", "malformed json", f"fix the file: {error}")
+        place = f"line {getattr(error, 'lineno', 1)}"
+        m.reject(place, "malformed json", f"fix the file, column {getattr(error, 'colno', 1)}: {getattr(error, 'msg', error)}")
         return
     for i, row in enumerate(found if isinstance(found, list) else [found]):
         if isinstance(row, dict):
@@ -121,29 +196,84 @@ def json_list(m: Manifest) -> Iterator[tuple[str, Row]]:
 
 
 def metadata_rows(m: Manifest) -> Iterator[tuple[str, Row]]:
-    """Read LJSpeech `id|text|normalised`, or a csv / tsv / jsonl with a header (datasets' AudioFolder, Common Voice)."""
-    if m.path.suffix == ".jsonl":
+    """Read a table: `path|text` lists without a header, or a csv / tsv / jsonl with one (datasets' AudioFolder, Common Voice, NeMo)."""
+    if m.path.suffix not in TABLES:
         yield from ((where, rename_columns(row, m)) for where, row in json_rows(m))
         return
-    lines = [text for _, text in text_lines(m)]
-    mark = next((c for c in "|\t" if lines and c in lines[0]), ",")
-    try:
-        table = list(csv.reader(lines, delimiter=mark, quoting=csv.QUOTE_NONE if mark == "|" else csv.QUOTE_MINIMAL))
-    except csv.Error as error:
-        raise ValueError(f"{m.path} is not a unusable_on_error table ({error}); save it again as csv in UTF-8") from None
-    header = [name.strip().lower() for name in table[0]] if table else []
+    lines = list(text_lines(m, blank=True))
+    while lines and not lines[0][1].strip():
+        lines.pop(0)
+    first = lines[0][1] if lines else ""
+    mark = next((c for c in "|\t" if c in first), max(",;", key=first.count))
+    header = [name.strip().strip('"').lower() for name in first.split(mark)]
     headed = any(name in header for name in COLUMNS["audio"])
-    if not headed and mark != "|":
+    sound = Path(first.split(mark)[0].strip().strip('"')).suffix.lower() in SOUNDS
+    if not headed and mark != "|" and not sound:
         raise ValueError(f"{m.path} has no column of audio (found: {', '.join(header)}); name one {' or '.join(COLUMNS['audio'])}")
+    table = list(table_rows(m, lines[headed:], mark))
     if not headed:
-        m.notes.append("no header: read as LJSpeech id|text|normalised text")
-    for number, cells in enumerate(table[headed:], 1 + headed):
-        if headed:
-            yield f"row {number}", rename_columns(dict(zip(header, cells, strict=False)), m)
+        yield from rows_without_header(m, table)
+        return
+    for where, cells in table:
+        if len(cells) > len(header):
+            m.reject(where, "cells do not fit the header",
+                     f"{len(cells)} cells, the header has {len(header)}: put a text that contains {mark!r} in quotes")
         else:
-            places = [f"wavs/{cells[0]}.wav", f"wav/{cells[0]}.wav", f"{cells[0]}.wav"]
-            audio = next((p for p in places if (m.root / p).is_file()), places[0])
-            yield f"row {number}", {"id": cells[0], "audio": audio, "text": next(filter(None, reversed(cells[1:])), "")}
+            yield where, rename_columns(dict(zip(header, cells, strict=False)), m)
+
+
+def table_rows(m: Manifest, lines: list[tuple[int, str]], mark: str) -> Iterator[tuple[str, list[str]]]:
+    """The cells of each row and its place. In a csv a quoted cell may have several lines; in the others a quote is a character,
+    unless it is around a whole cell of a tsv."""
+    if mark in "|\t":
+        for number, text in lines:
+            if text.strip():
+                yield f"row {number}", [unquoted(cell) if mark == "\t" else cell for cell in text.split(mark)]
+        return
+    n = 0
+    while n < len(lines):
+        last = n                                        # a row ends where its quotes are closed
+        while last < len(lines) and sum(text.count('"') for _, text in lines[n : last + 1]) % 2:
+            last += 1
+        if last == len(lines):
+            m.reject(f"row {lines[n][0]}", "malformed row", 'a quotation mark is not closed: write "" for one inside a quoted cell')
+            last = n
+        elif any(text.strip() for _, text in lines[n : last + 1]):
+            try:
+                found = list(csv.reader([f"{text}\n" for _, text in lines[n : last + 1]], delimiter=mark))
+            except csv.Error as error:
+                m.reject(f"row {lines[n][0]}", "malformed row", f"{error}: save the table again as csv in UTF-8")
+                found = []
+            yield from ((f"row {lines[n][0]}", cells) for cells in found)
+        n = last + 1
+
+
+def unquoted(cell: str) -> str:
+    inner = cell[1:-1].replace('""', "")
+    whole = len(cell) > 1 and cell.startswith('"') and cell.endswith('"') and '"' not in inner
+    return cell[1:-1].replace('""', '"') if whole else cell
+
+
+def rows_without_header(m: Manifest, table: list[tuple[str, list[str]]]) -> Iterator[tuple[str, Row]]:
+    """LJSpeech `id|text|normalised text`, Piper and VITS `path|speaker|text`, and `path|speaker|language|text`."""
+    width = max((len(cells) for _, cells in table), default=0)
+    second = [cells[1].strip() for _, cells in table if len(cells) > 2]
+    names = second and all(name and not re.search(r"\s", name) for name in second) and all(cells[-1].strip() for _, cells in table)
+    named = names and (all(name.isdecimal() for name in second) or len(set(second)) <= len(second) / 2)
+    form = {3: ("audio", "speaker", "text") if named else (), 4: ("audio", "speaker", "language", "text") if names else ()}.get(width, ())
+    m.notes.append("no header: read as " + ("|".join(form) if form else "LJSpeech id|text|normalised text"))
+    for where, cells in table:
+        if form and len(cells) != width or not form and len(cells) > 3:
+            m.reject(where, "cells do not fit", f"{len(cells)} cells, expected {width if form else 'at most 3'}")
+            continue
+        name = cells[0].strip()
+        suffixes = [""] if Path(name).suffix.lower() in SOUNDS else SOUNDS
+        places = [f"{folder}{name}{suffix}" for suffix in suffixes for folder in ("wavs/", "wav/", "")]
+        places = places[::-1] if suffixes == [""] else places
+        row = {"audio": next((p for p in places if "\0" not in p and (m.root / p).is_file()), places[0])}
+        row |= {"id": name} if suffixes != [""] else {}
+        text = next(filter(str.strip, reversed(cells[1:])), "")
+        yield where, row | (dict(zip(form[1:], cells[1:], strict=False)) if form else {"text": text})
 
 
 def rename_columns(row: Row, m: Manifest) -> Row:
@@ -153,22 +283,72 @@ def rename_columns(row: Row, m: Manifest) -> Row:
     if note not in m.notes:
         m.notes.append(note)
     new = {ours: row[theirs] for ours, theirs in found.items() if theirs}
-    if "audio" in new and not (m.root / str(new["audio"])).is_file() and (m.root / "clips" / str(new["audio"])).is_file():
-        new["audio"] = f"clips/{new['audio']}"                # Common Voice
-    return {k: row[k] for k in ("id", "language", "split") if k in row} | new
+    name = str(new.get("audio") or "")
+    if name and "\0" not in name and not (m.root / name).is_file() and (m.root / "clips" / name).is_file():
+        new["audio"] = f"clips/{name}"                        # Common Voice
+    if label(row.get("offset")) and label(row.get("duration")):      # NeMo: a piece of a longer recording
+        new |= {key: seconds(row[key]) for key in ("offset", "duration")}
+    return {k: row[k] for k in ("id", "language", "split") if label(row.get(k))} | new
+
+
+def seconds(value: Any) -> Any:
+    """A number that a table has as text; what is none is left as it is and refused later."""
+    return float(value) if isinstance(value, str) and re.fullmatch(r"\d+(\.\d*)?", value) else value
 
 
 def wav_text_pairs(m: Manifest) -> Iterator[tuple[str, Row]]:
-    """Read a folder of sound files that each have a .txt of the same name; a folder inside it is a speaker."""
-    for path in sorted(p for p in m.path.rglob("*") if p.suffix.lower() in SOUNDS):
-        name, transcript, before = path.relative_to(m.path), path.with_suffix(".txt"), len(m.bad)
-        if not transcript.is_file():
-            m.reject(str(name), "no transcript", f"write the transcript into {transcript.name}, or run data.py annotate for dialogues")
+    """Read a folder of sound files that each have a .txt of the same name; a folder inside it is a speaker, and itself is one.
+
+    LibriSpeech has its transcripts in X.trans.txt, LibriTTS in NAME.normalized.txt; their files begin with the speaker.
+    """
+    books = {name: text for path in sorted(m.path.rglob("*.trans.txt")) for _, line in text_lines(m, path)
+             for name, _, text in [line.partition(" ")]}
+    paths = sorted(p for p in m.path.rglob("*") if p.suffix.lower() in SOUNDS)
+    for path in paths:
+        name, before = path.relative_to(m.path), len(m.bad)
+        transcript = next((p for p in (path.with_suffix(".txt"), path.with_suffix(".normalized.txt")) if p.is_file()), None)
+        if transcript is None and path.stem not in books:
+            m.reject(str(name), "no transcript", f"write the transcript into {path.stem}.txt, or run data.py annotate for dialogues")
             continue
-        text = "\n".join(line for _, line in text_lines(m, transcript))
+        text = books[path.stem] if transcript is None else "\n".join(line for _, line in text_lines(m, transcript))
         if len(m.bad) == before:
-            speaker = {} if name.parent == Path(".") else {"speaker": name.parts[0]}
-            yield str(name), {"id": name.with_suffix("").as_posix(), "audio": name.as_posix(), "text": text} | speaker
+            speaker = m.path.resolve().name if name.parent == Path(".") else name.parts[0]
+            if transcript is None or transcript.name.endswith(".normalized.txt"):
+                speaker = re.split("[-_]", path.stem)[0]
+            yield str(name), {"id": name.with_suffix("").as_posix(), "audio": name.as_posix(), "text": text, "speaker": speaker}
+    known = {path.with_suffix("") for path in paths}
+    for path in sorted(m.path.rglob("*.txt")) if paths else ():
+        own = path.name.partition(".")[0] if path.name.endswith((".normalized.txt", ".original.txt")) else path.stem
+        if path.with_name(own) not in known and not path.name.endswith(".trans.txt") and path.stem.lower() not in PAPERS:
+            m.reject(str(path.relative_to(m.path)), "no recording", f"there is no sound file {own}.wav: add it, or remove the transcript")
+
+
+PAPERS = ("readme", "license", "licence", "notice", "about", "speakers", "chapters", "books", "copying")
+
+
+def kaldi_rows(m: Manifest) -> Iterator[tuple[str, Row]]:
+    """Read a Kaldi folder: an utterance is a recording of wav.scp, or a piece of one that `segments` names."""
+    def table(name: str) -> dict[str, str]:
+        path = m.path / name
+        lines = text_lines(m, path) if path.is_file() else ()
+        return {key: value.strip() for _, line in lines for key, _, value in [line.replace("\t", " ").strip().partition(" ")]}
+
+    sounds, texts, speakers, segments = (table(name) for name in ("wav.scp", "text", "utt2spk", "segments"))
+    for name in (segments or sounds):
+        recording, *times = segments[name].split() if segments else [name]
+        audio = sounds.get(recording, "")
+        if audio.endswith("|"):
+            m.reject(name, "a command, not a file", "wav.scp names a command: run it, and name the file that it writes")
+        elif name not in texts:
+            m.reject(name, "no transcript", "add a line for it to text")
+        elif not audio or (segments and (len(times) != 2 or not all(isinstance(seconds(t), float) for t in times))):
+            m.reject(name, "no recording", "segments needs `utterance recording start end`, wav.scp a line for the recording")
+        else:
+            row = {"id": name, "audio": audio, "text": texts[name], "speaker": speakers.get(name, "")}
+            begin, end = map(float, times) if times else (0.0, 0.0)
+            yield name, row | ({"offset": begin, "duration": end - begin} if times else {})
+    for name in texts.keys() - (segments or sounds).keys():
+        m.reject(name, "no recording", "add its recording to wav.scp, or remove its line in text")
 
 
 TAG = "<audio>"                     # ms-swift's placeholder
@@ -226,7 +406,7 @@ def sample_row(sample: Message, assistant_text: str = "drop") -> Message:
     row = {k: sample[k] for k in ("id", "speaker", "language", "split", "group", "start_index") if sample.get(k) not in (None, "")}
     row = {k: v for k, v in row.items() if v == v}                              # tables write NaN for what is missing
     misc = sample.get("misc")
-    if "speaker" not in row and isinstance(misc, dict) and misc.get("speaker"):
+    if "speaker" not in row and isinstance(misc, dict) and label(misc.get("speaker")):
         row["speaker"] = misc["speaker"]
     row |= {"text": said(messages, last), "messages": [bare(m) for m in messages], "clips": [], "others": {}}
     for n, (i, part) in enumerate(recordings):
@@ -284,8 +464,8 @@ def clone_samples(m: Manifest) -> Iterator[tuple[str, Row]]:
 def clone_sample(m: Manifest, item: Row) -> Row:
     """train-higgs-audio: the transcripts of the recording and its reference are files, or fields of the sample."""
     row = {"audio": str(item.get("audio_file") or ""), "text": transcript_of(m, item, "transcript"),
-           "speaker": str(item.get("speaker_id") or item.get("speaker_name") or "")}
-    name = str(item.get("id") or item.get("audio_id") or "")
+           "speaker": label(item.get("speaker_id")) or label(item.get("speaker_name")) or label(item.get("speaker"))}
+    name = label(item.get("id")) or label(item.get("audio_id"))
     row |= {key: item[key] for key in ("language", "scene", "split", "offset") if item.get(key)} | ({"id": name} if name else {})
     if item.get("ref_audio_file"):
         row["reference"] = {"audio": str(item["ref_audio_file"]), "text": transcript_of(m, item, "ref_transcript")}
@@ -312,6 +492,9 @@ def manifest_row(m: Manifest, row: Row) -> Row:
     """A row of ours, or one that names its reference as MOSS-TTSD does."""
     if "reference_audio" in row and "reference" not in row:
         row["reference"] = {"audio": row.pop("reference_audio"), "text": row.pop("reference_text", "")}
+    theirs = next((name for name in COLUMNS["text"] if name in row), "text")
+    if "text" not in row and "audio" in row and theirs != "text" and not {"clips", "alignments", "parts"} & row.keys():
+        row["text"] = row.pop(theirs)
     return row
 
 
@@ -319,7 +502,8 @@ def unchanged(m: Manifest, row: Row) -> Row:
     return row
 
 
-LAYOUTS = {"manifest": (json_rows, manifest_row), "metadata": (metadata_rows, unchanged), "wav + txt": (wav_text_pairs, unchanged),
+LAYOUTS = {"manifest": (json_rows, manifest_row), "metadata": (metadata_rows, unchanged),
+           "Kaldi": (kaldi_rows, unchanged), "wav + txt": (wav_text_pairs, unchanged),
            "conversations": (json_rows, chat_row), "stereo dialogues": (json_rows, stereo_row),
            "cloning samples": (clone_samples, clone_sample), "tagged transcripts": (json_rows, tagged_transcript_row),
            "wav + json": (stereo_pairs, stereo_row)}                                           # name: (reader, converter)
@@ -355,7 +539,7 @@ def reply_messages(reply: Any) -> list[Row]:
 
 def accept_pair(m: Manifest, where: str, row: Row) -> None:
     """Add a preference row. The clips of its rejected side are kept, as those of a reference; it is not a row of its own."""
-    row["id"] = str(row.get("id") or where)
+    row["id"] = label(row.get("id")) or where
     row["rejected"]["id"] = f"{row['id']}#rejected"
     accept(m, where, row["rejected"])
     if m.rows and m.rows[-1] is row["rejected"]:
@@ -382,7 +566,7 @@ def add_virtual(m: Manifest, where: str, row: Row) -> None:
     else:
         raise Unusable("malformed parts", 'a virtual line has "parts": ["id", ...] or "compose": {...}')
     for new in rows:
-        name = str(new.get("id") or where)
+        name = label(new.get("id")) or where
         missing = [p for p in new["parts"] if p not in clips or not clips[p]["file"]]
         if missing or not new["parts"] or name in m.clips:
             m.reject(f"{where} {name}", "missing part or duplicate id", f"unknown parts: {missing[:3]}")

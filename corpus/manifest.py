@@ -87,6 +87,7 @@ class Manifest:
     bad: list[RejectedRow] = field(default_factory=list)
     warned: list[RejectedRow] = field(default_factory=list) # kept, with a warning
     notes: list[str] = field(default_factory=list)
+    split_by_name: bool = False                             # one of several lists is held out by its name
     assistant_text: str = "drop"                            # DataConfig.assistant_text: of one-turn clone requests
 
     @property
@@ -125,8 +126,8 @@ def accept(m: Manifest, where: str, row: Row) -> None:
         part |= CACHE_FIELDS | {"file": name if name == INLINE else str(path_inside(m, name)) if name else ""}
     start = f"@{row['offset']}" if row.get("offset") else ""
     named = row.get("audio") and row["audio"] != INLINE
-    row["id"] = str(row.get("id") or (os.path.splitext(str(row["audio"]))[0] + start if named else where))
-    row["speaker"] = str(row.get("speaker") or "")
+    row["id"] = label(row.get("id")) or own_id(m, os.path.splitext(str(row["audio"]))[0] + start if named else where)
+    row["speaker"] = label(row.get("speaker"))
     try:
         check_fields(m, row, list(beside.values()))
     except Unusable as error:
@@ -136,6 +137,29 @@ def accept(m: Manifest, where: str, row: Row) -> None:
     m.clips[row["id"]] = row
     m.rows.append(row)
     return None
+
+
+def label(value: Any) -> str:
+    """A name as text: 0 is one; nothing, None and the NaN that tables write are none."""
+    return "" if value is None or value != value else str(value)
+
+
+def own_id(m: Manifest, name: str) -> str:
+    """An id for a row that has none: rows that share a clip are numbered."""
+    return next(n for n in (name, *(f"{name} ({k})" for k in range(2, MAX_ROWS))) if n not in m.clips)
+
+
+def check_unicode(value: Any) -> None:
+    """Unusable for half a surrogate pair, which no file can hold, anywhere in a row."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise Unusable("bad encoding", "it has half a surrogate pair: save it again as UTF-8 from its source") from None
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        check_unicode(part)
+    if isinstance(value, dict):
+        check_unicode(list(value))
 
 
 def recordings_beside(row: Row) -> dict[str, Row]:
@@ -190,6 +214,8 @@ def open_audio(row: Row) -> Iterator[str]:
 
 def check_fields(m: Manifest, row: Row, others: list[Row]) -> None:
     words = row.get("words", [])
+    if isinstance(row.get("text"), (int, float)):
+        raise Unusable("the text is a number", "write the transcript in quotes, in the words that are spoken")
     if not isinstance(row.get("text"), str) or not (row["text"].strip() or "alignments" in row or needs_no_text(row)):
         raise Unusable("empty text", "write the transcript, or remove the row")
     if "\ufffd" in row["text"]:

@@ -32,7 +32,7 @@ from corpus.data_config import DataConfig
 from corpus.examples import build_example
 from corpus.index import Entry, Index, open_cache, prepare, source_weight
 from corpus.layouts import json_rows
-from corpus.manifest import Manifest
+from corpus.manifest import Manifest, label
 from corpus.phone_calls import CATEGORIES, UNKNOWN, intent, ungrounded
 from corpus.phone_calls import entities as named
 from evaluation.html_page import Page, show
@@ -87,7 +87,7 @@ class Held:
 
     @property
     def groups(self) -> list[str]:
-        return [str(row.get("group") or row["id"]) for row in self.rows]
+        return [(label(row.get("group")) or str(row["id"])) for row in self.rows]
 
 
 @dataclass
@@ -165,7 +165,7 @@ def raw_rows(data: DataConfig) -> dict[str, Row]:
 
 def row_of(entry: Entry, rows: dict[str, Row]) -> Row:
     row = rows.get(entry.id, {})
-    return row | {"id": entry.id, "group": row.get("group") or entry.group, "messages": entry.messages, "text": entry.text}
+    return row | {"id": entry.id, "group": label(row.get("group")) or entry.group, "messages": entry.messages, "text": entry.text}
 
 
 Models = dict[str, Callable[[], Any]]           # name -> context manager that yields the model
@@ -296,7 +296,7 @@ def report_calls(models: Models, held: Held, data: DataConfig, losses: dict[str,
 
 
 def groups_of(cases: list[Case]) -> list[str]:
-    return [str(case.row.get("group") or case.row["id"]) for case in cases]
+    return [(label(case.row.get("group")) or str(case.row["id"])) for case in cases]
 
 
 def likeness(cases: list[Case], replies: Sequence[str], job: Evaluation) -> dict[str, tuple[float, float, float]]:

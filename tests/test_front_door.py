@@ -109,6 +109,86 @@ CASES: dict[str, Case] = {
     "a part that is left out": Case({"g.wav": 7, "x.wav": Wav(np.zeros(RATE)),
                                      "manifest.jsonl": one() + rows({"id": "p", "parts": ["good", "x"]})}, ("good",),
                                     ("all-zero audio", "its part x was left out")),
+    # B1, B2: folders, names, copies
+    "a flat folder is one speaker": Case({"a.wav": 1, "a.txt": "one", "b.wav": 2, "b.txt": "two"}, ("one", "two"), speakers=("data",)),
+    "folders are speakers": Case({"amal/a.wav": 1, "amal/a.txt": "one", "bo/x/b.wav": 2, "bo/x/b.txt": "two"}, ("one", "two"),
+                                 speakers=("amal", "bo")),
+    "each without its partner": Case({"a.wav": 1, "a.txt": "one", "b.wav": 2, "c.txt": "two", "README.txt": "x"}, ("one",),
+                                     ("no transcript", "no recording")),
+    "a kept list in a folder": Case({"a.wav": 1, "a.txt": "one", "data.kept.jsonl": "{}", "data.rejected.jsonl": ""}, ("one",)),
+    "speaker 0": Case({"a.wav": 1, "manifest.jsonl": rows({"id": 0, "audio": "a.wav", "text": TEXT, "speaker": 0})}, speakers=("0",)),
+    "speaker null": Case({"a.wav": 1, "manifest.jsonl": rows({"id": None, "audio": "a.wav", "text": TEXT, "speaker": None})},
+                         speakers=("",)),
+    "speaker 0 of a cloning sample": Case({"a.wav": 1, "s.jsonl": rows({"audio_file": "a.wav", "transcript": TEXT, "speaker_id": 0,
+                                                                       "id": 0})}, speakers=("0",)),
+    "rows without ids that share a clip": Case({"a.wav": 1, "manifest.jsonl": rows(*({"audio": "a.wav", "text": t} for t in "xyz"))},
+                                               ("x", "y", "z"), (), ("duplicate audio",)),
+    "ids that are given twice": Case({"a.wav": 1, "b.wav": 2, "manifest.jsonl": rows(
+        *({"id": "a", "audio": f"{n}.wav", "text": n} for n in "ab"))}, ("a",), ("duplicate id",)),
+    "shards": Case({"a.wav": 1, "b.wav": 2, **{f"part-{n}.jsonl": rows({"audio": f"{n}.wav", "text": n}) for n in "ab"}}, ("a", "b")),
+    "train and valid": Case({"a.wav": 1, "b.wav": 2, "train.jsonl": rows({"audio": "a.wav", "text": "a"}),
+                             "valid.jsonl": rows({"audio": "b.wav", "text": "b"}) + "{"}, ("a", "b"), ("malformed json",)),
+    "lists of different layouts": Case({"a.jsonl": rows({"audio": "a.wav", "text": "a"}), "b.jsonl": rows({"path": "a.wav"})},
+                                       refused=r"a.jsonl \(manifest\), b.jsonl \(stereo dialogues\); name the one"),
+    "path and text": Case({"a.wav": 1, "x.jsonl": rows({"path": "a.wav", "text": TEXT})}),
+    "audio and sentence": Case({"a.wav": 1, "x.jsonl": rows({"audio": "a.wav", "sentence": TEXT})}),
+    # B3: tables and trees
+    "more cells than the header": Case({"a.wav": 1, "metadata.csv": f"file_name,text\na.wav,{TEXT}\na.wav,one, two\n"}, (TEXT,),
+                                       ("cells do not fit the header",)),
+    "a newline in a quoted cell": Case({"a.wav": 1, "metadata.csv": 'file_name,text\na.wav,"hello\n\nthere"\n'}, ("hello\n\nthere",)),
+    "a quote that is not closed": Case({"a.wav": 1, "b.wav": 2, "metadata.csv": f'file_name,text\na.wav,"x\nb.wav,{TEXT}\n'}, (TEXT,),
+                                       ("malformed row",)),
+    "semicolons": Case({"a.wav": 1, "metadata.csv": f"file_name;text\na.wav;{TEXT}\n"}),
+    "tabs": Case({"a.wav": 1, "metadata.tsv": f"file_name\ttext\na.wav\t{TEXT}\n"}),
+    "tabs and quotes": Case({"a.wav": 1, "b.wav": 2, "metadata.tsv": 'path\tsentence\na.wav\t"""yes"" she"\nb.wav\t"no" he\n'},
+                            ('"yes" she', '"no" he')),
+    "tabs without a header": Case({"a.wav": 1, "list.tsv": f"a.wav\t{TEXT}\n"}),
+    "commas without a header": Case({"a.wav": 1, "list.csv": f"a.wav,{TEXT}\n"}),
+    "VITS": Case({"wavs/a.wav": 1, "train.txt": f"wavs/a.wav|{TEXT}\n"}, source="train.txt"),
+    "VITS with speakers": Case({"a.wav": 1, "b.wav": 2, "train.txt": "a.wav|0|one\nb.wav|12|two\n"}, ("one", "two"), source="train.txt",
+                               speakers=("0", "12")),
+    "path, speaker, language, text": Case({"a.wav": 1, "esd.list": f"a.wav|amal|EN|{TEXT}\n"}, source="esd.list", speakers=("amal",)),
+    "XTTS": Case({"wavs/a.wav": 1, "metadata_train.csv": f"audio_file|text|speaker_name\nwavs/a.wav|{TEXT}|amal\n"}, speakers=("amal",)),
+    "Piper": Case({"wav/a.wav": 1, "metadata.csv": f"a|{TEXT}\n"}),
+    "LJSpeech of flac": Case({"wavs/L-1.flac": 1, "metadata.csv": f"L-1|Hello|{TEXT}\n"}),
+    "a list whose cells do not fit": Case({"a.wav": 1, "b.wav": 2, "l.txt": "a.wav|0|one\nb.wav|1|two\na.wav|three\n"}, ("one", "two"),
+                                          ("cells do not fit",), source="l.txt"),
+    "NeMo": Case({"a.wav": Wav(voice(2)), "m.json": rows({"audio_filepath": "a.wav", "text": "x", "duration": 1.0, "offset": 0.0},
+                                                         {"audio_filepath": "a.wav", "text": "y", "duration": 1.0, "offset": 1.0})},
+                 ("x", "y"), source="m.json"),
+    "Kaldi": Case({"a.wav": 1, "wav.scp": "u1 a.wav\nu2 gone.wav\nu3 sox x |\n", "text": f"u1 {TEXT}\nu2 b\nu3 c\nu4 d\n",
+                   "utt2spk": "u1 amal\n"}, (TEXT,), ("missing file", "a command, not a file", "no recording"), speakers=("amal",)),
+    "Kaldi with segments": Case({"r.wav": Wav(voice(2)), "wav.scp": "r r.wav\n", "text": "u1 one\nu2 two\n",
+                                 "segments": "u1 r 0 1\nu2 r 1.0 2.0\nu3 r 0 1\n"}, ("one", "two"), ("no transcript",)),
+    "Common Voice": Case({"clips/a.wav": 1, "clips/b.wav": 2, "train.tsv": f"client_id\tpath\tsentence\nc0\ta.wav\t{TEXT}\n",
+                          "dev.tsv": "client_id\tpath\tsentence\nc1\tb.wav\tdev\n", "invalidated.tsv": "client_id\tpath\tsentence\n",
+                          "reported.tsv": "x\ty\n"}, (TEXT, "dev"), speakers=("c0", "c1")),
+    "LibriSpeech": Case({"84/1/84-1-0000.flac": 1, "84/1/84-1.trans.txt": f"84-1-0000 {TEXT}\n84-1-0001 gone\n"}, speakers=("84",)),
+    "LibriTTS": Case({"train/19/1/19_1_0.wav": 1, "train/19/1/19_1_0.normalized.txt": TEXT, "train/19/1/19_1_0.original.txt": "x"},
+                     speakers=("19",)),
+    # B7, B8: encodings and JSON
+    "half a surrogate pair": Case({"g.wav": 7, "x.wav": 1, "manifest.jsonl": one(text="\ud800")}, ("good",), ("bad encoding",)),
+    "half a surrogate pair in a path": Case({"g.wav": 7, "manifest.jsonl": one(audio="\ud800.wav")}, ("good",), ("bad encoding",)),
+    "half a surrogate pair in a message": Case({"g.wav": 7, "x.jsonl": rows(
+        *({"messages": [{"role": "user", "content": t}, {"role": "assistant", "content": {"type": "audio", "audio_url": "g.wav"}}]}
+          for t in (TEXT, "\udfff")))}, (TEXT,), ("bad encoding",)),
+    "a byte order mark": Case({"a.wav": 1, "metadata.csv": f"\ufefffile_name,text\na.wav,{TEXT}\n"}),
+    "a byte order mark in a manifest": Case({"g.wav": 7, "x.wav": 1, "manifest.jsonl": "\ufeff" + one()}, (TEXT, "good")),
+    "U+2028": Case({"g.wav": 7, "x.wav": 1, "manifest.jsonl": rows(json.dumps({"audio": "x.wav", "text": "a\u2028b"}, ensure_ascii=False))},
+                   ("a\u2028b",)),
+    "UTF-16": Case({"a.wav": 1, "metadata.csv": f"file_name,text\r\na.wav,{TEXT}\r\n".encode("utf-16")}),
+    "UTF-16 transcript": Case({"a.wav": 1, "a.txt": "مرحبا\n".encode("utf-16")}, ("مرحبا",)),
+    "a Latin-1 line": Case({"a.wav": 1, "b.wav": 2, "metadata.csv": b"file_name,text\na.wav,caf\xe9\nb.wav,hello there\n"}, (TEXT,),
+                           ("bad encoding",)),
+    "a Latin-1 transcript": Case({"a.wav": 1, "a.txt": b"caf\xe9", "b.wav": 2, "b.txt": TEXT}, (TEXT,), ("bad encoding",)),
+    "a transcript that is a number": Case({"g.wav": 7, "x.wav": 1, "manifest.jsonl": one(text=42)}, ("good",), ("the text is a number",)),
+    "a number in a table": Case({"a.wav": 1, "metadata.csv": "file_name,text\na.wav,42\n"}, ("42",)),
+    "malformed json": Case({"g.wav": 7, "manifest.jsonl": '{"id": "x", "audio" 1}\n' + one()}, ("good",),
+                           ("malformed json", "missing file")),
+    "jsonl named .json": Case({"g.wav": 7, "x.wav": 1, "list.json": one()}, (TEXT, "good"), source="list.json"),
+    "a list named .jsonl": Case({"a.wav": 1, "list.jsonl": json.dumps([{"audio": "a.wav", "text": TEXT}], indent=1)}),
+    "lines that end with commas": Case({"g.wav": 7, "x.wav": 1, "list.jsonl": one().replace("}\n", "},\n")}, (TEXT, "good")),
+    "one object over several lines": Case({"a.wav": 1, "list.jsonl": json.dumps({"audio": "a.wav", "text": TEXT}, indent=1)}),
 }
 
 
@@ -155,6 +235,32 @@ def test_check_and_prepare_say_the_same(name: str, tmp_path: Path, capsys: pytes
     if case.kept:
         index = open_cache(config, BYTES)
         assert index.verdict == said["check"] and sorted(e.text for e in index.entries if e.split) == expected(case)[0]
+
+
+def test_malformed_json_keeps_its_line_and_column(tmp_path: Path) -> None:
+    m = read_manifest(lay(tmp_path / "a", {"x.jsonl": rows({"audio": "a.wav", "text": "x"}, '{"audio" 1}')}))
+    assert m.bad[0].where == "line 2" and "column 10" in m.bad[0].fix
+    (tmp_path / "x.json").write_text('[\n{"audio": "a.wav",\n\n"text" "x"}]')
+    with pytest.raises(ValueError, match="line 4: malformed json, fix the file, column 8"):
+        read_manifest(tmp_path / "x.json")
+
+
+def test_a_reference_without_a_pair_is_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for speakers in ("ab", "aa"):
+        lines = rows(*({"audio": f"{n}.wav", "text": TEXT, "speaker": s} for n, s in enumerate(speakers)))
+        source = lay(tmp_path / speakers, {"0.wav": 0, "1.wav": 1, "manifest.jsonl": lines})
+        prepare(DataConfig(sources=(str(source),), cache=str(tmp_path / "cache"), held_out=0.0, reference=0.5), BYTES)
+        assert ("data.reference=0.5 finds no pair" in capsys.readouterr().err) == (speakers == "ab")
+
+
+def test_lists_that_are_held_out_by_name_say_how(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    source = lay(tmp_path / "data", CASES["train and valid"].files)
+    assert {row["text"]: row.get("split") for row in read_manifest(source).rows} == {"a": None, "b": "held-out"}
+    config = DataConfig(sources=(str(source),), cache=str(tmp_path / "cache"), held_out=0.0)
+    prepare(config, BYTES)
+    assert "use --data.split=manifest" in capsys.readouterr().err
+    check_source(str(source))
+    assert "--data.split=manifest" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_doubtful_recordings_are_dropped_on_request_by_all_commands(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

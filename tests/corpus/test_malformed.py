@@ -126,7 +126,7 @@ LINES = {       # name: (a line of manifest.jsonl, the reason, a part of the fix
     "a bare number": ("7", "malformed json", "must be an object"),
     "nested 100,000 deep": ("[" * 100_000, "malformed json", "fix this line"),
     "no text": ('{"id": "bad", "audio": "0.wav"}', "empty text", "write the transcript"),
-    "text is a number": (line(text=5), "empty text", "write the transcript"),
+    "text is a number": (line(text=5), "the text is a number", "write the transcript in quotes"),
     "text is blank": (line(text="  "), "empty text", "write the transcript"),
     "text is null": (line(text=None), "empty text", "write the transcript"),
     "offset is a word": (line(offset="soon"), "malformed field", "offset and duration are seconds"),

@@ -146,7 +146,11 @@ def label(value: Any) -> str:
 
 def own_id(m: Manifest, name: str) -> str:
     """An id for a row that has none: rows that share a clip are numbered."""
-    return next(n for n in (name, *(f"{name} ({k})" for k in range(2, MAX_ROWS))) if n not in m.clips)
+    number, found = 1, name
+    while found in m.clips:
+        number += 1
+        found = f"{name} ({number})"
+    return found
 
 
 def check_unicode(value: Any) -> None:

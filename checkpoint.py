@@ -55,7 +55,7 @@ from families.tensor_files import (
     computed,
     give_back,
     open_tensors,
-    rank_files,
+    parts_of,
     refuse_not_finite,
     value,
     write_shards,
@@ -354,7 +354,7 @@ def fitted(config: ModelConfig, stored: ModelConfig, folder: Path) -> ModelConfi
 def averages(folder: Path) -> Tensors:
     """The averaged weights of a checkpoint, if the run keeps them."""
     file = folder / "ema.safetensors"
-    return open_tensors(file) if file.is_file() or rank_files(file) else {}
+    return open_tensors(file) if parts_of(file) else {}
 
 
 @contextmanager
@@ -681,7 +681,7 @@ def swap_command(path: str, pairs: dict[str, str]) -> str:
         raise ValueError(f"{path} does not say which tokenizer it was trained with; name it with --from=FILE")
     config, tensors, kept = swap_tokenizer(model.config, model.weights(), load_tokenizer(pairs.get("from", data.get("tokenizer"))), new)
     known = "codec" in data or not config.table.audio                 # of official weights the codec may lie elsewhere
-    extras = replace(model.extras, data=data | {"tokenizer": pairs["tokenizer"]} if known else None)
+    extras = Extras(model.extras.step, data | {"tokenizer": pairs["tokenizer"]} if known else None)    # the old files fit no more
     folder = write_made(pairs["out"], config, tensors, extras)
     new.save(folder)
     return f"wrote {folder}: {kept} of {new.size} pieces kept their rows"

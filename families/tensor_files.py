@@ -146,17 +146,15 @@ class MappedFile:
 def open_tensors(path: str | Path) -> dict[str, LazyTensor]:
     """The tensors of a safetensors file, or of what ranks wrote of it; ValueError names it when it is broken."""
     path = Path(path)
-    if path.is_file():
-        return open_file(path)[0]
-    parts = rank_files(path)
+    parts = parts_of(path)
     if not parts:
         raise FileNotFoundError(f"{path} does not exist; the checkpoint is incomplete, use another one")
-    return joined(path, [open_file(part) for part in parts])
+    return open_file(path)[0] if parts == [path] else joined(path, [open_file(part) for part in parts])
 
 
-def rank_files(path: Path) -> list[Path]:
-    """What ranks wrote of a file, one each."""
-    return sorted(path.parent.glob(f"{path.stem}.rank*{path.suffix}"))
+def parts_of(path: Path) -> list[Path]:
+    """The file, or what ranks wrote of it, one each; nothing when there is neither."""
+    return [path] if path.is_file() else sorted(path.parent.glob(f"{path.stem}.rank*{path.suffix}"))
 
 
 def open_file(path: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:

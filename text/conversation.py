@@ -194,7 +194,7 @@ class Chat:
         """Check that the control tokens of the model have the ids of this tokenizer; ValueError names the first that differs."""
         t = self.template
         ids = token_ids(self.tokenizer, t.marks + marks_of(self.normaliser), t.family)
-        ends = table.stop if ids[t.stop] not in table.stop else (ids[t.close],)      # a base may know the end of a text only
+        ends = table.stop if ids.get(t.stop) not in table.stop else (ids[t.close],)      # a base may know the end of a text only
         for name, wanted in ((t.audio_out, [table.audio_start]), (t.audio_end, [table.audio_end]), (t.close, ends)):
             if name and ids[name] not in wanted:
                 found = f"{name} is {ids[name]} in tokenizer {self.tokenizer.name}, {', '.join(map(str, wanted))} in the model"

@@ -32,7 +32,7 @@ from checkpoint import (
     write_tensors,
 )
 from families.family import consolidated_files
-from families.tensor_files import LazyTensor, open_tensors, read_tensors
+from families.tensor_files import LazyTensor, open_tensors, parts_of, read_tensors
 from model import MultistreamLM
 from options import read_object, to_json, write_json
 from system.files import check_sums, sync, write_sums
@@ -164,7 +164,7 @@ def check_run(folder: Path) -> None:
     read_state(folder)
     check_sums(folder)
     for name in ("optimizer", "rng_rank0"):
-        if not (folder / "state" / f"{name}.safetensors").is_file():
+        if not parts_of(folder / "state" / f"{name}.safetensors"):
             raise FileNotFoundError(f"{folder}/state/{name}.safetensors does not exist; the checkpoint is incomplete, use another one")
 
 
@@ -178,7 +178,7 @@ def load_run(folder: Path, model: MultistreamLM, optimizer: torch.optim.Optimize
     about = read_state(folder)
     config = getattr(model, "lora", None)
     with naming_changed_options(model, read_about(folder), folder):
-        if config is not None and (folder / "adapter.safetensors").is_file():
+        if config is not None and parts_of(folder / "adapter.safetensors"):
             lora.load_state(model, config, read_tensors(folder / "adapter.safetensors"), str(folder), idle=lora.state(model, config))
         else:
             fill(model, open_tensors(folder / "model.safetensors"), str(folder))

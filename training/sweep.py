@@ -16,9 +16,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
 from config import TrainConfig
+from families.tensor_files import open_tensors, parts_of
 from options import load_config, locate, split_arguments, write_json
 from training.monitor import read_metrics
 
@@ -58,9 +57,8 @@ def outcome(out: Path) -> dict[str, Any]:
     if not held:
         raise ValueError(f"{out}/metrics.jsonl has no held-out loss; give the data held-out rows")
     folder = out / "ckpt" / "latest"
-    files = [path for path in (folder / "adapter.safetensors", folder / "model.safetensors") if path.is_file()]
-    with safe_open(str(files[0]), "pt") as file:
-        trained = sum(file.get_tensor(name).numel() for name in file.keys())
+    file = next(file for name in ("adapter", "model") if parts_of(file := folder / f"{name}.safetensors"))
+    trained = sum(tensor.shape.numel() for tensor in open_tensors(file).values())
     (best, step), last = min(held), held[-1][0]
     return {"trained": trained, "best held-out loss": best, "at step": step, "last": last}
 

@@ -278,7 +278,7 @@ OVERRIDES = {   # an argument: what the line says
     "--seed=-1": ("--seed=-1 is not valid", "not negative", "--help"),
     "--model.dual_ffn=4": ("--model.dual_ffn=4 is not valid", "layer numbers", "--help"),
     "--trackers=wand": ("--trackers=wand is not valid", "wandb", "--help"),
-    "--lora.targets=nowhere.*": ("nowhere.*", "there are", "temporal.layers.N.attn.q"),
+    "--lora.targets=nowhere.*": ("nowhere.*", "choose from", "temporal.layers.N.attn.q"),
     "--init=nobody": ("nobody does not exist", "give a run folder"),
     "--resume=nobody": ("nobody does not exist", "give a run folder"),
     "--data.sources=nowhere": ("nowhere does not exist", "check the path"),

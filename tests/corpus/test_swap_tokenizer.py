@@ -165,7 +165,7 @@ def test_the_command_writes_a_model_with_its_tokenizer(files, tmp_path):
     (official / "old.model").write_bytes(old.content)
     rc, told, err = call("checkpoint.py", "swap-tokenizer", official, f"--tokenizer={files['nopad']}", f"--out={tmp_path}/out")
     assert (rc, err) == (0, "") and "pieces kept their rows" in told
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors", "nopad.model"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"checksums.json", "config.json", "model.safetensors", "nopad.model"}
     size = load_tokenizer(files["nopad"]).size
     other = load(tmp_path / "out")
     assert (other.table.pad, other.table.epad) == (size, size + 1)

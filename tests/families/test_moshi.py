@@ -208,7 +208,7 @@ def test_errors_of_the_command_are_one_line(tiny_run, tmp_path):
                            ((f"--ckpt={ckpt}", "--text=hello"), "give it a recording with --user"),
                            ((f"--ckpt={ckpt}", f"--user={tmp_path}/none.wav"), "no sound file at"),
                            ((f"--ckpt={ckpt}", f"--user={tmp_path}/bad.wav"), "cannot be read as sound")):
-        rc, _, err = call("sample.py", *options)
+        rc, _, err = call("sample.py", *options, "--codec=tiny", f"--tokenizer={tiny_run}/ckpt/latest/words.json")
         assert rc == 2 and words in err and err.count("\n") == 1, (options, err)
 
 
@@ -216,7 +216,7 @@ def test_dialogues_pass_through_mimi_at_twelve_and_a_half_frames(tmp_path, monke
     """The codec that Moshi is made for, small: a file of any rate, chunks of a second, and a reply as long as what was heard."""
     torch.manual_seed(5)
     mimi = MimiCodec(MimiConfig(width=4, dim=32, layers=1, heads=4, ffn=32, window=20, num_codebooks=8, codebook_size=256, codebook_dim=16))
-    monkeypatch.setattr("corpus.index.load_codec", lambda name: mimi)
+    monkeypatch.setattr("corpus.index.load_codec", lambda name, codebooks: mimi)
     smoke = run_config(ROOT / "configs/moshi_full.py", "smoke")
     folder = tmp_path / "d"
     source = demo_dialogues(folder, 2)

@@ -73,7 +73,7 @@ def test_a_run_that_diverges_ends_with_code_2_and_leaves_its_checkpoints(skips: 
 
 
 def test_a_second_training_with_the_same_out_is_refused_by_name(run_copy: Path, tiny_run: Path) -> None:
-    code = "import sys, time; from files import lock; lock(sys.argv[1]); print('ready', flush=True); time.sleep(60)"
+    code = "import sys, time; from system.files import lock; lock(sys.argv[1]); print('ready', flush=True); time.sleep(60)"
     other = subprocess.Popen([sys.executable, "-c", code, str(run_copy)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     other.stdout.readline()
     rc, _, err = call("train.py", tiny_run.parent / "tiny_run.py", f"--out={run_copy}", "--steps=6")

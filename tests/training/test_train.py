@@ -263,14 +263,15 @@ def test_early_stopping(folder: Path) -> None:
 def test_without_held_out_rows_no_held_out_loss_is_told(folder: Path) -> None:
     out = folder / "all"
     said = train(folder, f"--out={out}", "--steps=4", "--eval_every=2", "--patience=1", "--data.split=hash", "--data.held_out=0")
-    assert "no row is held out" in said and "held-out loss" not in said
+    assert "no validation data" in said and "held-out loss" not in said
     assert not any(name.startswith("val/") and name.endswith("loss") for row in rows(out) for name in row)
     assert (out / "ckpt/latest").resolve().name == "step_000004" and not (out / "ckpt/best").exists()
 
 
 def test_checkpoints_hold_all_that_sampling_needs(whole: Path) -> None:
     about = read_json(whole / "ckpt/latest/config.json")
-    assert about["data"] == {"codec": "tiny", "tokenizer": "words.json", "normaliser": "none", "system": ""}
+    assert about["data"] == {"codec": "tiny", "tokenizer": "words.json", "normaliser": "none", "system": "", "scene": "",
+                             "contextual": False, "interleaver": "queue", "reference_in": "assistant", "thought": "", "spaces": True}
     assert load(whole).extras.data["tokenizer"] == str((whole / "ckpt/latest").resolve() / "words.json")
 
 

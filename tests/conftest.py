@@ -86,6 +86,7 @@ def call(*args, cwd: Path | None = None) -> tuple[int, str, str]:
     """
     script, argv = str(args[0]), [str(arg) for arg in args]
     kept = sys.argv, sys.excepthook, Path.cwd(), {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    threads = torch.get_num_threads()
     out, err, rc = io.StringIO(), io.StringIO(), 0
     try:
         sys.argv = argv
@@ -104,4 +105,5 @@ def call(*args, cwd: Path | None = None) -> tuple[int, str, str]:
         os.chdir(kept[2])
         for number, handler in kept[3].items():
             signal.signal(number, handler)
+        torch.set_num_threads(threads)                    # bench.py sets its own; other counts round differently
     return rc, out.getvalue(), err.getvalue()

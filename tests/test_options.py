@@ -285,3 +285,13 @@ def test_what_belongs_to_the_repository_is_found_from_any_folder_and_what_is_the
     assert load_config(["configs/tiny.py", "--smoke"]) == run_config(ROOT / "configs/tiny.py", "smoke")
     with pytest.raises(FileNotFoundError, match="nearest is configs/tiny.py"):
         load_config(["configs/tinny.py"])
+
+
+def test_a_command_called_in_this_process_leaves_its_threads_as_they_were(tmp_path):
+    """bench.py sets a count of its own; tests that compare bits with another process run in the same worker."""
+    import torch
+    from conftest import call
+    before = torch.get_num_threads()
+    (tmp_path / "command.py").write_text(f"import torch\ntorch.set_num_threads({before + 1})\nprint(torch.get_num_threads())\n")
+    assert call(tmp_path / "command.py") == (0, f"{before + 1}\n", "")
+    assert torch.get_num_threads() == before

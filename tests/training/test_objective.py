@@ -302,10 +302,10 @@ def weights_of(out: Path) -> dict[str, torch.Tensor]:
 
 
 def test_resume_is_bitwise_and_accumulation_changes_nothing(tmp_path: Path) -> None:
-    whole = run(tmp_path, "whole", "--steps=4", "--accum=2", "--eval_every=2")
-    half = run(tmp_path, "half", "--steps=2", "--accum=2", "--eval_every=2")
-    run(tmp_path, "half", "--steps=4", "--accum=2", "--eval_every=2")
-    one = run(tmp_path, "one", "--steps=4", "--batch_size=2", "--eval_every=2")
+    whole = run(tmp_path, "whole", "--steps=4", "--accum=2", "--eval_every=2", "--seed=1")
+    half = run(tmp_path, "half", "--steps=2", "--accum=2", "--eval_every=2", "--seed=1")
+    run(tmp_path, "half", "--steps=4", "--accum=2", "--eval_every=2", "--seed=1")
+    one = run(tmp_path, "one", "--steps=4", "--batch_size=2", "--eval_every=2", "--seed=1")
     a, b, c = map(weights_of, (whole, half, one))
     assert all(torch.equal(a[n], b[n]) for n in a) and a.keys() == b.keys()
     assert all(torch.allclose(a[n], c[n], atol=2e-4) for n in a)                    # AdamW's first steps magnify rounding
@@ -317,7 +317,7 @@ def test_resume_is_bitwise_and_accumulation_changes_nothing(tmp_path: Path) -> N
             assert (key in z) == (key in x) and z.get(key, 0.0) == pytest.approx(x.get(key, 0.0), rel=1e-3, abs=1e-3)
     first, *later = [row for row in numbers[0] if "train/loss" in row]              # each step reads pairs that were not learnt yet
     assert first["train/loss"] == pytest.approx(math.log(2), rel=1e-6) and first["train/reward_margin"] == 0
-    assert sum(row["train/loss"] for row in later) / 3 < math.log(2) and sum(row["train/reward_margin"] for row in later) > 0
+    assert sum(row["train/loss"] for row in later) / 3 < math.log(2) and all(row["train/reward_margin"] > 0 for row in later)
     assert [row["val/reward_accuracy"] >= 0.5 for row in numbers[0] if "val/loss" in row] == [True, True]
 
 

@@ -17,7 +17,6 @@ import system.setup_check  # noqa: F401, first: it says how to set up where torc
 
 import json
 import re
-import shutil
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -75,14 +74,13 @@ from options import (
     locate,
     read_json,
     read_object,
-    replace_file,
     split_arguments,
     to_json,
     unknown,
     write_json,
 )
 from streams import StreamTable
-from system.files import check_sums, write_sums
+from system.files import check_sums, copy_file, write_sums
 from text.tokenizers import load_tokenizer, tokenizer_file
 from training.parallel import part, place
 
@@ -133,7 +131,8 @@ def write_checkpoint(folder: Path, kind: str, model: ModelConfig, tensors: Tenso
         return folder
     data = dict(extras.data or {})
     if data and (tokenizer := tokenizer_file(data["tokenizer"], local=True)).is_file():      # a checkpoint carries its tokenizer
-        data["tokenizer"] = copy_file(tokenizer, folder)
+        copy_file(tokenizer, folder / tokenizer.name)
+        data["tokenizer"] = tokenizer.name
     if kind == "model" and (source := official_folder(extras)):              # and what stood around the weights it began with
         remember(source, folder / "official")
     write_json(folder / "config.json", {
@@ -166,11 +165,6 @@ def carry_files(model: MultistreamLM, out: Path, about: dict[str, Any] | None = 
     known = tokenizer_file(extras.data["tokenizer"], local=True) if extras.data else None
     same = form is not None and recognise(source) is form
     carry(source, out, about if same else None, model.table.stop, known if known is not None and known.is_file() else None)
-
-
-def copy_file(source: Path, folder: Path) -> str:
-    replace_file(folder / source.name, lambda temporary: shutil.copyfile(source, temporary))
-    return source.name
 
 
 def load(path: str | Path, device: str | torch.device = "cpu", dtype: str | torch.dtype | None = None,

@@ -9,7 +9,6 @@ import json
 import math
 import os
 import shlex
-import shutil
 import sys
 import unicodedata
 from collections import Counter
@@ -29,6 +28,7 @@ from corpus.layouts import read_manifest
 from corpus.manifest import CACHE_FIELDS, INLINE, Manifest, RejectedRow, Row, Unusable, open_audio
 from families.family import RECIPES
 from options import FULL, visible, write_rows
+from system.files import copy_file
 from text.word_times import MAIN, OTHER, Alignment, check_length, parse_alignments, row_words, tidy_words
 
 PACE, SILENCE = "text does not fit the length", "silence"
@@ -450,5 +450,5 @@ def place_inside(file: Path, root: Path, folder: Path) -> str:
         try:
             os.link(real, target)
         except OSError:                                 # another disk, or one without links
-            shutil.copyfile(real, target)
+            copy_file(real, target)
     return target.relative_to(home).as_posix()

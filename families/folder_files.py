@@ -6,14 +6,14 @@
 Weights, adapters and the README of the base stay behind.
 """
 
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from families.formats import About, config_file, official_files
-from options import read_json, replace_file, write_json
+from options import read_json, write_json
 from streams import StreamTable
+from system.files import copy_file
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json")
 LEFT = ("config.json", "moshi_lm_kwargs.json", "adapter_config.json", "README.md")
@@ -30,10 +30,6 @@ def small_files(folder: Path) -> list[Path]:
     """The files of a folder but its weights and its config.json."""
     return [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.endswith(WEIGHTS) and path.name not in LEFT
             and not path.name.startswith(".") and path.stat().st_size <= MOST]
-
-
-def copy(source: Path, folder: Path) -> None:
-    replace_file(folder / source.name, lambda temporary: shutil.copyfile(source, temporary))
 
 
 OURS = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "ras_win_len": "ras_window",
@@ -65,7 +61,7 @@ def sampling_rules(folder: Path, table: StreamTable, say: Callable[[str], Any]) 
 def remember(source: Path, folder: Path) -> None:
     """Copy what stands around official weights, config.json too."""
     for path in [*small_files(source), config_file(source)]:
-        copy(path, folder)
+        copy_file(path, folder / path.name)
 
 
 def carry(source: Path, out: Path, about: About | None, stop: Sequence[int], tokenizer: Path | None) -> None:
@@ -79,7 +75,7 @@ def carry(source: Path, out: Path, about: About | None, stop: Sequence[int], tok
     if tokenizer is not None and (own is None or own.read_bytes() != tokenizer.read_bytes()):
         files = [path for path in files if not path.name.startswith(TOKENIZER) and path.suffix != ".model"] + [tokenizer]
     for path in files:
-        copy(path, out)
+        copy_file(path, out / path.name)
     generation = out / "generation_config.json"
     if generation.is_file() and stop:
         known = (found := read_json(generation)).get("eos_token_id")
@@ -91,7 +87,7 @@ def carry(source: Path, out: Path, about: About | None, stop: Sequence[int], tok
     write_json(out / "config.json", joined(read_json(config_file(source)), about))
     codec = official_files(source, ("tokenizer",)).get("codec")
     if codec and Path(codec).parent == source:
-        copy(Path(codec), out)
+        copy_file(Path(codec), out / Path(codec).name)
 
 
 def joined(base: Any, about: Any) -> Any:

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from families.family import closings, family_of
 from generation.cuda_graphs import capture, why_not
-from generation.decode_step import ColumnKind, DecodeStep, Rules, SampleConfig, column_kind, completed_frame
+from generation.decode_step import ColumnKind, DecodeStep, Rules, SampleConfig, SamplingNoise, column_kind, completed_frame
 from generation.turns import ItemState, advance, required_ids, start_state, with_endings
 from kernels.attention import KVCache
-from kernels.sample import MIX2, gumbel
+from kernels.sample import MIX2
 from model import MultistreamLM
 from streams import StreamTable
 
@@ -79,9 +79,7 @@ class SlotNoise:
     def of(self, rows: slice, again: bool = False) -> Tensor:
         return self.folded[:, rows, int(again)].flatten()
 
-    def prepare(self, rows: slice, V: int) -> None:
-        made = gumbel(self.of(rows), self.step, V).view(self.items, -1, V).unbind(1)
-        self.ready = dict(zip(range(rows.start, rows.stop), made, strict=True))
+    prepare = SamplingNoise.prepare                     # the same, of these seeds
 
     def rules(self, config: SampleConfig, rows: slice) -> Rules:
         """A value of each rule for every row, or one for all: on a CPU what all have in common needs no sorting."""

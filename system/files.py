@@ -1,6 +1,7 @@
 """Files: written whole, one writer at a time, and seen when they are damaged.
 
     replace_file(path, write)       a temporary neighbour is written, synced and renamed over `path`: old or new, never half
+    copy_file(source, target)       the same for a copy
     lock(folder)                    this process alone writes into `folder` until it ends; the error names the other process
     unlock(folder)
     checksum(data)                  of bytes, at the speed of memory; it changes with every bit and every block out of place
@@ -72,6 +73,11 @@ def make_temporary(path: Path) -> tuple[int, str]:
         if grab(handle) and os.path.exists(name):  # else another process took it for a leftover, before it was locked
             return handle, name
         os.close(handle)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file, whole."""
+    replace_file(target, lambda temporary: shutil.copyfile(source, temporary))
 
 
 def sync(path: str | Path) -> None:

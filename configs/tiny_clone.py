@@ -26,4 +26,5 @@ config = TrainConfig(
     eval_every=500, eval_batches=8, save_every=500, prompts=("thank you",))
 
 smoke = replace(config, model=replace(config.model, temporal=StackConfig(dim=48, layers=2, heads=4, kv_heads=2, ffn=64), dual_ffn=(0, 1)),
-                out="out/smoke_clone", steps=12, batch_size=2, eval_every=6, save_every=6, eval_batches=2)
+                data=replace(config.data, variants=2), out="out/smoke_clone", steps=12,
+                batch_size=2, eval_every=6, save_every=6, eval_batches=2)

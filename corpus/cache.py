@@ -10,9 +10,7 @@ sequence per clip a model could memorise the codes and ignore the text. Next: in
 import hashlib
 import json
 import random
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -23,16 +21,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from audio import augment
 from audio.augment import AugmentConfig
 from audio.wav import RESAMPLER, resample
-from corpus.checks import read_clip
+from corpus.checks import read_clip, single_threaded
 from corpus.data_config import DataConfig
 from corpus.manifest import Manifest, RejectedRow, Row
 from options import FULL, out_of_memory
 from system.files import checksum, replace_file
+from system.progress import Progress, workers
 
 SUM = "sum:"                # stands before a checksum
 SHARD = 64                  # clips per shard; an interrupted `prepare` encodes at most this many again
@@ -75,13 +73,13 @@ def codec_version(codec: Any) -> str:
 def encode_missing(jobs: dict[str, Row], folder: Path, codec: Any, duplex: bool, config: DataConfig) -> dict[str, RejectedRow]:
     """Encode clips into shards, each written atomically, so a killed run repeats the last one only. Returns the unusable clips by key."""
     bad: dict[str, RejectedRow] = {}
-    left, bar = iter(jobs), tqdm(desc="encoding", total=len(jobs), disable=None if jobs else True, unit="clip")
-    with bar, single_threaded(), ThreadPoolExecutor(max(1, config.workers)) as pool:
+    left, progress = iter(jobs), Progress("encoding", len(jobs), "clips")
+    with progress, single_threaded(), ThreadPoolExecutor(workers(config.workers)) as pool:
         while keys := list(islice(left, SHARD)):
             frames, arrays = {}, {}
             found = pool.map(lambda key: encode_or_reject(key, jobs[key], codec, duplex, config), keys)
             for key, codes in zip(keys, found, strict=True):
-                bar.update()
+                progress.add()
                 if isinstance(codes, RejectedRow):
                     bad[key] = codes
                 else:
@@ -90,17 +88,6 @@ def encode_missing(jobs: dict[str, Row], folder: Path, codec: Any, duplex: bool,
             if arrays:                                  # named after its content
                 write_tensors(folder / f"{hash_of(*arrays)[:16]}.safetensors", arrays, frames)
     return bad
-
-
-@contextmanager
-def single_threaded() -> Iterator[None]:
-    """Let torch use one thread for an operation: clips are short, and synchronising threads made this six times slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def encode_or_reject(key: str, row: Row, codec: Any, duplex: bool, config: DataConfig) -> list[np.ndarray] | RejectedRow:

@@ -14,6 +14,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from corpus.manifest import CACHE_FIELDS, INLINE, Manifest, RejectedRow, Row, Un
 from families.family import RECIPES
 from options import FULL, visible, write_rows
 from system.files import copy_file
+from system.progress import Progress, workers
 from text.word_times import MAIN, OTHER, Alignment, check_length, parse_alignments, row_words, tidy_words
 
 PACE, SILENCE = "text does not fit the length", "silence"
@@ -168,12 +170,24 @@ class Verdicts:
     def save(self) -> None:
         if self.folder is None or not self.new:
             return
+        self.new = sorted({one[0]: one for one in self.new}.values(), key=lambda one: one[0])      # threads end in any order
         path = self.folder / f"{hashlib.sha256(json.dumps(self.new).encode()).hexdigest()[:16]}.jsonl"
         try:
             write_rows(path, self.new)
         except OSError as error:
             raise OSError(f"{path} cannot be written ({error.strerror}); {FULL}") from None
         self.new = []
+
+
+@contextmanager
+def single_threaded() -> Iterator[None]:
+    """Let torch use one thread for an operation: clips are short, and synchronising threads made this six times slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def digest_or_nothing(row: Row) -> str:
@@ -187,7 +201,7 @@ def digest_or_nothing(row: Row) -> str:
 
 
 def judge(m: Manifest, limits: tuple[float, float], doubtful: str = "keep", talk: float = TALK, verdicts: Verdicts | None = None,
-          duplex: bool = False, workers: int = 1) -> dict[str, Verdict]:
+          duplex: bool = False, threads: int = 0) -> dict[str, Verdict]:
     """Leave out the rows of a manifest whose audio cannot be used, and name those that are kept with a warning.
 
     Limits are the least and most seconds of a clip, `talk` the most of a dialogue. With `duplex` every clip must be stereo.
@@ -199,8 +213,9 @@ def judge(m: Manifest, limits: tuple[float, float], doubtful: str = "keep", talk
         if duplex:
             clip["stereo"] = True
         clip["mark"] = digest_or_nothing(clip)
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        found = list(pool.map(lambda clip: verdicts.of(clip, (limits[0], talk if "alignments" in clip else limits[1])), clips))
+    with Progress("checking", len(clips), "clips") as progress, single_threaded(), ThreadPoolExecutor(workers(threads)) as pool:
+        judged = pool.map(lambda clip: verdicts.of(clip, (limits[0], talk if "alignments" in clip else limits[1])), clips)
+        found = [progress.add() or verdict for verdict in judged]
     verdicts.save()
     kept: dict[str, Verdict] = {}
     for clip, verdict in zip(clips, found, strict=True):

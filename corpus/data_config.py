@@ -44,7 +44,7 @@ class DataConfig:
     text_padding_weight: float = 0.5        # dialogues: loss weight of padding in the text row
     stream_weights: tuple[float, ...] = ()  # factor on the loss weights of each row of the grid, in order; () = 1 for all
     seed: int = 0                           # random seed of sampling, shuffling, variants and voice references
-    workers: int = 0                        # number of clips encoded in parallel by prepare, one thread each; 0 = 1
+    workers: int = 0                        # number of clips encoded in parallel by prepare, one thread each; 0 = all cores, at most 8
     prefetch: int = 4                       # number of batches that a background thread builds ahead; 0 = no thread
     allow_outside: bool = False             # let manifests name files outside their own folder
 

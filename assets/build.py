@@ -33,9 +33,9 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from audio.recogniser import load_whisper, prepare  # noqa: E402
 from audio.tiny import EDGE, FRAME, STACK, TinyCodec, fit_tables, log_mel  # noqa: E402  (the root has to be on the path first)
 from audio.wav import load_wav, resample  # noqa: E402
-from evaluate import prepare, recogniser  # noqa: E402
 from evaluation.metrics import normalise  # noqa: E402
 
 SPEECH = ROOT / "assets" / "speech"
@@ -168,7 +168,7 @@ def word_starts(wav: Tensor, words: list[str], language: str) -> list[list]:
 
 def heard_starts(wav: Tensor, words: list[str]) -> list[float] | None:
     """The recogniser's word starts, or None unless it heard exactly these words."""
-    segments, _ = recogniser().transcribe(prepare(wav, RATE).numpy(), language="en", beam_size=1,
+    segments, _ = load_whisper().transcribe(prepare(wav, RATE).numpy(), language="en", beam_size=1,
                                           temperature=0.0, word_timestamps=True,
                                           condition_on_previous_text=False)
     heard, starts = [], []

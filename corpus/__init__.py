@@ -8,7 +8,7 @@
     index.py           rows -> entries with ids; `data.py prepare`
     examples.py        entries, or a prompt -> examples for a layout function
     bundled.py         small data sets made from the bundled recordings
-    annotate.py        word times by Whisper, and fixing them
+    annotate.py        transcripts and word times by Whisper, and fixing them
     phone_calls.py     stereo phone calls -> conversations; invented facts in replies
     swap_tokenizer.py  replace the tokenizer of a model
 """

@@ -1,4 +1,14 @@
-"""Transcribe stereo dialogues with word times: Whisper writes a .json of alignments beside each file, as Moshi's training reads.
+"""Words by Whisper: transcripts of single recordings, and the words of stereo dialogues with their times.
+
+    python data.py transcribe data/voice                                 a folder of recordings, some with transcripts, some without
+    python data.py transcribe data/voice --model=large-v3 --language=ar  the model in the package (tiny.en) only knows English
+
+    data/voice/transcribed.jsonl        every recording with its words: yours, or the recognised ones; train from this list
+    data/voice/transcribed.words.json   the words of all texts, for models that speak whole words (configs/tiny.py --preset=voice)
+    data/voice/transcribed.cache        what was recognised: an interrupted command goes on, a second one recognises what is new
+
+A recording longer than `longest` seconds is cut at pauses. Your own transcripts stay as they are and are compared: what was
+recognised instead stands beside them as "heard", and `check` names those that differ. Needs pip install -e ".[eval]".
 
     python data.py annotate data/dialogues.jsonl --language=en          rows {"path": "a.wav"}, or a folder of sound files
     python data.py annotate data/calls --model=large-v3 --shard 3/8     the share of machine 3 of 0..7
@@ -16,24 +26,32 @@ A recogniser often makes a short word too long, mostly the first of a file: a wo
 and now begins `keep` seconds before it. `--words=a,i` limits this to those words. Next: text/word_times.py.
 """
 
+import hashlib
 import json
+import shlex
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import soundfile
 from torch import Tensor
-from tqdm import tqdm
 
+from audio import recogniser
+from audio.recogniser import RATE, TimedWords
 from audio.wav import load_wav
-from corpus.layouts import json_rows
-from corpus.manifest import SOUNDS, Manifest, Unusable, path_inside
-from options import apply, check_types, help_text, read_json, split_arguments, write_text
+from corpus.checks import differs
+from corpus.layouts import json_rows, read_manifest
+from corpus.manifest import CACHE_FIELDS, SOUNDS, TRANSCRIBED, Manifest, Row, Unusable, path_inside
+from evaluation.metrics import wer
+from options import apply, check_types, help_text, read_json, read_lines, split_arguments, visible, write_json, write_rows, write_text
+from system.files import lock, unlock
+from system.progress import Progress
+from text.normalisers import normalise
 from text.word_times import MAIN, OTHER, Alignment, as_json, parse_alignments, tidy_words
 
-RATE = 16_000                                   # Hz, the input rate of Whisper
-TimedWords = list[tuple[str, float, float]]          # words with start and end in seconds
 Recogniser = Callable[[Tensor], TimedWords]                # of one channel (W,) at RATE
 
 
@@ -58,22 +76,8 @@ class AnnotateConfig:
 
 def whisper_recogniser(config: AnnotateConfig) -> Recogniser:
     """Load Whisper as a function of one channel; ValueError when the package or the model is missing."""
-    try:
-        from faster_whisper import WhisperModel
-    except ModuleNotFoundError as error:
-        raise ValueError(f'annotate needs {error.name}; run: pip install -e ".[annotate]"') from None
-    try:
-        model = WhisperModel(config.model, device=config.device, compute_type="auto")
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:80]
-        raise ValueError(f"Whisper model {config.model!r} cannot be loaded ({reason}); name a folder or another size by --model") from None
-
-    def recognise(channel: Tensor) -> TimedWords:
-        segments, _ = model.transcribe(channel.numpy(), language=None if config.language == "auto" else config.language, vad_filter=True,
-                                       beam_size=config.beam, word_timestamps=True, condition_on_previous_text=False)
-        return [(word.word.strip(), word.start, word.end) for segment in segments for word in segment.words or ()]
-
-    return recognise
+    model = recogniser.load_whisper(config.model, config.device, "annotate", "annotate")
+    return lambda channel: recogniser.words(model, channel, config.language, config.beam)
 
 
 def sound_files(source: Path, allow_outside: bool) -> tuple[list[Path], list[str]]:
@@ -95,7 +99,7 @@ def annotate_file(path: Path, recognise: Recogniser) -> None:
     """Write the words of a stereo file beside it."""
     wav, _ = load_wav(path, RATE, 2)
     end = wav.shape[1] / RATE
-    words = [(word, round(start, 3), round(min(stop, end), 3), who) for channel, who in zip(wav, (MAIN, OTHER), strict=True)
+    words = [(word.strip(), round(start, 3), round(min(stop, end), 3), who) for channel, who in zip(wav, (MAIN, OTHER), strict=True)
              for word, start, stop in recognise(channel)]
     write_text(path.with_suffix(".json"), json.dumps({"alignments": as_json(tidy_words(words)[0])}, ensure_ascii=False) + "\n")
 
@@ -110,11 +114,13 @@ def annotate(source: str | Path, config: AnnotateConfig, recognise: Recogniser |
     mine = files[first::count]
     left = [path for path in mine if not path.with_suffix(".json").is_file()]
     recognise = recognise or (whisper_recogniser(config) if left else None)
-    for path in tqdm(left, "annotate", unit="file", disable=not sys.stderr.isatty()):
-        try:
-            annotate_file(path, recognise)
-        except (FileNotFoundError, ValueError) as error:
-            faults.append(str(error))
+    with Progress("annotating", len(left), "files") as progress:
+        for path in left:
+            try:
+                annotate_file(path, recognise)
+            except (FileNotFoundError, ValueError) as error:
+                faults.append(str(error))
+            progress.add()
     written = sum(path.with_suffix(".json").is_file() for path in left)
     for fault in faults:
         print(f"left out: {fault}", file=sys.stderr)
@@ -193,3 +199,194 @@ def fix_alignments(argv: list[str]) -> None:
         if not job.dry_run:
             write_text(Path(job.out) / file.name, json.dumps({"alignments": as_json(fixed)}, ensure_ascii=False))
     print(f"{total} words in {len(files)} files {'would be ' if job.dry_run else ''}shortened")
+
+
+# ---- transcripts of single recordings ----
+
+@dataclass(frozen=True)
+class TranscribeConfig:
+    """Options of `data.py transcribe`."""
+
+    model: str = ""                 # Whisper for faster-whisper: a size, a folder, or a hub id; "" = tiny.en, which comes in a package
+    language: str = "en"            # spoken language, such as ar or ja; "auto" detects it for each recording
+    longest: float = 12.0           # longer recordings are cut at pauses, into pieces of about so many seconds at most
+    pause: float = 0.3              # shortest pause at which they are cut, in seconds
+    speaker: str = ""               # who speaks where no list says so; "" = the name of the folder
+    beam: int = 5                   # beam size
+    device: str = "auto"            # cpu, cuda, or auto
+    allow_outside: bool = False     # a list may name files outside its folder
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        assert self.beam > 0 and self.pause > 0 and self.longest >= 1, "beam is at least 1, longest at least 1 s, pause above 0"
+        assert self.model or self.language == "en", (
+            f"the model in the package only knows English, not {self.language!r}; name another one, such as --model=small")
+
+
+OWN = 30.0                  # seconds: a recording with a transcript is only cut if it is longer
+SAVE_EVERY = 20.0           # seconds between two writes of what was recognised
+
+
+class Recognised:
+    """The words of every piece that was recognised, by a hash of its audio and of the options; kept in a file that is written whole."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.saved, self.known = path, time.monotonic(), dict[str, TimedWords]()
+        for number, line in enumerate(read_lines(path) if path.is_file() else [], 1):
+            try:
+                key, words = json.loads(line)
+                self.known[key] = [(str(word), float(start), float(end)) for word, start, end in words]
+            except (TypeError, ValueError):
+                raise ValueError(f"{path} is damaged in line {number}; delete it, its recordings are recognised again") from None
+
+    def words(self, key: str, recognise: Callable[[], TimedWords]) -> TimedWords:
+        if key not in self.known:
+            self.known[key] = [(word, round(start, 3), round(end, 3)) for word, start, end in recognise()]
+            if time.monotonic() - self.saved > SAVE_EVERY:
+                self.save()
+        return self.known[key]
+
+    def save(self) -> None:
+        write_rows(self.path, self.known.items())
+        self.saved = time.monotonic()
+
+
+def cut_at_pauses(spans: Sequence[tuple[float, float]], seconds: float, longest: float) -> list[tuple[float, float]]:
+    """Join spans of speech to pieces of at most `longest` seconds, each with up to 0.2 s of silence around it. A pause of 1 s divides."""
+    pieces: list[list[float]] = []
+    for start, end in spans:
+        if pieces and end - pieces[-1][0] <= longest and start - pieces[-1][1] < 1.0:
+            pieces[-1][1] = end
+        else:
+            pieces.append([start, end])
+    before = [0.0, *(end for _, end in pieces[:-1])]
+    after = [*(start for start, _ in pieces[1:]), seconds]
+    return [(round(start - min(0.2, max(0.0, start - b) / 2), 2), round(end + min(0.2, max(0.0, a - end) / 2), 2))
+            for (start, end), b, a in zip(pieces, before, after, strict=True)]
+
+
+def recordings(source: str | Path, config: TranscribeConfig) -> tuple[Manifest, list[Row]]:
+    """The rows of a source, and one without text for every sound file of a folder that has none."""
+    m = read_manifest(source, config.allow_outside)
+    if dialogue := next((row for row in m.rows if row.get("stereo") or "alignments" in row or "clips" in row), None):
+        raise ValueError(f"{source} holds dialogues or conversations ({dialogue['id']}), transcribe takes recordings of one voice; "
+                         + "python data.py annotate gives stereo dialogues their words")
+    rows = [row for row in m.rows if row["file"] and "parts" not in row]
+    named, folder = {Path(row["file"]).resolve() for row in rows}, Path(source)
+    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in SOUNDS) if folder.is_dir() else ():
+        if path.resolve() not in named:
+            name = path.relative_to(folder)
+            speaker = config.speaker or (name.parts[0] if len(name.parts) > 1 else folder.resolve().name)
+            rows.append({"id": name.with_suffix("").as_posix(), "audio": name.as_posix(), "file": str(path), "text": "",
+                         "speaker": speaker})
+    return m, rows
+
+
+def length(row: Row) -> float:
+    """The seconds of a recording by its header, 0 where it has none that we can read; for the progress."""
+    try:
+        return row.get("duration") or soundfile.info(row["file"]).duration
+    except (OSError, soundfile.LibsndfileError):
+        return 0.0
+
+
+def transcribe_row(row: Row, config: TranscribeConfig, memory: Recognised, recognise: Recogniser,
+                   voice: Callable[..., Any]) -> Iterator[Row]:
+    """The rows of a recording: itself with what was heard, or one for each piece between pauses. ValueError: it cannot be read."""
+    wav, first = load_wav(row["file"], RATE)[0][0], row.get("offset", 0.0)
+    wav = wav[round(first * RATE) :][: round(row["duration"] * RATE) if row.get("duration") else None]
+    mark = hashlib.sha256(wav.numpy().tobytes()).hexdigest()
+    seconds, own = len(wav) / RATE, bool(row["text"].strip())
+
+    def heard(begin: float, end: float) -> TimedWords:
+        key = hashlib.sha256(json.dumps([mark, begin, end, config.model, config.language, config.beam]).encode()).hexdigest()[:32]
+        piece = wav[round(begin * RATE) : round(end * RATE)]
+        return memory.words(key, lambda: recognise(piece) if voice(piece) else [])      # Whisper hears words in noise
+
+    if seconds <= (max(config.longest, OWN) if own else config.longest):
+        said = heard(0.0, seconds)
+        yield row | ({"heard": text_of(said)} if own else {"text": text_of(said)} | times_of(said))
+        return
+    for begin, end in cut_at_pauses(voice(wav, config.pause, config.longest), seconds, config.longest):
+        if said := heard(begin, end):
+            yield row | {"id": f"{row['id']}@{begin:.2f}", "offset": round(first + begin, 2), "duration": round(end - begin, 2),
+                         "text": text_of(said)} | times_of(said)
+
+
+def text_of(words: TimedWords) -> str:
+    return "".join(word for word, *_ in words).strip()
+
+
+def times_of(words: TimedWords) -> Row:
+    return {"words": [[word.strip(), start] for word, start, _ in words if word.strip()]}
+
+
+def load_recogniser(config: TranscribeConfig) -> Recogniser:
+    model = recogniser.load_whisper(config.model, config.device, "transcribe")
+
+    def recognise(wav: Tensor) -> TimedWords:
+        padded = recogniser.prepare(wav, RATE)
+        found = recogniser.words(model, padded, config.language, config.beam, vad=False, spelled=True)
+        return [(word, max(0.0, start - recogniser.BEFORE), max(0.0, end - recogniser.BEFORE)) for word, start, end in found]
+
+    return recognise
+
+
+def transcribe(source: str | Path, config: TranscribeConfig, recognise: Recogniser | None = None,
+               voice: Callable[..., Any] = recogniser.speech) -> list[Row]:
+    """Write transcribed.jsonl of a source; returns its rows, ValueError when there is none."""
+    m, rows = recordings(source, config)
+    if not rows:
+        raise ValueError(f"{source} names no recording; give a folder of sound files ({', '.join(SOUNDS)}) or a list of recordings")
+    recognise = recognise or load_recogniser(config)
+    target = m.root / TRANSCRIBED
+    lock(m.root)
+    memory, found, faults = Recognised(target.with_suffix(".cache")), list[Row](), list[str]()
+    try:
+        with Progress("transcribing", sum(map(length, rows)), "s of sound") as progress:
+            for row in rows:
+                try:
+                    found += transcribe_row(row, config, memory, recognise, voice)
+                except (FileNotFoundError, ValueError) as error:
+                    faults.append(str(error))
+                progress.add(length(row))
+    finally:
+        memory.save()
+        unlock(m.root)
+    write_rows(target, ({key: value for key, value in row.items() if key not in CACHE_FIELDS} for row in found))
+    write_json(target.with_suffix(".words.json"), sorted({word for row in found for word in normalise(row["text"], "english-v1").split()}))
+    print(*summary(rows, found, m, faults), sep="\n")
+    if not found:
+        raise ValueError(f"{source}: no recording could be read; fix the faults listed above")
+    print(f"wrote {target}", f"next: {shlex.join(['python', 'data.py', 'check', str(target)])}", sep="\n")
+    return found
+
+
+def summary(rows: Sequence[Row], found: Sequence[Row], m: Manifest, faults: Sequence[str]) -> Iterator[str]:
+    """What was recognised, which transcripts differ from it, and what was left out."""
+    own = [row for row in found if "heard" in row]
+    silent = [row for row in found if not row["text"].strip()]
+    minutes = sum(map(length, rows)) / 60
+    yield f"{len(rows)} recordings, {minutes:.1f} minutes: {len(own)} with a transcript, {len(found) - len(own)} rows with recognised words"
+    if own:
+        unlike = [row for row in own if differs(row)]
+        rate = sum(wer(row["text"], row["heard"]) for row in own) / len(own)
+        yield f"transcripts and what is heard: word error rate {rate:.3f}; {len(unlike)} do not fit{':' if unlike else ''}"
+        yield from (visible(f"  {row['id']}: {row['text']!r}, heard {row['heard']!r}") for row in unlike[:10])
+    cut = [row for row in rows if row["text"].strip() and length(row) > OWN]
+    for what, some in ((f"longer than {OWN:g} s and cut, with recognised words in place of their transcripts", cut), ("no voice", silent)):
+        if some:
+            yield visible(f"{what}: {', '.join(row['id'] for row in some[:5])}{f' and {len(some) - 5} more' if len(some) > 5 else ''}")
+    yield from (visible(f"left out: {fault}") for fault in faults)
+    unused = [bad for bad in m.bad if bad.reason not in ("no transcript", "empty text")]
+    yield from (visible(f"not used: {bad.where}: {bad.reason}; {bad.fix}") for bad in unused)
+
+
+def transcribe_command(argv: Sequence[str]) -> None:
+    words, pairs = split_arguments(list(argv), ("help", "allow_outside"))
+    pairs = {key: text or "true" for key, text in pairs.items()}
+    if pairs.pop("help", "") or not argv:
+        return print(help_text(TranscribeConfig(), "python data.py transcribe FOLDER|LIST [--key=value ...]"))
+    if len(words) != 1:
+        raise ValueError(f"transcribe takes one folder or one list, got {words}; python data.py transcribe --help shows the options")
+    transcribe(words[0], apply(TranscribeConfig(), pairs))

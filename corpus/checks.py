@@ -27,6 +27,7 @@ from audio.wav import levels, load_wav, resample
 from corpus.data_config import DataConfig
 from corpus.layouts import read_manifest
 from corpus.manifest import CACHE_FIELDS, INLINE, Manifest, RejectedRow, Row, Unusable, open_audio
+from evaluation.metrics import cer, wer
 from families.family import RECIPES
 from options import FULL, visible, write_rows
 from system.files import copy_file
@@ -63,6 +64,14 @@ def read_clip(row: Row, limits: tuple[float, float] = (0.0, 4 * 3600)) -> tuple[
 
 NARROW: Fault = ("warn", "sample rate below 16 kHz", "this is telephone bandwidth: use 16 kHz or more if you have it")
 STEREO: Fault = ("warn", "stereo", "both channels are mixed to mono: save the channel with the voice if they differ")
+
+
+HEARD: Fault = ("doubt", "text differs from what is heard", "listen to it and correct the transcript, or remove the row")
+
+
+def differs(row: Row) -> bool:
+    """Whether a recogniser understood something else (data.py transcribe): half of the letters and of the words."""
+    return "heard" in row and wer(row["text"], str(row["heard"])) > 0.5 < cer(row["text"], str(row["heard"]))
 
 
 def header_faults(row: Row) -> list[Fault]:
@@ -140,6 +149,7 @@ def judge_clip(row: Row, limits: tuple[float, float]) -> Verdict:
     dialogue = "alignments" in row
     stereo = stereo_faults(wav, rate, row) if row.get("stereo") else ()
     found = [f for f in faults(wav, rate, row["text"], limits) if not (dialogue and f[1] in (PACE, SILENCE))]
+    found += [HEARD] * differs(row)
     return Verdict([*found, *stereo, *(f for f in header_faults(row) if f not in found)], wav.shape[-1] / rate, rate)
 
 
@@ -159,7 +169,7 @@ class Verdicts:
 
     def of(self, row: Row, limits: tuple[float, float]) -> Verdict:
         """The verdict on a row that has its `mark`, the digest of its audio."""
-        said = [row.get(name) for name in ("text", "words", "alignments")] if row["mark"] else [row["file"]]
+        said = [row[name] for name in ("text", "words", "alignments", "heard") if name in row] if row["mark"] else [row["file"]]
         key = hashlib.sha256(json.dumps([VERDICTS, row["mark"], *said, limits]).encode()).hexdigest()[:32]
         if key not in self.known or not row["mark"]:
             self.known[key] = verdict = judge_clip(row, limits)

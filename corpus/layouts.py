@@ -23,6 +23,7 @@ from typing import Any
 from corpus.manifest import (
     CACHE_FIELDS,
     SOUNDS,
+    TRANSCRIBED,
     Manifest,
     Row,
     Unusable,
@@ -106,13 +107,13 @@ def detect(path: Path) -> tuple[Any, ...]:
 
 
 def lists_of(folder: Path) -> list[Path]:
-    """The lists of a folder: the one of a known name, else all jsonl files, else all tables; never what `check --write` wrote."""
+    """The lists of a folder: the one of a known name, else all jsonl files, else all tables; never what `check` and `transcribe` wrote."""
     named = [folder / n for n in ("manifest.jsonl", "metadata.csv", "metadata.jsonl", "metadata.tsv", "metadata.json")]
     if found := [p for p in named if p.is_file()][:1]:
         return found
     for endings in ((".jsonl",), (".tsv", ".csv")):
         found = sorted(p for p in folder.iterdir() if p.suffix in endings and p.is_file()
-                       and not p.name.endswith((".kept.jsonl", ".rejected.jsonl")) and ".clips" not in p.name)
+                       and not p.name.endswith((".kept.jsonl", ".rejected.jsonl", TRANSCRIBED)) and ".clips" not in p.name)
         if {p.name for p in found} & {"validated.tsv", "train.tsv"}:                    # Common Voice: the others are parts or rejects
             parts = [p for p in found if p.name in ("train.tsv", "dev.tsv", "test.tsv")]
             return parts or [p for p in found if p.name == "validated.tsv"]
@@ -308,7 +309,7 @@ def wav_text_pairs(m: Manifest) -> Iterator[tuple[str, Row]]:
         name, before = path.relative_to(m.path), len(m.bad)
         transcript = next((p for p in (path.with_suffix(".txt"), path.with_suffix(".normalized.txt")) if p.is_file()), None)
         if transcript is None and path.stem not in books:
-            m.reject(str(name), "no transcript", f"write the transcript into {path.stem}.txt, or run data.py annotate for dialogues")
+            m.reject(str(name), "no transcript", f"write it into {path.stem}.txt, or run data.py transcribe (dialogues: annotate)")
             continue
         text = books[path.stem] if transcript is None else "\n".join(line for _, line in text_lines(m, transcript))
         if len(m.bad) == before:

@@ -54,6 +54,7 @@ SOUNDS = (".wav", ".flac", ".ogg", ".opus", ".mp3")
 MAX_ROWS = 10_000_000       # rows that one compose line may ask for, and clips in one of them
 MAX_PARTS = 1000
 MAX_INLINE = 64 << 20       # characters of base64 that one recording may have
+TRANSCRIBED = "transcribed.jsonl"      # what `data.py transcribe` writes
 INLINE = "(inline)"         # file name of a recording inside the manifest (base64)
 ALLOW = "or allow it: check --allow-outside, --data.allow_outside=True"
 CACHE_FIELDS = {"file": "", "mark": "", "key": "", "shard": ""}     # filled in by cache.py, never read from a manifest

@@ -15,7 +15,8 @@ from options import field_comments, load_config
 
 SCRIPTS = ("train.py", "sample.py", "data.py", "evaluate.py", "bench.py", "checkpoint.py")
 COMMANDS = (*[(script,) for script in SCRIPTS], ("data.py", "annotate"), ("data.py", "calls"), ("data.py", "fix-alignments"),
-            ("data.py", "check"), ("data.py", "prepare"), ("data.py", "show"), ("train.py", "sweep"), ("evaluate.py", "sae"),
+            ("data.py", "transcribe"), ("data.py", "check"),
+            ("data.py", "prepare"), ("data.py", "show"), ("train.py", "sweep"), ("evaluate.py", "sae"),
             ("evaluate.py", "pairs"), ("evaluate.py", "choices"), ("evaluate.py", "compare"), ("evaluate.py", "representations"),
             ("evaluate.py", "landscape"), ("evaluate.py", "report"))
 

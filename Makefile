@@ -42,8 +42,8 @@ check: $(VENV)/test       ## lint and the fast tests
 	$(VENV)/bin/ruff check .
 	$(PYTEST) -m "not slow"
 
-faults: $(VENV)/test      ## kill each command at every file event, fail every call, damage 20,000 files (hours)
-	$(RUN) tests/faults.py
+faults: $(VENV)/test      ## kill each command at every file event, fail every call and allocation, damage 20,000 files (two cores, two hours)
+	$(RUN) tests/faults.py --jobs=2
 	$(RUN) tests/fuzz.py --cases=20000
 
 smoke: $(VENV)/demo       ## every config's tiny twin: trains, resumes, evaluates on bundled data (CPU, minutes)

@@ -9,6 +9,7 @@ import ast
 import dataclasses
 import difflib
 import errno
+import functools
 import inspect
 import json
 import math
@@ -194,6 +195,7 @@ def flatten(config: Any, prefix: str = "", with_off: bool = False) -> Iterator[t
             yield from flatten(part, f"{prefix}{field.name}.", with_off)
 
 
+@functools.cache
 def field_comments(kind: type) -> dict[str, str]:
     """Read the comment behind each field from the source of a dataclass."""
     try:

@@ -229,7 +229,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor | LazyTensor], write:
             own[name] = t
     if own:
         rank = torch.distributed.get_rank()
-        save_tensors(path.with_name(f"{path.stem}.rank{rank:05d}{path.suffix}"), own, {"rows": json.dumps(rows)})
+        save_tensors(path.with_name(f"{path.stem}.rank{rank:05d}{path.suffix}"), own, {"rows": json.dumps(rows, sort_keys=True)})
 
 
 def first_copy(t: DTensor) -> bool:

@@ -220,7 +220,8 @@ def write_sums(folder: Path, names: Iterable[str] = ()) -> None:
     if not names:
         found = json.loads(path.read_bytes()) if path.is_file() else {}
         names = [p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.is_file() and p.name != SUMS]
-    text = json.dumps(found | {name: file_sum(folder / name) for name in names if name not in found}, indent=1)
+    found |= {name: file_sum(folder / name) for name in names if name not in found}
+    text = json.dumps(found, indent=1, sort_keys=True)
     replace_file(path, lambda temporary: Path(temporary).write_text(text + "\n"))
 
 

@@ -1,6 +1,6 @@
 """The fault harness: commands that die, or whose calls fail, at their n-th file-system event, for every n; then they run again.
 
-    python tests/faults.py                        every n of every command (`make faults`; hours on one core)
+    python tests/faults.py --jobs=2               every n of every command, two tries at once (`make faults`; an hour on two cores)
     python tests/faults.py train_full --sample=5  five n of one command
     python tests/faults.py --modes=kill           kill: SIGKILL before event n, in the middle of it when it writes
                                                   fail: event n raises "No space left on device"
@@ -8,24 +8,32 @@
 
 A process is forked for each try, from one that has imported everything, and reports its events through an audit hook. What
 the second, undisturbed start leaves must equal what a run leaves that nothing happened to, file by file and bit by bit;
-of metrics.jsonl the speeds are left out. One line a command, and exit code 1 when anything differs.
+of metrics.jsonl the speeds are left out. A start depends on the files that it finds and on nothing else: where two tries leave
+the same files, the second start is made once for both (`starts` counts them). A failed call ends in exit code 2 without a trace, or
+is got over. One line a command, and exit code 1 when anything differs.
 """
 
 import builtins
 import errno
+import hashlib
+import importlib
 import io
 import json
+import multiprocessing
 import os
 import random
+import re
 import runpy
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -35,26 +43,28 @@ os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALL
 
 import soundfile  # noqa: E402
 import torch  # noqa: E402
+import torch._dynamo  # noqa: E402   (the first optimizer imports it, which takes a second)
 from conftest import CONFIG, write_clips  # noqa: E402
 from safetensors import numpy as safetensors_numpy  # noqa: E402
 from safetensors import torch as safetensors_torch  # noqa: E402
 
-import data  # noqa: E402, F401   (imported once, here, for every try)
-import evaluate  # noqa: E402, F401
-from training import run_state  # noqa: E402, F401
+from families.family import all_families  # noqa: E402
+from system.files import LOCK  # noqa: E402
 
 MODES = ("kill", "fail", "memory")
 SPEEDS = ("step_seconds", "memory_gib")
-LORA = ("--lora.rank=2", "--lora.targets=attn.*")
+LORA = ("--lora.rank=2", "--lora.targets=temporal.layers.0.attn.q*")
 TEXT = ("configs/ivr_dpo.py", "--smoke", "--data.sources={W}/pairs.jsonl", "--data.cache={W}/cache", "--steps=2", "--save_every=1",
-        "--eval_every=2", "--data.prefetch=0", "--log_every=1", "--device=cpu")
+        "--eval_every=2", "--data.prefetch=0", "--log_every=1", "--device=cpu", "--data.window=4", *LORA)
 TALK = ("configs/moshi_lora.py", "--smoke", "--data.cache={W}/out/cache", "--steps=2", "--save_every=1", "--eval_every=2", "--prompts=",
-        "--data.prefetch=0", "--log_every=1", "--device=cpu", "--batch_size=1", "--keep=1")
+        "--data.prefetch=0", "--log_every=1", "--device=cpu", "--batch_size=1", "--keep=1", *LORA)
+TINY = ("train.py", "{W}/tiny_run.py", "--out={W}/new", "--steps=2", "--save_every=1", "--eval_every=2")
 CASES: dict[str, tuple[str, ...]] = {
-    "train_lora_random": ("train.py", "{W}/tiny_run.py", "--out={W}/new", *LORA),
-    "train_lora_base": ("train.py", "{W}/tiny_run.py", "--out={W}/new", "--init={W}/run", "--eval_every=2", *LORA),
-    "train_full": ("train.py", "{W}/tiny_run.py", "--out={W}/new", "--ema=0.9", "--accum=2", "--eval_every=2", "--keep=1"),
-    "train_2_ranks": ("train.py", "{W}/tiny_run.py", "--out={W}/new", "--eval_every=4"),
+    "train_lora_random": (*TINY, *LORA),
+    "train_lora_base": (*TINY, *LORA, "--init={W}/run"),
+    "train_full": (*TINY, "--eval_every=1", "--ema=0.9", "--accum=2", "--keep=1"),
+    "train_2_ranks": TINY,
+    "train_sharded": (*TINY, "--shard=true", "--ema=0.9", "--keep=1"),
     "train_dpo": ("train.py", *TEXT, "--out={W}/new"),
     "train_consolidated": ("train.py", *TALK, "--out={W}/new", "--consolidated=moshi-lora", "--model.dropout=0.1"),
     "prepare": ("data.py", "prepare", "{W}/tiny_run.py", "--data.cache={W}/fresh"),
@@ -65,7 +75,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "merge": ("checkpoint.py", "merge", "{W}/dpo", "--out={W}/new"),
     "export": ("checkpoint.py", "export", "{W}/dpo", "--to=peft", "--out={W}/new"),
 }
-RANKS = {"train_2_ranks": 2}
+RANKS = {"train_2_ranks": 2, "train_sharded": 2}
 
 
 # ---- faults ----
@@ -206,31 +216,32 @@ class Bench:
         shutil.rmtree(self.work / "run/report")
         shutil.copytree(self.work, self.home / "start", symlinks=True)
 
-    def renew(self) -> None:
+    def renew(self, words: tuple[str, ...]) -> None:
+        """The folder as it was, but for runs that a command does not name."""
         shutil.rmtree(self.work)
-        shutil.copytree(self.home / "start", self.work, symlinks=True)
+        unused = [name for name in ("run", "dpo", "talk") if not any(word.endswith("{W}/" + name) for word in words)]
+        shutil.copytree(self.home / "start", self.work, symlinks=True, ignore=lambda folder, _: unused if folder.endswith("start") else [])
 
     def start(self, words: tuple[str, ...], ranks: int = 1, fault: tuple[str, int, int] = ("", 0, 0)) -> tuple[int, str, list[list[str]]]:
         """Run a command, the fault (mode, rank, n) in it: exit code, what it said, the events of each rank."""
-        port, children = random.randint(20_000, 50_000), {}
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port, children, codes = free.getsockname()[1], {}, {}
         for rank in range(ranks):
             child = os.fork()
             if child == 0:
                 self.child(words, rank, ranks, port, fault)
             children[child] = rank
-        code, until = 0, time.time() + 240
+        until = time.time() + 240
         while children:
             found, status = os.waitpid(-1, os.WNOHANG)
+            late = time.time() > until
             if found in children:
-                children.pop(found)
-                code = code or os.waitstatus_to_exitcode(status)
-                for other in children if code else ():      # as torchrun does
-                    os.kill(other, signal.SIGKILL)
-            elif time.time() > until:
-                code, until = 99, time.time() + 240
-                for other in children:
-                    os.kill(other, signal.SIGKILL)
-            time.sleep(0.002)
+                codes[children.pop(found)] = os.waitstatus_to_exitcode(status)
+            for other in children if any(codes.values()) or late else ():      # as torchrun does
+                os.kill(other, signal.SIGKILL)
+            time.sleep(0.002 if not found else 0)
+        code = 99 if late else codes[fault[1]] or max(codes.values(), key=abs)
         logs = [self.home / f"rank{rank}.json" for rank in range(ranks)]
         events = [json.loads(log.read_text()) if log.is_file() else [] for log in logs]
         return code, (self.home / "said.txt").read_text(), events
@@ -282,6 +293,12 @@ def measured(path: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k not in SPEEDS and not k.endswith("_per_second")} for row in rows]
 
 
+def state(tree: dict[str, Any]) -> str:
+    """A digest of all of a tree that a start can depend on: not the random part of temporary names, not who held a lock."""
+    names = {re.sub(r"\.\w{8}\.part$", ".part", name): found for name, found in tree.items()}
+    return hashlib.sha256(repr([(n, found if Path(n).name != LOCK else "") for n, found in sorted(names.items())]).encode()).hexdigest()
+
+
 def different(found: dict[str, Any], wanted: dict[str, Any]) -> str:
     """What of a tree is left over, missing or of another content; "" when nothing is."""
     sides = {"left over": found.keys() - wanted.keys(), "missing": wanted.keys() - found.keys(),
@@ -289,47 +306,73 @@ def different(found: dict[str, Any], wanted: dict[str, Any]) -> str:
     return "; ".join(f"{what} {sorted(names)[:4]}" for what, names in sides.items() if names)
 
 
-def try_case(bench: Bench, name: str, modes: tuple[str, ...], sample: int) -> dict[str, Any]:
-    """All tries of a command: counts, and a line for each that did not end as the undisturbed run."""
-    words, ranks = CASES[name], RANKS.get(name, 1)
+@cache
+def built(folder: str, process: int) -> Bench:
+    """The folder of this process, made at its first try."""
+    for script in sorted({words[0] for words in CASES.values()}):               # what a try would import
+        for name in re.findall(r"^from ([\w.]+) import", (ROOT / script).read_text(), re.M):
+            importlib.import_module(name)
+    all_families()
+    bench = Bench(Path(folder) / str(process))
+    bench.build()
+    return bench
+
+
+def try_case(folder: str, modes: tuple[str, ...], sample: int, jobs: int, name: str, job: int) -> dict[str, Any]:
+    """Every `jobs`-th try of a command: counts, and a line for each that did not end as the undisturbed run."""
+    bench, words, ranks = built(folder, os.getpid()), CASES[name], RANKS.get(name, 1)
     result: dict[str, Any] = {"name": name, "faults": []}
-    bench.renew()
+    bench.renew(words)
     code, said, events = bench.start(words, ranks, ("count", 0, 0))
     wanted = bench.tree()
-    bench.renew()
+    bench.renew(words)
     again = bench.start(words, ranks)[0]
     if code or again or different(bench.tree(), wanted):
         result["faults"].append(f"undisturbed: exit code {code}, {again}; {different(bench.tree(), wanted)}; {said[-300:]}")
         return result
+    seen: dict[str, str] = {}
     for mode in modes:
         if mode == "memory":
-            bench.renew()
+            bench.renew(words)
             events = bench.start(words, ranks, ("memory", 0, 0))[2]
         points = [(rank, n) for rank, found in enumerate(events) for n in range(1, len(found) + 1)]
-        chosen = random.Random(name + mode).sample(points, min(sample, len(points))) if sample else points
-        result[mode] = [len(chosen), len(points)]
-        for rank, n in sorted(chosen):
-            bench.renew()
+        chosen = sorted(random.Random(name + mode).sample(points, min(sample, len(points))) if sample else points)[job::jobs]
+        before = len(seen)
+        for rank, n in chosen:
+            bench.renew(words)
             code, said, _ = bench.start(words, ranks, (mode, rank, n))
-            wrong = different(bench.tree(), wanted) if code == 0 else ""        # a failure that was got over, or one that nobody saw
-            code, said = (code, said) if wrong or code == 99 else bench.start(words, ranks)[:2]
-            wrong = wrong or (f"exit code {code}: {said[-300:]}" if code else different(bench.tree(), wanted))
-            if wrong:
+            left = bench.tree()
+            if code == 0:                                  # a failure that was got over, or one that nobody saw
+                wrong = different(left, wanted)
+            elif code == 99 or mode != "kill" and (code != 2 or ranks == 1 and "Traceback" in said):
+                wrong = f"exit code {code}: {said[-300:]}"
+            else:
+                wrong = ""
+            if (key := state(left)) not in seen and not wrong:
+                code, said = bench.start(words, ranks)[:2]
+                seen[key] = f"exit code {code}: {said[-300:]}" if code else different(bench.tree(), wanted)
+            if wrong := wrong or seen[key]:
                 result["faults"].append(f"{mode} {events[rank][n - 1]} (rank {rank}, {n}): {wrong}")
+        result[mode] = [len(chosen), len(points), len(seen) - before]
     return result
 
 
 def main(argv: list[str]) -> int:
     options = dict(word[2:].split("=", 1) for word in argv if word.startswith("--"))
     names = [word for word in argv if not word.startswith("--")] or list(CASES)
-    modes, bad = tuple(options.get("modes", ",".join(MODES)).split(",")), 0
-    with tempfile.TemporaryDirectory(dir=options.get("dir")) as home:
-        bench = Bench(Path(home))
-        bench.build()
-        for name in names:
-            result = try_case(bench, name, modes, int(options.get("sample", 0)))
-            print(json.dumps(result), flush=True)
-            bad += len(result["faults"])
+    modes, jobs, bad = tuple(options.get("modes", ",".join(MODES)).split(",")), int(options.get("jobs", 1)), 0
+    with (tempfile.TemporaryDirectory(dir=options.get("dir")) as folder,
+          ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("fork")) as pool):
+        tries = partial(try_case, folder, modes, int(options.get("sample", 0)), jobs)
+        running = {name: [pool.submit(tries, name, job) for job in range(jobs)] for name in names}
+        for name, parts in running.items():
+            results = [part.result() for part in parts]
+            total: dict[str, Any] = {"name": name, "faults": [line for result in results for line in result["faults"]]}
+            for mode in modes:                             # tried, of all, second starts
+                found = [result[mode] for result in results if mode in result]
+                total[mode] = [sum(f[0] for f in found), max((f[1] for f in found), default=0), sum(f[2] for f in found)]
+            print(json.dumps(total), flush=True)
+            bad += len(total["faults"])
     return int(bad > 0)
 
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-NAMES, SAMPLE = ("prepare", "sample_texts", "merge", "train_full", "train_lora_random"), 2
+NAMES, SAMPLE = ("prepare", "sample_texts", "merge", "train_sharded", "train_lora_random"), 2
 
 
 def run(*words: object) -> tuple[int, list[str], str]:

@@ -29,7 +29,7 @@ except ImportError as missing:
     raise SystemExit(f"error: serve.py needs the package {missing.name}; run pip install -e \".[serve]\"") from None
 
 from audio import load_codec
-from audio.wav import load_wav
+from audio.wav import SOUNDS, load_wav
 from corpus.bundled import recorded_users
 from families.family import family_of
 from generation.command_line import load_for_sampling, usual_rules
@@ -46,7 +46,6 @@ WEB = Path(__file__).resolve().parent / "web"
 PAGES = {"/": "index.html"} | {f"/web/{name}": name for name in ("app.js", "sound.js", "recorder.js", "style.css")}
 POLICY = "default-src 'self'; media-src 'self' blob:; img-src 'self' data:; connect-src 'self' blob:; frame-ancestors 'none'"
 HEADERS = {"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
-SOUNDS = (".wav", ".flac", ".ogg", ".opus", ".mp3")
 
 
 @dataclass(frozen=True)

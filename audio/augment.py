@@ -17,9 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from audio.wav import load_wav, resample
-
-SOUNDS = (".wav", ".flac", ".ogg", ".mp3")
+from audio.wav import SOUNDS, load_wav, resample
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,16 @@
     wav, rate = load_wav("prompt.flac", rate=16_000)     # (1, W): mixed down, resampled
     save_wav("out.wav", wav, rate)                       # 16-bit PCM, written atomically
 
-soundfile reads wav, flac, mp3, ogg and opus.  The header is checked before any sample is read, so a
-ten-hour recording is refused at once.  Next: rvq.py, then tiny.py.
+soundfile reads wav, flac, mp3, ogg and opus; PyAV, an optional package, what phones make (m4a, aac, webm, mp4).  The header is
+checked before any sample is read, so a ten-hour recording is refused at once, and a piece of one is found by seeking.
+Next: rvq.py, then tiny.py.
 """
 
 import math
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
@@ -20,21 +22,27 @@ from torch import Tensor
 
 from system.files import replace_file
 
+MEDIA = (".m4a", ".aac", ".mp4", ".webm", ".mov", ".mkv", ".mka", ".wma", ".amr", ".3gp", ".gsm")       # read by PyAV
+SOUNDS = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".oga", ".aif", ".aiff", ".au", ".caf", ".w64", *MEDIA)
+MEDIA_MARKS = ((b"ftyp", 4), (b"\x1aE\xdf\xa3", 0), (b"\xff\xf1", 0), (b"\xff\xf9", 0), (b"0&\xb2u", 0), (b"#!AMR", 0))   # and where
+INSTALL = "pip install av"
 RESAMPLER = "kaiser-v1"     # part of the token cache's key: change it when a resampled sample would change
 MAX_RATE = 384_000
 LOUDEST = 4.0               # times full scale; lossy decoders overshoot by less, samples of another scale by far more
 MOST = 8 << 30              # bytes of the samples of one file
 SWELL = 20_000              # so many times its size a file may grow when it is decoded; silence in FLAC reaches 9,362
+HOLLOW = 500                # so many times its size only silence grows
+OVER = 0.5                  # seconds that a piece may end after its recording: lists round
 ZEROS = 64                  # sinc zero crossings on each side, counted at the lower of the two rates
 BETA = 7.86                 # Kaiser shape for 80 dB of stop band
 ROLLOFF = 0.96              # cut-off / Nyquist: flat to 0.92 of Nyquist, silent above it
 
 
-def load_wav(path, rate: int | None = None, channels: int | None = 1,
-             max_seconds: float = 4 * 3600) -> tuple[Tensor, int]:
+def load_wav(path, rate: int | None = None, channels: int | None = 1, max_seconds: float = 4 * 3600,
+             begin: float = 0.0, seconds: float | None = None) -> tuple[Tensor, int]:
     """Read a sound file as ((C, W) float32 in [-1, 1], rate in Hz), resampled when `rate` is given.
 
-    channels: 1 mixes stereo down, 2 demands a stereo file, None keeps what is there.
+    channels: 1 mixes stereo down, 2 demands a stereo file, None keeps what is there. `begin` and `seconds` name a piece.
     Raises FileNotFoundError or ValueError, one line with the remedy, for a file that cannot be used.
     """
     path = Path(path)
@@ -42,12 +50,11 @@ def load_wav(path, rate: int | None = None, channels: int | None = 1,
         raise FileNotFoundError(f"no sound file at {path}; check the path (those in a manifest start at the manifest's folder)")
     try:
         with soundfile.SoundFile(path) as file:
-            _check_header(path, file, channels, max_seconds)
-            found = file.samplerate
-            wav = torch.from_numpy(file.read(dtype="float32", always_2d=True).T.copy())     # (C, W)
+            found, (first, count) = file.samplerate, _check_header(path, file, channels, max_seconds, begin, seconds)
+            wav = torch.from_numpy(_read_frames(path, file, first, count).T.copy())         # (C, W)
     except soundfile.LibsndfileError as error:
         reason = error.error_string.strip(" .")
-        raise ValueError(f"{path} cannot be read as sound ({reason}); convert it to wav, flac, mp3, ogg or opus") from error
+        wav, found = _read_media(path, reason, channels, max_seconds, begin, seconds)
     if wav.shape[1] == 0:
         raise ValueError(f"{path} is empty (0 samples); record it again or leave it out")
     if not torch.isfinite(wav).all():
@@ -56,26 +63,146 @@ def load_wav(path, rate: int | None = None, channels: int | None = 1,
         raise ValueError(f"{path} has samples up to {float(peak):,.0f}, far above 1; export it as 16-bit PCM, or divide it by its peak")
     wav = wav.clamp(-1, 1)                          # lossy decoders overshoot full scale a little
     if channels == 1:
-        wav = wav.mean(0, keepdim=True)             # (C, W) -> (1, W)
+        wav = mix(wav)
     if rate is None or rate == found:
         return wav, found
     return resample(wav, found, rate).clamp(-1, 1), rate
 
 
-def _check_header(path: Path, file: soundfile.SoundFile, channels: int | None, max_seconds: float) -> None:
-    seconds = file.frames / file.samplerate
+def mix(wav: Tensor) -> Tensor:
+    """Mix channels down; of two that cancel each other the left one is taken.   (C, W) -> (1, W)"""
+    return wav[:1] if opposite(wav) else wav.mean(0, keepdim=True)
+
+
+def opposite(wav: Tensor) -> bool:
+    """Whether two channels (2, W) are in opposite phase, so that nothing is left of their sum."""
+    return len(wav) == 2 and float(wav.sum(0).square().mean()) < 0.01 * float(wav.square().sum(0).mean())
+
+
+def _check_header(path: Path, file: soundfile.SoundFile, channels: int | None, max_seconds: float, begin: float,
+                  seconds: float | None) -> tuple[int, int]:
+    """Check what a file says of itself; returns the first frame of the piece and the number of its frames."""
+    bytes_ = path.stat().st_size
+    if _cut_short(path, bytes_):
+        raise ValueError(f"{path} is truncated; its end is missing: copy or download it again")
     if file.frames == 0:
         raise ValueError(f"{path} is empty (0 samples); record it again or leave it out")
-    size, bytes_ = file.frames * file.channels * 4, path.stat().st_size
-    if file.samplerate > MAX_RATE or size > min(MOST, max(SWELL * bytes_, 64 << 20)):
+    first, count = _piece(path, file.frames, file.samplerate, max_seconds, begin, seconds)
+    if file.samplerate > MAX_RATE or count * file.channels * 4 > min(MOST, max(SWELL * bytes_, 64 << 20)):
         raise ValueError(f"{path} of {bytes_:,} bytes claims {file.frames:,} x {file.channels} samples at {file.samplerate:,} Hz; "
                          + "it is damaged, or cut it into shorter files")
-    if seconds > max_seconds:
-        raise ValueError(f"{path} lasts {seconds:,.0f} s, the limit is {max_seconds:,.0f} s; cut it into shorter files")
-    if channels == 1 and file.channels > 2:
-        raise ValueError(f"{path} has {file.channels} channels, expected 1 or 2; mix it down, or choose the one with the voice")
-    if channels == 2 and file.channels != 2:
-        raise ValueError(f"{path} has {file.channels} channel(s), expected stereo; join the two speakers as left and right")
+    _check_channels(path, file.channels, channels)
+    if count * file.channels * 4 > max(HOLLOW * bytes_, 64 << 20) and file.seekable() and _no_sound(file):
+        raise ValueError(f"{path} has no sound at all; export it again from its source")
+    return first, count
+
+
+def _piece(path: Path, frames: int, rate: int, max_seconds: float, begin: float, seconds: float | None) -> tuple[int, int]:
+    """The first frame of a piece and the number of its frames."""
+    first, end = round(begin * rate), frames if seconds is None else round((begin + seconds) * rate)
+    if first >= frames > 0 or end > frames + OVER * rate:
+        raise ValueError(f"{path} lasts {frames / rate:,.2f} s, the piece is at {begin:,.2f} to {end / rate:,.2f} s, outside of it; "
+                         + "correct its offset and duration")
+    count = min(end, frames) - first
+    if count > max_seconds * rate:
+        raise ValueError(f"{path} lasts {count / rate:,.0f} s, the limit is {max_seconds:,.0f} s; cut it into shorter files")
+    return first, count
+
+
+def _check_channels(path: Path, found: int, wanted: int | None) -> None:
+    if wanted == 1 and found > 2:
+        raise ValueError(f"{path} has {found} channels, expected 1 or 2; mix it down, or choose the one with the voice")
+    if wanted == 2 and found != 2:
+        raise ValueError(f"{path} has {found} channel(s), expected stereo; join the two speakers as left and right")
+
+
+def _read_frames(path: Path, file: soundfile.SoundFile, first: int, count: int) -> np.ndarray:
+    """Frames of an open file (W, C), found by seeking where its format can."""
+    try:
+        skip = 0 if file.seekable() else first
+        if first and not skip:
+            file.seek(first)
+        found = file.read(skip + count, dtype="float32", always_2d=True)[skip:]
+    except soundfile.LibsndfileError:
+        found = np.empty((0, 1), np.float32)
+    if len(found) < count - max(0.1 * file.samplerate, 0.01 * count):
+        raise ValueError(f"{path} is truncated; {len(found):,} of {count:,} samples can be read: copy or download it again")
+    return found
+
+
+def _cut_short(path: Path, size: int) -> bool:
+    """Whether the end of a RIFF, AIFF or Ogg file is missing. A stream that was not closed has 2^31 or more for its length."""
+    with path.open("rb") as file:
+        head = file.read(8)
+        file.seek(max(0, size - (1 << 17)))
+        tail = file.read() if head[:4] == b"OggS" else b""
+    if head[:4] in (b"RIFF", b"FORM"):
+        claimed = int.from_bytes(head[4:], "little" if head[:4] == b"RIFF" else "big") + 8
+        return 1.01 * size + 16 < claimed < 1 << 31
+    page = tail[tail.rfind(b"OggS"):] if b"OggS" in tail else b""              # 27 bytes, the sizes of its segments, the segments
+    return len(page) > 26 and not (page[5] & 4 and len(page) >= 27 + page[26] + sum(page[27 : 27 + page[26]]))
+
+
+def _no_sound(file: soundfile.SoundFile) -> bool:
+    """Whether a second at each of 16 places is exactly zero: of a file that is far too small for its length."""
+    for n in range(16):
+        file.seek(file.frames * n // 16)
+        if file.read(file.samplerate, dtype="float32").any():
+            return False
+    return True
+
+
+def is_media(head: bytes) -> bool:
+    """Whether a file begins as those do that PyAV reads."""
+    return any(head[at:].startswith(mark) for mark, at in MEDIA_MARKS)
+
+
+def _read_media(path: Path, reason: str, channels: int | None, max_seconds: float, begin: float,
+                seconds: float | None) -> tuple[Tensor, int]:
+    """Read the sound track of a file that libsndfile refused for `reason`: (C, W) and its rate."""
+    with path.open("rb") as file:
+        head = file.read(200)
+    if not head:
+        raise ValueError(f"{path} has 0 bytes and cannot be read as sound; copy or download it again")
+    if head.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path} is a Git-LFS pointer, not the file; run `git lfs pull` in its folder")
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        raise ValueError(f"{path} is a web page, not a sound; download the file itself")
+    if not (path.suffix.lower() in MEDIA or is_media(head)):
+        raise ValueError(f"{path} cannot be read as sound ({reason}); convert it to wav, flac, mp3, ogg or opus")
+    try:
+        import av
+    except ImportError:
+        raise ValueError(f"{path} needs PyAV to be read; run `{INSTALL}`, or convert it to wav or flac") from None
+    try:
+        with av.open(str(path)) as container:
+            return _decode_track(path, container, channels, max_seconds, begin, seconds)
+    except (av.FFmpegError, IndexError) as error:
+        raise ValueError(f"{path} cannot be read as sound ({str(error).strip(' .')}); convert it to wav or flac") from None
+
+
+def _decode_track(path: Path, container: Any, channels: int | None, max_seconds: float, begin: float,
+                  seconds: float | None) -> tuple[Tensor, int]:
+    """Decode the first sound track of an open PyAV container, from a second before the piece on."""
+    import av
+
+    track = container.streams.audio[0]
+    rate = track.codec_context.sample_rate
+    _check_channels(path, track.codec_context.channels, channels)
+    if begin > 1:
+        container.seek(round((begin - 1) / track.time_base), stream=track)
+    to_float = av.AudioResampler("fltp", track.codec_context.layout, rate)
+    parts, start, got, end = [], None, 0, begin + (max_seconds if seconds is None else seconds)
+    for frame in container.decode(track):
+        start = float(frame.time or 0) if start is None else start
+        parts += [torch.from_numpy(f.to_ndarray()) for f in to_float.resample(frame)]
+        got += frame.samples
+        if start + got / frame.sample_rate > end + 1:
+            break
+    whole = torch.cat([*parts, *(torch.from_numpy(f.to_ndarray()) for f in to_float.resample(None))], 1) if parts else torch.zeros(1, 0)
+    before = round((start or 0) * rate)
+    first, count = _piece(path, before + whole.shape[1], rate, max_seconds, begin, seconds)
+    return whole[:, max(0, first - before) : first - before + count], rate
 
 
 def levels(wav: Tensor, rate: int) -> Tensor:

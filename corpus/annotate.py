@@ -41,10 +41,10 @@ from torch import Tensor
 
 from audio import recogniser
 from audio.recogniser import RATE, TimedWords
-from audio.wav import load_wav
+from audio.wav import SOUNDS, load_wav
 from corpus.checks import differs
 from corpus.layouts import json_rows, read_manifest
-from corpus.manifest import CACHE_FIELDS, SOUNDS, TRANSCRIBED, Manifest, Row, Unusable, path_inside
+from corpus.manifest import CACHE_FIELDS, TRANSCRIBED, Manifest, Row, Unusable, path_inside
 from evaluation.metrics import wer
 from options import apply, check_types, help_text, read_json, read_lines, split_arguments, visible, write_json, write_rows, write_text
 from system.files import lock, unlock

@@ -16,14 +16,14 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import soundfile
 import torch
 from torch import Tensor
 
-from audio.wav import levels, load_wav, resample
+from audio.wav import levels, load_wav, mix, opposite, resample
 from corpus.data_config import DataConfig
 from corpus.layouts import read_manifest
 from corpus.manifest import CACHE_FIELDS, INLINE, Manifest, RejectedRow, Row, Unusable, open_audio
@@ -36,34 +36,44 @@ from text.word_times import MAIN, OTHER, Alignment, check_length, parse_alignmen
 
 PACE, SILENCE = "text does not fit the length", "silence"
 Fault = tuple[str, str, str]    # "reject" | "doubt" | "warn", reason, fix
-UNREADABLE = {"is empty": "empty audio", "NaN": "NaN samples", "channel(s)": "not stereo", "channels, expected": "too many channels",
-              "far above 1": "samples far above 1"}
+UNREADABLE = {"is empty": "empty audio", "NaN": "NaN samples", "channel(s)": "not stereo", "far above 1": "samples far above 1",
+              "is truncated": "truncated file", "0 bytes": "empty file", "Git-LFS": "Git-LFS pointer",
+              "web page": "a web page, not a sound",
+              "needs PyAV": "needs PyAV", "outside of it": "piece outside the recording", "no sound at all": "all-zero audio"}
 TALK = 4 * 3600.0               # seconds that a dialogue may last where no config says otherwise
-VERDICTS = "2"                  # part of the key of a stored verdict: change it when a recording would be judged differently
+VERDICTS = "3"                  # part of the key of a stored verdict: change it when a recording would be judged differently
 
 
 def read_clip(row: Row, limits: tuple[float, float] = (0.0, 4 * 3600)) -> tuple[Tensor, int]:
-    """Read the audio of a row, (C, W) and its rate, C = 2 for stereo rows; Unusable when it cannot.
+    """Read the audio of a row, (C, W) and its rate, C = 2 for stereo rows, else mixed to 1; Unusable when it cannot.
 
     A file that is longer than the limits (seconds) is not read, unless the row takes a piece of it.
     """
-    begin, piece = row.get("offset", 0.0), "duration" in row and "offset" in row
+    wav, rate = read_channels(row, limits)
+    return wav if row.get("stereo") else mix(wav), rate
+
+
+def read_channels(row: Row, limits: tuple[float, float]) -> tuple[Tensor, int]:
+    """The channels that the audio of a row has, one or two."""
+    piece = row["duration"] if "duration" in row and "offset" in row else None
     try:
         with open_audio(row) as path:
-            wav, rate = load_wav(path, None, 2 if row.get("stereo") else 1, 4 * 3600 if piece else begin + limits[1])
+            wav, rate = load_wav(path, None, 2 if row.get("stereo") else None, limits[1], row.get("offset", 0.0), piece)
     except FileNotFoundError:
         raise Unusable("missing file", f"{row['file']} does not exist: check the path") from None
     except (ValueError, OSError, RuntimeError) as error:
         found, _, fix = str(error).partition("; ")
-        known = UNREADABLE | {"lasts": f"duration outside {limits[0]:g}..{limits[1]:g} s"}
+        known = UNREADABLE | {"the limit is": f"duration outside {limits[0]:g}..{limits[1]:g} s"}
         reason = next((reason for mark, reason in known.items() if mark in found), "unreadable audio")
         raise Unusable(reason, f"{found.replace(str(row['file']), 'it')}: {fix}") from None
-    first = round(begin * rate)
-    return wav[:, first : first + round(row["duration"] * rate) if piece else None], rate
+    if len(wav) > 2:
+        raise Unusable("too many channels", f"it has {len(wav)} channels, expected 1 or 2: mix it down, or choose the one with the voice")
+    return wav, rate
 
 
 NARROW: Fault = ("warn", "sample rate below 16 kHz", "this is telephone bandwidth: use 16 kHz or more if you have it")
 STEREO: Fault = ("warn", "stereo", "both channels are mixed to mono: save the channel with the voice if they differ")
+OPPOSITE: Fault = ("warn", "channels in opposite phase", "they cancel each other: the left one is used, save it as mono")
 
 
 HEARD: Fault = ("doubt", "text differs from what is heard", "listen to it and correct the transcript, or remove the row")
@@ -74,15 +84,15 @@ def differs(row: Row) -> bool:
     return "heard" in row and wer(row["text"], str(row["heard"])) > 0.5 < cer(row["text"], str(row["heard"]))
 
 
-def header_faults(row: Row) -> list[Fault]:
-    """Warnings from the header of a recording; `read_clip` reports a file that cannot be read."""
-    try:
-        with open_audio(row) as path:
-            about = soundfile.info(path)
-    except (OSError, Unusable, soundfile.LibsndfileError):
+def mixing_faults(wav: Tensor) -> list[Fault]:
+    """What is said of a recording (C, W) that is mixed to one channel: nothing where both are the same."""
+    if len(wav) == 1 or same_channels(wav):
         return []
-    mixed = about.channels == 2 and not row.get("stereo")
-    return [STEREO] * mixed + [NARROW] * (8000 <= about.samplerate < 16000)
+    return [OPPOSITE if opposite(wav) else STEREO]
+
+
+def same_channels(wav: Tensor) -> bool:
+    return float((wav[0] - wav[1]).square().mean()) < 1e-4 * float(wav.square().mean())
 
 
 def faults(wav: Tensor, rate: int, text: str, limits: tuple[float, float]) -> Iterator[Fault]:
@@ -123,10 +133,17 @@ def quality_faults(wav: Tensor, rate: int, pace: float) -> Iterator[Fault]:
 
 def audio_digest(row: Row) -> str:
     """sha256 of the audio bytes of a row and of its offset, duration and stereo flag."""
-    with open_audio(row) as path, open(path, "rb") as file:
-        hashed = hashlib.file_digest(file, "sha256")
+    with open_audio(row) as path:
+        about = os.stat(path)
+        hashed = file_hash(str(path), about.st_ino, about.st_size, about.st_mtime_ns).copy()
     hashed.update(json.dumps([row.get("offset", 0), row.get("duration"), bool(row.get("stereo"))]).encode())
     return hashed.hexdigest()
+
+
+@lru_cache(maxsize=256)     # the pieces of one recording stand together in most lists
+def file_hash(path: str, *about: int) -> Any:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256")
 
 
 @dataclass(frozen=True)
@@ -143,14 +160,14 @@ def judge_clip(row: Row, limits: tuple[float, float]) -> Verdict:
     if row["file"] != INLINE and (path := Path(row["file"])).exists() and not (path.is_file() or path.is_dir()):
         return Verdict([("reject", "not a file", "it is a pipe, a socket or a device: name a sound file")])
     try:
-        wav, rate = read_clip(row, limits)
+        wav, rate = read_channels(row, limits)
     except Unusable as error:
         return Verdict([("reject", *error.args)])
     dialogue = "alignments" in row
-    stereo = stereo_faults(wav, rate, row) if row.get("stereo") else ()
-    found = [f for f in faults(wav, rate, row["text"], limits) if not (dialogue and f[1] in (PACE, SILENCE))]
-    found += [HEARD] * differs(row)
-    return Verdict([*found, *stereo, *(f for f in header_faults(row) if f not in found)], wav.shape[-1] / rate, rate)
+    about = list(stereo_faults(wav, rate, row) if row.get("stereo") else mixing_faults(wav))
+    found = faults(wav if row.get("stereo") else mix(wav), rate, row["text"], limits)
+    about += [HEARD] * differs(row)
+    return Verdict([*(f for f in found if not (dialogue and f[1] in (PACE, SILENCE))), *about], wav.shape[-1] / rate, rate)
 
 
 class Verdicts:
@@ -279,7 +296,8 @@ def verdict_lines(manifests: Sequence[Manifest], doubtful: str) -> list[str]:
 
 
 def warning_lines(m: Manifest) -> Iterator[str]:
-    """One line for each reason of a warning."""
+    """How a source was read, and one line for each reason of a warning."""
+    yield from (visible(f"note: {note}") for note in m.notes)
     named: dict[tuple[str, str], list[str]] = {}
     for found in m.warned:
         named.setdefault((found.reason, found.fix), []).append(found.where)
@@ -329,7 +347,7 @@ def channel_faults(wav: Tensor, rate: int, words: Sequence[Alignment]) -> Iterat
         yield "doubt", "silent channel", "the left channel (the agent) is silent: check the recording or swap its channels"
     elif bool(silent[1]):
         yield "warn", "silent channel", "the right channel (the user) is silent: the model would learn a monologue"
-    elif float((wav[0] - wav[1]).square().mean()) < 1e-4 * float(wav.square().mean()):
+    elif same_channels(wav):
         yield "doubt", "both channels are the same", "this is a mono recording: separate the speakers into left and right"
     elif channels_swapped(power, words, rate / n):
         yield "doubt", "swapped channels", "the agent's words are on the right channel: left must be SPEAKER_MAIN"
@@ -366,9 +384,9 @@ def check_source(path: str, write: str = "", allow_outside: bool = False, limits
     `write` names a folder for NAME.kept.jsonl and NAME.rejected.jsonl; `given` are options for the command to run next.
     """
     m = read_manifest(path, allow_outside)
-    print(f"detected: {m.kind} ({m.path})", *m.notes, sep="\n  ")
+    print(f"detected: {m.kind} ({m.path})")
     verdicts = judge(m, limits, doubtful)
-    print(*(f"  {line}" for line in warning_lines(m)), sep="\n", end="\n" if m.warned else "")
+    print(*(f"  {line}" for line in warning_lines(m)), sep="\n", end="\n" if m.warned or m.notes else "")
     report(m)
     if m.rows:
         print(*describe(m.rows, verdicts), sep="\n")

@@ -20,9 +20,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from audio.wav import SOUNDS
 from corpus.manifest import (
     CACHE_FIELDS,
-    SOUNDS,
+    INLINE,
     TRANSCRIBED,
     Manifest,
     Row,
@@ -52,7 +53,7 @@ def read_manifest(path: str | Path, allow_outside: bool = False, nested: bool = 
 
     Raises FileNotFoundError without the source, ValueError when its layout is unknown.
     """
-    kind, *paths = detect(locate(path))
+    kind, *paths = detect(source := locate(path))
     m, virtual = Manifest(paths[0], kind, allow_outside, assistant_text=assistant_text), []
     read, convert = LAYOUTS[kind]
     for where, row in read(m) if len(paths) == 1 else several(m, paths, read):
@@ -72,7 +73,17 @@ def read_manifest(path: str | Path, allow_outside: bool = False, nested: bool = 
             add_virtual(m, where, row)
         except Unusable as error:
             m.reject(where, *error.args)
+    if Path(source).is_dir() and not nested:
+        note_unlisted(m)
     return m
+
+
+def note_unlisted(m: Manifest) -> None:
+    """Note the recordings of a folder that no row names."""
+    told = {bad.where for bad in m.bad}                 # by their names, where a folder is the list
+    found = [p.relative_to(m.root).as_posix() for p in sounds_below(m.root) if str(p.resolve()) not in m.files]
+    if found := [name for name in found if name not in told]:
+        m.notes.append(f"{len(found)} recordings are in no row: {', '.join(found[:5])}{', ...' if len(found) > 5 else ''}")
 
 
 def several(m: Manifest, paths: list[Path], read: Callable[[Manifest], Iterator[tuple[str, Row]]]) -> Iterator[tuple[str, Row]]:
@@ -96,7 +107,7 @@ def detect(path: Path) -> tuple[Any, ...]:
             return "Kaldi", path
         lists = lists_of(path)
         if not lists:
-            paired = any(p.with_suffix(".json").is_file() for p in path.rglob("*") if p.suffix.lower() in SOUNDS)
+            paired = any(p.with_suffix(".json").is_file() for p in sounds_below(path))
             return ("wav + json" if paired else "wav + txt"), path
         kinds = {p: layout_of(p) for p in lists}
         if len(set(kinds.values())) > 1:
@@ -142,20 +153,28 @@ def layout_of(path: Path) -> str:
 
 
 def text_lines(m: Manifest, path: Path | None = None, blank: bool = False) -> Iterator[tuple[int, str]]:
-    """Yield the numbered lines of a UTF-8 file (or UTF-16 with its mark), blank ones on request; undecodable ones are rejected."""
+    """Yield the numbered lines of a UTF-8 or UTF-16 file, blank ones on request; undecodable ones are rejected."""
     path = path or m.path
     if path.stat().st_size > MAX_MANIFEST:
         raise ValueError(f"{path} has more than {MAX_MANIFEST} bytes; split it into several manifests")
     with path.open("rb") as file:
-        wide = file.read(2) in (b"\xff\xfe", b"\xfe\xff")
+        wide = utf16(file.read(4096))
         file.seek(0)
-        lines = (line.encode() for line in file.read().decode("utf-16", errors="replace").split("\n")) if wide else file
+        lines = (line.encode() for line in file.read().decode(wide, errors="replace").split("\n")) if wide else file
         for number, raw in enumerate(lines, 1):
             text = raw.decode("utf-8-sig", errors="replace").rstrip("\r\n")     # U+FFFD marks what is not UTF-8
             if "\ufffd" in text:
                 m.reject(f"{path.name} line {number}", "bad encoding", "save the file as UTF-8")
             elif blank or text.strip():
                 yield number, text
+
+
+def utf16(head: bytes) -> str:
+    """The UTF-16 encoding of a text that begins so, "" for none: its mark, or the zero bytes of its spaces and line ends."""
+    if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return "utf-16"
+    low, high = head[1::2].count(0), head[::2].count(0)
+    return "" if not low + high else "utf-16-le" if low > high else "utf-16-be"
 
 
 def json_rows(m: Manifest) -> Iterator[tuple[str, Row]]:
@@ -304,7 +323,7 @@ def wav_text_pairs(m: Manifest) -> Iterator[tuple[str, Row]]:
     """
     books = {name: text for path in sorted(m.path.rglob("*.trans.txt")) for _, line in text_lines(m, path)
              for name, _, text in [line.partition(" ")]}
-    paths = sorted(p for p in m.path.rglob("*") if p.suffix.lower() in SOUNDS)
+    paths = sounds_below(m.path)
     for path in paths:
         name, before = path.relative_to(m.path), len(m.bad)
         transcript = next((p for p in (path.with_suffix(".txt"), path.with_suffix(".normalized.txt")) if p.is_file()), None)
@@ -411,7 +430,8 @@ def sample_row(sample: Message, assistant_text: str = "drop") -> Message:
         row["speaker"] = misc["speaker"]
     row |= {"text": said(messages, last), "messages": [bare(m) for m in messages], "clips": [], "others": {}}
     for n, (i, part) in enumerate(recordings):
-        about = {"text": said(messages, i), "audio": part.get("audio_url") or "(inline)"}
+        named = part.get("audio_url") not in (None, "", "placeholder")
+        about = {"text": said(messages, i), "audio": part["audio_url"] if named else INLINE}
         about |= {k: part[k] for k in ("offset", "duration", "raw_audio") if part.get(k) is not None}
         row["clips"].append("" if n == own else "#reference" if n == own - 1 else f"#{n}")
         if n == own:
@@ -446,8 +466,17 @@ def stereo_row(m: Manifest, item: Row) -> Row:
 
 def stereo_pairs(m: Manifest) -> Iterator[tuple[str, Row]]:
     """Read a folder of sound files that each have a .json of alignments (DailyTalkContiguous without its list)."""
-    for path in sorted(p for p in m.path.rglob("*") if p.suffix.lower() in SOUNDS and p.with_suffix(".json").is_file()):
+    paths = sounds_below(m.path)
+    for path in paths:
         yield (name := path.relative_to(m.path).as_posix()), {"path": name}
+    known = {path.with_suffix("") for path in paths}
+    for path in sorted(m.path.rglob("*.json")):
+        if path.with_suffix("") not in known:
+            m.reject(str(path.relative_to(m.path)), "no recording", f"there is no sound file {path.stem}.wav: add it, or remove the list")
+
+
+def sounds_below(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in SOUNDS)
 
 
 def clone_samples(m: Manifest) -> Iterator[tuple[str, Row]]:

@@ -38,19 +38,21 @@ import hashlib
 import io
 import os
 import random
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import soundfile
 
+from audio.wav import is_media
 from families.family import special_tokens
 from text.conversation import checked, clips
 
-SOUNDS = (".wav", ".flac", ".ogg", ".opus", ".mp3")
 MAX_ROWS = 10_000_000       # rows that one compose line may ask for, and clips in one of them
 MAX_PARTS = 1000
 MAX_INLINE = 64 << 20       # characters of base64 that one recording may have
@@ -88,6 +90,7 @@ class Manifest:
     bad: list[RejectedRow] = field(default_factory=list)
     warned: list[RejectedRow] = field(default_factory=list) # kept, with a warning
     notes: list[str] = field(default_factory=list)
+    files: set[str] = field(default_factory=set)            # the recordings that its rows name
     split_by_name: bool = False                             # one of several lists is held out by its name
     assistant_text: str = "drop"                            # DataConfig.assistant_text: of one-turn clone requests
 
@@ -104,13 +107,37 @@ def path_inside(m: Manifest, name: str) -> Path:
     path, reason = m.root / name, ""
     if "\0" in name:
         reason = "malformed path"
-    elif not m.allow_outside and (os.path.isabs(name) or ".." in Path(name).parts):
+    elif not m.allow_outside and ".." in Path(name).parts:
         reason = "path outside the folder"
     elif not m.allow_outside and not path.resolve().is_relative_to(m.root.resolve()):
-        reason = "path outside the folder (symlink)"
+        reason = "path outside the folder" + ("" if os.path.isabs(name) else " (symlink)")
     if reason:
         raise Unusable(reason, f"move {name} into {m.root}, {ALLOW}")
     return path
+
+
+def audio_file(m: Manifest, part: Row) -> str:
+    """The file of a row, "" for none: a path, a file: url, or a recording inside the row (base64, data: url)."""
+    audio = part.get("audio")
+    if isinstance(audio, dict):                         # of datasets
+        audio = audio.get("path")
+        if not isinstance(audio, str):
+            raise Unusable("audio is an object", 'name the file: "audio": "clips/a.wav"')
+    name = str(audio or "")
+    if name.startswith("data:"):
+        part |= {"audio": INLINE, "raw_audio": name}
+    elif name.startswith("file:"):
+        part["audio"] = re.sub("^file:(//localhost(?=/)|//)?", "", unquote(name))
+    elif "://" in name:
+        raise Unusable("a web address", f"download {name[:60]} and name the file")
+    elif audio != part.get("audio"):
+        part["audio"] = audio
+    if part.get("audio") == INLINE:
+        inline_bytes(part)
+        return INLINE
+    path = path_inside(m, str(part["audio"])) if name else None
+    m.files |= {str(path.resolve())} if path else set()
+    return str(path or "")
 
 
 def is_time(value: Any) -> bool:
@@ -121,10 +148,7 @@ def accept(m: Manifest, where: str, row: Row) -> None:
     """Add a row with its defaults and its reference clip; Unusable before its audio is opened when a field is wrong."""
     beside = recordings_beside(row)
     for part in (row, *beside.values()):
-        name = str(part.get("audio") or "")
-        if name == INLINE:
-            inline_bytes(part)
-        part |= CACHE_FIELDS | {"file": name if name == INLINE else str(path_inside(m, name)) if name else ""}
+        part |= CACHE_FIELDS | {"file": audio_file(m, part)}
     start = f"@{row['offset']}" if row.get("offset") else ""
     named = row.get("audio") and row["audio"] != INLINE
     row["id"] = label(row.get("id")) or own_id(m, os.path.splitext(str(row["audio"]))[0] + start if named else where)
@@ -199,7 +223,8 @@ def inline_bytes(part: Row) -> bytes:
         raise Unusable("inline audio", fix)
     try:
         found = base64.b64decode(text.partition("base64,")[2] or text, validate=True)
-        soundfile.info(io.BytesIO(found))
+        if not is_media(found):
+            soundfile.info(io.BytesIO(found))
     except (binascii.Error, soundfile.LibsndfileError):
         raise Unusable("inline audio", f"it is no base64 of a sound file: {fix}") from None
     return found

@@ -35,7 +35,7 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
-from audio.wav import WavWriter, load_wav
+from audio.wav import SOUNDS, WavWriter, load_wav
 from corpus.cache import encode
 from corpus.data_config import DataConfig
 from corpus.examples import reply_example
@@ -61,7 +61,6 @@ SENTENCES = {
            "made up": "لا أستطيع تأكيد هذا الرقم. هل تعطيني رقم طلبك من فضلك؟",
            "agent": "سأحولك إلى زميل. من فضلك انتظر.", "quit": "مع السلامة.", "repeat": "لا يوجد ما أكرره بعد."}}
 COMMANDS = ("repeat", "agent", "quit")
-SOUNDS = (".wav", ".flac", ".ogg", ".opus", ".mp3")
 NUMBER = re.compile(r"[a-z]{0,3}\d{5,}")                # a number to look up, as phone_calls.figures writes it
 
 

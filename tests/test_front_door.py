@@ -1,7 +1,12 @@
-"""The front door: small recordings and lists as other tools write them, each with the one right verdict of check and prepare."""
+"""The front door: small recordings and lists as other tools write them, each with the one right verdict of all commands."""
 
+import base64
+import importlib.util
+import io
 import json
+import os
 import shutil
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,13 +46,15 @@ class Wav:
 
 
 def lay(folder: Path, files: dict[str, Any]) -> Path:
-    """Write the files of a case: Wav, text, bytes, or a number (a voice with that seed)."""
+    """Write the files of a case: Wav, text, bytes, a number (a voice with that seed), or a function that makes the file."""
     for name, content in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(content, int):
             content = Wav(voice(seed=content))
-        if isinstance(content, Wav):
+        if callable(content):
+            content(path)
+        elif isinstance(content, Wav):
             soundfile.write(path, content.samples, content.rate, **content.how)
         else:
             path.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -69,6 +76,9 @@ class Case:
     source: str = ""
     speakers: tuple[str, ...] | None = None
     refused: str = ""           # a part of the message that refuses the whole source
+    said: str = ""              # a part of what check and prepare print beside the verdict
+    needs: str = ""             # an optional package
+    hidden: str = ""            # an optional package that is not there
 
 
 def one(**fields: Any) -> str:
@@ -79,6 +89,46 @@ def clip(samples: Any, out: str = "", warned: str = "", rate: int = RATE, **how:
     """A good clip and another one with a fault."""
     return Case({"g.wav": 7, "x.wav": Wav(samples, rate, how), "manifest.jsonl": one()}, ("good",) if out else (TEXT, "good"),
                 (out,) if out else (), (warned,) if warned else ())
+
+
+def sound(form: str = "WAV", seed: int = 1, **how: Any) -> bytes:
+    """The bytes of a sound file of one voice."""
+    file = io.BytesIO()
+    soundfile.write(file, voice(1.0, seed), RATE, format=form, **how)
+    return file.getvalue()
+
+
+def media(name: str, codec: str, rate: int = 16000) -> Any:
+    """A function that writes a voice as a phone does."""
+    def write(path: Path) -> None:
+        import av
+
+        with av.open(str(path), "w", format=name) as container:
+            track = container.add_stream(codec, rate=rate, layout="mono")
+            frame = av.AudioFrame.from_ndarray(np.repeat(voice(1.0), 2 * rate // (2 * RATE))[None], format="fltp", layout="mono")
+            frame.rate = rate
+            for packet in (*track.encode(frame), *track.encode(None)):
+                container.mux(packet)
+    return write
+
+
+def swap(wav: bytes, at: int, to: bytes) -> bytes:
+    return wav[:at] + to + wav[at + len(to) :]
+
+
+def chat(**part: Any) -> str:
+    said = {TEXT: part, "good": {"audio_url": "g.wav"}}
+    return rows(*({"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": {"type": "audio"} | about}]}
+                  for text, about in said.items()))
+
+
+def broken(name: str, content: Any, reason: str, **about: Any) -> Case:
+    """A good clip and a file of this name that cannot be used."""
+    return Case({"g.wav": 7, name: content, "manifest.jsonl": one(audio=name)}, ("good",), (reason,), **about)
+
+
+def fine(name: str, content: Any, warned: tuple[str, ...] = (), **about: Any) -> Case:
+    return Case({"g.wav": 7, name: content, "manifest.jsonl": one(audio=name)}, (TEXT, "good"), (), warned, **about)
 
 
 NOISE = np.random.default_rng(3).standard_normal(RATE * 2).astype(np.float32) * 0.1
@@ -100,7 +150,7 @@ CASES: dict[str, Case] = {
     "too much text": Case({"g.wav": 7, "x.wav": 1, "manifest.jsonl": one(text="many words " * 9)}, (("many words " * 9), "good"), (),
                           ("text does not fit the length",)),
     "missing file": Case({"g.wav": 7, "manifest.jsonl": one()}, ("good",), ("missing file",)),
-    "a zero-byte file": Case({"g.wav": 7, "x.wav": b"", "manifest.jsonl": one()}, ("good",), ("unreadable audio",)),
+    "a zero-byte file": broken("x.wav", b"", "empty file"),
     "text named wav": Case({"g.wav": 7, "x.wav": "no sound" * 40, "manifest.jsonl": one()}, ("good",), ("unreadable audio",)),
     "a missing reference": Case({"g.wav": 7, "x.wav": 1, "manifest.jsonl": one(reference={"audio": "r.wav", "text": "ref"})}, ("good",),
                                 ("missing file",)),
@@ -166,7 +216,70 @@ CASES: dict[str, Case] = {
     "LibriSpeech": Case({"84/1/84-1-0000.flac": 1, "84/1/84-1.trans.txt": f"84-1-0000 {TEXT}\n84-1-0001 gone\n"}, speakers=("84",)),
     "LibriTTS": Case({"train/19/1/19_1_0.wav": 1, "train/19/1/19_1_0.normalized.txt": TEXT, "train/19/1/19_1_0.original.txt": "x"},
                      speakers=("19",)),
+    # B4: files that people have
+    "m4a": fine("x.m4a", media("mp4", "aac"), needs="av"),
+    "aac": fine("x.aac", media("adts", "aac"), needs="av"),
+    "mp4": fine("x.mp4", media("mp4", "aac"), needs="av"),
+    "webm": fine("x.webm", media("webm", "libopus", 48000), needs="av"),
+    "m4a named wav": fine("x.wav", media("mp4", "aac"), needs="av"),
+    "m4a without PyAV": broken("x.m4a", b"\0\0\0\x18ftypM4A " + bytes(400), "needs PyAV", hidden="av", said="pip install av"),
+    "webm without PyAV": broken("x.webm", b"\x1aE\xdf\xa3" + bytes(400), "needs PyAV", hidden="av"),
+    "a damaged m4a": broken("x.m4a", b"\0\0\0\x18ftypM4A " + bytes(400), "unreadable audio", needs="av"),
+    "m4a in a folder, without PyAV": Case({"a.m4a": b"\0\0\0\x18ftypM4A " + bytes(400), "a.txt": TEXT, "g.wav": 7, "g.txt": "good"},
+                                          ("good",), ("needs PyAV",), hidden="av"),
+    "GSM": fine("x.wav", sound(subtype="GSM610")),
+    "u-law": fine("x.wav", sound(subtype="ULAW")),
+    "ADPCM": fine("x.wav", sound(subtype="IMA_ADPCM")),
+    "aiff": fine("x.aiff", sound("AIFF")),
+    "a suffix in capitals": fine("x.WAV", 1),
+    "a truncated wav": broken("x.wav", sound()[:9000], "truncated file"),
+    "a truncated flac": broken("x.flac", sound("FLAC")[:9000], "truncated file"),
+    "a truncated mp3": broken("x.mp3", sound("MP3")[:2500], "truncated file"),
+    "a truncated ogg": broken("x.ogg", sound("OGG")[:5000], "truncated file"),
+    "a truncated aiff": broken("x.aiff", sound("AIFF")[:9000], "truncated file"),
+    "a wav that was never closed": fine("x.wav", swap(swap(sound(), 4, b"\xff" * 4), 40, b"\xff" * 4)),
+    "a Git-LFS pointer": broken("x.wav", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n", "Git-LFS pointer",
+                                said="git lfs pull"),
+    "a web page": broken("x.mp3", "<!DOCTYPE html><html>not found", "a web page, not a sound"),
+    "a pipe": broken("x.wav", os.mkfifo, "not a file"),
+    "a device": broken("x.wav", lambda path: path.symlink_to("/dev/zero"), "path outside the folder (symlink)"),
+    "a data url": Case({"g.wav": 7, "manifest.jsonl": one(audio=f"data:audio/wav;base64,{base64.b64encode(sound()).decode()}")},
+                       (TEXT, "good")),
+    "a data url without a sound": Case({"g.wav": 7, "manifest.jsonl": one(audio="data:audio/wav;base64,AAAA")}, ("good",),
+                                       ("inline audio",)),
+    "a web address": Case({"g.wav": 7, "manifest.jsonl": one(audio="https://a.org/x.wav")}, ("good",), ("a web address",)),
+    "a file url": Case({"g.wav": 7, "x y.wav": 1, "manifest.jsonl": one(audio="file://x%20y.wav")}, (TEXT, "good")),
+    "a file url outside": Case({"g.wav": 7, "manifest.jsonl": one(audio="file:///etc/x.wav")}, ("good",), ("path outside the folder",)),
+    "an object of datasets": Case({"g.wav": 7, "x.wav": 1, "manifest.jsonl": one(audio={"path": "x.wav", "bytes": None})}, (TEXT, "good")),
+    "samples as a list": Case({"g.wav": 7, "manifest.jsonl": one(audio={"array": [0.1], "sampling_rate": 8000})}, ("good",),
+                              ("audio is an object",)),
+    "a placeholder and base64": Case({"g.wav": 7, "x.jsonl": chat(audio_url="placeholder", raw_audio=base64.b64encode(sound()).decode())},
+                                     (TEXT, "good")),
+    "a placeholder alone": Case({"g.wav": 7, "x.jsonl": chat(audio_url="placeholder")}, ("good",), ("inline audio",)),
+    "pieces": Case({"r.flac": Wav(voice(3)), "manifest.jsonl": rows(*({"audio": "r.flac", "text": t, "offset": n, "duration": 1.0}
+                                                                      for n, t in enumerate("xyz")))}, ("x", "y", "z")),
+    "pieces of GSM": Case({"r.wav": sound(subtype="GSM610"), "manifest.jsonl": rows({"audio": "r.wav", "text": "x", "offset": 0.25,
+                                                                                    "duration": 0.5})}, ("x",)),
+    "a piece of an m4a": Case({"r.m4a": media("mp4", "aac"), "manifest.jsonl": rows({"audio": "r.m4a", "text": "x", "offset": 0.25,
+                                                                                   "duration": 0.5})}, ("x",), needs="av"),
+    "pieces outside the recording": Case({"r.wav": Wav(voice(2)), "g.wav": 7, "manifest.jsonl": one(audio="r.wav", offset=1.0,
+                                                                                                 duration=2.0)},
+                                         ("good",), ("piece outside the recording",)),
+    "a piece that begins after the end": Case({"r.wav": Wav(voice(2)), "g.wav": 7, "manifest.jsonl": one(audio="r.wav", offset=5.0,
+                                                                                                      duration=1.0)},
+                                              ("good",), ("piece outside the recording",)),
+    "a piece that is too long": Case({"r.wav": Wav(voice(40)), "g.wav": 7, "manifest.jsonl": one(audio="r.wav", offset=1.0,
+                                                                                               duration=35.0)},
+                                     ("good",), ("duration outside 0.2..30 s",)),
+    "opposite phase": clip(np.stack([voice(), -voice()], 1), warned="channels in opposite phase"),
+    "the same voice on both channels": clip(np.stack([voice(), voice()], 1)),
+    "a voice on one channel": clip(np.stack([voice(), 0 * voice()], 1), warned="stereo"),
+    "recordings that no row names": Case({"g.wav": 7, "x.wav": 1, "y.wav": 2, "z/z.mp3": sound("MP3"), "manifest.jsonl": one()},
+                                         (TEXT, "good"), said="2 recordings are in no row: y.wav, z/z.mp3"),
     # B7, B8: encodings and JSON
+    "UTF-16 without a mark": Case({"a.wav": 1, "metadata.csv": f"file_name,text\r\na.wav,{TEXT}\r\n".encode("utf-16-le")}),
+    "UTF-16 of the other order": Case({"a.wav": 1, "a.txt": "مرحبا بك\n".encode("utf-16-be")}, ("مرحبا بك",)),
+    "three columns without a header": Case({"wavs/a.wav": 1, "l.txt": f"a|Hello|{TEXT}\n"}, source="l.txt", said="no header: read as"),
     "half a surrogate pair": Case({"g.wav": 7, "x.wav": 1, "manifest.jsonl": one(text="\ud800")}, ("good",), ("bad encoding",)),
     "half a surrogate pair in a path": Case({"g.wav": 7, "manifest.jsonl": one(audio="\ud800.wav")}, ("good",), ("bad encoding",)),
     "half a surrogate pair in a message": Case({"g.wav": 7, "x.jsonl": rows(
@@ -207,8 +320,12 @@ def verdict_of(m: Any) -> tuple[list[str], list[str], list[str]]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_check_and_prepare_say_the_same(name: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_all_commands_say_the_same(name: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES[name]
+    if case.needs and importlib.util.find_spec(case.needs) is None:
+        pytest.skip(f"needs {case.needs}")
+    if case.hidden:
+        monkeypatch.setitem(sys.modules, case.hidden, None)
     source = lay(tmp_path / "data", case.files) / case.source
     config = DataConfig(sources=(str(source),), cache=str(tmp_path / "cache"), held_out=0.0, prefetch=0)
     if case.refused:
@@ -229,7 +346,9 @@ def test_check_and_prepare_say_the_same(name: str, tmp_path: Path, capsys: pytes
         else:
             with pytest.raises(ValueError, match="no usable row"):
                 run()
-        lines = capsys.readouterr().out.splitlines()
+        out, err = capsys.readouterr()
+        assert case.said in out + err, (command, out, err)
+        lines = out.splitlines()
         said[command] = [line for line in lines if line.startswith(("kept ", "left out ", "recordings that"))]
     assert said["check"] == said["prepare"] and said["check"][0].startswith(f"kept {len(case.kept)} rows"), said
     if case.kept:

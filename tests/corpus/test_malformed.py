@@ -62,7 +62,7 @@ NOISE = np.random.default_rng(0).uniform(-0.5, 0.5, 16000)
 SOUNDS = {      # name: (how the file is made, what sample.py says, the reason in a manifest, the remedy)
     "missing": (lambda path: None, "does not exist", "missing file", "check the path"),
     "a folder": (lambda path: path.mkdir(), "does not exist", "missing file", ""),
-    "empty file": (lambda path: path.write_bytes(b""), "cannot be read as sound", "unreadable audio", "convert it"),
+    "empty file": (lambda path: path.write_bytes(b""), "cannot be read as sound", "empty file", "copy or download it again"),
     "text named wav": (lambda path: path.write_text("not a sound " * 50), "cannot be read as sound", "unreadable audio", "convert it"),
     "header cut at 20 bytes": (lambda path: path.write_bytes(wav_header(1)[:20]), "cannot be read as sound", "unreadable audio",
                                "convert it"),

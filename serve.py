@@ -62,13 +62,14 @@ class Serve(SampleConfig):
     run: str = ""                # run folder whose samples and curves the page shows
     voices: str = ""             # folder of voices to speak in: NAME.wav, and NAME.txt with what it says
     users: str = ""              # folder of recordings that a visitor without a microphone may play
-    log: str = ""                # jsonl file to append to: a masked line a conversation
+    lookup: str = ""             # conversations: JSON file of facts by number, as for sample.py --chat; replies name no other figures
+    log: str = ""                # jsonl file to append to: a masked line a conversation, of text a line a turn
     drain: float = 10.0          # seconds that running sessions get after SIGTERM
     skip_first_frame: bool = False    # a user's first frame is never heard, as in the official generator
     limits: Limits = field(default_factory=Limits)      # what a client may do
-    system: str = ""             # conversations: system message, "" = as in training
-    scene: str = ""              # conversations: scene description
-    ref_in: str = "assistant"    # conversations: where a voice stands, in an "assistant" turn or in the "system" message
+    system: str | None = None    # conversations: system message; none = as in training
+    scene: str | None = None     # conversations: scene description; none = as in training
+    ref_in: str | None = None    # conversations: where a voice stands, in an "assistant" turn or in the "system" message
     codec: str = ""              # codec, tokenizer and normaliser where the checkpoint names none
     tokenizer: str = ""          # by default the one in the checkpoint's folder
     normaliser: str = ""         # by default as in training
@@ -82,6 +83,7 @@ class Serve(SampleConfig):
         fits = self.slots > 0 and self.columns > 1 and 0 <= self.port < 65536 and self.drain >= 0
         assert fits, "slots, columns, port or drain is out of range"
         assert self.token or self.host in LOOPBACK, f"host {self.host} is not loopback; add --token=SECRET that clients must know"
+        assert self.ref_in in (None, "assistant", "system"), "ref_in is assistant or system"
         assert self.quantize in ("", "int8"), f"quantize {self.quantize!r} is neither empty nor int8"
         assert self.device in ("cpu", "cuda"), f"device {self.device!r} is neither cpu nor cuda"
 
@@ -99,13 +101,14 @@ class Server:
         self.scheduler = Scheduler(model, self.codec, job.slots, self.usual, job.columns, job.limits.most_waiting)
         self.gate, tokenizer = Gate(job.limits, job.token, job.origins), load_tokenizer(data.tokenizer)
         self.voices, self.users = voices_of(job.voices), users_of(job.users, tokenizer)
-        self.chat = ChatSocket(self.scheduler, self.gate, self.usual, tokenizer, job.skip_first_frame, self.write_log if job.log else None)
-        self.api = OpenAI(self.scheduler, self.gate, self.usual, data, tokenizer, self.voices)
+        log = self.write_log if job.log else None
+        self.chat = ChatSocket(self.scheduler, self.gate, self.usual, tokenizer, job.skip_first_frame, log)
+        self.api = OpenAI(self.scheduler, self.gate, self.usual, data, tokenizer, self.voices, job.lookup, log)
         self.samples = RunSamples(Path(job.run), self.gate) if job.run else None
         self.log_lock = threading.Lock()
 
     def app(self) -> web.Application:
-        app = web.Application(client_max_size=self.job.limits.body_bytes, middlewares=[self.guard])
+        app = web.Application(client_max_size=max(self.job.limits.body_bytes, self.job.limits.voice_bytes), middlewares=[self.guard])
         routes = [("GET", path, self.page) for path in PAGES]
         routes += [("GET", f"/{name}", getattr(self, name)) for name in ("health", "metrics", "about")]
         routes += [("GET", "/voices", self.list_voices), ("GET", "/users/{name}", self.user)]
@@ -163,9 +166,11 @@ class Server:
         most = {"text_temperature": 2.0, "audio_temperature": 2.0, "text_topk": 500, "audio_topk": 500}
         options = [{"name": name, "low": PARAMETERS[name][0], "high": most[name], "value": value} for name, value in values.items()]
         return web.json_response({
-            "model": family.name, "kind": kind, "sample_rate": self.codec.sample_rate if self.codec else 0, "slots": self.job.slots,
+            "model": family.name, "kind": kind, "sample_rate": self.codec.sample_rate if self.codec else 0,
+            "frame_seconds": self.scheduler.period, "slots": self.job.slots,
             "options": options, "voices": sorted(self.voices), "users": sorted(self.users), "run": self.samples is not None,
-            "text_characters": self.job.limits.text_characters})
+            "text_characters": self.job.limits.text_characters,
+            "clones": kind == "speech" and bool(family.references or family.template)})
 
     async def user(self, request: web.Request) -> web.Response:
         """A recorded user."""

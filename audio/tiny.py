@@ -12,6 +12,7 @@ Next: mimi.py.
 
 import math
 import os
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -146,6 +147,7 @@ class TinyStream:
     encode() holds back up to 1,071 samples until more sound or flush_encode() comes; decode() holds back LOOKAHEAD
     frames (120 ms) until flush().  Griffin-Lim looks at the whole utterance, so with it all sound waits for flush().
     """
+    ROWS = True                     # every tensor of the state has the items in front: together.py
 
     def __init__(self, codec: TinyCodec):
         self.codec = codec
@@ -214,6 +216,8 @@ def log_mel(wav: Tensor) -> Tensor:
     return (magnitude @ mel_filters().to(magnitude).T).clamp(min=FLOOR).log()
 
 
+@cache
+@torch.inference_mode(False)
 def mel_filters() -> Tensor:
     """Triangular filters (80, 513) with peaks of 1, evenly spaced on the HTK mel scale from 0 to 8 kHz."""
     top = 2595 * math.log10(1 + RATE / 2 / 700)

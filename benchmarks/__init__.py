@@ -2,6 +2,7 @@
 
     measure.py      alternating pairs, memory, operations, versions and device of a figure
     big.py          full-size random checkpoints: load, a training step, sample, merge, export, with their peaks
+    live.py         many conversations at once with serve.py, in real time
     peers.py        small models of each family, ours and the peers'
     workloads.py    a training step, a generation; the minimum work of each
 """

@@ -25,9 +25,10 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
@@ -169,35 +170,64 @@ class Session:
 
     def __init__(self, table: StreamTable, data: DataConfig, config: ChatConfig, say: Say, lookup: Lookup | None = None,
                  reply: str = "", log: Callable[[dict[str, Any]], None] = lambda row: None,
-                 clock: Callable[[], float] = time.perf_counter) -> None:
+                 clock: Callable[[], float] = time.perf_counter, codec: Any = None, commands: Sequence[str] = COMMANDS) -> None:
         family = family_of(table)
         if family.template is None:
             fix = "give it a recording with --user=in.wav" if family.user_audio else "give it --text"
             raise ValueError(f"{family.name} has no chat template; {fix} instead of --chat")
         self.table, self.data, self.config, self.say, self.lookup, self.log, self.clock = table, data, config, say, lookup, log, clock
         self.tokenizer = load_tokenizer(data.tokenizer)
-        self.codec = fitting_codec(data.codec, table, self.tokenizer)
-        self.reply = reply or ("speech" if family.template.audio_out else "text")
-        if self.reply == "speech" and not family.template.audio_out:
-            raise ValueError(f"{family.name} does not speak; leave --reply=speech out")
+        self.codec, self.commands = codec or fitting_codec(data.codec, table, self.tokenizer), commands
+        self.answer_in(reply or ("speech" if family.template.audio_out else "text"))
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget what was said."""
         self.exchanges: list[Exchange] = []
         self.slots: dict[str, str] = {}
         self.id, self.turns, self.language, self.last = uuid.uuid4().hex[:12], 0, "en", list[Piece]()
         self.cancel = threading.Event()                 # set it from any thread to end the reply at once
 
+    def answer_in(self, reply: str) -> None:
+        """Reply with "text" or "speech"."""
+        if reply == "speech" and not (family := family_of(self.table)).template.audio_out:
+            raise ValueError(f"{family.name} does not speak; ask for text")
+        self.reply = reply
+
+    def behind(self, messages: Sequence[Message], say: Say, log: Callable[[dict[str, Any]], None]) -> "Session":
+        """Another conversation of the same kind that goes on behind messages of text: the callers' numbers are looked up again."""
+        new = copy(self)
+        new.begin()
+        new.say, new.log = say, log
+        for message in messages:
+            said = str(message["content"])
+            if message["role"] == "system":
+                new.data = replace(new.data, system=said)
+            elif message["role"] == "user":
+                new.exchanges.append(Exchange([{"role": "user", "content": said}]))
+                new.look_up(new.exchanges[-1], said, TurnLog())
+            elif new.exchanges:
+                new.exchanges[-1].messages.append({"role": "assistant", "content": unmarked(said)})
+            else:
+                raise ValueError("a conversation begins with a message of the user")
+        return new
+
     def fixed(self, kind: str, **values: str) -> str:
         return SENTENCES[self.language][kind].format(**values)
 
-    def hear(self, heard: str) -> Iterator[Piece]:
-        """Answer a line of the caller, piece by piece. Ends early when `cancel` is set or the iterator is closed."""
+    def hear(self, heard: str, files: bool = True) -> Iterator[Piece]:
+        """Answer a line of the caller, piece by piece. Ends early when `cancel` is set or the iterator is closed.
+
+        `files`: a line may be the path of a sound file.
+        """
         turn, start = TurnLog(), self.clock()
         self.turns += 1
         self.cancel.clear()
         command, said = heard.strip().lower(), list[Piece]()
-        if command not in COMMANDS and re.search("[\u0600-\u06ff]", heard):
+        if command not in self.commands and re.search("[\u0600-\u06ff]", heard):
             self.language = "ar"
         try:
-            given = self.obey(command, turn) if command in COMMANDS else self.answer(heard, turn, start)
+            given = self.obey(command, turn) if command in self.commands else self.answer(heard, turn, start, files)
             with closing(given):
                 for piece in given:
                     said.append(piece)
@@ -221,9 +251,9 @@ class Session:
         else:
             yield "text", self.fixed(command)
 
-    def answer(self, heard: str, turn: TurnLog, start: float) -> Iterator[Piece]:
+    def answer(self, heard: str, turn: TurnLog, start: float, files: bool) -> Iterator[Piece]:
         """Look up the caller's numbers and reply; the part of the reply that is given goes into the history."""
-        exchange = self.open(heard)
+        exchange = self.open(heard, files)
         unknown = self.look_up(exchange, heard, turn)
         self.exchanges.append(exchange)
         if unknown:
@@ -246,10 +276,10 @@ class Session:
         finally:
             self.keep(exchange, parts)
 
-    def open(self, heard: str) -> Exchange:
+    def open(self, heard: str, files: bool) -> Exchange:
         """The caller's side of an exchange: text, or the codes of a sound file."""
         self.decoder = None
-        if not heard.strip().lower().endswith(SOUNDS):
+        if not files or not heard.strip().lower().endswith(SOUNDS):
             return Exchange([{"role": "user", "content": heard.strip()}])
         if self.codec is None:
             raise ValueError(f"{heard.strip()}: this model reads text only; write what the caller says")

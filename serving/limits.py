@@ -21,6 +21,7 @@ class Limits:
 
     message_bytes: int = 64 * 1024     # longest websocket message
     body_bytes: int = 1 << 20          # longest body of a request
+    voice_bytes: int = 12 << 20        # longest body of a request that brings a voice to speak in
     messages_per_second: float = 200   # of a websocket, averaged over two seconds
     session_seconds: float = 600.0     # longest conversation
     sessions_per_address: int = 4      # at once

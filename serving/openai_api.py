@@ -3,8 +3,10 @@
     realtime          input_audio_buffer.append {"audio": base64} -> response.output_audio.delta, ..._transcript.delta
                       samples of 16 bits at 24 kHz, or what session.update says: {"audio": {"input": {"format": {"type": "audio/pcm",
                       "rate": 16000}}}}; "audio/opus" is Ogg/Opus
-    audio/speech      {"input": text, "voice": name, "response_format": "wav" | "pcm" | "opus"} -> sound as it is spoken
-    chat/completions  {"messages": [...], "stream": true} -> text as it is written
+    audio/speech      {"input": text, "voice": name, "response_format": "wav" | "pcm" | "opus"} -> sound as it is spoken; in place of
+                      a name a voice of one's own: {"ref_audio": base64 of a sound file, "ref_text": what it says}
+    chat/completions  {"messages": [...], "stream": true} -> text as it is written, {"modalities": ["text", "audio"]} -> also speech,
+                      samples of 16 bits at 24 kHz
 """
 
 import asyncio
@@ -15,9 +17,11 @@ import math
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import aclosing, closing, suppress
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import aclosing, closing, contextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -27,10 +31,10 @@ from aiohttp import WSMsgType, web
 
 from audio.wav import resample
 from corpus.data_config import DataConfig
-from corpus.examples import prompt_example, reply_example
+from corpus.examples import prompt_example
 from families.family import family_of, lay_out
+from generation.conversation import COMMANDS, ChatConfig, Session, read_lookup
 from generation.decode_step import SampleConfig
-from generation.reply_stream import reply_pieces
 from options import parse_row
 from sample import sounding
 from serving.chat_socket import OpusEar, Outbox, Pieces, pcm16, session_rules, to_pcm16
@@ -67,15 +71,18 @@ class OpenAI:
     """The handlers; `voices` maps a name to (recording, what it says)."""
 
     def __init__(self, scheduler: Scheduler, gate: Gate, usual: SampleConfig, data: DataConfig, tokenizer: Tokenizer,
-                 voices: dict[str, tuple[str, str]]) -> None:
+                 voices: dict[str, tuple[str, str]], lookup: str = "", log: Callable[[dict[str, Any]], None] | None = None) -> None:
         self.scheduler, self.gate, self.usual, self.data, self.tokenizer, self.voices = scheduler, gate, usual, data, tokenizer, voices
-        self.table, self.family, self.codec = scheduler.model.table, family_of(scheduler.model.table), scheduler.codec
+        self.table, self.family, self.codec, self.log = scheduler.model.table, family_of(scheduler.model.table), scheduler.codec, log
+        self.chat = self.family.template and Session(
+            self.table, data, ChatConfig(budget=scheduler.columns * 3 // 4, grounded=bool(lookup)), say=lambda prompt: iter(()),
+            lookup=read_lookup(lookup) if lookup else None, reply="text", codec=self.codec, commands=COMMANDS if lookup else ())
 
     # ---- speech and text ----
 
     async def speech(self, request: web.Request) -> web.StreamResponse:
         """Speak a text; the sound is sent as it is made."""
-        body = await self.body(request, input=str)
+        body = await self.body(request, self.gate.limits.voice_bytes, input=str)
         kind = body.get("response_format", "wav")
         if kind not in ("wav", "pcm", "opus"):
             raise web.HTTPBadRequest(text=f"response_format {printable(str(kind))} is none of wav, pcm, opus\n")
@@ -109,8 +116,11 @@ class OpenAI:
             raise ValueError(f"input has {len(text)} characters, 1 to {self.gate.limits.text_characters} are spoken")
         if voice and voice not in self.voices:
             raise ValueError(f"voice {printable(str(voice))} is none of {', '.join(self.voices) or 'none'}")
-        voices = [self.voices[voice]] if voice else []
-        example = prompt_example(text, self.data, self.tokenizer, self.codec, voices, self.table)
+        with uploaded(body) as own:
+            if own and voice:
+                raise ValueError("voice and ref_audio are two voices; give one of them")
+            voices = own or ([self.voices[voice]] if voice else [])
+            example = prompt_example(text, self.data, self.tokenizer, self.codec, voices, self.table)
         return lay_out(example, self.table)[0], self.family.feed and self.family.feed([example.text], self.table)
 
     def spoken(self, prompt: torch.Tensor, feed: Any, rules: SampleConfig) -> Iterator[np.ndarray]:
@@ -136,49 +146,70 @@ class OpenAI:
             raise web.HTTPBadRequest(text=f"{error}\n") from None
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
-        """Answer messages with text."""
-        body = await self.body(request, messages=list)
-        if self.family.template is None:
+        """Answer messages with text, and with speech where that is asked for."""
+        body = await self.body(request, self.gate.limits.body_bytes, messages=list)
+        if self.chat is None:
             raise web.HTTPBadRequest(text=f"a {self.family.name} model has no chat template\n")
-        rules = self.rules(body)
+        rules, rows = self.rules(body), list[dict[str, Any]]()
         try:
-            messages = [parse_row(json.dumps(m), role=str, content=str) for m in body["messages"]]
-            turns = [{key: m[key] for key in ("role", "content")} for m in messages]
-            example = reply_example(turns, [], self.data, self.tokenizer, self.table, "text")
-            prompt = lay_out(example, self.table)[0]
+            turns = [parse_row(json.dumps(m), role=str, content=str) for m in body["messages"]]
+            if not turns or turns[-1]["role"] != "user" or not {m["role"] for m in turns} <= {"system", "user", "assistant"}:
+                raise ValueError("messages are of system, user and assistant, and the last one is the user's")
+            session = self.chat.behind(turns[:-1], lambda prompt: frames_of(self.scheduler, prompt, rules), rows.append)
+            session.answer_in("speech" if "audio" in (body.get("modalities") or ()) else "text")
         except (ValueError, KeyError, TypeError) as error:
             raise web.HTTPBadRequest(text=f"{error}\n") from None
         about = {"id": f"chatcmpl-{uuid.uuid4().hex[:20]}", "created": int(time.time()), "model": body.get("model", self.family.name)}
-        pieces = threaded(lambda: self.written(prompt, rules))
+        pieces = threaded(lambda: session.hear(turns[-1]["content"], files=False))
         address = self.gate.enter(request)
         try:
-            if not body.get("stream"):
-                found = [piece async for piece in pieces]
-                said, cut = "".join(piece for kind, piece in found if kind == "text"), any(kind == "cut" for kind, _ in found)
-                choice = {"index": 0, "message": {"role": "assistant", "content": said}, "finish_reason": "length" if cut else "stop"}
-                return web.json_response(about | {"object": "chat.completion", "choices": [choice]})
-            response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
-            await response.prepare(request)
-            reason = "stop"
-            async for kind, piece in pieces:
-                reason = "length" if kind == "cut" else reason
-                if kind == "text":
-                    choice = {"index": 0, "delta": {"content": piece}, "finish_reason": None}
-                    await response.write(sse(about | {"object": "chat.completion.chunk", "choices": [choice]}))
-            choice = {"index": 0, "delta": {}, "finish_reason": reason}
-            await response.write(sse(about | {"object": "chat.completion.chunk", "choices": [choice]}) + b"data: [DONE]\n\n")
-            return response
+            async with aclosing(pieces):
+                return await (self.stream if body.get("stream") else self.whole)(request, pieces, rows, about)
         finally:
             self.gate.leave(address)
+            if self.log is not None and rows:
+                self.log(rows[0])
 
-    def written(self, prompt: torch.Tensor, rules: SampleConfig) -> Iterator[tuple[str, Any]]:
-        with closing(frames_of(self.scheduler, prompt, rules)) as frames:
-            yield from reply_pieces(frames, self.table, self.tokenizer)
+    async def whole(self, request: web.Request, pieces: AsyncIterator[tuple[str, Any]], rows: list[dict[str, Any]],
+                    about: dict[str, Any]) -> web.Response:
+        """A reply in one piece."""
+        said, heard = "", list[np.ndarray]()
+        async for kind, piece in pieces:
+            said, heard = (said + piece, heard) if kind == "text" else (said, [*heard, piece[0].float().cpu().numpy()])
+        message: dict[str, Any] = {"role": "assistant", "content": said}
+        if heard:
+            wav = wav_header(self.codec.sample_rate) + to_pcm16(np.concatenate(heard))
+            message["audio"] = {"data": base64.b64encode(wav).decode(), "transcript": said}
+        choice = {"index": 0, "message": message, "finish_reason": finish_reason(rows)}
+        return web.json_response(about | {"object": "chat.completion", "choices": [choice]})
 
-    async def body(self, request: web.Request, **fields: type) -> dict[str, Any]:
+    async def stream(self, request: web.Request, pieces: AsyncIterator[tuple[str, Any]], rows: list[dict[str, Any]],
+                     about: dict[str, Any]) -> web.StreamResponse:
+        """A reply as it comes, in server-sent events."""
+        response, mouth = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}), None
+
+        async def send(delta: dict[str, Any], reason: str | None = None) -> None:
+            event = about | {"object": "chat.completion.chunk", "choices": [{"index": 0, "delta": delta, "finish_reason": reason}]}
+            data = f"data: {json.dumps(event, ensure_ascii=False)}\n\n".encode()
+            await asyncio.wait_for(response.write(data), self.gate.limits.send_seconds)
+
+        await response.prepare(request)
+        async for kind, piece in pieces:
+            if kind == "text":
+                await send({"content": piece})
+                continue
+            mouth = mouth or self.mouth("audio/pcm", RATE)
+            await send({"audio": {"data": base64.b64encode(mouth(piece[0].float().cpu().numpy())).decode()}})
+        await send({}, finish_reason(rows))
+        await response.write(b"data: [DONE]\n\n")
+        return response
+
+    async def body(self, request: web.Request, most: int, **fields: type) -> dict[str, Any]:
         self.gate.check(request)
+        if len(raw := await request.read()) > most:
+            raise web.HTTPRequestEntityTooLarge(most, len(raw), text=f"the body has {len(raw)} bytes, {most} are the limit\n")
         try:
-            return parse_row((await request.read()).decode(), **fields)
+            return parse_row(raw.decode(), **fields)
         except (ValueError, UnicodeDecodeError) as error:
             raise web.HTTPBadRequest(text=f"the body is no such JSON: {error}\n") from None
 
@@ -306,8 +337,27 @@ def wav_header(rate: int) -> bytes:
                      b"data", b"\xff" * 4])
 
 
-def sse(event: dict[str, Any]) -> bytes:
-    return f"data: {json.dumps(event, ensure_ascii=False)}\n\n".encode()
+def finish_reason(rows: Sequence[dict[str, Any]]) -> str:
+    """Of a turn whose log entry was written."""
+    return "length" if rows and rows[0]["cut"] == "length" else "stop"
+
+
+@contextmanager
+def uploaded(body: dict[str, Any]) -> Iterator[list[tuple[str, str]]]:
+    """The voice that a request brings along, [] without one. It is a file only as long as it is read."""
+    if not body.get("ref_audio"):
+        yield []
+        return
+    said = body.get("ref_text")
+    if not isinstance(said, str) or not said.strip():
+        raise ValueError("ref_audio needs ref_text: what the recording says, word for word")
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "ref_audio"
+        path.write_bytes(decoded(body["ref_audio"]))
+        try:
+            yield [(str(path), said)]
+        except ValueError as error:                                        # no paths of this machine
+            raise ValueError(str(error).replace(str(path), path.name)) from None
 
 
 async def threaded(make: Callable[[], Iterator[Any]]) -> AsyncIterator[Any]:

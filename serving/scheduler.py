@@ -15,13 +15,14 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from audio.together import together
 from families.family import family_of
 from generation.decode_step import SampleConfig
 from generation.sessions import SessionBatch
@@ -44,7 +45,7 @@ class Generation:
         self.slot, self.cancelled, self.running, self.steps = -1, False, False, 0
         self.asked = time.monotonic()                       # since when somebody waits for the first sound
 
-    def give(self, frame: Tensor) -> None:
+    def give(self, frame: Tensor, wav: Tensor | None = None) -> None:
         self.on_event("frame", frame)
 
     def over(self) -> bool:
@@ -79,38 +80,40 @@ class Conversation(Generation):
             self.waiting += len(samples)
             self.scheduler.changed.notify()
 
-    def encode(self, silence: bool = False) -> None:
-        """Encode what is whole, two frames at most: the others shall not wait. `silence`: a frame in place of what is late."""
-        if silence:
-            self.late += 1
-            self.listen(np.zeros(self.hop, dtype=np.float32))
-        for _ in range(2):
-            if self.waiting < self.hop:
-                return
-            with self.scheduler.changed:
-                joined = np.concatenate(self.pending)
-                self.pending.clear()
-                self.pending.append(joined[self.hop :])
-                self.waiting = len(joined) - self.hop
-            self.listen(joined[: self.hop])
+    @property
+    def has_frame(self) -> bool:
+        """Whether a column's worth of the user's sound is there, encoded or not."""
+        return bool(self.codes) or self.waiting >= self.hop
 
-    def listen(self, samples: np.ndarray) -> None:
+    def frame(self, silence: bool = False) -> Tensor:
+        """The next samples (1, 1, hop) to encode. `silence`: in place of what is late."""
         self.asked, self.heard = self.asked if self.heard else time.monotonic(), True
-        codes = self.ear.encode(torch.from_numpy(samples.copy())[None, None].to(self.scheduler.codec_device))
+        self.late += silence
+        with self.scheduler.changed:
+            joined = np.concatenate([*self.pending, np.zeros(self.hop if silence else 0, dtype=np.float32)])
+            first, rest = (joined[-self.hop :], joined[: -self.hop]) if silence else (joined[: self.hop], joined[self.hop :])
+            self.pending.clear()
+            self.pending.append(rest)
+            self.waiting = len(rest)
+        return torch.from_numpy(first.copy())[None, None].to(self.scheduler.codec_device)
+
+    def listen(self, codes: Tensor) -> None:
+        """Take the codes (1, Q, t) of samples."""
         for frame in codes[0].cpu().unbind(-1):
             if self.skip:                                   # as the official server: its first frame lies in the past
                 self.skip, self.ear = False, self.codec.stream()
                 continue
             self.codes.append(frame)
 
-    def give(self, frame: Tensor) -> None:
-        text, codes = int(frame[0]), frame[self.table.audio_out]
-        if len(codes):
-            codes = codes[: self.codec.num_codebooks].clamp(0, self.codec.codebook_size - 1)[None, :, None]
-            wav = self.mouth.decode(codes.to(self.scheduler.codec_device))[0, 0]
-            if len(wav):
-                self.on_event("audio", wav.float().cpu().numpy())
-        self.on_event("text", text)
+    def sound(self, frame: Tensor) -> Tensor:
+        """The codes (1, Q, 1) of a frame, fit for the codec."""
+        codes = frame[self.table.audio_out][: self.codec.num_codebooks].clamp(0, self.codec.codebook_size - 1)
+        return codes[None, :, None].to(self.scheduler.codec_device)
+
+    def give(self, frame: Tensor, wav: Tensor | None = None) -> None:
+        if wav is not None and wav.shape[-1]:
+            self.on_event("audio", wav[0, 0].float().cpu().numpy())
+        self.on_event("text", int(frame[0]))
 
 
 class Metrics:
@@ -188,10 +191,9 @@ class Scheduler:
     def run(self) -> None:
         while not self.stopping:
             self.admit()
-            if not self.wait():
-                continue
             try:
-                self.step()
+                if self.wait():
+                    self.step()
             except FAULTS as error:                         # of the whole batch: all end, and the server starts anew
                 print(f"a step failed: {error}", file=sys.stderr, flush=True)
                 for session in list(self.active.values()):
@@ -216,7 +218,7 @@ class Scheduler:
         session.running, session.steps = True, 1
         first = self.batch.begin(session.slot, session.prompt, session.rules, session.rules.seed, session.feed)
         if first is not None:
-            session.give(first)
+            self.give({session: first})
 
     def wait(self) -> bool:
         """Wait until a step is due; False when sessions came or went meanwhile."""
@@ -228,17 +230,31 @@ class Scheduler:
                 return False
         if not self.paced:
             return True
-        for session in list(self.active.values()):
-            self.guarded(session, session.encode)
-        started = [s for s in self.active.values() if s.running or s.codes]
-        now = time.monotonic()
-        self.due = self.due if started else math.inf                    # the clock begins with the first frame of somebody
-        if started and (all(s.codes for s in started) or now >= self.due):
-            return True
         with self.changed:
-            if not any(s.waiting >= s.hop for s in self.active.values()) and not (self.queue and len(self.active) < self.slots):
-                self.changed.wait(min(0.5, max(0.001, self.due - now)))
-        return False
+            started = [s for s in self.active.values() if s.running or s.has_frame]
+            now = time.monotonic()
+            self.due = self.due if started else math.inf                # the clock begins with the first frame of somebody
+            if not started or not (now >= self.due or all(s.has_frame for s in started)):
+                if not (self.queue and len(self.active) < self.slots):
+                    self.changed.wait(min(0.5, max(0.001, self.due - now)))
+                return False
+        self.encode([s for s in started if not s.codes and s.has_frame])
+        started = [s for s in started if s.running or s.codes]          # of the first samples no frame may be whole yet
+        return bool(started) and (now >= self.due or all(s.codes for s in started))
+
+    def encode(self, sessions: Sequence[Conversation], silence: bool = False) -> None:
+        """Encode a frame of each."""
+        heard = together([s.ear for s in sessions], "encode", [s.frame(silence) for s in sessions])
+        for session, codes in zip(sessions, heard, strict=True):
+            session.listen(codes)
+
+    def give(self, frames: dict[Generation, Tensor]) -> None:
+        """Give sessions their frames: the sound of all is decoded at once."""
+        talking = [s for s in frames if s.paced and len(s.table.audio_out)]
+        wavs = together([s.mouth for s in talking], "decode", [s.sound(frames[s]) for s in talking])
+        heard = dict(zip(talking, wavs, strict=True))
+        for session, frame in frames.items():
+            self.guarded(session, session.give, frame, heard.get(session))
 
     def guarded(self, session: Generation, call: Callable[..., None], *args: Any) -> None:
         """Run what concerns one session: a fault ends that one."""
@@ -251,9 +267,9 @@ class Scheduler:
         """A column of everybody."""
         began = time.monotonic()
         if self.paced:
-            for session in [s for s in self.active.values() if s.running and not s.codes]:
-                self.guarded(session, session.encode, True)             # late
-                self.metrics.counts["late_frames"] += 1
+            late = [s for s in self.active.values() if s.running and not s.codes]
+            self.encode(late, silence=True)
+            self.metrics.counts["late_frames"] += len(late)
             for session in [s for s in self.active.values() if s.codes and not s.running]:
                 self.guarded(session, self.begin, session)
             ready = {slot: s.codes.popleft() for slot, s in self.active.items() if s.codes}
@@ -265,13 +281,12 @@ class Scheduler:
         else:
             ready = dict.fromkeys(self.active)
             frames = self.batch.step()
+        self.give({self.active[slot]: frame for slot, frame in frames.items() if slot in self.active})
         for slot, session in list(self.active.items()):
             session.steps += slot in ready
-            if slot in frames:
-                self.guarded(session, session.give, frames[slot])
-                if session.asked:
-                    self.metrics.times["first_audio"].append(time.monotonic() - session.asked)
-                    session.asked = 0.0
+            if slot in frames and session.asked:
+                self.metrics.times["first_audio"].append(time.monotonic() - session.asked)
+                session.asked = 0.0
             if slot in self.active and session.running and (session.over() or self.batch.done(slot)):
                 self.close(session)
         self.metrics.counts["frames"] += len(frames)

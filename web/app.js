@@ -176,12 +176,22 @@ function showTalk() {
 
 // ---- text to speech: sound plays with its first chunk ----
 
+function base64(file) {
+  return new Promise((resolve, reject) => {
+    const reader = new FileReader();
+    reader.onload = () => resolve(reader.result.split(",")[1]);
+    reader.onerror = () => reject(reader.error);
+    reader.readAsDataURL(file);
+  });
+}
+
 function showSpeech() {
   $("speech").hidden = false;
   $("tab-live").textContent = "Speak";
   $("text").maxLength = about.text_characters;
   $("voice-label").hidden = !about.voices.length;
   for (const name of about.voices) $("voice").add(new Option(name));
+  $("own-voice").hidden = !about.clones;
   $("speech").onsubmit = async (event) => {
     event.preventDefault();
     problem("");
@@ -191,7 +201,9 @@ function showSpeech() {
     try {
       await ready();
       const settings = Object.fromEntries(chosen().filter(([name]) => name === "audio_temperature").map(([, value]) => ["temperature", Number(value)]));
-      const body = { input: $("text").value, response_format: "pcm", ...settings, ...($("voice").value ? { voice: $("voice").value } : {}) };
+      const file = $("ref-audio").files[0], named = $("voice").value;
+      const voice = file ? { ref_audio: await base64(file), ref_text: $("ref-text").value } : named ? { voice: named } : {};
+      const body = { input: $("text").value, response_format: "pcm", ...settings, ...voice };
       const response = await ask("/v1/audio/speech", { method: "POST", body: JSON.stringify(body) }), player = new Player(context);
       let rest = new Uint8Array(0), first = 0;
       for (const reader = response.body.getReader(); ;) {

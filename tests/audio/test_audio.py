@@ -18,6 +18,7 @@ import evaluate  # noqa: E402
 from audio import load_codec, recogniser  # noqa: E402
 from audio.rvq import ResidualVQ, fit_rvq, nearest  # noqa: E402
 from audio.tiny import FRAME, LOOKAHEAD, TinyCodec, fit_tables, griffin_lim, log_mel, mel_filters  # noqa: E402
+from audio.together import together  # noqa: E402
 from audio.wav import WavWriter, load_wav, resample, save_wav  # noqa: E402
 from evaluation import metrics  # noqa: E402
 
@@ -465,3 +466,20 @@ def test_a_recogniser_understands_held_out_prompts_after_the_codec(decoder, limi
     heard = evaluate.transcribe([(codec.decode(codec.encode(clip(row["id"]))), 16_000) for row in rows])
     rates = [metrics.wer(row["text"], text) for row, text in zip(rows, heard, strict=True)]
     assert sum(rates) / len(rates) <= limit
+
+
+def test_streams_together_give_what_each_gives_alone(codec):
+    """Three that began at different times: their sound within rounding, their codes exactly, whatever the order of the calls."""
+    wav, starts = clip("vm-youhave")[..., :9600], (0, 0, 5)
+    codes = codec.encode(wav)
+    ears, mouths = ([codec.stream() for _ in starts] for _ in range(2))
+    heard, spoken = ([[] for _ in starts] for _ in range(2))
+    for t in range(20):
+        rows = [n for n, start in enumerate(starts) if 0 <= t - start < 15]
+        for streams, call, whole, size, found in ((ears, "encode", wav, FRAME, heard), (mouths, "decode", codes, 1, spoken)):
+            pieces = [whole[..., (t - starts[n]) * size :][..., :size] for n in rows]
+            for n, made in zip(rows, together([streams[n] for n in rows], call, pieces), strict=True):
+                found[n].append(made)
+    for n in range(len(starts)):
+        assert torch.equal(torch.cat([*heard[n], ears[n].flush_encode()], 2), codes)
+        torch.testing.assert_close(torch.cat([*spoken[n], mouths[n].flush()], 2), codec.decode(codes), atol=1e-5, rtol=0)

@@ -94,19 +94,19 @@ class Talk {
       this.source = context.createMediaStreamSource(this.stream);
     }
     this.recorder = new AudioWorkletNode(context, "recorder", { numberOfOutputs: 0, processorOptions: { size: frame } });
-    this.recorder.port.onmessage = ({ data }) => this.said(data);
+    this.recorder.port.onmessage = ({ data }) => this.said(data.samples, data.at);
     this.source.connect(this.recorder);
     this.began = context.currentTime;
     $("state").textContent = "talking";
   }
 
-  said(samples) {
+  said(samples, at) {
     if (this.socket.readyState !== WebSocket.OPEN) return;
-    const pcm = toPcm16(samples), message = new Uint8Array(1 + pcm.byteLength), now = context.currentTime, loud = level(samples);
+    const pcm = toPcm16(samples), message = new Uint8Array(1 + pcm.byteLength), now = at + samples.length / about.sample_rate, loud = level(samples);
     message[0] = 1;
     message.set(new Uint8Array(pcm.buffer), 1);
     this.socket.send(message);
-    this.tape.add(1, now - samples.length / about.sample_rate, samples);
+    this.tape.add(1, at, samples);
     $("level-user").value = Math.min(1, 3 * loud);
     if (loud > LOUD) this.lastLoud = now;
     else if (this.lastLoud && now - this.lastLoud > 0.06) this.waitingFor = this.lastLoud;      // silence: a reply may come

@@ -1,4 +1,4 @@
-// An AudioWorklet: what comes in, in frames of `size` samples.
+// An AudioWorklet: what comes in, in frames of `size` samples, each with the context's time of its first one.
 class Recorder extends AudioWorkletProcessor {
   constructor(options) {
     super();
@@ -14,7 +14,7 @@ class Recorder extends AudioWorkletProcessor {
       this.filled += n;
       at += n;
       if (this.filled === this.frame.length) {
-        this.port.postMessage(this.frame.slice());
+        this.port.postMessage({ samples: this.frame.slice(), at: (currentFrame + at - this.frame.length) / sampleRate });
         this.filled = 0;
       }
     }

@@ -92,6 +92,13 @@ LOUD = """fetch(document.getElementById('download').href).then(r => r.arrayBuffe
   const loud = (at) => Math.abs(v.getInt16(at, true)) > 300;
   for (let n = 44; n + 3 < b.byteLength; n += 4) { left += loud(n); right += loud(n + 2); }
   return [left, right]; })"""
+COUNT = """import('/web/sound.js').then(({ Tape }) => {
+  const add = Tape.prototype.add;
+  window.loud = [0, 0];
+  Tape.prototype.add = function (channel, at, samples) {
+    samples.forEach((x) => { window.loud[channel] += Math.abs(x) > 0.01; });
+    add.call(this, channel, at, samples);
+  }; })"""
 
 
 @pytest.fixture
@@ -105,6 +112,7 @@ def test_a_visitor_talks_reads_and_downloads_the_recording(talk, tmp_path, micro
     async def visit(browser: Browser) -> None:
         await browser.until("document.getElementById('model').textContent.includes('sessions')")
         assert await browser.js("document.querySelectorAll('#option-list input').length") == 4
+        await browser.js(COUNT)
         await browser.js("document.getElementById('talk').focus(); document.activeElement.click()")
         await browser.until("document.getElementById('transcript').textContent.length > 5")
         await browser.until("document.getElementById('level-agent').value > 0")
@@ -112,6 +120,7 @@ def test_a_visitor_talks_reads_and_downloads_the_recording(talk, tmp_path, micro
         for width, scheme in ((1000, "light"), (340, "dark")):
             await browser.size(width, 740, scheme)
             assert await browser.js(FITS), width
+        await browser.until("window.loud.every((samples) => samples > 2000)", 90)
         await browser.js("document.getElementById('talk').click()")
         await browser.until("!document.getElementById('download').hidden")
         left, right = await browser.js(LOUD)

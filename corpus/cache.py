@@ -25,12 +25,12 @@ from torch import Tensor
 from audio import augment
 from audio.augment import AugmentConfig
 from audio.wav import RESAMPLER, resample
-from corpus.checks import read_clip, single_threaded
+from corpus.checks import read_clip
 from corpus.data_config import DataConfig
 from corpus.manifest import Manifest, RejectedRow, Row
 from options import FULL, out_of_memory
 from system.files import checksum, replace_file
-from system.progress import Progress, workers
+from system.progress import Progress, torch_threads, workers
 
 SUM = "sum:"                # stands before a checksum
 SHARD = 64                  # clips per shard; an interrupted `prepare` encodes at most this many again
@@ -74,7 +74,7 @@ def encode_missing(jobs: dict[str, Row], folder: Path, codec: Any, duplex: bool,
     """Encode clips into shards, each written atomically, so a killed run repeats the last one only. Returns the unusable clips by key."""
     bad: dict[str, RejectedRow] = {}
     left, progress = iter(jobs), Progress("encoding", len(jobs), "clips")
-    with progress, single_threaded(), ThreadPoolExecutor(workers(config.workers)) as pool:
+    with progress, torch_threads(1), ThreadPoolExecutor(workers(config.workers)) as pool:
         while keys := list(islice(left, SHARD)):
             frames, arrays = {}, {}
             found = pool.map(lambda key: encode_or_reject(key, jobs[key], codec, duplex, config), keys)

@@ -14,7 +14,6 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -31,7 +30,7 @@ from evaluation.metrics import cer, wer
 from families.family import RECIPES
 from options import FULL, visible, write_rows
 from system.files import copy_file
-from system.progress import Progress, workers
+from system.progress import Progress, torch_threads, workers
 from text.word_times import MAIN, OTHER, Alignment, check_length, parse_alignments, row_words, tidy_words
 
 PACE, SILENCE = "text does not fit the length", "silence"
@@ -206,17 +205,6 @@ class Verdicts:
         self.new = []
 
 
-@contextmanager
-def single_threaded() -> Iterator[None]:
-    """Let torch use one thread for an operation: clips are short, and synchronising threads made this six times slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 def digest_or_nothing(row: Row) -> str:
     """`audio_digest`, "" for a file that cannot be read."""
     if row["file"] != INLINE and not Path(row["file"]).is_file():
@@ -240,7 +228,8 @@ def judge(m: Manifest, limits: tuple[float, float], doubtful: str = "keep", talk
         if duplex:
             clip["stereo"] = True
         clip["mark"] = digest_or_nothing(clip)
-    with Progress("checking", len(clips), "clips") as progress, single_threaded(), ThreadPoolExecutor(workers(threads)) as pool:
+    # clips are short: to synchronise threads within an operation would make this six times slower
+    with Progress("checking", len(clips), "clips") as progress, torch_threads(1), ThreadPoolExecutor(workers(threads)) as pool:
         judged = pool.map(lambda clip: verdicts.of(clip, (limits[0], talk if "alignments" in clip else limits[1])), clips)
         found = [progress.add() or verdict for verdict in judged]
     verdicts.save()

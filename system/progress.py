@@ -3,7 +3,10 @@
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import torch
 from tqdm import tqdm
 
 EVERY = 15.0                # seconds between lines
@@ -12,6 +15,17 @@ EVERY = 15.0                # seconds between lines
 def workers(wanted: int = 0) -> int:
     """How many threads work on clips: so many, or one for each core that this process may use, at most 8."""
     return wanted or min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+@contextmanager
+def torch_threads(count: int = 0) -> Iterator[None]:
+    """Within, torch uses `count` threads for an operation (0 = as before); behind it as many as before, whatever a library set."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(count or before)
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Progress:

@@ -71,6 +71,22 @@ def tiny_run(tmp_path_factory) -> Path:
     return here / "run"
 
 
+def arithmetic() -> tuple:
+    """What in this process decides how numbers round."""
+    return (torch.get_num_threads(), torch.get_default_dtype(), torch.get_float32_matmul_precision(), torch.is_grad_enabled(),
+            torch.are_deterministic_algorithms_enabled(), torch.backends.mkldnn.enabled)
+
+
+@pytest.fixture(autouse=True)
+def arithmetic_stays():
+    """A test that changes it for those that follow in its process fails, and not they, by the order of the files."""
+    before = arithmetic()
+    yield
+    after = arithmetic()
+    torch.set_num_threads(before[0])
+    assert after == before
+
+
 def cli(*args, env: dict[str, str] | None = None, cwd: Path | None = None, timeout: float = 120) -> tuple[int, str, str]:
     """Run a command of the repository as a process of its own: (exit code, stdout, stderr)."""
     command = [sys.executable, str(ROOT / args[0]), *map(str, args[1:])]

@@ -13,6 +13,7 @@ One batched step serves all sessions; a full server queues. Nothing that is said
 
 import asyncio
 import json
+import logging
 import signal
 import sys
 import threading
@@ -25,6 +26,7 @@ from typing import Any
 try:
     import sphn  # noqa: F401
     from aiohttp import web
+    from aiohttp.http_exceptions import HttpProcessingError
 except ImportError as missing:
     raise SystemExit(f"error: serve.py needs the package {missing.name}; run pip install -e \".[serve]\"") from None
 
@@ -46,6 +48,9 @@ WEB = Path(__file__).resolve().parent / "web"
 PAGES = {"/": "index.html"} | {f"/web/{name}": name for name in ("app.js", "sound.js", "recorder.js", "style.css")}
 POLICY = "default-src 'self'; media-src 'self' blob:; img-src 'self' data:; connect-src 'self' blob:; frame-ancestors 'none'"
 HEADERS = {"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
+# A request that is no HTTP is answered with 400, and who has gone is not answered: their traces would only fill the log.
+QUIET = (HttpProcessingError, ConnectionError)
+logging.getLogger("aiohttp.server").addFilter(lambda record: not (record.exc_info and isinstance(record.exc_info[1], QUIET)))
 
 
 @dataclass(frozen=True)

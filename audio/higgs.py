@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from audio.hubert import Hubert, HubertConfig, hubert_names, load_strict
+from audio.hubert import Hubert, HubertConfig, check_sizes, hubert_names, load_strict
 from audio.rvq import check_codes, nearest
 
 RATE, SEMANTIC_RATE = 24_000, 16_000
@@ -53,9 +53,7 @@ class HiggsCodecConfig:
     hubert: HubertConfig = field(default_factory=HubertConfig)
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if name not in ("ratios", "hubert") and not (isinstance(value, int) and value > 0):
-                raise ValueError(f"the Higgs tokenizer's {name} is {value!r}, expected an integer above 0; fix its config.json")
+        check_sizes(self, "the Higgs tokenizer's")
         if self.hop * SEMANTIC_RATE % (RATE * self.hubert.hop):
             unit = self.hubert.hop * RATE / SEMANTIC_RATE
             raise ValueError(f"ratios {self.ratios} give {self.hop} samples a frame; HuBERT's hop needs a multiple of {unit:g} at 24 kHz")
@@ -400,8 +398,9 @@ def read_tensors(path: Path, unread: Sequence[str] = ()) -> Mapping[str, Tensor]
         raise ValueError(f"{path} is neither a safetensors file nor a whole one of torch's; fetch it again")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, torch.serialization.pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} cannot be read as bare tensors ({str(error).splitlines()[0]}); fetch it again") from error
+    except Exception as error:                      # torch raises whatever the file makes it raise
+        reason = str(error).partition("\n")[0][:200]
+        raise ValueError(f"{path} cannot be read as bare tensors ({reason}); fetch it again") from None
     state = {name: value for name, value in state.items() if name not in unread} if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} holds more than a dict of tensors; save the tokenizer's state_dict() alone")

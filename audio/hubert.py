@@ -12,11 +12,14 @@ codecs beside it.  Next: higgs.py.
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+LARGEST = 2**20         # of all sizes that a codec's config names
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,12 @@ class HubertConfig:
     position_kernel: int = 128
     position_groups: int = 16
     eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        check_sizes(self, "HuBERT's")
+        if not len(self.conv_dims) == len(self.conv_kernels) == len(self.conv_strides):
+            raise ValueError(f"HuBERT has {len(self.conv_dims)} conv_dims, {len(self.conv_kernels)} conv_kernels and "
+                             + f"{len(self.conv_strides)} conv_strides, expected as many of each; fix its config.json")
 
     def frames(self, samples: int) -> int:
         """How many frames come of so many samples at 16 kHz: W // 320 less one or none, and 0 below 400 samples."""
@@ -122,6 +131,20 @@ def hubert_names(config: HubertConfig) -> dict[str, str]:
         count = len(config.conv_dims) if ours.startswith("convs") else config.layers
         names |= {name.format(n): ours.format(n) for name in official for n in range(count)}
     return names
+
+
+def check_sizes(config: Any, what: str) -> None:
+    """ValueError where a field of a codec's config has another type than its default, or a size that no codec has."""
+    for field in fields(config):
+        value, usual = getattr(config, field.name), field.default
+        numbers = value if isinstance(value, tuple) and isinstance(usual, tuple) else (value,)
+        if isinstance(usual, float):
+            fits = type(value) in (int, float) and 0 < value < math.inf
+        else:
+            fits = not isinstance(usual, (int, tuple)) or all(type(n) is int and 0 < n <= LARGEST for n in numbers)
+        if not fits:
+            kind = "a number" if isinstance(usual, float) else f"integers from 1 to {LARGEST}"
+            raise ValueError(f"{what} {field.name} is {value!r}, expected {kind}; fix its config.json")
 
 
 def load_hubert(state: Mapping[str, Tensor], config: HubertConfig | None = None) -> Hubert:

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from audio.higgs import _json, check_wav, read_tensors, tensor_names
-from audio.hubert import load_strict
+from audio.hubert import check_sizes, load_strict
 from audio.rvq import check_codes
 
 RATE = 24_000
@@ -49,10 +49,10 @@ class MimiConfig:
     codebook_dim: int = 256
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            numbers = value if isinstance(value, tuple) else (value,)
-            if not all(isinstance(n, int) and n > (name in ("window", "num_codebooks")) for n in numbers):
-                raise ValueError(f"Mimi's {name} is {value!r}, expected integers above 0, or 1; fix its config.json")
+        check_sizes(self, "Mimi's")
+        for name in ("window", "num_codebooks"):
+            if getattr(self, name) < 2:
+                raise ValueError(f"Mimi's {name} is {getattr(self, name)}, expected at least 2; fix its config.json")
         if self.dim % (2 * self.heads):
             raise ValueError(f"Mimi's dim {self.dim} is not a multiple of 2 x {self.heads} heads; fix its config.json")
 

@@ -7,22 +7,32 @@ A case takes a good file, damages it (bits, cuts, pieces twice or moved; of JSON
 numbers, deep nesting) and loads it. The loader may succeed, or end in a ValueError or OSError of one line below 500 characters.
 Anything else is a fault: another exception, a line of several, more than 20 seconds, and a success whose result differs from that
 of the file before although a checksum covers it, or is not the same after it was saved and loaded again.
+What clients send to serve.py is such a file too: bytes of a connection, from the request line to the frames of a websocket. The
+server may answer, refuse or close; a trace in its log, a status of 500, silence, or a server that is gone are faults.
 """
 
+import asyncio
+import base64
 import contextlib
+import importlib.util
 import io
 import json
+import logging
 import os
 import random
 import resource
 import shutil
 import signal
+import socket
+import struct
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +40,20 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
+import numpy as np  # noqa: E402
 import soundfile  # noqa: E402
 import torch  # noqa: E402
 from conftest import CONFIG, write_clips  # noqa: E402
+from safetensors import safe_open  # noqa: E402
 
 import lora  # noqa: E402
+from audio import load_codec  # noqa: E402
+from audio.mimi import MimiCodec  # noqa: E402
 from audio.tiny import TinyCodec  # noqa: E402
 from audio.wav import load_wav  # noqa: E402
 from checkpoint import Extras, base_of, export, load, save  # noqa: E402
 from config import TrainConfig  # noqa: E402
+from corpus.bundled import DIGITS  # noqa: E402
 from corpus.index import open_cache, prepare  # noqa: E402
 from corpus.layouts import read_manifest  # noqa: E402
 from evaluate import read_samples  # noqa: E402
@@ -147,8 +162,170 @@ def build(home: Path) -> dict[str, tuple[Path, Loader]]:
     }
     shutil.copy(ROOT / "assets/tiny_qwen_tokenizer.json", home / "tokenizer.json")
     shutil.copy(ROOT / "assets/tiny_codec.safetensors", home / "codec.safetensors")
+    kinds |= codecs(home)
+    if absent := [name for name in ("aiohttp", "sphn") if not importlib.util.find_spec(name)]:
+        print(f"sockets are left out: {' and '.join(absent)} not installed", file=sys.stderr)
+    else:
+        kinds |= sockets(home, config.model)
     (home / "options.txt").write_text("lr=1e-3\nbetas=0.9,0.95\nmodel.temporal.layers=2\nrates=(('*',0.5),)\nseed=3\n")
     return {name: (home, loader) for name, loader in kinds.items()}
+
+
+# ---- codecs ----
+
+def codecs(home: Path) -> dict[str, Loader]:
+    """A codec of each kind, in the layouts in which they are published."""
+    import test_higgs_codec
+    import test_mimi
+    import test_moss_codec
+    test_higgs_codec.Golden("higgs_codec").write(home / "higgs")
+    test_moss_codec.write(home / "moss")
+    golden = test_mimi.GOLDEN
+    with safe_open(golden, "pt") as file:
+        about = json.loads(file.metadata()["hf_config"]) | {"codebook_size": test_mimi.TINY.codebook_size}
+        state = {n.removeprefix("weights/"): file.get_tensor(n).float() for n in file.keys() if n.startswith("weights/")}
+    folder = test_mimi.write(home / "mimi", test_mimi.transformers_state(MimiCodec(test_mimi.TINY, 8), state), "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(about))
+
+    def run(name: str, folder: Path) -> list[str]:
+        codec = load_codec(folder / name)
+        if broken := [n for n, t in codec.state_dict().items() if not t.isfinite().all()]:
+            raise AssertionError(f"{broken[0]} is not finite")
+        return [n for n, _ in codec.named_parameters()]
+
+    return {name: Loader(partial(run, name), lambda f, name=name: [p for p in (f / name).rglob("*") if p.is_file()])
+            for name in ("higgs", "mimi", "moss")}
+
+
+# ---- sockets ----
+
+class Raised(logging.Handler):
+    """What a server logs as an error."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        error = record.exc_info[1] if record.exc_info else None
+        self.lines.append(f"{record.getMessage()} {type(error).__name__}: {error}")
+
+
+def sockets(home: Path, speaking: Any) -> dict[str, Loader]:
+    """Three servers (a duplex model, one that speaks, one that writes), and what a client of each protocol sends them."""
+    import serve
+    from serving.limits import Limits
+    logged = Raised()
+    logging.getLogger().addHandler(logged)
+    limits = Limits(sessions_per_address=1000, most_waiting=1000, session_seconds=2.0, idle_seconds=1.0, send_seconds=2.0)
+
+    def start(name: str, model: MultistreamLM, tokenizer: Path) -> int:
+        save(model, home / "served" / name, Extras(1, {"codec": "tiny", "tokenizer": str(tokenizer), "normaliser": "none"}))
+        job = serve.Serve(ckpt=str(home / "served" / name), port=0, slots=2, drain=0.0, max_frames=6, limits=limits)
+        server, ready, found = serve.Server(job, {"max_frames"}), threading.Event(), []
+
+        def started(port: int, _: Any) -> None:
+            found.append(port)
+            ready.set()
+
+        threading.Thread(target=lambda: asyncio.run(server.run(started)), daemon=True).start()
+        assert ready.wait(60)
+        return found[0]
+
+    duplex = run_config(ROOT / "configs/tiny_duplex.py").model
+    duplex = replace(duplex, temporal=replace(duplex.temporal, dim=16, layers=1, heads=2, ffn=16))
+    words = home / "digits.json"
+    words.write_text(json.dumps(["<s>", "</s>", "<pad>", *DIGITS, *(f"({word})" for word in DIGITS)]))
+    talk = start("talk", MultistreamLM(duplex), words)
+    speak = start("speak", MultistreamLM(speaking), home / "clips/words.json")
+    write = start("write", MultistreamLM(run_config(ROOT / "configs/ivr_dpo.py", "smoke").model), ROOT / "assets/tiny_qwen_tokenizer.json")
+    sound = base64.b64encode(bytes(1280)).decode()
+    events = ({"type": "session.update", "session": {"audio": {"input": {"format": {"type": "audio/pcm", "rate": 16000}}}}},
+              {"type": "input_audio_buffer.append", "audio": sound})
+    speech = {"input": "one two", "response_format": "wav", "seed": 5, "temperature": 0.5}
+    turns = {"messages": [{"role": "user", "content": "Hello"}], "seed": 3, "max_tokens": 4, "temperature": 0.9, "stream": True}
+    sent: dict[str, tuple[int, bytes, Callable[[bytes], bytes]]] = {          # the server, a file, and what a client makes of it
+        "chat_socket": (talk, upgrade("/api/chat?format=pcm16&text_temperature=0.5&max_steps=4") + b"".join(
+            frame(2, b"\1" + bytes(1280)) for _ in range(4)) + frame(2, b"\6") + frame(8, b"\x03\xe8"), bytes),
+        "opus_socket": (talk, upgrade("/api/chat?max_steps=4") + b"".join(frame(2, b"\1" + piece) for piece in sphn_opus())
+                        + frame(8, b""), bytes),
+        "realtime.jsonl": (talk, b"\n".join(json.dumps(event).encode() for event in events), lambda lines: upgrade("/v1/realtime")
+                           + b"".join(frame(1, line) for line in lines.split(b"\n")) + frame(8, b"")),
+        "speech_request": (speak, post("/v1/audio/speech", json.dumps(speech).encode()), bytes),
+        "speech.json": (speak, json.dumps(speech).encode(), partial(post, "/v1/audio/speech")),
+        "completions.json": (write, json.dumps(turns).encode(), partial(post, "/v1/chat/completions")),
+    }
+    (home / "sockets").mkdir()
+    for name, (_, content, _) in sent.items():
+        (home / "sockets" / name).write_bytes(content)
+
+    def run(name: str, folder: Path) -> str:
+        port, good, request = sent[name]
+        content, logged.lines = (folder / "sockets" / name).read_bytes(), []
+        answer = exchange(port, request(content), SECONDS if content == good else 0.3)
+        status = answer[9:12].decode("latin-1")
+        if logged.lines or status.startswith("5") and status != "503":
+            raise AssertionError(f"{status} {logged.lines}")
+        if not exchange(port, get("/health", "Connection: close\r\n")).startswith(b"HTTP/1.1 200"):       # is the scheduler alive?
+            raise AssertionError("the server is gone")
+        if status[:1] != "2" and status != "101":
+            raise ValueError(f"status {status}")
+        return status
+
+    return {name.partition(".")[0]: Loader(partial(run, name), lambda f, name=name: [f / "sockets" / name]) for name in sent}
+
+
+def sphn_opus() -> list[bytes]:
+    import sphn
+    writer = sphn.OpusStreamWriter(16_000)
+    return [piece for _ in range(8) if (piece := writer.append_pcm(np.zeros(1920, np.float32)))]
+
+
+def get(path: str, more: str = "", body: bytes = b"", method: str = "GET") -> bytes:
+    return f"{method} {path} HTTP/1.1\r\nHost: localhost\r\n{more}\r\n".encode() + body
+
+
+def post(path: str, body: bytes) -> bytes:
+    return get(path, f"Content-Type: application/json\r\nConnection: close\r\nContent-Length: {len(body)}\r\n", body, "POST")
+
+
+def upgrade(path: str) -> bytes:
+    return get(path, "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: "
+               + base64.b64encode(bytes(16)).decode() + "\r\n")
+
+
+def frame(kind: int, data: bytes) -> bytes:
+    """A frame of a websocket's client, masked by zeros."""
+    size = bytes([0x80 | len(data)]) if len(data) < 126 else b"\xfe" + struct.pack(">H", len(data)) if len(data) < 1 << 16 else (
+        b"\xff" + struct.pack(">Q", len(data)))
+    return bytes([0x80 | kind]) + size + bytes(4) + data
+
+
+def exchange(port: int, content: bytes, patience: float = SECONDS) -> bytes:
+    """Send bytes as a client does, frames after the server's handshake, and read until the server closes.
+
+    After `patience` without a word the client says that no more will come.
+    """
+    head, _, rest = content.partition(b"\r\n\r\n")
+    answer = b""
+
+    def read(until: bytes) -> None:
+        nonlocal answer
+        while not (until and until in answer) and (piece := there.recv(1 << 16)):
+            answer += piece
+
+    with socket.create_connection(("127.0.0.1", port)) as there, contextlib.suppress(ConnectionError):       # it may close at once
+        there.settimeout(patience)
+        there.sendall(content[: len(content) - len(rest)])
+        with contextlib.suppress(TimeoutError):
+            if b"websocket" in head:
+                read(b"\x82\x01\0" if b"realtime" not in head else b"session.created")
+            there.sendall(rest)
+            read(b"")
+        there.settimeout(None)                                      # the alarm of the case ends what hangs
+        there.shutdown(socket.SHUT_WR)
+        read(b"")
+    return answer
 
 
 def resumed(folder: Path, config: TrainConfig) -> dict[str, Any]:

@@ -430,7 +430,10 @@ def read_config(path: Path) -> MimiConfig:
     about = _json(path) or {}
     if about.get("model_type") != "mimi":
         return MimiConfig()
-    about = (about.get("rope_parameters") or {}) | {name: value for name, value in about.items() if value is not None}
+    rope = about.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"{path}: rope_parameters is {rope!r}, expected an object; fetch it again")
+    about = rope | {name: value for name, value in about.items() if value is not None}
     for name, wanted in FIXED.items():
         if about.get(name, wanted) != wanted:
             raise ValueError(f"{path}: {name} is {about[name]}, this codec supports {wanted}; name Kyutai's Mimi")

@@ -36,8 +36,9 @@ class StackConfig:
 
     def __post_init__(self) -> None:
         assert min(self.dim, self.layers, self.heads, self.ffn) > 0 <= self.kv_heads, "dim, layers, heads and ffn are at least 1"
-        assert max(self.dim, self.ffn, self.window, self.low_rank) <= 2**24 and max(self.layers, self.heads, self.steps) <= 2**13, (
-            "dim, ffn, window and low_rank are at most 2^24, layers, heads and steps 2^13")
+        widths, counts = (self.dim, self.ffn, self.window, self.low_rank, self.head_dim), (self.layers, self.heads, self.steps)
+        assert max(widths) <= 2**24 and max(counts) <= 2**13, (
+            "dim, ffn, window, low_rank and head_dim are at most 2^24, layers, heads and steps 2^13")
         assert min(self.window, self.steps, self.head_dim, self.low_rank) >= 0 < self.norm_eps, "a size is negative, or norm_eps is 0"
         assert self.layers * self.dim * (self.dim + self.ffn) <= 2**45, f"{self.layers} layers of {self.dim} x {self.ffn} fit nowhere"
         assert self.activation in ("silu", "gelu"), f"activation {self.activation!r} is neither 'silu' nor 'gelu'"

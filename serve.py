@@ -105,9 +105,10 @@ class Server:
         self.codec = load_codec(data.codec, device=job.device) if self.table.audio else None
         self.scheduler = Scheduler(model, self.codec, job.slots, self.usual, job.columns, job.limits.most_waiting)
         self.gate, tokenizer = Gate(job.limits, job.token, job.origins), load_tokenizer(data.tokenizer)
-        self.voices, self.users = voices_of(job.voices), users_of(job.users, tokenizer)
+        self.roles = self.family.takes_persona(self.table)
+        self.voices, self.users = voices_of(job.voices, said=not self.roles), users_of(job.users, tokenizer)
         log = self.write_log if job.log else None
-        self.chat = ChatSocket(self.scheduler, self.gate, self.usual, tokenizer, job.skip_first_frame, log)
+        self.chat = ChatSocket(self.scheduler, self.gate, self.usual, tokenizer, job.skip_first_frame, log, self.voices)
         self.api = OpenAI(self.scheduler, self.gate, self.usual, data, tokenizer, self.voices, job.lookup, log)
         self.samples = RunSamples(Path(job.run), self.gate) if job.run else None
         self.log_lock = threading.Lock()
@@ -175,7 +176,7 @@ class Server:
             "frame_seconds": self.scheduler.period, "slots": self.job.slots,
             "options": options, "voices": sorted(self.voices), "users": sorted(self.users), "run": self.samples is not None,
             "text_characters": self.job.limits.text_characters,
-            "clones": kind == "speech" and bool(family.references or family.template)})
+            "roles": self.roles, "clones": kind == "speech" and bool(family.references or family.template)})
 
     async def user(self, request: web.Request) -> web.Response:
         """A recorded user."""
@@ -214,15 +215,15 @@ class Server:
         self.scheduler.stop()
 
 
-def voices_of(folder: str) -> dict[str, tuple[str, str]]:
-    """The voices of a folder by name: a recording, and what it says in the .txt beside it."""
+def voices_of(folder: str, said: bool = True) -> dict[str, tuple[str, str]]:
+    """The voices of a folder by name: a recording, and what it says in the .txt beside it, if that is asked for (`said`)."""
     if not folder:
         return {}
     found = {path.stem: (str(path), path.with_suffix(".txt")) for path in sorted(Path(folder).iterdir()) if path.suffix.lower() in SOUNDS}
-    lacking = [name for name, (_, text) in found.items() if not text.is_file()]
+    lacking = [name for name, (_, text) in found.items() if said and not text.is_file()]
     if lacking:
         raise ValueError(f"--voices={folder}: {lacking[0]} has no {lacking[0]}.txt beside it with what it says")
-    return {name: (path, text.read_text(encoding="utf-8").strip()) for name, (path, text) in found.items()}
+    return {name: (path, text.read_text(encoding="utf-8").strip() if said else "") for name, (path, text) in found.items()}
 
 
 def users_of(folder: str, tokenizer: Any) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from torch import Tensor
+
 import families
 from families.formats import About, AdapterFormat, Conversion, Format, Tensors, config_differences, read_config, to_theirs
 from layers.architecture import ModelConfig
@@ -53,6 +55,8 @@ class Family:
     text_to_speech: bool = False                                   # TTS: the text of a held-out recording can be synthesised
     references: int = 0                                         # most voice references of a prompt
     user_audio: str = ""                                           # "turns": recordings as turns; "duplex": a user stream; "" = none
+    takes_persona: Callable[[StreamTable], bool] = lambda table: False  # whether a role and a voice may stand before a conversation
+    persona: Callable[[Tensor, Tensor, StreamTable], Tensor] | None = None     # their frames: persona(ids, codes of the voice, table)
     token_rows: int | None = None                               # number of text rows with ids of the tokenizer, None = all
     formats: tuple[Format, ...] = ()                            # official checkpoint layouts
     adapters: tuple[AdapterFormat, ...] = ()                    # adapter files of other libraries, besides PEFT

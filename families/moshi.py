@@ -117,6 +117,26 @@ def rules(table: StreamTable) -> dict[str, tuple[float, ...]]:
     return {"temperature": (0.7, *[0.8] * Q), "top_k": (25.0, *[250.0] * Q)} if Q else {"temperature": (0.0,)}
 
 
+# PersonaPlex: a voice and a role in front of the conversation, in Mimi's codes.
+SILENCE, SINE, GAP = (948, 243, 1178, 546, 1736, 1030, 1978, 2008), (430, 1268, 381, 1611, 1095, 1495, 56, 472), 6
+
+
+def takes_persona(table: StreamTable) -> bool:
+    """Whether a model is of PersonaPlex's shape: it predicts both speakers' eight codebooks."""
+    return len(table.audio_out) == len(table.audio) == 2 * len(SILENCE) and table.text == table.text_out
+
+
+def persona(role: Tensor, voice: Tensor, table: StreamTable) -> Tensor:
+    """The frames (K, T) in front of a conversation: a voice (Q, t), silence, a role (n,) with an id a frame, silence.
+
+    Meanwhile the user is a sine of 440 Hz. PersonaPlex was trained with `<system> ... <system>` around the role.
+    """
+    gap, still = torch.full((GAP,), table.pad), torch.tensor(SILENCE)[:, None]
+    text = torch.cat([torch.full((voice.shape[1],), table.pad), gap, role, gap])
+    agent = torch.cat([voice, still.expand(-1, len(text) - voice.shape[1])], 1)
+    return torch.cat([text[None], agent, torch.tensor(SINE)[:, None].expand(-1, len(text))])
+
+
 def translates(table: StreamTable) -> bool:
     """Whether a model is Hibiki: a condition says how well it should sound."""
     return any("very_good" in table.streams[k].values for k in table.conditions)
@@ -566,7 +586,7 @@ HF = Format("moshi_hf", "hf", lambda c: HF_NAMES, read_moshi_hf, write_moshi_hf,
 FAMILIES = (Family(
     "Moshi", "duplex", "Moshi 7B, Hibiki, Kyutai's STT and TTS: both speakers at once", duplex_grid,
     rules=rules, condition=condition, before_sampling=before_sampling,
-    user_audio="duplex",
+    user_audio="duplex", takes_persona=takes_persona, persona=persona,
     formats=(FORMAT, HF), adapters=(AdapterFormat("moshi-lora", "config.json", "lora.safetensors", import_moshi_lora, export_moshi_lora,
                             recognise=lambda about: bool(about.get("lora"))),),
     conversions=(

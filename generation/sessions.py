@@ -98,11 +98,16 @@ class SlotNoise:
         return self.cold and not config.ras_window
 
 
+def user_rows(table: StreamTable) -> list[int]:
+    """The audio rows that are only read; of a model that predicts both speakers, the second half, where what is heard replaces it."""
+    return [k for k in table.audio if k not in table.audio_out] or table.audio[len(table.audio) // 2 :]
+
+
 class UserRows:
     """The user's rows of a session: his codes as they come, delayed as in training."""
 
     def __init__(self, table: StreamTable, before: Tensor | None = None) -> None:
-        self.rows = [k for k in table.audio if k not in table.audio_out]
+        self.rows = user_rows(table)
         self.delays = [table.delays[k] for k in self.rows]
         most = max(self.delays, default=0)
         start = table.column("start", self.rows)[:, 0]

@@ -25,8 +25,9 @@ from torch import Tensor
 from audio.together import together
 from families.family import family_of
 from generation.decode_step import SampleConfig
-from generation.sessions import SessionBatch
+from generation.sessions import SessionBatch, user_rows
 from model import MultistreamLM
+from streams import delay
 
 Event = Callable[[str, Any], None]
 SLACK = 0.5                 # frames that a step waits for late audio
@@ -38,7 +39,7 @@ FAULTS = (ValueError, AssertionError, RuntimeError)          # what can go wrong
 class Generation:
     """A session that speaks or writes by itself: a prompt, and frames until it ends."""
 
-    paced = False
+    paced, before = False, None
 
     def __init__(self, prompt: Tensor, rules: SampleConfig, on_event: Event, feed: Any = None) -> None:
         self.prompt, self.rules, self.on_event, self.feed = prompt, rules, on_event, feed
@@ -60,10 +61,13 @@ class Conversation(Generation):
 
     paced = True
 
-    def __init__(self, scheduler: "Scheduler", rules: SampleConfig, on_event: Event, prompt: Tensor | None = None,
+    def __init__(self, scheduler: "Scheduler", rules: SampleConfig, on_event: Event, before: Tensor | None = None,
                  skip_first_frame: bool = False) -> None:
+        """`before`: frames (K, T) of both sides that stand in front of the conversation."""
         table = scheduler.model.table
-        super().__init__(table.column("start") if prompt is None else prompt, rules, on_event)
+        start = table.column("start")
+        super().__init__(start if before is None else delay(before, table.delays, start), rules, on_event)
+        self.before = None if before is None else before[user_rows(table)]
         self.scheduler, self.codec, self.table, self.skip = scheduler, scheduler.codec, table, skip_first_frame
         self.ear, self.mouth = self.codec.stream(), self.codec.stream()
         self.hop = round(self.codec.sample_rate / self.codec.frame_rate)
@@ -216,7 +220,7 @@ class Scheduler:
     def begin(self, session: Generation) -> None:
         """Start a session in its row: a conversation when the first frame of its user is there."""
         session.running, session.steps = True, 1
-        first = self.batch.begin(session.slot, session.prompt, session.rules, session.rules.seed, session.feed)
+        first = self.batch.begin(session.slot, session.prompt, session.rules, session.rules.seed, session.feed, session.before)
         if first is not None:
             self.give({session: first})
 

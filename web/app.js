@@ -49,7 +49,8 @@ function chosen() {
 
 class Talk {
   async start() {
-    const rate = about.sample_rate, query = new URLSearchParams({ format: "pcm16", ...Object.fromEntries(chosen()), ...(token ? { token } : {}) });
+    const rate = about.sample_rate, persona = about.roles ? { text_prompt: $("role").value, voice_prompt: $("role-voice").value } : {};
+    const query = new URLSearchParams({ format: "pcm16", ...Object.fromEntries(chosen()), ...persona, ...(token ? { token } : {}) });
     await ready();
     await context.audioWorklet.addModule("/web/recorder.js");
     this.player = new Player(context);
@@ -158,6 +159,8 @@ let talk = null;
 
 function showTalk() {
   $("duplex").hidden = false;
+  $("persona").hidden = !about.roles;
+  for (const name of about.roles ? about.voices : []) $("role-voice").add(new Option(name));
   for (const name of about.users) $("source").add(new Option(`recorded: ${name}`, name));
   $("talk").onclick = async () => {
     problem("");

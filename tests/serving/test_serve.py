@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from conftest import ROOT, call
 
@@ -34,15 +35,18 @@ from corpus.bundled import DIGITS  # noqa: E402
 from corpus.data_config import DataConfig  # noqa: E402
 from generation.conversation import SENTENCES  # noqa: E402
 from generation.decode_step import SampleConfig  # noqa: E402
+from generation.turns import FREE  # noqa: E402
+from layers.architecture import ModelConfig, StackConfig  # noqa: E402
 from model import MultistreamLM  # noqa: E402
 from options import run_config  # noqa: E402
-from sample import reply  # noqa: E402
+from sample import generate, reply  # noqa: E402
 from sample import speak as spoken  # noqa: E402
 from serving import scheduler  # noqa: E402
 from serving.chat_socket import session_rules  # noqa: E402
 from serving.limits import Limits, Rate  # noqa: E402
 from serving.openai_api import Resampler  # noqa: E402
 from serving.scheduler import Conversation  # noqa: E402
+from streams import Stream, StreamTable, codebooks, delay  # noqa: E402
 
 MALFORMED = int(os.environ.get("MULTISTREAM_MALFORMED", "300"))        # 5,000 were tried; the suite takes fewer
 
@@ -119,12 +123,18 @@ def given(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[torch.Tensor]]:
 
 # ---- /api/chat ----
 
+def small_mimi(size: int) -> MimiCodec:
+    config = MimiConfig(width=4, dim=32, layers=1, heads=4, ffn=32, window=20, num_codebooks=8, codebook_size=size, codebook_dim=16)
+    mimi = MimiCodec(config)
+    for p in mimi.parameters():
+        p.data.mul_(1.5)
+    return mimi
+
+
 def test_the_flow_of_the_official_client_gets_the_frames_of_sample(tmp_path, monkeypatch, given, patient):
     """Its messages byte by byte: wait for 0x00, then 0x01 and what its Opus writer gives for 1,920 samples at a time."""
     torch.manual_seed(5)
-    mimi = MimiCodec(MimiConfig(width=4, dim=32, layers=1, heads=4, ffn=32, window=20, num_codebooks=8, codebook_size=256, codebook_dim=16))
-    for p in mimi.parameters():
-        p.data.mul_(1.5)
+    mimi = small_mimi(256)
     monkeypatch.setattr(serve, "load_codec", lambda name, device: mimi)
     SentencePieceTrainer.train(sentence_iterator=iter(["hello there my old friend", "who is there", "the old man says hello"] * 9),
                                model_prefix=str(tmp_path / "spm"), vocab_size=24, minloglevel=2, pad_id=3, bos_id=1, eos_id=2, unk_id=0)
@@ -239,6 +249,50 @@ def test_a_late_client_gets_silence_and_is_counted(talk, given):
 
     with serving(job(talk)) as (server, url):
         client(slow)
+
+
+def test_a_role_and_a_voice_stand_in_front_of_a_conversation(tmp_path, monkeypatch, given, patient):
+    """PersonaPlex's shape: both sides are predicted, and what the user says replaces what was drawn for him."""
+    (tmp_path / "words.json").write_text(json.dumps(["<s>", "</s>", "<pad>", "<system>", *DIGITS]))
+    (tmp_path / "voices").mkdir()
+    soundfile.write(tmp_path / "voices" / "ann.wav", speech(1.0, 16_000), 16_000)
+    torch.manual_seed(8)
+    mimi = small_mimi(2048)
+    monkeypatch.setattr(serve, "load_codec", lambda name, device: mimi)
+    table = StreamTable((Stream("text", "text", 16, 15, start=15), *codebooks(16, 2049, 2048, 2048, delays=(0, *[1] * 7) * 2)),
+                        "duplex", aligned=True)
+    model = MultistreamLM(ModelConfig(table, StackConfig(dim=32, layers=2, heads=2, ffn=48, window=300),
+                                      depth=StackConfig(dim=16, layers=1, heads=2, ffn=24, rope_theta=0.0, steps=16)))
+    model.extras = Extras(1, {"codec": "tiny", "tokenizer": str(tmp_path / "words.json"), "normaliser": "none"})
+    save(model, tmp_path / "run")
+    asked, pcm = {"text_prompt": "one two", "voice_prompt": "ann", "audio_seed": "6"}, (speech(2.0, 24_000) * 32767).astype("<i2")
+
+    async def talk(http: aiohttp.ClientSession) -> list[int]:
+        refused = []
+        for wrong in ({"voice_prompt": "../ann"}, {"voice_prompt": "bob"}, {"text_prompt": "one " * 999}):
+            async with http.get(f"{url}/api/chat", params=asked | wrong) as response:
+                refused.append(response.status)
+        async with http.ws_connect(f"{url}/api/chat?format=pcm16", params=asked) as ws:
+            while (await ws.receive()).data[:1] != b"\0":
+                pass
+            for at in range(0, len(pcm) - 1919, 1920):
+                await ws.send_bytes(b"\1" + pcm[at : at + 1920].tobytes())
+            while len(given.get(6, ())) < 22:
+                await ws.receive()
+        return refused
+
+    with serving(job(tmp_path / "run", voices=str(tmp_path / "voices"))) as (server, url):
+        assert client(talk) == [400] * 3
+        before = server.chat.persona(asked)
+    assert before[0].tolist() == [3] * 19 + [*server.chat.tokenizer.encode("<system> one two <system>")] + [3] * 6
+    codes = mimi.encode(torch.from_numpy(pcm.astype(np.float32) / 32768)[None, None])[0]
+    prompt, start = delay(before, table.delays, table.column("start")), table.column("start")
+    user = delay(torch.cat([before[9:], codes], 1), table.delays[9:], start[9:])[:, prompt.shape[1] :]
+    forced = torch.full((1, len(table), user.shape[1]), FREE)
+    forced[0, 9:] = user
+    rules = replace(server.usual, seed=6, max_frames=user.shape[1])
+    wanted = torch.cat([*generate(server.scheduler.model, prompt, rules, given=forced)])
+    assert torch.equal(torch.stack(given[6])[:22, :9], wanted[:22, :9])
 
 
 # ---- safety ----
@@ -476,7 +530,6 @@ def test_a_voice_may_be_brought_along_and_never_as_a_path(tmp_path):
 def test_completions_answer_with_text(tmp_path):
     from test_qwen import TABLES, TOKENIZER
 
-    from layers.architecture import ModelConfig, StackConfig
     torch.manual_seed(1)
     model = MultistreamLM(ModelConfig(TABLES["qwen2"], StackConfig(dim=32, layers=1, heads=2, ffn=32)))
     model.extras = Extras(1, {"tokenizer": str(TOKENIZER), "normaliser": "none", "codec": "tiny"})

@@ -277,7 +277,7 @@ def prefetch(items: Iterator[Any], depth: int) -> Iterator[Any]:
 
 def check_command(argv: list[str]) -> None:
     words, options = split_arguments(argv, ("allow_outside",))
-    known = ("write", "allow_outside", "min_seconds", "max_seconds", "doubtful", "tokenizer", "normaliser")
+    known = ("write", "allow_outside", "min_seconds", "max_seconds", "doubtful", "agent", "tokenizer", "normaliser")
     for name in options.keys() - set(known):
         raise ValueError(unknown(f"--{name}", [f"--{k}" for k in known]))
     if len(words) != 1:
@@ -285,10 +285,10 @@ def check_command(argv: list[str]) -> None:
     if "normaliser" in options and "tokenizer" not in options:
         raise ValueError("--normaliser is only used with --tokenizer; add --tokenizer=T, or drop it")
     tokenizer = load_tokenizer(options["tokenizer"]) if "tokenizer" in options else None
-    chosen = {key: text for key, text in options.items() if key in ("min_seconds", "max_seconds", "doubtful")}
+    chosen = {key: text for key, text in options.items() if key in ("min_seconds", "max_seconds", "doubtful", "agent")}
     config = apply(DataConfig(), chosen)
     kept = check_source(words[0], options.get("write", ""), "allow_outside" in options, (config.min_seconds, config.max_seconds),
-                        config.doubtful, [f"--data.{key}={text}" for key, text in chosen.items()])
+                        config.doubtful, [f"--data.{key}={text}" for key, text in chosen.items()], config.agent)
     if tokenizer is not None:
         print(*measure_coverage((row["text"] for row in kept), tokenizer, options.get("normaliser", "none")).lines(), sep="\n")
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from audio.wav import WavWriter, load_wav, save_wav
+from audio.wav import WavWriter, save_wav
 from corpus.cache import encode
 from corpus.data_config import DataConfig
 from corpus.examples import prompt_example, reply_example
@@ -33,16 +33,17 @@ from generation import cuda_graphs
 from generation.command_line import Job, load_for_sampling, pair_voices, usual_rules
 from generation.conversation import ChatConfig, chat_in_terminal
 from generation.decode_step import Feed, SampleConfig, completed_frame
-from generation.dialogue import UserFeed, conversation_input, write_reply
+from generation.dialogue import UserFeed, conversation_input, user_side, write_reply
 from generation.plan import plan_sampling
 from generation.reply_stream import print_reply
 from generation.turns import advance, start_state
 from layers.conditioning import condition_column
 from model import MultistreamLM
 from options import apply, edge, help_text, locate, read_lines, split_arguments, visible, write_rows
-from streams import Example, delay
+from streams import Example, StreamTable, delay
 from text.conversation import chunks
-from text.tokenizers import load_tokenizer
+from text.normalisers import normalise
+from text.tokenizers import Tokenizer, load_tokenizer
 
 
 @torch.inference_mode()
@@ -132,9 +133,11 @@ def speak_long(model: MultistreamLM, text: str, data: DataConfig, config: Sample
     """Speak a text in pieces of `limit` words, or of speakers' turns; in a conversation each goes on from the last `keep` of them."""
     spoken: list[tuple[str, Speech]] = []
     keep = keep if family_of(model.table).template else 0
-    for piece in chunks(text, limit):
+    voices = [(name, normalise(said, data.normaliser) if name else said) for name, said in voices]
+    normalised = replace(data, normaliser="none")
+    for piece in chunks(text, limit, data.normaliser):
         last = [(said, speech.codes) for said, speech in spoken[len(spoken) - min(keep, len(spoken)) :]]
-        spoken.append((piece, *speak(model, [piece], data, config, codec, voices, on_audio, progress=True, before=last)))
+        spoken.append((piece, *speak(model, [piece], normalised, config, codec, voices, on_audio, progress=True, before=last)))
     speeches = [speech for _, speech in spoken]
     codes = torch.cat([speech.codes for speech in speeches], dim=1)
     wav = codec.decode(codes[None])[0] if codes.shape[1] else torch.zeros(1, 0)
@@ -200,7 +203,7 @@ def answer_recording(job: Job, given: Collection[str]) -> None:
     if family.user_audio == "turns" and job.user:
         tokenizer = load_tokenizer(data.tokenizer)
         codec = fitting_codec(data.codec, table, tokenizer)
-        codes = encode(codec, load_wav(job.user, codec.sample_rate)[0])
+        codes = encode(codec, user_side(job.user, codec.sample_rate, dialogue=False))
         asked = {"role": "user", "content": [{"type": "audio", "audio_url": job.user}]}
         prompt = lay_out(reply_example([asked], [codes], data, tokenizer, table, job.reply), table)[0]
         job = replace(job, **usual_rules(table, given, model.extras))
@@ -217,27 +220,43 @@ def answer_recording(job: Job, given: Collection[str]) -> None:
     print(write_reply(job.out, frames, None if job.prompt else wav, codec, tokenizer, table))
 
 
+def sayable(texts: Sequence[str], data: DataConfig, tokenizer: Tokenizer, table: StreamTable) -> Iterator[tuple[int, str]]:
+    """The texts of a list that can be said, with their numbers; the others are named. ValueError when there is none."""
+    bad = []
+    for n, text in enumerate(texts):
+        try:
+            prompt_example(text, data, tokenizer, table=table)
+        except ValueError as error:
+            bad.append(error)
+            print(visible(f"left out: text {n}: {error}"), file=sys.stderr)
+        else:
+            yield n, text
+    if len(bad) == len(texts):
+        raise ValueError(f"none of the {len(texts)} texts can be said: {bad[0]}")
+
+
 def speak_texts(job: Job, texts: list[str], voices: Sequence[tuple[str, str]] = (), given: Collection[str] = ()) -> None:
     """Speak texts, a batch at a time, into job.out: one wav, or with --texts a folder of them and samples.jsonl."""
     model, data = load_for_sampling(job)
     if family_of(model.table).user_audio == "duplex":
         raise ValueError(f"{job.ckpt} talks with somebody; give it a recording with --user=in.wav instead of a text")
     job = replace(job, **usual_rules(model.table, given, model.extras))
+    tokenizer = load_tokenizer(data.tokenizer)
+    named = list(enumerate(texts) if not job.texts else sayable(texts, data, tokenizer, model.table))
     if not model.table.audio_out or job.reply == "text":
-        tokenizer = load_tokenizer(data.tokenizer)
-        for text in texts:
+        for _, text in named:
             prompt = lay_out(prompt_example(text, data, tokenizer, table=model.table, reply="text"), model.table)[0]
             print_reply(generate(model, prompt, job), model.table, tokenizer)
         return
-    codec, rows = fitting_codec(data.codec, model.table, load_tokenizer(data.tokenizer)), []
-    for at in range(0, len(texts), job.batch):
-        part = texts[at : at + job.batch]
+    codec, rows = fitting_codec(data.codec, model.table, tokenizer), []
+    for at in range(0, len(named), job.batch):
+        numbers, part = zip(*named[at : at + job.batch], strict=True)
         with WavWriter(job.out, codec.sample_rate) if job.stream else nullcontext() as writer:
             hear = writer and writer.append
             long = job.chunk_words and [speak_long(model, text, data, job, codec, job.chunk_words, voices, hear, job.chunk_buffer)
                                         for text in part]
             spoken = long or speak(model, part, data, job, codec, voices, hear, progress=True)
-        for n, (text, speech) in enumerate(zip(part, spoken, strict=True), at):
+        for n, text, speech in zip(numbers, part, spoken, strict=True):
             path = Path(job.out) / f"{n:03d}.wav" if job.texts else Path(job.out)
             if not job.stream:
                 save_wav(path, speech.wav, codec.sample_rate)

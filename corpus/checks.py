@@ -73,8 +73,6 @@ def read_channels(row: Row, limits: tuple[float, float]) -> tuple[Tensor, int]:
 NARROW: Fault = ("warn", "sample rate below 16 kHz", "this is telephone bandwidth: use 16 kHz or more if you have it")
 STEREO: Fault = ("warn", "stereo", "both channels are mixed to mono: save the channel with the voice if they differ")
 OPPOSITE: Fault = ("warn", "channels in opposite phase", "they cancel each other: the left one is used, save it as mono")
-
-
 HEARD: Fault = ("doubt", "text differs from what is heard", "listen to it and correct the transcript, or remove the row")
 
 
@@ -85,9 +83,7 @@ def differs(row: Row) -> bool:
 
 def mixing_faults(wav: Tensor) -> list[Fault]:
     """What is said of a recording (C, W) that is mixed to one channel: nothing where both are the same."""
-    if len(wav) == 1 or same_channels(wav):
-        return []
-    return [OPPOSITE if opposite(wav) else STEREO]
+    return [] if len(wav) == 1 or same_channels(wav) else [OPPOSITE if opposite(wav) else STEREO]
 
 
 def same_channels(wav: Tensor) -> bool:
@@ -211,7 +207,7 @@ def digest_or_nothing(row: Row) -> str:
         return ""
     try:
         return audio_digest(row)
-    except OSError:
+    except (OSError, ValueError):
         return ""
 
 
@@ -223,6 +219,10 @@ def judge(m: Manifest, limits: tuple[float, float], doubtful: str = "keep", talk
     Returns the verdicts on the recordings that are kept, by id.
     """
     own, seen, verdicts = {r["id"] for r in m.rows}, {}, verdicts or Verdicts()
+    silent = {r["id"] for r in m.rows if not r["file"] and not {"parts", "clips"} & r.keys()}
+    if len(silent) < len(own):                          # a list of texts alone is for a model without speech
+        m.bad += [RejectedRow(name, "no audio", "name its recording, or keep texts in a list of their own") for name in sorted(silent)]
+        drop_users(m, silent)
     clips = [clip for clip in m.clips.values() if clip["file"]]
     for clip in clips:
         if duplex:
@@ -323,6 +323,8 @@ def stereo_faults(wav: Tensor, rate: int, row: dict[str, Any]) -> Iterator[Fault
     except ValueError as error:
         yield "reject", "alignments do not fit", str(error)
         return
+    if "alignments" in row and not words:
+        yield "doubt", "no words", "its alignments are empty: the agent would learn to be silent; run data.py annotate"
     if "alignments" in row and (found := tidy_words(parse_alignments(row["alignments"]))[1]):
         yield "warn", "alignments corrected", ", ".join(f"{n} words {what}" for what, n in found.items())
     yield from channel_faults(wav, rate, words)
@@ -367,12 +369,12 @@ def crosstalk(wav: Tensor, rate: int, seconds: float = 30.0, reach: float = 0.02
 
 
 def check_source(path: str, write: str = "", allow_outside: bool = False, limits: tuple[float, float] = (0.2, 30.0),
-                 doubtful: str = "keep", given: Sequence[str] = ()) -> list[Row]:
+                 doubtful: str = "keep", given: Sequence[str] = (), agent: str = "") -> list[Row]:
     """Print the layout of a source and the verdict on its rows; returns the usable rows, ValueError when there is none.
 
     `write` names a folder for NAME.kept.jsonl and NAME.rejected.jsonl; `given` are options for the command to run next.
     """
-    m = read_manifest(path, allow_outside)
+    m = read_manifest(path, allow_outside, agent=agent)
     print(f"detected: {m.kind} ({m.path})")
     verdicts = judge(m, limits, doubtful)
     print(*(f"  {line}" for line in warning_lines(m)), sep="\n", end="\n" if m.warned or m.notes else "")

@@ -36,6 +36,7 @@ class DataConfig:
     system: str = ""                        # conversations: system message for rows that have none; "" = the default of the family
     thought: str = ""                       # conversations: thinking block before a reply, "empty" or "none"; "" = as in the chat template
     assistant_text: str = "drop"            # voice cloning in one turn: "drop" or "keep" the text before the speech of the answer
+    agent: str = ""                         # dialogues: label of the agent in the alignments; "" = SPEAKER_MAIN, A in lists of objects
     chunk_seconds: float = 100.0            # dialogues: largest chunk in seconds; longer dialogues are cut into equal chunks
     interleaver: str = "queue"              # dialogues: "queue" keeps every text token, "reference" drops those later than the next word
     contextual: bool = False                # dialogues: tokenize whole sentences instead of single words

@@ -179,7 +179,7 @@ def write_index(config: DataConfig, table: StreamTable) -> Index:
     if config.augment and not (duplex and config.variants > 1):
         raise ValueError(f"data.augment needs a duplex model and data.variants above 1 (now {config.variants}); or drop data.augment")
     chat = new_chat(config, tokenizer, table)
-    manifests = [read_manifest(source_weight(s)[0], config.allow_outside, assistant_text=config.assistant_text) for s in config.sources]
+    manifests = [read_manifest(source_weight(s)[0], config.allow_outside, config.assistant_text, config.agent) for s in config.sources]
     if codec:
         verdicts = Verdicts(Path(config.cache) / "verdicts")
         for m in manifests:
@@ -302,7 +302,7 @@ def index_folder(config: DataConfig, table: StreamTable) -> Path:
     return Path(config.cache) / hash_of(CACHE_VERSION, sources, config.codec, config.tokenizer, config.normaliser, config.variants,
                                     config.split, config.held_out, config.min_seconds, config.max_seconds,
                                     config.allow_outside, table.aligned, len(table.audio), config.max_text,
-                                    *([config.doubtful] if config.doubtful != "keep" else []),
+                                    *([config.doubtful] if config.doubtful != "keep" else []), *([config.agent] if config.agent else []),
                                     *([config.assistant_text, table.layout] if family_of(table).template else []),
                                     *([config.chunk_seconds, config.interleaver, config.contextual, config.spaces,
                                        config.both_speakers, table.layout, table.pad, table.epad,

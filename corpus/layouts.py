@@ -1,10 +1,11 @@
 """The layouts of speech data sets: each is recognised, read and converted to rows of a manifest.
 
     stereo dialogues    {"path", "duration"} and a .json of alignments beside the wav (Moshi, J-Moshi, DailyTalkContiguous)
-    conversations       {"messages": [...]}, a json list or jsonl (Higgs ChatML, ms-swift, TRL)
+    conversations       {"messages": [...]}, a json list or jsonl (Higgs ChatML, ms-swift, TRL, ShareGPT)
     cloning samples     {"samples": [{"audio_file", "ref_audio_file", ...}]} (train-higgs-audio)
     tagged transcripts  {"file_path", "full_transcript"} with [S1], [S2] (MOSS-TTSD)
     metadata            LJSpeech, lists of `path|text` (VITS, XTTS, Piper), a csv, tsv or jsonl with a header (Common Voice, NeMo)
+    parquet, Arrow      any of these as rows of tables, recordings inside (the Hub, `datasets` folders)
     Kaldi               wav.scp, text, and segments and utt2spk where they exist
     wav + txt, wav + json    folders of pairs; trees of LibriSpeech and LibriTTS
 
@@ -14,6 +15,7 @@ of that table, and `detect` must know all of them. Next: checks.py.
 
 import csv
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -23,7 +25,6 @@ from typing import Any
 from audio.wav import SOUNDS
 from corpus.manifest import (
     CACHE_FIELDS,
-    INLINE,
     TRANSCRIBED,
     Manifest,
     Row,
@@ -31,16 +32,21 @@ from corpus.manifest import (
     accept,
     check_unicode,
     compose,
+    is_time,
     label,
     path_inside,
     unusable_on_error,
 )
 from families.family import special_tokens
 from options import locate, parse_row
-from text.conversation import Message, bare, checked, clips, parts, said
-from text.word_times import MAIN, as_json, parse_alignments, tidy_words
+from system.tables import TABLE_FILES, rows
+from text.chat_formats import different, reply_pair, sample_row, unread_fields
+from text.word_times import MAIN, Alignment, as_json, parse_alignments, tidy_words
 
 MAX_MANIFEST = 1 << 30      # bytes; a larger file is refused
+FIELDS = {"id", "audio", "text", "speaker", "group", "words", "language", "synthetic", "split", "offset", "duration", "reference", "stereo",
+          "alignments", "text_conditions", "parts", "compose", "manifest", "scene", "clips", "others", "messages", "start_index",
+          "rejected", "raw_audio", "heard", "cell"}
 COLUMNS = {"audio": ("file_name", "audio", "path", "wav", "filename", "audio_filepath", "audio_file", "audio_path", "wav_filename"),
            "text": ("text", "transcription", "sentence", "transcript", "normalized_text"),
            "speaker": ("speaker", "speaker_id", "source", "client_id", "speaker_name")}
@@ -48,18 +54,21 @@ TABLES = (".csv", ".tsv", ".txt", ".list", ".lst")
 HELD_OUT = re.compile(r"(^|[^a-z])(valid|validation|val|dev|test|eval)([^a-z]|$)", re.I)      # in the name of a list
 
 
-def read_manifest(path: str | Path, allow_outside: bool = False, nested: bool = False, assistant_text: str = "drop") -> Manifest:
+def read_manifest(path: str | Path, allow_outside: bool = False, assistant_text: str = "drop", agent: str = "",
+                  nested: bool = False) -> Manifest:
     """Recognise a source and read its rows; rows that cannot be read are in `.bad`.
 
     Raises FileNotFoundError without the source, ValueError when its layout is unknown.
     """
     kind, *paths = detect(source := locate(path))
-    m, virtual = Manifest(paths[0], kind, allow_outside, assistant_text=assistant_text), []
+    m = Manifest(paths[0], kind, allow_outside, assistant_text=assistant_text, agent=agent, base=source if source.is_dir() else None)
+    virtual: list[tuple[str, Row]] = []
     read, convert = LAYOUTS[kind]
     for where, row in read(m) if len(paths) == 1 else several(m, paths, read):
         try:
             check_unicode(row)
-            row = preference_row(m, row, convert) if "rejected" in row else convert(m, row)
+            pair = row.get("rejected") is not None or row.get("rejected_response") is not None
+            row = preference_row(m, row, convert) if pair else convert(m, row)
             if "rejected" in row:
                 accept_pair(m, where, row)
             elif {"parts", "compose", "manifest"} & row.keys():
@@ -73,6 +82,9 @@ def read_manifest(path: str | Path, allow_outside: bool = False, nested: bool = 
             add_virtual(m, where, row)
         except Unusable as error:
             m.reject(where, *error.args)
+    if m.unread:
+        named = ", ".join(f"{name} ({n} rows)" for name, n in m.unread.most_common(8))
+        m.notes.append(f"fields that are not read: {named}{', ...' if len(m.unread) > 8 else ''}")
     if Path(source).is_dir() and not nested:
         note_unlisted(m)
     return m
@@ -88,15 +100,16 @@ def note_unlisted(m: Manifest) -> None:
 
 def several(m: Manifest, paths: list[Path], read: Callable[[Manifest], Iterator[tuple[str, Row]]]) -> Iterator[tuple[str, Row]]:
     """Read all lists of a folder; the rows of one named valid, dev, test ... are held out unless they say otherwise."""
-    m.notes.append(f"{len(paths)} lists are read: {', '.join(path.name for path in paths)}")
-    for path in paths:
-        part = Manifest(path, m.kind, m.allow_outside, notes=m.notes, assistant_text=m.assistant_text)
+    names = {path: path.relative_to(m.root).as_posix() for path in paths}
+    m.notes.append(f"{len(paths)} lists are read: {', '.join(names.values())}")
+    for path, name in names.items():
+        part = replace(m, path=path, bad=[])
         for where, row in read(part):
-            if HELD_OUT.search(path.stem):
+            if HELD_OUT.search(name.rpartition(".")[0]):
                 row.setdefault("split", "held-out")
                 m.split_by_name = True
-            yield f"{path.name} {where}", row
-        m.bad += [replace(bad, where=f"{path.name} {bad.where}") for bad in part.bad]
+            yield f"{name} {where}", row
+        m.bad += [replace(bad, where=f"{name} {bad.where}") for bad in part.bad]
     m.path = m.root
 
 
@@ -130,7 +143,7 @@ def lists_of(folder: Path) -> list[Path]:
             return parts or [p for p in found if p.name == "validated.tsv"]
         if found:
             return found
-    return []
+    return sorted(p for p in folder.rglob("*") if p.suffix in TABLE_FILES and not p.name.startswith(("cache-", ".")))
 
 
 def layout_of(path: Path) -> str:
@@ -143,9 +156,10 @@ def layout_of(path: Path) -> str:
     first = next((row for _, row in json_rows(probe)), {})
     keys = (first | first["chosen"] if isinstance(first.get("chosen"), dict) else first).keys()
     spoken = "metadata" if keys & set(COLUMNS["text"]) else "stereo dialogues"          # of {"path", ...}
-    for kind, marks in (("manifest", ("audio", "parts", "compose", "manifest")), ("conversations", ("messages", "prompt")),
+    for kind, marks in (("manifest", ("audio", "parts", "compose", "manifest")), ("conversations", ("messages", "prompt", "conversations")),
                         ("cloning samples", ("samples", "audio_file")), ("tagged transcripts", ("full_transcript",)),
-                        (spoken, ("path",)), ("metadata", ("file_name", "audio_filepath")), ("manifest", ("text",))):
+                        (spoken, ("path",)), ("metadata", ("file_name", "audio_filepath")), ("manifest", ("text",)),
+                        ("conversations", ("chosen",))):
         if keys & set(marks):
             return kind
     why = "; ".join(f"{b.where}: {b.reason}, {b.fix}" for b in probe.bad[:1])
@@ -179,6 +193,9 @@ def utf16(head: bytes) -> str:
 
 def json_rows(m: Manifest) -> Iterator[tuple[str, Row]]:
     """Yield the objects of a json list or of JSON lines, each with its place ("line 3", "item 2"); the content says which it is."""
+    if m.path.suffix in TABLE_FILES:
+        yield from packed_rows(m)
+        return
     first = next((text.strip() for _, text in text_lines(Manifest(m.path))), "")
     if first.startswith("[") or (is_json(first) is False and (m.path.suffix == ".json" or first in ("{", "[")) and first):
         yield from json_list(m)
@@ -191,6 +208,17 @@ def json_rows(m: Manifest) -> Iterator[tuple[str, Row]]:
             m.reject(f"line {number}", "malformed json", f"fix this line: {said}")
             continue
         yield f"line {number}", row
+
+
+def packed_rows(m: Manifest) -> Iterator[tuple[str, Row]]:
+    """Yield the rows of a parquet or Arrow file; a recording inside it is named by its row and column."""
+    table = m.path.relative_to(m.root).as_posix()
+    for number, row in rows(m.path):
+        packed = next((name for name, value in row.items() if isinstance(value, dict) and "cell" in value), "")
+        if packed:
+            about = row.pop(packed)
+            row = {"id": f"{table}/{number}"} | row | {"audio": table, "cell": about["cell"]}
+        yield f"row {number}", row
 
 
 def is_json(text: str) -> bool:
@@ -308,7 +336,9 @@ def rename_columns(row: Row, m: Manifest) -> Row:
         new["audio"] = f"clips/{name}"                        # Common Voice
     if label(row.get("offset")) and label(row.get("duration")):      # NeMo: a piece of a longer recording
         new |= {key: seconds(row[key]) for key in ("offset", "duration")}
-    return {k: row[k] for k in ("id", "language", "split") if label(row.get(k))} | new
+    kept = {k: row[k] for k in ("id", "language", "split") if label(row.get(k))} | new
+    m.unread.update(name for name in row if name not in (*kept, *found.values()) and label(row[name]))
+    return kept
 
 
 def seconds(value: Any) -> Any:
@@ -371,76 +401,10 @@ def kaldi_rows(m: Manifest) -> Iterator[tuple[str, Row]]:
         m.reject(name, "no recording", "add its recording to wav.scp, or remove its line in text")
 
 
-TAG = "<audio>"                     # ms-swift's placeholder
-SEED_REQUEST = re.compile(r"\s*please generate speech for given text[^:]*:\s*", re.I)
-
-
 def chat_row(m: Manifest, sample: Row) -> Row:
     """Conversations: the last assistant turn is the row, an earlier turn with audio its reference (`sample_row`)."""
-    return unusable_on_error(sample_row, unusable_on_error(expand_audio_tags, sample) if "audios" in sample else sample, m.assistant_text)
-
-
-def as_clone_request(messages: list[Message], assistant_text: str = "drop") -> list[Message]:
-    """Rewrite the one-turn request [text, audio, "Please generate speech for given text ...: X"] to the clone layout.
-
-    Its answer often repeats X before the speech: `assistant_text` "drop" leaves that out, as official prompts do.
-    """
-    *before, ask, answer = messages if len(messages) >= 2 else [{}, {}]
-    found = list(parts(ask["content"])) if ask.get("role") == "user" and answer.get("role") == "assistant" else []
-    if len(found) != 3 or not isinstance(found[1], dict) or not isinstance(found[2], str) or not SEED_REQUEST.match(found[2]):
-        return messages
-    said = list(parts(answer["content"])) if assistant_text == "keep" else clips(answer["content"])
-    turns = [("user", found[0]), ("assistant", found[1]), ("user", SEED_REQUEST.sub("", found[2], count=1)), ("assistant", said)]
-    return [*before, *({"role": role, "content": content} for role, content in turns)]
-
-
-def expand_audio_tags(sample: Message) -> Message:
-    """An ms-swift sample, <audio> in its texts and the files apart in "audios", as a ChatML sample."""
-    messages, files = sample.get("messages"), sample["audios"] if isinstance(sample["audios"], list) else [sample["audios"]]
-    messages = messages if isinstance(messages, list) else []
-    texts = [m["content"] if isinstance(m, dict) and isinstance(m.get("content"), str) else "" for m in messages]
-    marks = sum(text.count(TAG) for text in texts)
-    if marks != len(files) or not all(isinstance(file, str) for file in files):
-        raise ValueError(f'wrong placeholder count; {marks} times {TAG} in the messages, {len(files)} names in "audios": name each once')
-    given, out = iter(files), []
-    for message, text in zip(messages, texts, strict=True):
-        if TAG in text:
-            first, *others = text.split(TAG)
-            content = [first, *(part for other in others for part in ({"type": "audio", "audio_url": next(given)}, other))]
-            message = message | {"content": [part for part in content if part != ""]}
-        out.append(message)
-    return {k: v for k, v in sample.items() if k != "audios"} | {"messages": out}
-
-
-def sample_row(sample: Message, assistant_text: str = "drop") -> Message:
-    """A ChatML sample as a manifest row: the last assistant turn with audio is the row, the audio before it its reference.
-
-    `clips` names the audio parts in reading order by a suffix to the row's id ("" is the row itself), `others` holds
-    those that are neither.
-    """
-    messages = as_clone_request(checked(sample.get("messages"), special_tokens()), assistant_text)
-    replies = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-    last = max((i for i in replies if clips(messages[i]["content"])), default=replies[-1])
-    recordings = [(i, part) for i, m in enumerate(messages) for part in clips(m["content"])]
-    own = max((n for n, (i, _) in enumerate(recordings) if i == last), default=-1)
-    row = {k: sample[k] for k in ("id", "speaker", "language", "split", "group", "start_index") if sample.get(k) not in (None, "")}
-    row = {k: v for k, v in row.items() if v == v}                              # tables write NaN for what is missing
-    misc = sample.get("misc")
-    if "speaker" not in row and isinstance(misc, dict) and label(misc.get("speaker")):
-        row["speaker"] = misc["speaker"]
-    row |= {"text": said(messages, last), "messages": [bare(m) for m in messages], "clips": [], "others": {}}
-    for n, (i, part) in enumerate(recordings):
-        named = part.get("audio_url") not in (None, "", "placeholder")
-        about = {"text": said(messages, i), "audio": part["audio_url"] if named else INLINE}
-        about |= {k: part[k] for k in ("offset", "duration", "raw_audio") if part.get(k) is not None}
-        row["clips"].append("" if n == own else "#reference" if n == own - 1 else f"#{n}")
-        if n == own:
-            row |= about | {"text": row["text"]}
-        elif n == own - 1:
-            row["reference"] = about
-        else:
-            row["others"][f"#{n}"] = about
-    return row
+    m.unread.update(set(unread_fields(sample)))
+    return unusable_on_error(sample_row, sample, m.assistant_text, special_tokens())
 
 
 def stereo_row(m: Manifest, item: Row) -> Row:
@@ -453,15 +417,34 @@ def stereo_row(m: Manifest, item: Row) -> Row:
     text = "\n".join(line for _, line in text_lines(m, side))
     try:
         given = json.loads(text)
-        found, conditions = parse_alignments(given), given.get("text_conditions") if isinstance(given, dict) else None
+        found, conditions = dialogue_words(m, given), given.get("text_conditions") if isinstance(given, dict) else None
         if not (conditions is None or isinstance(conditions, dict) and all(v is None or isinstance(v, str) for v in conditions.values())):
             raise ValueError(f"text_conditions is {str(conditions)[:60]}, expected an object whose values are texts")
+    except Unusable:
+        raise
     except (ValueError, RecursionError) as error:
         raise Unusable("malformed alignments", f"fix {side.name}: {error}") from None
+    kept = {key: item[key] for key in ("id", "speaker", "split", "group", "language") if key in item}
+    kept |= {"text_conditions": conditions} if conditions else {}
+    m.unread.update(item.keys() - kept.keys() - {"path", "duration", "offset"})
+    if is_time(begin := item.get("offset") or 0) and begin:             # a piece: without an offset the duration is the file's
+        end = begin + item["duration"] if is_time(item.get("duration", "")) else math.inf
+        found = [(word, start - begin, min(stop, end) - begin, who) for word, start, stop, who in found if begin <= start < end]
+        kept |= {key: item[key] for key in ("offset", "duration") if key in item}
     words = [[word, start] for word, start, _, who in tidy_words(found)[0] if who == MAIN]
     said = " ".join(word for word, _ in words)
-    kept = {key: item[key] for key in ("id", "speaker", "split") if key in item} | ({"text_conditions": conditions} if conditions else {})
     return kept | {"audio": name, "stereo": True, "text": said, "words": words, "alignments": as_json(found)}
+
+
+def dialogue_words(m: Manifest, given: Any) -> list[Alignment]:
+    """The words of a dialogue; Unusable where none is the agent's, who would learn to be silent."""
+    found = parse_alignments(given, m.agent)
+    if found and all(who != MAIN for *_, who in found):
+        items = given.get("alignments") if isinstance(given, dict) else given
+        labels = sorted({str(item["speaker"] if isinstance(item, dict) else item[2]) for item in items}, key=lambda who: (who != MAIN, who))
+        raise Unusable("no words of the agent", f"its speakers are {', '.join(labels[:4])}: name the agent, --data.agent={labels[0]} "
+                       + "(data.py check: --agent)")
+    return found
 
 
 def stereo_pairs(m: Manifest) -> Iterator[tuple[str, Row]]:
@@ -491,12 +474,19 @@ def clone_samples(m: Manifest) -> Iterator[tuple[str, Row]]:
                 m.reject(name, "malformed json", "each sample must be an object {...}")
 
 
+CLONE_FIELDS = ("audio_file", "transcript", "transcript_file", "speaker_id", "speaker_name", "speaker", "id", "audio_id", "language",
+                "scene", "split", "offset", "duration", "ref_audio_file", "ref_transcript", "ref_transcript_file")
+
+
 def clone_sample(m: Manifest, item: Row) -> Row:
     """train-higgs-audio: the transcripts of the recording and its reference are files, or fields of the sample."""
     row = {"audio": str(item.get("audio_file") or ""), "text": transcript_of(m, item, "transcript"),
            "speaker": label(item.get("speaker_id")) or label(item.get("speaker_name")) or label(item.get("speaker"))}
     name = label(item.get("id")) or label(item.get("audio_id"))
-    row |= {key: item[key] for key in ("language", "scene", "split", "offset") if item.get(key)} | ({"id": name} if name else {})
+    row |= {key: item[key] for key in ("language", "scene", "split") if item.get(key)} | ({"id": name} if name else {})
+    if label(item.get("offset")) and label(item.get("duration")):       # without an offset it is the length of the file
+        row |= {key: seconds(item[key]) for key in ("offset", "duration")}
+    m.unread.update(name for name in item if name not in CLONE_FIELDS)
     if item.get("ref_audio_file"):
         row["reference"] = {"audio": str(item["ref_audio_file"]), "text": transcript_of(m, item, "ref_transcript")}
     return row
@@ -522,9 +512,19 @@ def manifest_row(m: Manifest, row: Row) -> Row:
     """A row of ours, or one that names its reference as MOSS-TTSD does."""
     if "reference_audio" in row and "reference" not in row:
         row["reference"] = {"audio": row.pop("reference_audio"), "text": row.pop("reference_text", "")}
+    if speaker := next((name for name in COLUMNS["speaker"] if name in row), "") if "speaker" not in row else "":
+        row["speaker"] = row.pop(speaker)
     theirs = next((name for name in COLUMNS["text"] if name in row), "text")
+    if "alignments" in row:
+        try:
+            row["alignments"] = as_json(dialogue_words(m, row["alignments"]))
+        except Unusable:
+            raise
+        except ValueError as error:
+            raise Unusable("malformed alignments", str(error)) from None
     if "text" not in row and "audio" in row and theirs != "text" and not {"clips", "alignments", "parts"} & row.keys():
         row["text"] = row.pop(theirs)
+    m.unread.update(row.keys() - FIELDS)
     return row
 
 
@@ -541,30 +541,23 @@ LAYOUTS = {"manifest": (json_rows, manifest_row), "metadata": (metadata_rows, un
 
 def preference_row(m: Manifest, row: Row, convert: Callable[[Manifest, Row], Row]) -> Row:
     """Convert a preference row: the row of its chosen side, with the row of the other side under "rejected"."""
-    shared = {k: v for k, v in row.items() if k not in ("chosen", "rejected", "prompt")}
-    if "prompt" in row:
-        shared["messages"] = [{"role": "user", "content": row["prompt"]}] if isinstance(row["prompt"], str) else row["prompt"]
-    before = shared.get("messages") if "chosen" in row else None
-    if before is not None:
-        if not isinstance(before, list):
-            raise Unusable("malformed pair", '"messages" is the list of messages before the two replies')
-        asked = [[*before, *reply_messages(row[name])] for name in ("chosen", "rejected")]
-        better, worse = (convert(m, shared | {"messages": messages}) for messages in asked)
+    replies = "rejected_response" in row or ("chosen" in row and ({"messages", "prompt"} & row.keys() or isinstance(row["chosen"], list)))
+    pair = unusable_on_error(reply_pair, row) if replies else None
+    if pair is not None:
+        before, *sides = unusable_on_error(different, pair)
+        shared = {k: v for k, v in row.items() if k not in ("chosen", "rejected", "rejected_response", "prompt")}
+        better, worse = rows = [convert(m, shared | {"messages": [*before, *side]}) for side in sides]
+        for side, own in zip(rows, sides, strict=True):                 # the messages before the replies are shared
+            side.setdefault("start_index", len(side["messages"]) - len(own))
     elif isinstance(row["rejected"], dict) and isinstance(row.get("chosen", {}), dict) and "parts" not in row:
+        shared = {k: v for k, v in row.items() if k not in ("chosen", "rejected", "prompt")}
+        if row.get("chosen") == row["rejected"]:
+            raise Unusable("identical pair", "the chosen and the rejected side are the same: correct or remove the row")
         better = convert(m, shared | row.get("chosen", {}))
         worse = convert(m, (shared if "chosen" in row else {}) | row["rejected"])
     else:
         raise Unusable("malformed pair", 'give "messages" and a "chosen" and "rejected" reply, or two objects that each name their audio')
-    for side in (better, worse) if "clips" in better and "clips" in worse else ():
-        side.setdefault("start_index", len(side["messages"]) - 1)       # the messages before the reply are shared
     return better | {"rejected": worse}
-
-
-def reply_messages(reply: Any) -> list[Row]:
-    """A reply as messages: from its content, or TRL's list of one message."""
-    if isinstance(reply, list) and reply and all(isinstance(part, dict) and "role" in part for part in reply):
-        return reply
-    return [{"role": "assistant", "content": reply}]
 
 
 def accept_pair(m: Manifest, where: str, row: Row) -> None:

@@ -5,23 +5,24 @@ A manifest is a jsonl file, one object a line, audio paths relative to its folde
     {"id": "digits/4", "audio": "digits/4.opus", "text": "four", "speaker": "allison", "group": "digits", "words": [["four", 0.08]]}
 
 Optional fields: language, synthetic, split ("train"; any other word is held out), offset and duration (seconds, a piece of a longer
-file), reference {"audio", "text"}, stereo (left = agent, right = user), alignments (words of both, see below). Without "audio" a row
-is text only.
+file), cell ([row, column], where "audio" is a parquet or Arrow file), reference {"audio", "text"}, stereo (left = agent, right =
+user), alignments (words of both, see below). Without "audio" a row is text only.
 Two kinds of line are virtual: a join of clips (their codes one after the other), and a rule that generates such lines.
 "manifest" names the file that lists the clips (default: this one).
 
     {"manifest": "manifest.jsonl", "id": "42", "parts": ["digits/4", "digits/2"], "text": "four two"}
     {"manifest": "manifest.jsonl", "compose": {"group": "digits", "count": [1, 6], "rows": 4000, "seed": 0, "held_out": 0.1}}
 
-A dialogue has alignments [[word, [start, end], "SPEAKER_MAIN" or another], ...]; optional: text_conditions
+A dialogue has alignments [[word, [start, end], "SPEAKER_MAIN" (or --data.agent) or another], ...]; optional: text_conditions
 {name: value} for a model that has conditions (Hibiki). Moshi's {"path", "duration"} takes them
 from the .json beside the wav ({"alignments": ...}, or J-Moshi's [{"speaker", "word", "start", "end"}]); a folder of such
 pairs needs no list.
 
 Other layouts are recognised and converted: wav + txt folders, metadata.csv / LJSpeech, stereo dialogues (jsonl), conversations
 (Higgs ChatML: a json list or jsonl of {"messages": [...]}, optional "speaker", "split", "group" and "start_index"; text alone,
-or recordings as {"type": "audio", "audio_url" or base64 "raw_audio", "text": what it says}; ms-swift: <audio> in the text, the files
-in "audios"),
+or recordings as {"type": "audio", "audio_url" or base64 "raw_audio", "text": what it says}; a turn's "weight" 0 or "loss" false keeps
+it from being trained; ms-swift: <audio> in the text, the files in "audios"; ShareGPT's "conversations"), parquet files and folders of
+`datasets` with any of these (pip install pyarrow),
 train-higgs-audio's metadata.json ({"samples": [{"audio_file", "transcript_file", "ref_audio_file", "ref_transcript", ...}]}), MOSS-TTSD
 ({"file_path", "full_transcript"}, or "reference_audio" and "reference_text" beside "audio" and "text").
 A preference row has two sides (objective.py), replies to the same messages or whole recordings; TRL's "prompt" is "messages" too:
@@ -40,6 +41,7 @@ import os
 import random
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -51,13 +53,14 @@ import soundfile
 
 from audio.wav import is_media
 from families.family import special_tokens
-from text.conversation import checked, clips
+from system.tables import cell_bytes
+from text.chat_formats import start_of
+from text.conversation import INLINE, checked, clips
 
 MAX_ROWS = 10_000_000       # rows that one compose line may ask for, and clips in one of them
 MAX_PARTS = 1000
 MAX_INLINE = 64 << 20       # characters of base64 that one recording may have
 TRANSCRIBED = "transcribed.jsonl"      # what `data.py transcribe` writes
-INLINE = "(inline)"         # file name of a recording inside the manifest (base64)
 ALLOW = "or allow it: check --allow-outside, --data.allow_outside=True"
 CACHE_FIELDS = {"file": "", "mark": "", "key": "", "shard": ""}     # filled in by cache.py, never read from a manifest
 Row = dict[str, Any]
@@ -90,13 +93,16 @@ class Manifest:
     bad: list[RejectedRow] = field(default_factory=list)
     warned: list[RejectedRow] = field(default_factory=list) # kept, with a warning
     notes: list[str] = field(default_factory=list)
+    unread: Counter[str] = field(default_factory=Counter)   # fields that nothing is done with, and their rows
+    base: Path | None = None                                # the folder, where the source is one: names of files begin there
+    agent: str = ""                                         # DataConfig.agent: the label of the agent in alignments
     files: set[str] = field(default_factory=set)            # the recordings that its rows name
     split_by_name: bool = False                             # one of several lists is held out by its name
     assistant_text: str = "drop"                            # DataConfig.assistant_text: of one-turn clone requests
 
     @property
     def root(self) -> Path:
-        return self.path if self.path.is_dir() else self.path.parent
+        return self.base or (self.path if self.path.is_dir() else self.path.parent)
 
     def reject(self, where: str, reason: str, fix: str) -> None:
         self.bad.append(RejectedRow(where, reason, fix))
@@ -204,7 +210,7 @@ def recordings_beside(row: Row) -> dict[str, Row]:
     elif not isinstance(row["clips"], list) or not all(name in ("", *found) for name in row["clips"]):
         raise Unusable("malformed field", '"clips" names the recordings of "messages" by suffix')
     else:
-        unusable_on_error(checked, row.get("messages"), special_tokens())
+        row |= unusable_on_error(start_of, row, unusable_on_error(checked, row.get("messages"), special_tokens()))
     return found
 
 
@@ -232,12 +238,12 @@ def inline_bytes(part: Row) -> bytes:
 
 @contextmanager
 def open_audio(row: Row) -> Iterator[str]:
-    """Yield a path to the audio of a row; inline audio is written to a temporary file."""
-    if row["file"] != INLINE:
+    """Yield a path to the audio of a row; what is inside the row or a table is written to a temporary file."""
+    if row["file"] != INLINE and "cell" not in row:
         yield row["file"]
         return
     with tempfile.NamedTemporaryFile() as file:
-        file.write(inline_bytes(row))
+        file.write(cell_bytes(Path(row["file"]), *row["cell"]) if "cell" in row else inline_bytes(row))
         file.flush()
         yield file.name
 
@@ -252,8 +258,13 @@ def check_fields(m: Manifest, row: Row, others: list[Row]) -> None:
         raise Unusable("bad encoding", "the text contains U+FFFD: save it again as UTF-8 from its source")
     if row["id"] in m.clips:
         raise Unusable("duplicate id", "ids must be unique in a manifest: rename one")
+    if any(not (isinstance(c := part["cell"], list) and [type(v) for v in c] == [int, str] and c[0] >= 0)
+           for part in (row, *others) if "cell" in part):
+        raise Unusable("malformed field", 'a cell is [row, column] of the table that "audio" names')
     if not all(is_time(part.get(k, 0)) for k in ("offset", "duration") for part in (row, *others)):
         raise Unusable("malformed field", "offset and duration are seconds")
+    if any(not part["text"].strip() for part in others) and "clips" not in row:
+        raise Unusable("reference without transcript", 'write what it says: "reference": {"audio": ..., "text": ...}')
     if not isinstance(words, list) or not all(
             isinstance(w, list) and len(w) == 2 and isinstance(w[0], str) and is_time(w[1]) for w in words):
         raise Unusable("malformed field", 'words look like [["four", 0.08], ...]')

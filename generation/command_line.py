@@ -45,7 +45,7 @@ class Job(SampleConfig):
     ref_text: tuple[str, ...] = ()  # transcript of each --ref recording
     ref_in: str | None = None    # conversations: put the voice in an "assistant" turn or in the "system" message; none = as in training
     scene: str | None = None     # conversations: description of the scene, "" = without one; none = as in training
-    chunk_words: int = 0         # speak a long text in pieces of this many words, or of speakers' turns; 0 = in one piece
+    chunk_words: int = 0         # speak a long text in pieces of this many words (Chinese, Japanese, Thai: letters) or of turns; 0 = in one
     chunk_buffer: int = 1        # with --chunk_words: earlier pieces that the next one reads as context
     codec: str = ""              # codec file, folder or name; "" = the one that the checkpoint names
     tokenizer: str = ""          # tokenizer file or folder; "" = the one that the checkpoint names

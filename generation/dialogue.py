@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from audio.wav import load_wav, save_wav
+from audio.wav import load_wav, mix, save_wav
 from options import read_json, write_text
 from streams import StreamTable, delay
 from text.normalisers import normalise
@@ -55,11 +55,19 @@ def dialogue_prompt(path: str | Path, codec: Any, tokenizer: Tokenizer, table: S
     return frames
 
 
+def user_side(path: str, rate: int, dialogue: bool = True) -> Tensor:
+    """The user's side of a recording (1, W): of a stereo file the right channel, as in a dialogue, or both."""
+    wav = load_wav(path, rate, None)[0]
+    if len(wav) > 1:
+        print(f"{path} is stereo: {'its right channel is' if dialogue else 'both channels, mixed, are'} heard as the user")
+    return wav[-1:] if dialogue else mix(wav)
+
+
 def conversation_input(job: Any, codec: Any, tokenizer: Tokenizer, table: StreamTable,
                        data: Any) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """The input of a conversation: frames (1, K, t) of the dialogue job.prompt or None; the user's codes (1, Q, T) from its
     beginning on, None if the model generates both sides; the user's wav (1, W): job.user, or job.seconds of silence."""
-    wav = load_wav(job.user, codec.sample_rate)[0] if job.user else torch.zeros(1, round(job.seconds * codec.sample_rate))
+    wav = user_side(job.user, codec.sample_rate) if job.user else torch.zeros(1, round(job.seconds * codec.sample_rate))
     if not table.audio_out:
         wav = torch.nn.functional.pad(wav, (0, round(BEHIND * codec.sample_rate)))
     before = dialogue_prompt(job.prompt, codec, tokenizer, table, data)[None] if job.prompt else None

@@ -5,24 +5,31 @@ import importlib.util
 import io
 import json
 import os
+import re
 import shutil
 import sys
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import call
+from conftest import CONFIG, ROOT, call
 from fake_corpus import BYTES, FakeCodec
 
-from corpus.checks import check_source, judge
+import data
+from audio.wav import load_wav
+from corpus.checks import check_source, judge, judge_clip
 from corpus.data_config import DataConfig
 from corpus.examples import prompt_example
 from corpus.index import open_cache, prepare
 from corpus.layouts import read_manifest
+from options import run_config
+from streams import StreamTable
 from text.tokenizers import load_tokenizer
 
 RATE, TEXT = 8000, "hello there"
@@ -77,6 +84,10 @@ class Case:
     speakers: tuple[str, ...] | None = None
     refused: str = ""           # a part of the message that refuses the whole source
     said: str = ""              # a part of what check and prepare print beside the verdict
+    file: str = ""              # a recording to give as a reference too
+    chat: bool = False          # conversations of texts: for a model without speech
+    duplex: bool = False        # dialogues
+    agent: str = ""             # DataConfig.agent
     needs: str = ""             # an optional package
     hidden: str = ""            # an optional package that is not there
 
@@ -88,7 +99,7 @@ def one(**fields: Any) -> str:
 def clip(samples: Any, out: str = "", warned: str = "", rate: int = RATE, **how: Any) -> Case:
     """A good clip and another one with a fault."""
     return Case({"g.wav": 7, "x.wav": Wav(samples, rate, how), "manifest.jsonl": one()}, ("good",) if out else (TEXT, "good"),
-                (out,) if out else (), (warned,) if warned else ())
+                (out,) if out else (), (warned,) if warned else (), file="x.wav")
 
 
 def sound(form: str = "WAV", seed: int = 1, **how: Any) -> bytes:
@@ -122,13 +133,57 @@ def chat(**part: Any) -> str:
                   for text, about in said.items()))
 
 
+def table(**columns: Any) -> Any:
+    """A function that writes a parquet file, or an Arrow file as `datasets` does."""
+    def write(path: Path) -> None:
+        import pyarrow
+        import pyarrow.parquet
+
+        found = pyarrow.table(columns)
+        if path.suffix == ".parquet":
+            pyarrow.parquet.write_table(found, path, row_group_size=2)
+        else:
+            with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, found.schema) as stream:
+                stream.write_table(found)
+    return write
+
+
+def inside(*seeds: int) -> list[dict[str, Any]]:
+    return [{"bytes": sound("FLAC", n), "path": f"{n}.flac"} for n in seeds]
+
+
+def talk(*turns: str, **fields: Any) -> dict[str, Any]:
+    """A conversation of texts, user first."""
+    return {"messages": [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(turns)]} | fields
+
+
+def texts(*lines: Any, kept: tuple[str, ...] = (), out: str = "", **about: Any) -> Case:
+    """Conversations of texts."""
+    return Case({"x.jsonl": rows(*lines)}, kept, (out,) if out else (), chat=True, **about)
+
+
+def dialogue(words: Any, out: str = "", warned: tuple[str, ...] = (), text: str = "this", item: Any = None, **about: Any) -> Case:
+    """A stereo dialogue with its alignments beside it."""
+    wav = Wav(np.stack([voice(1.5), voice(1.5, 1)], 1))
+    files = {"d.wav": wav, "d.json": json.dumps(words), "x.jsonl": rows({"path": "d.wav", "duration": 1.5} | (item or {}))}
+    return Case(files, () if out else (text,), (out,) if out else (), warned, duplex=True, **about)
+
+
+MAIN = [["this", [0.1, 0.3], "SPEAKER_MAIN"], ["is", [0.5, 0.7], "SPEAKER_1"]]
+
+
+def labelled(agent: Any, user: Any) -> dict[str, Any]:
+    return {"alignments": [["this", [0.1, 0.3], agent], ["is", [0.5, 0.7], user]]}
+
+
 def broken(name: str, content: Any, reason: str, **about: Any) -> Case:
     """A good clip and a file of this name that cannot be used."""
-    return Case({"g.wav": 7, name: content, "manifest.jsonl": one(audio=name)}, ("good",), (reason,), **about)
+    return Case({"g.wav": 7, name: content, "manifest.jsonl": one(audio=name)}, ("good",), (reason,),
+                file="" if reason.startswith("path") else name, **about)
 
 
 def fine(name: str, content: Any, warned: tuple[str, ...] = (), **about: Any) -> Case:
-    return Case({"g.wav": 7, name: content, "manifest.jsonl": one(audio=name)}, (TEXT, "good"), (), warned, **about)
+    return Case({"g.wav": 7, name: content, "manifest.jsonl": one(audio=name)}, (TEXT, "good"), (), warned, file=name, **about)
 
 
 NOISE = np.random.default_rng(3).standard_normal(RATE * 2).astype(np.float32) * 0.1
@@ -276,6 +331,120 @@ CASES: dict[str, Case] = {
     "a voice on one channel": clip(np.stack([voice(), 0 * voice()], 1), warned="stereo"),
     "recordings that no row names": Case({"g.wav": 7, "x.wav": 1, "y.wav": 2, "z/z.mp3": sound("MP3"), "manifest.jsonl": one()},
                                          (TEXT, "good"), said="2 recordings are in no row: y.wav, z/z.mp3"),
+    "a parquet file": Case({"x.parquet": table(audio=inside(1, 2, 3), text=["one", "two", "three"])}, ("one", "two", "three"),
+                           needs="pyarrow"),
+    "a data set of the Hub": Case({"README.md": "x", "data/train-00000-of-00001.parquet": table(audio=inside(1), sentence=["one"],
+                                                                                               client_id=["c"], up_votes=[2]),
+                                   "data/test-00000-of-00001.parquet": table(audio=inside(2), sentence=["two"], client_id=["d"],
+                                                                             up_votes=[0])},
+                                  ("one", "two"), speakers=("c", "d"), said="up_votes (2 rows)", needs="pyarrow"),
+    "a datasets folder": Case({"dataset_info.json": "{}", "state.json": "{}", "data-00000-of-00001.arrow": table(
+        audio=inside(1, 2), text=["one", "two"]), "cache-1.arrow": table(text=["x"])}, ("one", "two"),
+                               needs="pyarrow"),
+    "a datasets dict": Case({"dataset_dict.json": "{}", "train/data-00000-of-00001.arrow": table(audio=inside(1), text=["one"]),
+                             "validation/data-00000-of-00001.arrow": table(audio=inside(2), text=["two"])}, ("one", "two"),
+                            needs="pyarrow"),
+    "a table of paths": Case({"a.wav": 1, "x.parquet": table(audio=["a.wav", "b.wav"], text=[TEXT, "gone"])}, (TEXT,), ("missing file",),
+                             needs="pyarrow"),
+    "a recording that is missing in a table": Case({"x.parquet": table(audio=[*inside(1), None], text=[TEXT, "gone"])}, (TEXT,),
+                                                   ("no audio",), needs="pyarrow"),
+    "a table with a broken sound": Case({"x.parquet": table(audio=[*inside(1), {"bytes": b"x", "path": None}], text=[TEXT, "x"])}, (TEXT,),
+                                        ("unreadable audio",), needs="pyarrow"),
+    "a table of conversations": Case({"x.parquet": table(messages=[[{"role": "user", "content": "hi"}, {"role": "assistant",
+                                                                                                      "content": "yes"}]])},
+                                     ("yes",), chat=True, needs="pyarrow"),
+    "a damaged parquet file": Case({"x.parquet": b"PAR1" + bytes(40)}, refused="cannot be read as a table", needs="pyarrow"),
+    "a parquet file without pyarrow": Case({"x.parquet": b"PAR1" + bytes(40)}, refused="pip install pyarrow", hidden="pyarrow"),
+    # B5: conversations
+    "a turn with weight 0": texts({"messages": [{"role": "assistant", "content": "no", "weight": 0}, {"role": "assistant", "content": "yes",
+                                                                                                   "weight": 1}]}, kept=("yes",)),
+    "loss false": texts({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes", "loss": False}]},
+                        talk("hi", "good"), kept=("good",), out="no target"),
+    "a weight that is none": texts({"messages": [{"role": "assistant", "content": "yes", "weight": "high"}]}, talk("hi", "good"),
+                                   kept=("good",), out="malformed messages"),
+    "a system message beside": texts(talk("hi", "yes", system="Be kind."), kept=("yes",)),
+    "two system messages": texts({"system": "a", "messages": [{"role": "system", "content": "b"}, {"role": "assistant", "content": "x"}]},
+                                 talk("hi", "good"), kept=("good",), out="two system messages"),
+    "tools": texts(talk("hi", "yes", tools=[{"name": "f"}]), talk("hi", "good", tools=[]), kept=("good",),
+                   out='unsupported "tools"'),
+    "a tool's turn": texts({"messages": [{"role": "user", "content": "hi"}, {"role": "tool", "content": "3"},
+                                         {"role": "assistant", "content": "x"}]}, talk("hi", "good"), kept=("good",),
+                           out="unsupported role"),
+    "a developer": texts({"messages": [{"role": "developer", "content": "Be kind."}, {"role": "user", "content": "hi"},
+                                       {"role": "assistant", "content": "yes"}]}, kept=("yes",)),
+    "an unknown role": texts({"messages": [{"role": "narrator", "content": "x"}, {"role": "assistant", "content": "x"}]},
+                             talk("hi", "good"), kept=("good",), out="malformed messages"),
+    "unknown fields": texts(talk("hi", "yes", ref_speakers=["a"], score=3), talk("hi", "good", score=1), kept=("yes", "good"),
+                            said="score (2 rows), ref_speakers (1 rows)"),
+    "a field of a turn": texts({"messages": [{"role": "assistant", "content": "yes", "mood": "glad"}]}, kept=("yes",),
+                               said="messages.mood (1 rows)"),
+    "start_index as a text": texts(talk("hi", "no", "hm", "yes", start_index="3"), kept=("yes",)),
+    "start_index behind the end": texts(talk("hi", "no", start_index=4), talk("hi", "good"), kept=("good",), out="no target"),
+    "start_index that is none": texts(talk("hi", "no", start_index="end"), talk("hi", "good"), kept=("good",), out="malformed field"),
+    "an empty reply": texts(talk("hi", " "), talk("hi", "good"), kept=("good",), out="empty reply"),
+    "ShareGPT": texts({"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes"}]}, kept=("yes",)),
+    "prompt and completion": texts({"prompt": "hi", "completion": "yes"}, kept=("yes",)),
+    "images": texts(talk("hi", "yes", images=["a.png"]), talk("hi", "good"), kept=("good",), out='unsupported "images"'),
+    "a pair": texts({"prompt": "hi", "chosen": "yes", "rejected": "no"}, kept=("yes",)),
+    "a pair with a list as the prompt": texts({"prompt": [{"role": "user", "content": "hi"}],
+                                               "chosen": [{"role": "assistant", "content": "yes"}],
+                                               "rejected": [{"role": "assistant", "content": "no"}]}, kept=("yes",)),
+    "a pair of whole conversations": texts({"prompt": "hi", "chosen": talk("hi", "yes")["messages"],
+                                            "rejected": talk("hi", "no")["messages"]}, kept=("yes",)),
+    "a pair without a prompt": texts({"chosen": talk("hi", "yes")["messages"], "rejected": talk("hi", "no")["messages"]}, kept=("yes",)),
+    "a pair of two questions": texts({"chosen": talk("hi", "yes")["messages"], "rejected": talk("ho", "no")["messages"]},
+                                     {"prompt": "hi", "chosen": "good", "rejected": "no"}, kept=("good",), out="malformed pair"),
+    "a pair of equal sides": texts({"prompt": "hi", "chosen": "yes", "rejected": "yes"},
+                                   {"prompt": "hi", "chosen": "good", "rejected": "no"}, kept=("good",), out="identical pair"),
+    "a pair with an empty side": texts({"prompt": "hi", "chosen": "yes", "rejected": ""},
+                                       {"prompt": "hi", "chosen": "good", "rejected": "no"}, kept=("good",), out="empty reply"),
+    "ms-swift's pair": texts(talk("hi", "yes", rejected_response="no"), kept=("yes",)),
+    "ms-swift's audio and text": Case({"a.wav": 1, "b.wav": 2, "x.jsonl": rows(talk("<audio>Say it.", "<audio>", audios=[
+        "a.wav", "b.wav"]))}, ("Say it.",)),
+    "ms-swift's audio by name": Case({"b.wav": 2, "x.jsonl": rows(talk("Say it.", "<audio>b.wav</audio>"))}, ("Say it.",)),
+    "<audio> without a file": Case({"g.wav": 7, "x.jsonl": chat(audio_url="g.wav") + rows(talk("hi", "<audio>"))}, (TEXT, "good"),
+                                   ("wrong placeholder count",), ("duplicate audio",)),
+    "start and end of a recording": Case({"r.wav": Wav(voice(3)), "g.wav": 7, "x.jsonl": chat(audio_url="r.wav", start=0.5, end=1.5)},
+                                         (TEXT, "good")),
+    "an end before its start": Case({"r.wav": Wav(voice(3)), "g.wav": 7, "x.jsonl": chat(audio_url="r.wav", start=2, end=1)}, ("good",),
+                                    ("malformed field",)),
+    "a cloning sample without the words of its reference": Case({"a.wav": 1, "r.wav": 2, "b.wav": 3, "x.jsonl": rows(
+        {"audio_file": "a.wav", "transcript": "x", "ref_audio_file": "r.wav"}, {"audio_file": "b.wav", "transcript": TEXT})}, (TEXT,),
+        ("reference without transcript",)),
+    "pieces of a cloning sample": Case({"r.wav": Wav(voice(3)), "x.jsonl": rows(
+        *({"audio_file": "r.wav", "transcript": t, "offset": float(n), "duration": 1.0, "scene": "A room.", "emotion": "calm"}
+          for n, t in enumerate("xyz")))}, ("x", "y", "z"), said="emotion (3 rows)"),
+    # B6: dialogues
+    "a dialogue": dialogue({"alignments": MAIN}),
+    "a bare list of words": dialogue(MAIN),
+    "objects": dialogue([{"word": word, "start": n / 2, "end": n / 2 + 0.2, "speaker": "AB"[n]} for n, word in enumerate(("this", "is"))]),
+    "diarised labels": dialogue(labelled("SPEAKER_00", "SPEAKER_01"), "no words of the agent", said="--data.agent=SPEAKER_00"),
+    "diarised labels with the option": dialogue(labelled("SPEAKER_00", "SPEAKER_01"), agent="SPEAKER_00"),
+    "left and right": dialogue(labelled("L", "R"), "no words of the agent", said="its speakers are L, R"),
+    "left and right with the option": dialogue(labelled("L", "R"), agent="L"),
+    "labels of null": dialogue(labelled(None, None), "no words of the agent", said="its speakers are None"),
+    "labels in lower case": dialogue(labelled("speaker_main", "x"), "no words of the agent", said="speaker_main"),
+    "an option that fits no label": dialogue({"alignments": MAIN}, "no words of the agent", agent="L", said="SPEAKER_MAIN"),
+    "no words": dialogue({"alignments": []}, warned=("no words",), text=""),
+    "words of the user only": dialogue({"alignments": MAIN[1:]}, "no words of the agent"),
+    "a word just before the beginning": dialogue({"alignments": [["this", [-0.02, 0.3], "SPEAKER_MAIN"]]},
+                                                 warned=("alignments corrected",)),
+    "a word long before the beginning": dialogue({"alignments": [["this", [-3, 0.3], "SPEAKER_MAIN"]]}, "malformed alignments"),
+    "a word behind the end": dialogue({"alignments": [["this", [4.0, 4.3], "SPEAKER_MAIN"]]}, "alignments do not fit"),
+    "a piece of a dialogue": dialogue({"alignments": [*MAIN, ["it", [0.9, 1.1], "SPEAKER_MAIN"]]}, text="it",
+                                      item={"offset": 0.5, "duration": 1.0}),
+    "a field of a dialogue": dialogue({"alignments": MAIN}, item={"topic": "cats"}, said="topic (1 rows)"),
+    "a dialogue without alignments": Case({"d.wav": Wav(np.stack([voice(), voice(seed=1)], 1)), "x.jsonl": rows({"path": "d.wav"})}, (),
+                                          ("no alignment file",), duplex=True),
+    "dialogues and partners that are missing": Case(
+        {"d.wav": Wav(np.stack([voice(), voice(seed=1)], 1)), "d.json": json.dumps(MAIN[:1]), "e.json": "[]",
+         "f.wav": Wav(np.stack([voice(seed=2), voice(seed=3)], 1))}, ("this",),
+        ("no alignment file", "no recording"), duplex=True),
+    "a mono dialogue": Case({"d.wav": 1, "d.json": json.dumps(MAIN[:1]), "x.jsonl": rows({"path": "d.wav"})}, (), ("not stereo",),
+                            duplex=True),
+    "alignments in a manifest": Case({"d.wav": Wav(np.stack([voice(), voice(seed=1)], 1)), "manifest.jsonl": rows(
+        {"audio": "d.wav", "stereo": True, "text": "this", "alignments": labelled("L", "R")["alignments"]})}, ("this",),
+        duplex=True, agent="L"),
     # B7, B8: encodings and JSON
     "UTF-16 without a mark": Case({"a.wav": 1, "metadata.csv": f"file_name,text\r\na.wav,{TEXT}\r\n".encode("utf-16-le")}),
     "UTF-16 of the other order": Case({"a.wav": 1, "a.txt": "مرحبا بك\n".encode("utf-16-be")}, ("مرحبا بك",)),
@@ -305,18 +474,39 @@ CASES: dict[str, Case] = {
 }
 
 
+class Wide(FakeCodec):
+    """The fake codec with as many codebooks as a model has."""
+
+    def __init__(self, codebooks: int = 2) -> None:
+        self.num_codebooks = codebooks
+
+    def encode(self, wav: torch.Tensor) -> torch.Tensor:
+        return super().encode(wav)[:, [n % 2 for n in range(self.num_codebooks)]]
+
+
 @pytest.fixture(autouse=True)
 def fake_codec(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("corpus.index.load_codec", lambda spec, **options: FakeCodec())
+    monkeypatch.setattr("corpus.index.load_codec", lambda spec, codebooks=2: Wide(codebooks))
 
 
 def expected(case: Case) -> tuple[list[str], list[str], list[str]]:
     return sorted(case.kept), sorted(case.out), sorted(set(case.warned))
 
 
+USUAL = {"sample rate below 16 kHz"}                    # all recordings here: 10 kB each
+
+
 def verdict_of(m: Any) -> tuple[list[str], list[str], list[str]]:
-    usual = {"sample rate below 16 kHz"}                # all recordings here: 10 kB each
-    return (sorted(row["text"] for row in m.rows), sorted(b.reason for b in m.bad), sorted({w.reason for w in m.warned} - usual))
+    return (sorted(row["text"] for row in m.rows), sorted(b.reason for b in m.bad), sorted({w.reason for w in m.warned} - USUAL))
+
+
+@cache
+def model_for(chat: bool, duplex: bool) -> tuple[StreamTable, str]:
+    """The grid and the tokenizer that a case is prepared for."""
+    if not chat and not duplex:
+        return BYTES, "bytes"
+    config = run_config(ROOT / f"configs/{'ivr_qwen' if chat else 'moshi_lora'}.py", "smoke")
+    return config.model.table, config.data.tokenizer
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -326,20 +516,23 @@ def test_all_commands_say_the_same(name: str, tmp_path: Path, capsys: pytest.Cap
         pytest.skip(f"needs {case.needs}")
     if case.hidden:
         monkeypatch.setitem(sys.modules, case.hidden, None)
+    table, tokenizer = model_for(case.chat, case.duplex)
     source = lay(tmp_path / "data", case.files) / case.source
-    config = DataConfig(sources=(str(source),), cache=str(tmp_path / "cache"), held_out=0.0, prefetch=0)
+    config = DataConfig(sources=(str(source),), cache=str(tmp_path / "cache"), held_out=0.0, prefetch=0, tokenizer=tokenizer,
+                        agent=case.agent)
+    commands = {"check": lambda: check_source(str(source), agent=case.agent), "prepare": lambda: prepare(config, table)}
     if case.refused:
-        for command in (lambda: check_source(str(source)), lambda: prepare(config, BYTES)):
+        for run in commands.values():
             with pytest.raises((ValueError, FileNotFoundError), match=case.refused):
-                command()
+                run()
         return
-    m = read_manifest(source)
-    judge(m, (config.min_seconds, config.max_seconds))
+    m = read_manifest(source, agent=case.agent)
+    judge(m, (config.min_seconds, config.max_seconds), duplex=case.duplex)
     assert verdict_of(m) == expected(case), m.bad
     if case.speakers is not None:
         assert tuple(sorted({row["speaker"] for row in m.rows})) == case.speakers
     said = {}
-    for command, run in (("check", lambda: check_source(str(source))), ("prepare", lambda: prepare(config, BYTES))):
+    for command, run in commands.items():
         capsys.readouterr()
         if case.kept:
             run()
@@ -348,12 +541,83 @@ def test_all_commands_say_the_same(name: str, tmp_path: Path, capsys: pytest.Cap
                 run()
         out, err = capsys.readouterr()
         assert case.said in out + err, (command, out, err)
-        lines = out.splitlines()
-        said[command] = [line for line in lines if line.startswith(("kept ", "left out ", "recordings that"))]
+        said[command] = verdict_lines_of(out)
     assert said["check"] == said["prepare"] and said["check"][0].startswith(f"kept {len(case.kept)} rows"), said
     if case.kept:
-        index = open_cache(config, BYTES)
-        assert index.verdict == said["check"] and sorted(e.text for e in index.entries if e.split) == expected(case)[0]
+        shown_and_trained(config, table, said["check"], expected(case)[0], capsys, monkeypatch)
+    if case.file:
+        as_a_reference(source / case.file, case, config, capsys)
+
+
+def verdict_lines_of(out: str) -> list[str]:
+    return [line for line in out.splitlines() if line.startswith(("kept ", "left out ", "recordings that"))]
+
+
+def shown_and_trained(config: DataConfig, table: StreamTable, verdict: list[str], kept: list[str], capsys: pytest.CaptureFixture,
+                      monkeypatch: pytest.MonkeyPatch) -> None:
+    """`show` prints the verdict of the others, and a pass of training reads the rows that they keep."""
+    monkeypatch.setattr("data.load_run", lambda argv: SimpleNamespace(data=config, model=SimpleNamespace(table=table)))
+    data.show_command(["config.py"])
+    assert verdict_lines_of(capsys.readouterr().out) == verdict
+    index = open_cache(config, table)
+    assert sorted(e.text for e in index.entries if e.split) == kept
+    read = {name for batch in data.Loader(config, table, passes=1) for row in batch.names for name in row}
+    assert read == {e.id for e in index.entries if e.split}
+
+
+def as_a_reference(path: Path, case: Case, config: DataConfig, capsys: pytest.CaptureFixture) -> None:
+    """A recording that is given as a voice is judged as one of a list."""
+    voices = [(str(path), TEXT)]
+    capsys.readouterr()
+    if case.out:
+        with pytest.raises(ValueError, match=re.escape(case.out[0])):
+            prompt_example("x", config, load_tokenizer("bytes"), Wide(), voices)
+    else:
+        prompt_example("x", config, load_tokenizer("bytes"), Wide(), voices)
+        warned = re.findall(rf"{path.name}: (.*?); ", capsys.readouterr().err)
+        assert sorted(set(warned) - USUAL) == expected(case)[2]
+
+
+def test_the_commands_themselves_say_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One folder with the recordings of many cases: check, prepare, show and train print one verdict, and --ref agrees."""
+    monkeypatch.undo()
+    cases = [(name, case) for name, case in CASES.items() if case.file == "x.wav" and not case.needs]
+    files = {f"{n}.wav": case.files["x.wav"] for n, (_, case) in enumerate(cases)}
+    lines = rows(*({"id": name, "audio": f"{n}.wav", "text": TEXT} for n, (name, _) in enumerate(cases)))
+    source = lay(tmp_path / "clips", files | {"manifest.jsonl": lines, "words.json": json.dumps(TEXT.split())})
+    (tmp_path / "run.py").write_text(CONFIG.replace('split="manifest"', "held_out=0.0").replace("steps=4", "steps=1"))
+    said = {}
+    for command in (("data.py", "check", source), ("data.py", "prepare", tmp_path / "run.py"), ("data.py", "show", tmp_path / "run.py"),
+                    ("train.py", tmp_path / "run.py")):
+        rc, out, err = call(*command)
+        assert rc == 0, err
+        said[command[1]] = verdict_lines_of(out)
+    first, *others = said.values()
+    assert len(cases) > 20 and len(first) == 3 and all(other == first for other in others), said
+    assert first[0].startswith(f"kept {sum(not case.out for _, case in cases)} rows")
+    assert first[1].startswith(f"left out {sum(bool(case.out) for _, case in cases)} rows")
+
+
+@pytest.mark.parametrize("name", ["r.flac", "r.wav", "r.ogg", "r.mp3", "gsm.wav"])
+def test_a_piece_is_the_same_samples_and_reads_no_more(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lay(tmp_path, {name: Wav(voice(20), how={"subtype": "GSM610"} if name == "gsm.wav" else {})})
+    whole, _ = load_wav(tmp_path / name)
+    asked, read = [], soundfile.SoundFile.read
+    monkeypatch.setattr(soundfile.SoundFile, "read", lambda self, frames=-1, **how: asked.append(frames) or read(self, frames, **how))
+    piece, _ = load_wav(tmp_path / name, begin=12.0, seconds=1.5)
+    assert piece.shape == (1, 1.5 * RATE) and torch.allclose(piece, whole[:, 12 * RATE : round(13.5 * RATE)], atol=1e-5)
+    assert sum(asked) <= (1.5 if name != "gsm.wav" else 13.5) * RATE        # libsndfile cannot seek in GSM
+
+
+def test_hours_of_silence_are_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with soundfile.SoundFile(tmp_path / "r.flac", "w", RATE, 1) as file:
+        for _ in range(40):
+            file.write(np.zeros(60 * RATE, np.float32))
+    read, asked = soundfile.SoundFile.read, []
+    monkeypatch.setattr(soundfile.SoundFile, "read", lambda self, frames=-1, **how: asked.append(frames) or read(self, frames, **how))
+    row = {"id": "r", "file": str(tmp_path / "r.flac"), "text": "", "stereo": False, "alignments": []}
+    assert [fault[:2] for fault in judge_clip(row, (0.2, 4 * 3600)).faults] == [("reject", "all-zero audio")]
+    assert sum(asked) <= 16 * RATE
 
 
 def test_malformed_json_keeps_its_line_and_column(tmp_path: Path) -> None:

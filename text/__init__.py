@@ -4,5 +4,6 @@
     tokenizers.py      bytes, word lists, SentencePiece, tokenizer.json
     word_times.py      words with times -> the text row of an aligned grid
     conversation.py    messages -> segments, by the chat template of a family
+    chat_formats.py    conversations as other tools write them -> messages; pairs of replies
     coverage.py        how well a tokenizer covers the texts of a data set
 """

@@ -3,7 +3,7 @@
 A message is {"role", "content"}: a text, or a list of texts, {"type": "text", "text"} and {"type": "audio", ...}. The chat
 template of a family is a value, a `Template` in its file in families/. `Chat.segments` builds training examples and
 prompts alike; a layout function makes their grid. Targets are the assistant's turns from `start` on, without headers.
-Next: coverage.py.
+Next: chat_formats.py.
 """
 
 import re
@@ -18,6 +18,7 @@ from streams import StreamTable
 from text.normalisers import marks_of, normalise
 from text.tokenizers import Tokenizer
 
+INLINE = "(inline)"                 # file name of a recording inside a row (base64)
 Message = dict[str, Any]
 Segment = tuple[Tensor, float]      # text ids (n,) or codes (Q, T), and the weight of its targets
 
@@ -99,9 +100,20 @@ def checked(messages: Any, marks: Sequence[str]) -> list[Message]:
             raise ValueError("malformed messages; tool_calls and reasoning_content are not supported: leave them out")
         for part in parts(message["content"]):
             refuse_marks(part if isinstance(part, str) else "", message["role"], marks)
+        loss_weight(message)
+        if message["role"] == "assistant" and not clips(message["content"]) and not text_of(message["content"]):
+            raise ValueError("empty reply; a turn of the assistant says nothing: write what it says, or remove the turn")
     if not any(m["role"] == "assistant" for m in messages):
         raise ValueError("no assistant turn; add one with the reply that the model should learn")
     return messages
+
+
+def loss_weight(message: Message) -> float:
+    """How much a turn of the assistant counts as a target: its "weight" (OpenAI) or "loss" (ms-swift), 1 without either."""
+    found = message.get("weight", message.get("loss"))
+    if found is not None and not (isinstance(found, (bool, int, float)) and 0 <= found <= 1):
+        raise ValueError(f"malformed messages; the weight (or loss) of a turn is {found!r}, expected 0 to 1, true or false")
+    return 1.0 if found is None else float(found)
 
 
 THOUGHTS = ("<think>", "</think>")
@@ -141,7 +153,7 @@ def with_transcripts(messages: list[Message]) -> list[Message]:
     for message in messages:
         missing = [part for part in clips(message["content"]) if not part.get("text")]
         if missing:
-            name = missing[0].get("audio_url", "(inline)")
+            name = missing[0].get("audio_url", INLINE)
             raise ValueError(f'the model reads text only; give the recording {name} a "text" with its transcript')
         spelled = [part if isinstance(part, str) else part["text"] for part in parts(message["content"])]
         out.append(message | {"content": " ".join(spelled)})
@@ -160,8 +172,16 @@ def first_target(messages: list[Message], targets: str = "clone") -> int:
     return replies[-1] if last and replies else 0
 
 
-def chunks(text: str, limit: int) -> list[str]:
-    """Split a long text: at lines that begin with [SPEAKER if there are any, else after `limit` words of a paragraph.
+# A word; of scripts that are written without spaces (Thai, Lao, Burmese, Khmer, Chinese, Japanese) a letter and what clings to it.
+UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u30ff\u31f0-\u31ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+CLOSING = "\u0e30-\u0e3a\u0e45-\u0e4e\u0eb0-\u0ebc\u0ec8-\u0ecd\u102b-\u103e\u17b6-\u17d3ー々"
+CLOSING += "ぁぃぅぇぉっゃゅょゎァィゥェォッャュョヮ、。」』】）！？，：；….,!?:;)"
+WORD = re.compile(rf"[{UNSPACED}][{CLOSING}]*|[^\s{UNSPACED}]+[{CLOSING}]*")
+
+
+def chunks(text: str, limit: int, normaliser: str = "none") -> list[str]:
+    """Split a long text: at lines that begin with [SPEAKER if there are any, else after `limit` words of a paragraph; normalised before,
+    so that a cut inside a sentence gains no full stop.
 
     Turns of speakers are joined up to `limit` words and never split.
     """
@@ -172,10 +192,14 @@ def chunks(text: str, limit: int) -> list[str]:
         out = turns[:1]
         for turn in turns[1:]:
             joined = f"{out[-1]}\n{turn}"
-            out = [*out[:-1], joined] if len(joined.split()) <= limit else [*out, turn]
-        return out
-    paragraphs = [p.split() for p in re.split(r"\n\s*\n", text) if p.strip()]
-    return [" ".join(p[at : at + limit]) for p in paragraphs for at in range(0, len(p), limit)]
+            out = [*out[:-1], joined] if len(WORD.findall(joined)) <= limit else [*out, turn]
+        return [normalise(turn, normaliser) for turn in out]
+    pieces = []
+    for paragraph in re.split(r"\n\s*\n", text):
+        paragraph = " ".join(normalise(paragraph, normaliser).split())
+        starts = [word.start() for word in WORD.finditer(paragraph)][::limit]
+        pieces += [paragraph[a:b].strip() for a, b in zip(starts, [*starts[1:], None], strict=False)]
+    return pieces
 
 
 @dataclass(frozen=True)
@@ -222,7 +246,7 @@ class Chat:
         given = iter(codes)
         for n, message in enumerate(messages):
             role, closing = message["role"], n + 1 == len(messages)
-            weight = float(role == "assistant" and n >= start and not reply)
+            weight = loss_weight(message) if role == "assistant" and n >= start and not reply else 0.0
             thinking = t.empty_thinking if closing and role == "assistant" and any(m["role"] == "user" for m in messages) else ""
             header = t.header.format(role=dict(t.roles).get(role, role))
             out += self.turn(message, (t.begin if n == 0 else "") + header + thinking, given, weight)

@@ -58,15 +58,16 @@ MAIN, OTHER = "SPEAKER_MAIN", "SPEAKER_OTHER"
 EPAD, PAD = 0, 3            # Moshi's ids, which a stream table may change: <unk> before a word, <pad> in silence
 INTERLEAVERS = ("queue", "reference")
 PAUSE = 1.0                 # seconds of silence that end a sentence
+EARLY = 0.5                 # seconds that a word may begin before its wav: recognisers round
 SLACK = 0.5                 # seconds that the last word may end after its wav
 Alignment = tuple[str, float, float, str]       # word, start and end in seconds, MAIN or OTHER
 Timed = tuple[list[int], float]                 # ids, and the second at which they begin
 
 
-def parse_alignments(found: Any) -> list[Alignment]:
+def parse_alignments(found: Any, agent: str = "") -> list[Alignment]:
     """Read words and times from parsed json: Moshi's sidecar, its bare list, or J-Moshi's list, in which A is the agent.
 
-    ValueError names the first malformed entry.
+    `agent` is another label of the agent. ValueError names the first malformed entry.
     """
     items = found.get("alignments") if isinstance(found, dict) else found
     if not isinstance(items, list):
@@ -75,11 +76,12 @@ def parse_alignments(found: Any) -> list[Alignment]:
     for n, item in enumerate(items):
         try:
             if isinstance(item, dict):
-                word, start, end, main = item["word"], item["start"], item["end"], item["speaker"] in ("A", MAIN)
+                word, start, end, who, usual = item["word"], item["start"], item["end"], item["speaker"], ("A", MAIN)
             else:
-                word, (start, end), main = item[0], item[1], item[2] == MAIN
-            if not isinstance(word, str) or not (0 <= float(start) < 1e6 and 0 <= float(end) < 1e6):
+                word, (start, end), who, usual = item[0], item[1], item[2], (MAIN,)
+            if not isinstance(word, str) or not (-EARLY <= float(start) < 1e6 and -EARLY <= float(end) < 1e6):
                 raise ValueError
+            main = str(who) == agent if agent else who in usual
         except (KeyError, IndexError, TypeError, ValueError):
             raise ValueError(f"entry {n} is {json.dumps(item, ensure_ascii=False)[:60]}, expected [word, [start, end], speaker]") from None
         words.append((word.strip(), float(start), float(end), MAIN if main else OTHER))
@@ -94,6 +96,8 @@ def as_json(words: Sequence[Alignment]) -> list[list[Any]]:
 def tidy_words(words: Sequence[Alignment]) -> tuple[list[Alignment], Counter[str]]:
     """Sort words by time and drop those without letters or length; count the corrections."""
     found: Counter[str] = Counter()
+    found["before the recording"] = sum(w[1] < 0 for w in words)
+    words = [(word, max(0.0, start), end, who) for word, start, end, who in words]
     kept = [w for w in words if w[0] and w[1] < w[2]]
     found["without length"] = len(words) - len(kept)
     found["out of order"] = sum(a[1] > b[1] for a, b in zip(kept, kept[1:], strict=False))

@@ -566,6 +566,15 @@ def test_what_sample_cannot_do_is_said_in_one_line(name, tiny_run, tmp_path, mon
     no_leftovers(tmp_path)
 
 
+def test_a_text_that_cannot_be_said_is_named_and_the_others_are_spoken(tiny_run, tmp_path):
+    (tmp_path / "texts.txt").write_bytes("\ufeffone two\r\nfive hundred\r\n\r\nthree\u2028four\r\n".encode())
+    rc, out, err = call("sample.py", "--ckpt", tiny_run, f"--texts={tmp_path}/texts.txt", "--max_frames=2", f"--out={tmp_path}/said")
+    assert rc == 0 and "left out: text 1: word 'five'" in err and "2 recordings" in out, (out, err)
+    assert sorted(p.name for p in (tmp_path / "said").iterdir()) == ["000.wav", "002.wav", "samples.jsonl"]
+    (tmp_path / "texts.txt").write_text("five\nsix\n")
+    fails(call("sample.py", "--ckpt", tiny_run, f"--texts={tmp_path}/texts.txt", f"--out={tmp_path}/no"), "none of the 2 texts can be said")
+
+
 def test_other_commands_refuse_what_they_do_not_know(tiny_run, tmp_path):
     config = tiny_run.parent / "tiny_run.py"
     fails(call("data.py", "chek", "x"), "unknown command 'chek'", "nearest is check")

@@ -19,12 +19,13 @@ from corpus.checks import read_clip
 from corpus.data_config import DataConfig
 from corpus.examples import build_example, prompt_example
 from corpus.index import prepare
-from corpus.layouts import as_clone_request, read_manifest, sample_row
+from corpus.layouts import read_manifest
 from data import Loader
 from families.family import lay_out, with_tokenizer_ids
 from families.higgs import SPECIALS, TEMPLATE, clone_messages
 from generation.command_line import pair_voices, usual_rules
 from streams import Example, Stream, StreamTable, audio_block, codebooks
+from text.chat_formats import as_clone_request, sample_row
 from text.conversation import Chat, chunks, first_target, token_ids
 from text.tokenizers import load_tokenizer
 
@@ -247,6 +248,21 @@ def test_long_texts_are_cut_at_words_or_speakers() -> None:
     assert chunks(talk, 1) == talk.replace("\n[", "\n\n[").split("\n\n")
 
 
+@pytest.mark.parametrize("text, pieces", [
+    ("今天天气很好，我们去散步吧。", ["今天天气", "很好，我们", "去散步吧。"]),
+    ("ラーメンをたべます", ["ラーメンを", "たべます"]),
+    ("สวัสดีครับ", ["สวัสดี", "ครับ"]),
+    ("say 世界 now and then", ["say 世界 now", "and then"]),
+    ("한국어 문장은 띄어 씁니다 네", ["한국어 문장은 띄어 씁니다", "네"]),
+    ("", [])])
+def test_chunks_of_scripts_without_spaces(text: str, pieces: list[str]) -> None:
+    assert chunks(text, 4) == pieces and "".join(pieces).replace(" ", "") == text.replace(" ", "")
+
+
+def test_a_cut_in_mid_sentence_gains_no_full_stop() -> None:
+    assert chunks("one two three four\n\nfive", 3, "higgs-v1") == ["one two three", "four.", "five."]
+
+
 # ---- from files to batches ----
 
 def sound(path: Path, seconds: float, seed: int) -> Path:
@@ -331,7 +347,7 @@ def test_limits_and_tokenizers_are_named(folder: Path, capsys: pytest.CaptureFix
     with pytest.raises(ValueError, match="no usable row"):
         prepare(config(folder, "bad.jsonl", normaliser="higgs-v1"), TINY)
     told = capsys.readouterr().err
-    assert "its reference has no transcript" in told and "holds <|eot_id|>" in told and "start_index 3 leaves no target" in told
+    assert "reference without transcript" in told and "holds <|eot_id|>" in told and "start_index 3 leaves no target" in told
     with pytest.raises(ValueError, match="has no special token"):
         prepare(config(folder, "manifest.jsonl", tokenizer="bytes"), TINY)
     with pytest.raises(ValueError, match="is empty under normaliser"):

@@ -48,6 +48,7 @@ WEB = Path(__file__).resolve().parent / "web"
 PAGES = {"/": "index.html"} | {f"/web/{name}": name for name in ("app.js", "sound.js", "recorder.js", "style.css")}
 POLICY = "default-src 'self'; media-src 'self' blob:; img-src 'self' data:; connect-src 'self' blob:; frame-ancestors 'none'"
 HEADERS = {"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
+FAREWELL = 2.0              # seconds in which the sessions that a drain cuts off hear of it
 # A request that is no HTTP is answered with 400, and who has gone is not answered: their traces would only fill the log.
 QUIET = (HttpProcessingError, ConnectionError)
 logging.getLogger("aiohttp.server").addFilter(lambda record: not (record.exc_info and isinstance(record.exc_info[1], QUIET)))
@@ -211,6 +212,10 @@ class Server:
         self.draining, until = True, time.monotonic() + self.job.drain
         while self.scheduler.active and time.monotonic() < until:
             await asyncio.sleep(0.1)
+        for session in [*self.scheduler.active.values(), *self.scheduler.queue]:
+            session.on_event("error", "the server is going down")
+        while self.gate.here and time.monotonic() < until + FAREWELL:
+            await asyncio.sleep(0.02)
         await runner.cleanup()
         self.scheduler.stop()
 

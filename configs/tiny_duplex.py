@@ -15,6 +15,7 @@ from config import TrainConfig
 from corpus.bundled import digit_dialogues
 from corpus.data_config import DataConfig
 from layers.architecture import ModelConfig, StackConfig
+from loss import LossConfig
 from streams import Stream, StreamTable, codebooks
 
 WORDS = 24                                                  # <unk> (EPAD), <s>, </s>, <pad>, ten words said, ten heard
@@ -23,7 +24,7 @@ table = StreamTable((Stream("text", "text", WORDS + 1, WORDS, start=WORDS), *cod
                      *codebooks(8, 257, 0, 256, name="user")), "talk", aligned=True)
 
 
-FOLDER = "out/cache/digits"                                 # made by corpus.bundled: 1,200 dialogues of 12 s, and 40 that are held out
+FOLDER = "out/cache/digits"                                 # made by corpus.bundled: 2,000 dialogues of 12 s, and 40 that are held out
 
 config = TrainConfig(
     model=ModelConfig(table, StackConfig(dim=256, layers=4, heads=4, ffn=1024, gated=False, activation="gelu", window=300),
@@ -32,8 +33,9 @@ config = TrainConfig(
                     split="manifest", columns=304, window=64, text_padding_weight=0.1,
                     stream_weights=(1.0, *(0.85**k for k in range(8)), *[0.0] * 8)),
     out="out/talk",
-    steps=2400, batch_size=3, lr=1.5e-3, schedule="linear", warmup=30, warmup_offset=1, weight_decay=0.02, dtype="auto",
-    eval_every=800, eval_batches=8, save_every=400, prompts=tuple(f"{FOLDER}/{1200 + n}.flac" for n in range(24)))
+    loss=LossConfig(text=2.0),
+    steps=4000, batch_size=3, lr=1.5e-3, schedule="linear", warmup=30, warmup_offset=1, weight_decay=0.02, dtype="auto",
+    eval_every=2000, eval_batches=8, save_every=500, prompts=tuple(f"{FOLDER}/{2000 + n}.flac" for n in range(40)))
 
 
 def smoke() -> TrainConfig:

@@ -1,6 +1,6 @@
 """Small data sets made of the bundled recordings: stereo dialogues, phone calls, and the digits of configs/tiny_duplex.py.
 
-    python -m corpus.bundled out/cache/digits       composes what configs/tiny_duplex.py trains on: a minute, 300 MB
+    python -m corpus.bundled out/cache/digits       composes what configs/tiny_duplex.py trains on: a minute, 500 MB
 """
 
 import json
@@ -96,11 +96,12 @@ def demo_calls(folder: str | Path, count: int = 40) -> str:
 
 DIGITS = "zero one two three four five six seven eight nine".split()
 HEARD = 0.08                # seconds behind the end of a user's word at which the agent writes down what it heard
+REPLY = 0.16                # and behind the last one at which it answers: two frames later, and longer than users pause between words
 LENGTH = 12.0               # seconds of a dialogue at most
 Clips = dict[tuple[str, str], list[Tensor]]     # (speaker, digit) -> versions (W,) of several speeds
 
 
-def digit_dialogues(folder: str | Path, count: int = 1200, held_out: int = 40, longest: int = 4) -> str:
+def digit_dialogues(folder: str | Path, count: int = 2000, held_out: int = 40, longest: int = 4) -> str:
     """Make stereo dialogues of the bundled digits, once: right, a synthetic voice says up to `longest` digits; left, Allison repeats them.
 
     The agent's words are those that it says, and "(four)" where it has heard one. The user's words stand beside them. An eighth of
@@ -144,7 +145,7 @@ def held_out_string(digits: Sequence[str]) -> bool:
 
 def draw_digits(draw: random.Random, split: str, longest: int) -> list[str]:
     """A string of digits of one side of the split; a single digit belongs to both."""
-    count = draw.choices(range(1, longest + 1), [4, 3, 2, 2, *[1] * longest][:longest])[0]
+    count = draw.choices(range(1, longest + 1), [4, 3, 3, 3, *[1] * longest][:longest])[0]
     while True:
         digits = draw.choices(DIGITS, k=count)
         if len(digits) == 1 or held_out_string(digits) == (split == "test"):
@@ -160,8 +161,8 @@ def compose_dialogue(clips: Clips, draw: random.Random, split: str, longest: int
         for digit in digits:
             turn.append(placed(sides[1], clips[user, digit][min(10, max(0, speed + draw.randint(-1, 1)))], at,
                                0.4 * gain * 10 ** (draw.uniform(-2, 2) / 20)))
-            at = turn[-1][1] + draw.uniform(0.03, 0.12)
-        at = turn[-1][1] + draw.uniform(0.20, 0.25)
+            at = turn[-1][1] + draw.uniform(0.03, 0.08)
+        at = turn[-1][1] + REPLY
         own = []
         for digit in digits:
             own.append(placed(sides[0], draw.choice(clips["allison", digit]), at, 0.5 * 10 ** (draw.uniform(-1, 1) / 20)))
@@ -194,7 +195,7 @@ def recorded_users() -> dict[str, Tensor]:
     for who, digits in said:
         side, at = torch.zeros(round(RATE * (2.0 + 0.8 * len(digits.split())))), 0.6
         for digit in digits.split():
-            at = placed(side, clips[who, digit][5], at, 0.4)[1] + 0.08
+            at = placed(side, clips[who, digit][5], at, 0.4)[1] + 0.05
         found[f"{digits} ({who})"] = side[None] + 1e-3 * torch.randn(1, len(side), generator=torch.Generator().manual_seed(0))
     return found
 

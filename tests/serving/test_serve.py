@@ -423,16 +423,25 @@ def test_a_rate_is_a_bucket(monkeypatch):
     assert sum(rate.allow() for _ in range(100)) >= 9
 
 
-def test_sigterm_ends_the_process_and_nothing_is_written(talk, tmp_path):
-    process = subprocess.Popen([sys.executable, str(ROOT / "serve.py"), f"--ckpt={talk}", "--port=0", "--slots=1"], cwd=tmp_path,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+def test_sigterm_tells_who_talks_ends_the_process_and_nothing_is_written(talk, tmp_path):
+    async def interrupted(http: aiohttp.ClientSession) -> bytes:
+        async with http.ws_connect(f"http://127.0.0.1:{port}/api/chat?format=pcm16") as ws:
+            await ws.receive()
+            await ws.send_bytes(b"\1" + bytes(8 * 1280))
+            while (message := await ws.receive()).data[:1] != b"\5":
+                if message.data[:1] == b"\1":
+                    process.send_signal(signal.SIGTERM)
+            return message.data
+
+    command = [sys.executable, str(ROOT / "serve.py"), f"--ckpt={talk}", "--port=0", "--slots=1", "--drain=0"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env=os.environ | {"PYTHONPATH": str(ROOT)})
     line = ""
     while "http://" not in line:
         line = process.stdout.readline()
         assert line or process.poll() is None, process.stderr.read()
     port = re.search(r":(\d+) ", line)[1]
-    client(lambda http: converse(http, f"http://127.0.0.1:{port}", 1, 0.6))
-    process.send_signal(signal.SIGTERM)
+    assert client(interrupted) == b"\5the server is going down"
     _, err = process.communicate(timeout=30)
     assert process.returncode == 0 and err == "" and list(tmp_path.iterdir()) == []
 

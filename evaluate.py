@@ -4,6 +4,7 @@
     python evaluate.py out/talks                 reply latency, overlap and PAD ratio of the stereo wavs in a folder (dialogue.py)
     python evaluate.py out/demo/samples.jsonl    rows {"text": "four nine", "wav": "0.wav"}; writes wer.json beside it
     python evaluate.py report out/ivr_qwen       held-out losses, replies, slices, one page: see report.py
+    python evaluate.py verify X                  is this checkpoint what it says, on this machine? one table: see verify.py
     python evaluate.py pairs|choices RUN --set=FILE, compare ONE OTHER     likelihoods of pairs, spoken choices: see minimal_pairs.py
     python evaluate.py representations|landscape RUN      how states resemble each other, how the loss bends: see representations.py
 
@@ -35,6 +36,7 @@ from evaluation.metrics import cer, wer
 from evaluation.minimal_pairs import MinimalPairsConfig, compare
 from evaluation.report import Evaluation, report
 from evaluation.representations import GeometryConfig
+from evaluation.verify import VerifyConfig, verify_command
 from options import apply, edge, help_text, read_rows, split_arguments, unknown, visible, write_json
 from training.monitor import read_metrics
 
@@ -137,7 +139,7 @@ def on_a_run(name: str, options: type, measure: Callable[..., object]) -> Comman
     def run(words: list[str], pairs: dict[str, str]) -> None:
         if len(words) != 1:
             raise ValueError(f"{name} takes one run folder, got {words}; python evaluate.py {name} --help shows the options")
-        measure(words[0] if options is MinimalPairsConfig else Path(words[0]), apply(options(), pairs))
+        measure(Path(words[0]) if options is GeometryConfig else words[0], apply(options(), pairs))
     return Command(run, help_text(options(), f"python evaluate.py {name} RUN [--key=value ...]"))
 
 
@@ -148,7 +150,7 @@ def compare_command(words: list[str], pairs: dict[str, str]) -> None:
 
 
 COMPARE = "python evaluate.py compare a/pairs.jsonl b/pairs.jsonl"
-COMMANDS = {"pairs": on_a_run("pairs", MinimalPairsConfig, minimal_pairs.pairs),
+COMMANDS = {"verify": on_a_run("verify", VerifyConfig, verify_command), "pairs": on_a_run("pairs", MinimalPairsConfig, minimal_pairs.pairs),
             "choices": on_a_run("choices", MinimalPairsConfig, minimal_pairs.choices), "compare": Command(compare_command, COMPARE),
             "representations": on_a_run("representations", GeometryConfig, representations.compare_representations),
             "landscape": on_a_run("landscape", GeometryConfig, representations.landscape)}

@@ -1,5 +1,7 @@
 """What evaluate.py calls: read it when you want to know how good a run is.
 
+    verify.py                is a checkpoint what it says, on this machine?
+    consistency.py           whether sampling is the model that was trained: prompts, drawn ids, cached logits
     metrics.py               WER, CER, BLEU, ROUGE, bootstrap
     duplex_measures.py       latency, overlap and padding of full-duplex conversations
     report.py                the evaluation report: losses, replies, slices

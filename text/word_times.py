@@ -225,12 +225,8 @@ def timed_words(text: Tensor, tokenizer: Tokenizer, frame_rate: float, pad: int,
     return words
 
 
-def turns_right(reference: Sequence[Alignment], words: Sequence[Alignment]) -> dict[str, float]:
-    """How many of the user's turns get the reply that was recorded, word for word, in `words` that a model wrote.
-
-    A turn is what the user says until the agent speaks; its reply is what the agent says from its end to the user's next turn. A
-    word in parentheses is what the agent has heard. {} where the reference says nothing of the user's words.
-    """
+def user_turns(reference: Sequence[Alignment]) -> list[list[Alignment]]:
+    """What the user says until the agent speaks, each time."""
     turns: list[list[Alignment]] = []
     spoken_since = True
     for word in sorted(reference, key=lambda w: w[1]):
@@ -239,6 +235,16 @@ def turns_right(reference: Sequence[Alignment], words: Sequence[Alignment]) -> d
         if word[3] == OTHER:
             turns[-1].append(word)
         spoken_since = word[3] == MAIN and not word[0].startswith("(") or spoken_since and word[3] != OTHER
+    return turns
+
+
+def turns_right(reference: Sequence[Alignment], words: Sequence[Alignment]) -> dict[str, float]:
+    """How many of the user's turns get the reply that was recorded, word for word, in `words` that a model wrote.
+
+    A turn is what the user says until the agent speaks; its reply is what the agent says from its end to the user's next turn. A
+    word in parentheses is what the agent has heard. {} where the reference says nothing of the user's words.
+    """
+    turns = user_turns(reference)
     if not turns:
         return {}
     found = {"turns": float(len(turns)), "turns_right": 0.0}

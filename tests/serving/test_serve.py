@@ -25,13 +25,14 @@ from conftest import ROOT, call
 aiohttp = pytest.importorskip("aiohttp")
 sphn = pytest.importorskip("sphn")
 
+import dialogues  # noqa: E402
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer  # noqa: E402
 
 import serve  # noqa: E402
 from audio import load_codec  # noqa: E402
 from audio.mimi import MimiCodec, MimiConfig  # noqa: E402
 from checkpoint import Extras, export, save  # noqa: E402
-from corpus.bundled import DIGITS  # noqa: E402
+from corpus.bundled import DIGITS, digit_dialogues  # noqa: E402
 from corpus.data_config import DataConfig  # noqa: E402
 from generation.conversation import SENTENCES  # noqa: E402
 from generation.decode_step import SampleConfig  # noqa: E402
@@ -293,6 +294,23 @@ def test_a_role_and_a_voice_stand_in_front_of_a_conversation(tmp_path, monkeypat
     rules = replace(server.usual, seed=6, max_frames=user.shape[1])
     wanted = torch.cat([*generate(server.scheduler.model, prompt, rules, given=forced)])
     assert torch.equal(torch.stack(given[6])[:22, :9], wanted[:22, :9])
+
+
+def test_held_out_dialogues_are_answered_live_and_measured(talk, tmp_path, monkeypatch, capsys):
+    digit_dialogues(tmp_path / "digits", 0, 1)
+    reference = json.loads((tmp_path / "digits" / "0000.json").read_text())["alignments"]
+    words = [word for word, _, who in reference if who == "SPEAKER_OTHER"]
+    monkeypatch.setattr(dialogues, "transcribe", lambda clips: ["nothing at all"] * len(clips))
+    monkeypatch.setattr(sys, "argv", ["dialogues", f"--ckpt={talk}", f"--dialogues={tmp_path}/digits"])
+    dialogues.main()
+    *rows, last = capsys.readouterr().out.splitlines()
+    asked = sum(int(row.split()[0]) * int(re.search(r"(\d+) turns", row)[1]) for row in rows)
+    assert asked == len(words) and all(row.endswith("0 in the sound") for row in rows) and last.startswith("latency of ")
+    made, hop = dialogues.Talk(), 640
+    made.sent = 5 * hop
+    made("audio", np.zeros(3 * hop, np.float32))
+    made("audio", np.full(hop, 0.5, np.float32))                          # loud after 3 frames of a stream that began 5 frames late
+    assert dialogues.delay_of(made, 0.0, 9.0, 16_000) == pytest.approx(8 * hop / 16_000)
 
 
 # ---- safety ----

@@ -177,6 +177,7 @@ class Server:
             "frame_seconds": self.scheduler.period, "slots": self.job.slots,
             "options": options, "voices": sorted(self.voices), "users": sorted(self.users), "run": self.samples is not None,
             "text_characters": self.job.limits.text_characters,
+            "speaks": kind == "chat" and bool(family.template.audio_out),
             "roles": self.roles, "clones": kind == "speech" and bool(family.references or family.template)})
 
     async def user(self, request: web.Request) -> web.Response:

@@ -242,8 +242,9 @@ function showSpeech() {
 
 function showChat() {
   const history = [];
-  let cut = null;
+  let cut = null, player = null;
   $("chat").hidden = false;
+  $("aloud-label").hidden = !about.speaks;
   $("tab-live").textContent = "Chat";
   const bubble = (role, text) => {
     const p = document.createElement("p");
@@ -252,11 +253,12 @@ function showChat() {
     $("messages").append(p);
     return p;
   };
-  $("cut").onclick = () => cut?.abort();
+  $("cut").onclick = () => { cut?.abort(); player?.stop(); };
   $("say").onsubmit = async (event) => {
     event.preventDefault();
     problem("");
     cut?.abort();                                    // who speaks while it answers cuts in
+    player?.stop();
     const text = $("message").value, own = cut = new AbortController();
     $("message").value = "";
     bubble("user", text);
@@ -264,15 +266,21 @@ function showChat() {
     const answer = bubble("assistant", ""), turn = { role: "assistant", content: "" };
     $("cut").hidden = false;
     try {
-      const response = await ask("/v1/chat/completions", { method: "POST", signal: own.signal, body: JSON.stringify({ messages: history, stream: true }) });
+      const body = { messages: history, stream: true, ...($("aloud").checked ? { modalities: ["text", "audio"] } : {}) };
+      if (body.modalities) player = new Player(await ready());
+      const response = await ask("/v1/chat/completions", { method: "POST", signal: own.signal, body: JSON.stringify(body) });
       let rest = "";
       for (const reader = response.body.pipeThrough(new TextDecoderStream()).getReader(); ;) {
         const { done, value } = await reader.read();
         if (done) break;
         const events = (rest + value).split("\n\n");
         rest = events.pop();
-        for (const line of events.filter((e) => e.startsWith("data: {"))) turn.content += JSON.parse(line.slice(6)).choices[0].delta.content ?? "";
-        answer.textContent = turn.content;
+        for (const line of events.filter((e) => e.startsWith("data: {"))) {
+          const { content, audio } = JSON.parse(line.slice(6)).choices[0].delta;
+          turn.content += content ?? "";
+          if (audio?.data) player.play(fromPcm16(Uint8Array.from(atob(audio.data), (c) => c.charCodeAt(0)).buffer), 24000);
+        }
+        answer.textContent = turn.content || "(spoken)";
       }
     } catch (error) {
       if (error.name !== "AbortError") problem(error.message);

@@ -36,8 +36,8 @@ export class Player {
     this.sources = new Set();
   }
 
-  play(samples) {
-    const buffer = this.context.createBuffer(1, samples.length, this.context.sampleRate), source = this.context.createBufferSource();
+  play(samples, rate = this.context.sampleRate) {
+    const buffer = this.context.createBuffer(1, samples.length, rate), source = this.context.createBufferSource();
     buffer.copyToChannel(samples, 0);
     source.buffer = buffer;
     source.connect(this.context.destination);

@@ -593,6 +593,34 @@ def test_completions_answer_with_text(tmp_path):
     assert rows[-1]["heard"] == "And #####?" and rows[-1]["outcome"] == "unknown" and len(rows) == 4
 
 
+def test_completions_speak_where_the_model_does(tmp_path):
+    """The samples of a stream are those of the whole reply, but for the end of the resampler's filter."""
+    from test_moss import Q3, drawn
+
+    from families.family import with_tokenizer_ids
+    from text.tokenizers import load_tokenizer
+    words = ROOT / "assets/tiny_qwen_tokenizer.json"
+    rows = (Stream("text", "text", 544, 544), *codebooks(1, 384, 384, -1, 256))
+    table = with_tokenizer_ids(StreamTable(rows, "moss"), load_tokenizer(words))
+    model = drawn(MultistreamLM(ModelConfig(table, Q3, tail=1)))
+    model.extras = Extras(1, {"tokenizer": str(words), "normaliser": "none", "codec": "tiny:1"})
+    save(model, tmp_path / "run")
+    asked = {"messages": [{"role": "user", "content": "Hello"}], "seed": 3, "max_tokens": 12, "modalities": ["text", "audio"]}
+
+    async def ask(http: aiohttp.ClientSession) -> tuple[bytes, bytes]:
+        async with http.post(f"{url}/v1/chat/completions", json=asked) as response:
+            whole = (await response.json())["choices"][0]["message"]["audio"]["data"]
+        async with http.post(f"{url}/v1/chat/completions", json=asked | {"stream": True}) as response:
+            events = [json.loads(line[6:]) for line in (await response.text()).splitlines() if line.startswith("data: {")]
+        deltas = [event["choices"][0]["delta"] for event in events]
+        return base64.b64decode(whole), b"".join(base64.b64decode(d["audio"]["data"]) for d in deltas if "audio" in d)
+
+    with serving(serve.Serve(ckpt=str(tmp_path / "run"), port=0, slots=1, drain=0.0, min_frames=12)) as (server, url):
+        whole, streamed = client(ask)
+    seconds = len(whole[44:]) / 2 / server.codec.sample_rate
+    assert whole[:4] == b"RIFF" and seconds > 0.3 and len(streamed) / 2 / 24_000 == pytest.approx(seconds, abs=0.01)
+
+
 def test_a_run_is_shown_and_nothing_beside_it(tiny_run):
     folder = tiny_run / "samples" / "step_000004"
     folder.mkdir(parents=True, exist_ok=True)

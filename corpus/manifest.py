@@ -258,6 +258,8 @@ def check_fields(m: Manifest, row: Row, others: list[Row]) -> None:
         raise Unusable("bad encoding", "the text contains U+FFFD: save it again as UTF-8 from its source")
     if row["id"] in m.clips:
         raise Unusable("duplicate id", "ids must be unique in a manifest: rename one")
+    if "audio" in row and not row["file"]:
+        raise Unusable("no audio", 'its "audio" is empty: name the recording, or remove the row')
     if any(not (isinstance(c := part["cell"], list) and [type(v) for v in c] == [int, str] and c[0] >= 0)
            for part in (row, *others) if "cell" in part):
         raise Unusable("malformed field", 'a cell is [row, column] of the table that "audio" names')

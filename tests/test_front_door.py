@@ -182,6 +182,10 @@ def broken(name: str, content: Any, reason: str, **about: Any) -> Case:
                 file="" if reason.startswith("path") else name, **about)
 
 
+def broken_list(lines: str, reason: str) -> Case:
+    return Case({"g.wav": 7, "manifest.jsonl": lines}, ("good",), (reason,))
+
+
 def fine(name: str, content: Any, warned: tuple[str, ...] = (), **about: Any) -> Case:
     return Case({"g.wav": 7, name: content, "manifest.jsonl": one(audio=name)}, (TEXT, "good"), (), warned, file=name, **about)
 
@@ -329,6 +333,10 @@ CASES: dict[str, Case] = {
     "opposite phase": clip(np.stack([voice(), -voice()], 1), warned="channels in opposite phase"),
     "the same voice on both channels": clip(np.stack([voice(), voice()], 1)),
     "a voice on one channel": clip(np.stack([voice(), 0 * voice()], 1), warned="stereo"),
+    "an empty name": broken_list(one(audio=""), "no audio"),
+    "null for a name": broken_list(one(audio=None), "no audio"),
+    "a text among recordings": broken_list(rows({"text": TEXT}) + one(audio="g.wav").splitlines()[1], "no audio"),
+    "an empty cell": Case({"a.wav": 1, "metadata.csv": f"file_name,text\na.wav,{TEXT}\n,nobody\n"}, (TEXT,), ("no audio",)),
     "recordings that no row names": Case({"g.wav": 7, "x.wav": 1, "y.wav": 2, "z/z.mp3": sound("MP3"), "manifest.jsonl": one()},
                                          (TEXT, "good"), said="2 recordings are in no row: y.wav, z/z.mp3"),
     "a parquet file": Case({"x.parquet": table(audio=inside(1, 2, 3), text=["one", "two", "three"])}, ("one", "two", "three"),

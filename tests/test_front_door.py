@@ -28,6 +28,7 @@ from corpus.data_config import DataConfig
 from corpus.examples import prompt_example
 from corpus.index import open_cache, prepare
 from corpus.layouts import read_manifest
+from generation.dialogue import user_side
 from options import run_config
 from streams import StreamTable
 from text.tokenizers import load_tokenizer
@@ -615,6 +616,26 @@ def test_a_piece_is_the_same_samples_and_reads_no_more(name: str, tmp_path: Path
     piece, _ = load_wav(tmp_path / name, begin=12.0, seconds=1.5)
     assert piece.shape == (1, 1.5 * RATE) and torch.allclose(piece, whole[:, 12 * RATE : round(13.5 * RATE)], atol=1e-5)
     assert sum(asked) <= (1.5 if name != "gsm.wav" else 13.5) * RATE        # libsndfile cannot seek in GSM
+
+
+def test_which_side_of_a_stereo_recording_is_the_user_is_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    lay(tmp_path, {"two.wav": Wav(np.stack([voice(), voice(seed=1)], 1)), "one.wav": 1})
+    left, right = load_wav(tmp_path / "two.wav", None, None)[0]
+    assert torch.equal(user_side(str(tmp_path / "two.wav"), RATE)[0], right) and "its right channel is heard" in capsys.readouterr().out
+    mixed = user_side(str(tmp_path / "two.wav"), RATE, dialogue=False)[0]
+    assert torch.allclose(mixed, (left + right) / 2) and "both channels, mixed, are heard" in capsys.readouterr().out
+    assert torch.equal(user_side(str(tmp_path / "one.wav"), RATE)[0], right) and not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["x.parquet", "data/train.parquet"])
+def test_what_check_writes_of_a_table_trains(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow", reason="needs pyarrow")
+    source = lay(tmp_path / "data", {name: table(audio=inside(1, 2), text=["one", "two"])})
+    check_source(str(source), write=str(tmp_path / "kept"))
+    [kept] = (tmp_path / "kept").glob("*.kept.jsonl")
+    config = DataConfig(sources=(str(kept),), cache=str(tmp_path / "cache"), held_out=0.0, prefetch=0)
+    index = prepare(config, BYTES)
+    assert [e.text for e in index.entries] == ["one", "two"] and index.entries[0].key != index.entries[1].key
 
 
 def test_hours_of_silence_are_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

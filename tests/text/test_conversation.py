@@ -259,6 +259,13 @@ def test_chunks_of_scripts_without_spaces(text: str, pieces: list[str]) -> None:
     assert chunks(text, 4) == pieces and "".join(pieces).replace(" ", "") == text.replace(" ", "")
 
 
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"loss": False}, {"weight": 0.0, "loss": True}])
+def test_a_turn_without_weight_is_read_and_not_trained(mark: dict) -> None:
+    turns = [turn("user", "hello"), turn("assistant", "no") | mark, turn("user", "hello"), turn("assistant", "yes")]
+    found = CHAT.segments(turns, [])
+    assert "no" in written(found) and trained(found) == trained(CHAT.segments(turns, [], 3))
+
+
 def test_a_cut_in_mid_sentence_gains_no_full_stop() -> None:
     assert chunks("one two three four\n\nfive", 3, "higgs-v1") == ["one two three", "four.", "five."]
 

@@ -97,4 +97,5 @@ $(VENV)/serve: $(VENV)/core
 
 $(VENV)/test: $(VENV)/core
 	$(PIP) -e ".[dev,eval]"
+	$(PIP) --no-deps resemblyzer==0.1.4      # the weights of a speaker encoder; its other packages are not used
 	touch $@

@@ -85,6 +85,8 @@ class TrainConfig:
     patience: int = 0                      # stop after this many evaluations without a better held-out loss, 0 = never
     prompts: tuple[str, ...] = ()          # texts to speak and measure at every evaluation (evaluation_samples.py); Moshi: recordings
     listen: int = 0                        # held-out recordings whose text is spoken and measured at every evaluation
+    recogniser: str = ""                   # also score what is spoken: "tiny.en" (English; needs .[eval]) or module:function; empty = no
+    best: str = "loss"                     # what ckpt/best and patience go by: loss, or of what is spoken wer or speaker_similarity
     save_every: int = 0                    # steps between checkpoints, 0 = only at the end
     keep: int = 2                          # number of newest checkpoints kept, beside the best one
     consolidated: str = ""                 # official format in which each checkpoint is written too, empty = none
@@ -122,6 +124,10 @@ class TrainConfig:
             family_of(self.model.table)
         except ValueError as error:
             raise AssertionError(error) from None
+        assert self.best in ("loss", "wer", "speaker_similarity"), f"best {self.best!r} is none of loss, wer, speaker_similarity"
+        assert self.best == "loss" or (self.recogniser and (self.listen or (self.prompts and self.best == "wer"))), (
+            f"best={self.best} is measured on what is spoken; add --recogniser=tiny.en and --listen=4")
+        assert not self.recogniser or family_of(self.model.table).text_to_speech, "recogniser needs a text-to-speech model; leave it empty"
         assert not self.listen or family_of(self.model.table).text_to_speech, (
             f"listen needs a text-to-speech model, layout {self.model.table.layout!r} is none; leave it at 0")
         known = [name for name in consolidated_files(self.model) if self.lora or not name.endswith("-lora")]

@@ -17,7 +17,6 @@ takes its place with --recogniser=module:function, which makes a list of texts o
 
 import system.setup_check  # noqa: F401, first: it says how to set up where torch is missing
 
-import importlib
 import re
 import sys
 from collections.abc import Callable
@@ -26,9 +25,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-from torch import Tensor
-
-from audio.recogniser import transcribe
+from audio.recogniser import choose_recogniser
 from audio.wav import load_wav
 from evaluation import duplex_measures, minimal_pairs, representations, sparse_autoencoder
 from evaluation.html_page import blank_figure, save_figure
@@ -39,19 +36,6 @@ from evaluation.representations import GeometryConfig
 from evaluation.verify import VerifyConfig, verify_command
 from options import apply, edge, help_text, read_rows, split_arguments, unknown, visible, write_json
 from training.monitor import read_metrics
-
-# ---- recogniser ----
-
-def chosen(recogniser: str) -> Callable[[list[tuple[Tensor, int]]], list[str]]:
-    """The speech recogniser: Whisper, or the function that "module:function" names."""
-    if not recogniser:
-        return transcribe
-    module, _, name = recogniser.partition(":")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"--recogniser={recogniser} cannot be used ({error}); give module:function, importable from here") from None
-
 
 # ---- command ----
 
@@ -68,7 +52,7 @@ def read_samples(path: Path) -> list[dict]:
 def score(path: Path, recogniser: str = "") -> dict:
     """Transcribe and score every row of a samples file: {"wer": mean, "cer": mean, "rows": [{text, wav, heard, wer, cer}]}."""
     rows = read_samples(path)
-    heard = chosen(recogniser)([load_wav(path.parent / row["wav"]) for row in rows])
+    heard = choose_recogniser(recogniser)([load_wav(path.parent / row["wav"]) for row in rows])
     scored = [row | {"heard": text, "wer": round(wer(row["text"], text), 4), "cer": round(cer(row["text"], text), 4)}
               for row, text in zip(rows, heard, strict=True)]
     return {name: sum(row[name] for row in scored) / len(scored) for name in ("wer", "cer")} | {"rows": scored}
@@ -175,7 +159,7 @@ def main() -> None:
         raise ValueError(f"unexpected words {' '.join(words[1:])!r}; give one run folder, or one jsonl of {{text, wav}}")
     job = apply(Evaluation(), pairs)
     if command == "report":
-        print(f"{report(Path(path), job, chosen(job.recogniser))}: written")
+        print(f"{report(Path(path), job, choose_recogniser(job.recogniser))}: written")
     elif Path(path).is_file():
         print_scores(Path(path), job.recogniser)
     else:

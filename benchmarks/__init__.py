@@ -4,5 +4,6 @@
     big.py          full-size random checkpoints: load, a training step, sample, merge, export, with their peaks
     live.py         many conversations at once with serve.py, in real time
     peers.py        small models of each family, ours and the peers'
+    voice.py        recordings of a stand-in person, faulty ones among them, to a voice by the commands of the README
     workloads.py    a training step, a generation; the minimum work of each
 """

@@ -28,6 +28,7 @@ and now begins `keep` seconds before it. `--words=a,i` limits this to those word
 
 import hashlib
 import json
+import re
 import shlex
 import sys
 import time
@@ -49,7 +50,7 @@ from evaluation.metrics import wer
 from options import apply, check_types, help_text, read_json, read_lines, split_arguments, visible, write_json, write_rows, write_text
 from system.files import lock, unlock
 from system.progress import Progress
-from text.normalisers import normalise
+from text.normalisers import DIGITS, normalise
 from text.word_times import MAIN, OTHER, Alignment, as_json, parse_alignments, tidy_words
 
 Recogniser = Callable[[Tensor], TimedWords]                # of one channel (W,) at RATE
@@ -305,7 +306,7 @@ def transcribe_row(row: Row, config: TranscribeConfig, memory: Recognised, recog
 
     if seconds <= (max(config.longest, OWN) if own else config.longest):
         said = heard(0.0, seconds)
-        yield row | ({"heard": text_of(said)} if own else {"text": text_of(said)} | times_of(said))
+        yield row | ({"heard": text_of(said)} | times_of(said, row) if own else {"text": text_of(said)} | times_of(said))
         return
     for begin, end in cut_at_pauses(voice(wav, config.pause, config.longest), seconds, config.longest):
         if said := heard(begin, end):
@@ -314,11 +315,28 @@ def transcribe_row(row: Row, config: TranscribeConfig, memory: Recognised, recog
 
 
 def text_of(words: TimedWords) -> str:
-    return "".join(word for word, *_ in words).strip()
+    return " ".join("".join(word for word, *_ in words).split())
 
 
-def times_of(words: TimedWords) -> Row:
-    return {"words": [[word.strip(), start] for word, start, _ in words if word.strip()]}
+def times_of(words: TimedWords, own: Row | None = None) -> Row:
+    """The field "words"; of a row with a transcript only if its words are those that were heard and it has no times."""
+    found = [[word.strip(), start] for word, start, _ in words if word.strip()]
+    if own is None:
+        return {"words": found}
+    said = own["text"].split()
+    if "words" in own or len(said) != len(found) or wer(own["text"], text_of(words)):
+        return {}
+    return {"words": [[word, start] for word, (_, start) in zip(said, found, strict=True)]}
+
+
+def as_spoken(found: TimedWords, spelled: TimedWords) -> TimedWords:
+    """What was recognised, with numbers as they are spoken: `spelled`, a second hearing without figures, if it says the same.
+
+    Else figures are read one by one, for without them Whisper sometimes ends too early.
+    """
+    if wer(text_of(found), text_of(spelled)) <= 0.2:
+        return spelled
+    return [(re.sub(r"\d", lambda digit: f" {DIGITS[int(digit[0])]}", word), start, end) for word, start, end in found]
 
 
 def load_recogniser(config: TranscribeConfig) -> Recogniser:
@@ -326,7 +344,9 @@ def load_recogniser(config: TranscribeConfig) -> Recogniser:
 
     def recognise(wav: Tensor) -> TimedWords:
         padded = recogniser.prepare(wav, RATE)
-        found = recogniser.words(model, padded, config.language, config.beam, vad=False, spelled=True)
+        found = recogniser.words(model, padded, config.language, config.beam, vad=False)
+        if any(c.isdigit() for c in text_of(found)):
+            found = as_spoken(found, recogniser.words(model, padded, config.language, config.beam, vad=False, spelled=True))
         return [(word, max(0.0, start - recogniser.BEFORE), max(0.0, end - recogniser.BEFORE)) for word, start, end in found]
 
     return recognise

@@ -91,8 +91,8 @@ def _error_rate(reference: str, hypothesis: str, units) -> float:
     rates = []
     for ref in {normalise(reference, by_digit) for by_digit in (False, True)}:
         for hyp in {normalise(hypothesis, by_digit) for by_digit in (False, True)}:
-            reference, hypothesis = units(ref), units(hyp)
-            rates.append(min(edit_distance(reference, hypothesis), len(reference)) / max(len(reference), 1))
+            right, found = units(ref), units(hyp)
+            rates.append(min(edit_distance(right, found), len(right)) / max(len(right), 1))
     return min(rates)
 
 

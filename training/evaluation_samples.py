@@ -6,10 +6,14 @@
                     "val/quality_ended"                     share of the samples that the model ended itself
                     "val/quality_similarity_hubert"         cosine similarity of mean HuBERT states, sample and voice reference;
                                                             "_spectrum": of mean log-mel spectra, if the codec has no HuBERT
+                    "val/quality_wer"                       word error rate by a recogniser (TrainConfig.recogniser)
+                    "val/quality_speaker_similarity"        cosine of speaker vectors, sample and voice reference, or the recording
+                                                            of the text where there is none (audio/speaker.py)
 
 The texts are the same at every evaluation: TrainConfig.prompts, whose expected duration follows from the average pace of the
 data, and the texts of the first `listen` held-out recordings, each in the voice of another clip of its speaker, with the
-duration of the recording. Similarity shows trends within one run; it does not identify speakers. Used by train.py.
+duration of the recording. The similarity of HuBERT and of spectra shows trends within one run; it does not identify speakers.
+Used by train.py.
 """
 
 from collections.abc import Sequence
@@ -22,6 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from audio import speaker
+from audio.recogniser import choose_recogniser, load_whisper, transcribe
 from audio.wav import levels, load_wav, resample, save_wav
 from audio.whisper import RATE, log_mel
 from config import TrainConfig
@@ -30,6 +36,7 @@ from corpus.data_config import DataConfig
 from corpus.examples import prompt_example, spoken_prompt
 from corpus.index import Index, fitting_codec
 from evaluation.duplex_measures import mean, measure_file
+from evaluation.metrics import wer
 from families.family import family_of
 from generation.decode_step import SampleConfig
 from generation.dialogue import write_reply
@@ -53,6 +60,7 @@ class Trial:
     prompt: Example
     seconds: float
     voice: Tensor | None = None         # (Q, T) codes
+    recording: Tensor | None = None     # (Q, T) codes of somebody saying the text
 
 
 def speak_samples(model: MultistreamLM, config: TrainConfig, index: Index, folder: Path) -> dict[str, float]:
@@ -72,6 +80,8 @@ def speak_samples(model: MultistreamLM, config: TrainConfig, index: Index, folde
         name = "".join(c if c.isalnum() else "_" for c in trial.name[:60]) + ".wav"
         save_wav(folder / name, speech.wav, codec.sample_rate)
         rows.append({"text": trial.text, "wav": name} | measure(speech, trial, codec))
+    if config.recogniser:
+        score(rows, spoken, tried, codec, config.recogniser)
     write_rows(folder / "samples.jsonl", rows)
     return means(rows)
 
@@ -108,7 +118,7 @@ def trials(config: TrainConfig, index: Index, codec: Any) -> list[Trial]:
         other = voice_of(index, n) if data.reference or entries[n].reference >= 0 else -1
         voice = index.codes(other, 0) if other >= 0 else None
         prompt = spoken_prompt(index, n, other, data, table)
-        found.append(Trial(entries[n].id, entries[n].text, prompt, entries[n].frames[0] / codec.frame_rate, voice))
+        found.append(Trial(entries[n].id, entries[n].text, prompt, entries[n].frames[0] / codec.frame_rate, voice, index.codes(n, 0)))
     return found
 
 
@@ -132,9 +142,36 @@ def measure(speech: Speech, trial: Trial, codec: Any) -> dict[str, float]:
     return found
 
 
+def score(rows: list[dict[str, Any]], spoken: Sequence[Speech], tried: Sequence[Trial], codec: Any, recogniser: str) -> None:
+    """Add to the row of each sample what a recogniser hears, its word error rate, and how much it sounds like the speaker."""
+    heard = choose_recogniser(recogniser)([(speech.wav, codec.sample_rate) for speech in spoken])
+    for row, text, speech, trial in zip(rows, heard, spoken, tried, strict=True):
+        row |= {"heard": text, "wer": wer(trial.text, text)}
+        like = trial.recording if trial.voice is None else trial.voice
+        if like is not None and not speaker.missing():
+            row["speaker_similarity"] = speaker.similarity((speech.wav, codec.sample_rate), (codec.decode(like[None]), codec.sample_rate))
+
+
+def check_scorers(config: TrainConfig) -> list[str]:
+    """Load what scores the samples, before a run begins; ValueError names what to install. Returns lines to print."""
+    if not config.recogniser:
+        return []
+    if choose_recogniser(config.recogniser) is transcribe:
+        load_whisper()
+    if (lacks := speaker.missing()) and config.best == "speaker_similarity":
+        raise ValueError(lacks)
+    return [f"speaker similarity is not measured: {lacks}"] if lacks and config.listen else []
+
+
+def badness(numbers: dict[str, float], best: str) -> float:
+    """What ckpt/best goes by, lower is better; infinite where it was not measured."""
+    name, sign = {"loss": ("loss", 1), "wer": ("quality_wer", 1), "speaker_similarity": ("quality_speaker_similarity", -1)}[best]
+    return sign * numbers[name] if name in numbers else float("inf")
+
+
 def means(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     """The mean of every metric over the rows that have it."""
-    names = dict.fromkeys(key for row in rows for key in row if key not in ("text", "wav", "seconds"))
+    names = dict.fromkeys(key for row in rows for key in row if key not in ("text", "wav", "seconds", "heard"))
     found = {name: [row[name] for row in rows if name in row] for name in names}
     return {f"quality_{name}": sum(values) / len(values) for name, values in found.items()}
 

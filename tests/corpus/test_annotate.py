@@ -13,7 +13,16 @@ from conftest import ROOT, call
 
 from audio.recogniser import RATE
 from audio.wav import load_wav
-from corpus.annotate import AnnotateConfig, TranscribeConfig, annotate, cut_at_pauses, transcribe, whisper_recogniser
+from corpus.annotate import (
+    AnnotateConfig,
+    TranscribeConfig,
+    annotate,
+    as_spoken,
+    cut_at_pauses,
+    text_of,
+    transcribe,
+    whisper_recogniser,
+)
 from corpus.bundled import demo_dialogues
 from corpus.checks import read_clip
 from corpus.layouts import read_manifest
@@ -174,6 +183,7 @@ def test_recordings_get_their_words_and_transcripts_are_compared(tmp_path, capsy
                            "words": [["it", 0.0], ["lasts", 0.1], ["two.", 0.3]]}
     assert rows["bob/his"]["speaker"] == "bob" and rows["bob/his"]["text"] == "it lasts three." and rows["silent"]["text"] == ""
     assert rows["right"]["text"] == "It lasts four" and rows["right"]["heard"] == "it lasts four."
+    assert rows["right"]["words"] == [["It", 0.0], ["lasts", 0.1], ["four", 0.3]] and "words" not in rows["wrong"]
     out = capsys.readouterr().out
     for line in ("word error rate 0.500; 1 do not fit", "wrong: 'something entirely different was said', heard 'it lasts five.'",
                  "no voice: silent", "left out: ", "broken.wav", "next: python data.py check"):
@@ -238,6 +248,13 @@ def test_transcribe_says_what_it_cannot_take(tmp_path):
                                   ("empty", "--language=ar", "only knows English, not 'ar'")):
         rc, _, err = call("data.py", "transcribe", tmp_path / folder, option)
         assert rc == 2 and words in err and err.count("\n") == 1, err
+
+
+def test_numbers_are_written_as_they_are_spoken():
+    heard = [(" Bus", 0.0, 0.2), (" 12", 0.3, 0.6), (" leaves.", 0.7, 1.0)]
+    for said, ours in (("Bus one two leaves.",) * 2, ("Bus twelve leaves.",) * 2, ("Bus", "Bus one two leaves.")):
+        spelled = [(f" {word}", 0.1 * n, 0.1) for n, word in enumerate(said.split())]
+        assert " ".join(text_of(as_spoken(heard, spelled)).split()) == ours
 
 
 def test_the_recogniser_in_the_package_spells_numbers_out(tmp_path):

@@ -135,7 +135,7 @@ def test_encoding_takes_one_torch_thread_a_clip_and_gives_the_others_back(config
 
 # ---- splits ----
 
-def test_splits_are_stable_and_disjoint(config, tmp_path):
+def test_splits_are_stable_and_disjoint(config, tmp_path, capsys):
     index = prepare(config, BYTES)
     held = {e.id for e in index.entries if e.split == "held-out"}
     assert 1 <= len(held) <= 20
@@ -143,6 +143,11 @@ def test_splits_are_stable_and_disjoint(config, tmp_path):
     (tmp_path / "clips/manifest.jsonl").write_text("\n".join(reversed(lines)) + "\n")
     assert {e.id for e in prepare(config, BYTES).entries if e.split == "held-out"} == held      # not by file order
     by_speaker = prepare(replace(config, split="speaker", held_out=0.5), BYTES).entries
+    path = Path(config.sources[0]) / "manifest.jsonl"
+    rows = [json.loads(line) | {"speaker": "only"} for line in path.read_text().splitlines()]
+    (path.parent / "one.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    one = prepare(replace(config, sources=(str(path.parent / "one.jsonl"),), split="speaker", held_out=0.5), BYTES).entries
+    assert {e.split for e in one} == {"train", "held-out"} and "of one speaker" in capsys.readouterr().out      # else all or nothing
     assert not {e.speaker for e in by_speaker if e.split == "train"} & {e.speaker for e in by_speaker if e.split == "held-out"}
     assert {e.split for e in prepare(replace(config, split="manifest"), BYTES).entries} == {"train"}
 

@@ -8,10 +8,15 @@ import pytest
 import torch
 
 from evaluation import metrics
-from evaluation.metrics import LinearProbe, Resample, bleu, bleu_of, bleu_parts, confusion, macro_f1, ratio, rouge, rouge_rows
+from evaluation.metrics import LinearProbe, Resample, bleu, bleu_of, bleu_parts, cer, confusion, macro_f1, ratio, rouge, rouge_rows, wer
 
 SAID = ["the order 48213 arrives on 3 June", "I am sorry , we will refund it .", "short", "a b c d e f"]
 HEARD = ["the order 48213 comes on 3 June", "I am sorry, we refund it.", "", "a b c d e f"]
+
+
+def test_figures_on_either_side_are_read_both_ways() -> None:
+    assert wer("bus 12 leaves", "bus one two leaves") == wer("bus twelve leaves", "Bus 12 leaves.") == cer("bus 12", "bus twelve") == 0
+    assert wer("bus 12 leaves", "bus three leaves") == pytest.approx(1 / 3)
 
 
 # ---- likeness ----

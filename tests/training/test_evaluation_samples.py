@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import CONFIG, call, write_clips
 from test_conversation import TINY, WORDS, config, folder, written  # noqa: F401
 
 from audio import load_codec
@@ -121,3 +122,57 @@ def test_speeds_of_the_log(monkeypatch: pytest.MonkeyPatch):
     assert 0.01 < memory < 100
     assert meter.read(6)["columns_per_second"] == 0 and meter.step == 7
     assert monitor.pace(found | {"memory_gib": 1.25}) == "1.00 s a step, 6 columns/s, 34 tokens/s, 0 s of speech a second, 1.2 GiB"
+
+
+# ---- a recogniser and a speaker encoder ----
+
+HEARD = '''"""Hears the text at the first evaluation, and nothing at all later."""
+calls = 0
+
+
+def hear(wavs):
+    global calls
+    calls += 1
+    return ["one two" if calls == 1 else "zero" for _ in wavs]
+'''
+
+
+def test_the_best_checkpoint_can_be_the_one_that_is_understood(tmp_path, monkeypatch):
+    write_clips(tmp_path / "clips")
+    (tmp_path / "run.py").write_text(CONFIG)
+    (tmp_path / "ears_of_a_test.py").write_text(HEARD)
+    scored = "--recogniser=ears_of_a_test:hear", "--prompts=('one two',)", "--eval_every=2", "--steps=4"
+    monkeypatch.syspath_prepend(tmp_path)
+    rc, out, err = call("train.py", tmp_path / "run.py", *scored, "--best=wer")
+    assert rc == 0 and "wer 0.00" in out and "wer 1.00" in out, err
+    assert (tmp_path / "run/ckpt/best").resolve().name == "step_000002"
+    rows = [json.loads(line) for line in (tmp_path / "run/samples/step_000004/samples.jsonl").read_text().splitlines()]
+    assert [(row["heard"], row["wer"]) for row in rows] == [("zero", 1.0)]
+    numbers = [row["val/quality_wer"] for row in map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines())
+               if "val/quality_wer" in row]
+    assert numbers == [0.0, 1.0]
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    (("--recogniser=nobody:hear",), "--recogniser=nobody:hear cannot be used"), (("--best=wer",), "add --recogniser=tiny.en"),
+    (("--best=luck",), "none of loss, wer, speaker_similarity")])
+def test_scorers_that_cannot_be_used_are_named_before_the_run(tmp_path, options, words):
+    write_clips(tmp_path / "clips")
+    (tmp_path / "run.py").write_text(CONFIG)
+    rc, _, err = call("train.py", tmp_path / "run.py", *options)
+    assert rc == 2 and words in err and not (tmp_path / "run/ckpt").exists(), err
+
+
+def test_without_speaker_weights_the_rest_is_measured_and_that_is_said(run: TrainConfig, monkeypatch):
+    monkeypatch.setattr("audio.speaker.find_spec", lambda name: None)
+    asked = replace(run, recogniser="json:loads")
+    line, = evaluation_samples.check_scorers(asked)
+    assert "is not measured" in line and "pip install --no-deps resemblyzer" in line
+    with pytest.raises(ValueError, match="resemblyzer"):
+        evaluation_samples.check_scorers(replace(asked, best="speaker_similarity"))
+
+
+def test_the_best_of_each_measure_is_the_lowest_badness():
+    numbers = {"loss": 3.0, "quality_wer": 0.25, "quality_speaker_similarity": 0.8}
+    assert [evaluation_samples.badness(numbers, name) for name in ("loss", "wer", "speaker_similarity")] == [3.0, 0.25, -0.8]
+    assert evaluation_samples.badness({}, "wer") == float("inf")

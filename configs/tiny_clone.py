@@ -1,6 +1,6 @@
 """Voice cloning in small: the shape of Higgs Audio v2 on the bundled voices.
 
-    python train.py configs/tiny_clone.py      about half an hour on two cores; not intelligible in minutes
+    python train.py configs/tiny_clone.py      about half an hour on two cores; the shape only: what it says is not intelligible
 
 Sequential grid: reference transcript, reference speech, transcript (bytes), speech; eight delayed codebooks; audio
 columns have their own feed-forward network (dual FFN).

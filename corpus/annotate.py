@@ -4,7 +4,7 @@
     python data.py transcribe data/voice --model=large-v3 --language=ar  the model in the package (tiny.en) only knows English
 
     data/voice/transcribed.jsonl        every recording with its words: yours, or the recognised ones; train from this list
-    data/voice/transcribed.words.json   the words of all texts, for models that speak whole words (configs/tiny.py --preset=voice)
+    data/voice/transcribed.words.json   the words of the demo model and of all texts, for models that speak whole words
     data/voice/transcribed.cache        what was recognised: an interrupted command goes on, a second one recognises what is new
 
 A recording longer than `longest` seconds is cut at pauses. Your own transcripts stay as they are and are compared: what was
@@ -47,7 +47,19 @@ from corpus.checks import differs
 from corpus.layouts import json_rows, read_manifest
 from corpus.manifest import CACHE_FIELDS, TRANSCRIBED, Manifest, Row, Unusable, path_inside
 from evaluation.metrics import wer
-from options import apply, check_types, help_text, read_json, read_lines, split_arguments, visible, write_json, write_rows, write_text
+from options import (
+    apply,
+    check_types,
+    help_text,
+    locate,
+    read_json,
+    read_lines,
+    split_arguments,
+    visible,
+    write_json,
+    write_rows,
+    write_text,
+)
 from system.files import lock, unlock
 from system.progress import Progress
 from text.normalisers import DIGITS, normalise
@@ -224,6 +236,7 @@ class TranscribeConfig:
             f"the model in the package only knows English, not {self.language!r}; name another one, such as --model=small")
 
 
+KNOWN = "assets/speech/words.json"      # the words of the demo model
 OWN = 30.0                  # seconds: a recording with a transcript is only cut if it is longer
 SAVE_EVERY = 20.0           # seconds between two writes of what was recognised
 
@@ -374,7 +387,9 @@ def transcribe(source: str | Path, config: TranscribeConfig, recognise: Recognis
         memory.save()
         unlock(m.root)
     write_rows(target, ({key: value for key, value in row.items() if key not in CACHE_FIELDS} for row in found))
-    write_json(target.with_suffix(".words.json"), sorted({word for row in found for word in normalise(row["text"], "english-v1").split()}))
+    known = read_json(locate(KNOWN))                        # their ids stay, so that a model that knows them can be the start
+    said = {word for row in found for word in normalise(row["text"], "english-v1").split()}
+    write_json(target.with_suffix(".words.json"), known + sorted(said.difference(known)))
     print(*summary(rows, found, m, faults), sep="\n")
     if not found:
         raise ValueError(f"{source}: no recording could be read; fix the faults listed above")

@@ -68,7 +68,7 @@ bench: $(VENV)/core       ## benchmarks against other implementations (those not
 	$(RUN) bench.py scaling --model=higgs --pairs=5
 
 big: $(VENV)/core         ## full-size random Qwen2.5-1.5B and Higgs v2 3B: load, train, sample, merge, export, and their peaks (35 GB of disk)
-	$(RUN) -m benchmarks.big
+	$(RUN) tests/big.py
 
 lines:                    ## number of lines: the core path, then each folder
 	@wc -l config.py streams.py model.py lora.py loss.py data.py train.py sample.py | tail -1 | sed 's/total/core path/'

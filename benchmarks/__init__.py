@@ -1,9 +1,7 @@
 """What bench.py calls: how it measures, the workloads, and the peers. Read it when you measure speed or memory.
 
     measure.py      alternating pairs, memory, operations, versions and device of a figure
-    big.py          full-size random checkpoints: load, a training step, sample, merge, export, with their peaks
     live.py         many conversations at once with serve.py, in real time
     peers.py        small models of each family, ours and the peers'
-    voice.py        recordings of a stand-in person, faulty ones among them, to a voice by the commands of the README
     workloads.py    a training step, a generation; the minimum work of each
 """

@@ -14,7 +14,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from torch import Tensor
 from audio.wav import levels, load_wav, mix, opposite, resample
 from corpus.data_config import DataConfig
 from corpus.layouts import read_manifest
-from corpus.manifest import CACHE_FIELDS, INLINE, Manifest, RejectedRow, Row, Unusable, open_audio
+from corpus.manifest import CACHE_FIELDS, INLINE, Manifest, RejectedRow, Row, Unusable, label, open_audio
 from evaluation.metrics import cer, wer
 from families.family import RECIPES
 from options import FULL, visible, write_rows
@@ -303,6 +303,15 @@ def advice(manifests: Sequence[Manifest], entries: Sequence[Any], config: DataCo
                + 'give rows a "speaker", or put the recordings of each into a folder of their own\n')
     if config.split != "manifest" and any(m.split_by_name for m in manifests):
         yield f"lists named valid, dev or test are mixed with the others (data.split={config.split}): use --data.split=manifest\n"
+
+
+def with_fitting_split(config: DataConfig, manifests: Sequence[Manifest]) -> DataConfig:
+    """The config; of one speaker, who would be on one side as a whole, rows are held out one by one, and that is printed."""
+    voices = {label(row.get("speaker")) for m in manifests for row in m.rows}
+    if config.split != "speaker" or len(voices) != 1 or "" in voices:
+        return config
+    print("all rows are of one speaker: they are held out one by one, as with --data.split=hash")
+    return replace(config, split="hash")
 
 
 def checked_reference(name: str, said: str, limits: tuple[float, float], doubtful: str) -> tuple[Tensor, int]:

@@ -35,7 +35,7 @@ from corpus.cache import (
     word_shift,
     write_tensors,
 )
-from corpus.checks import Verdicts, advice, judge, verdict_lines, warning_lines
+from corpus.checks import Verdicts, advice, judge, verdict_lines, warning_lines, with_fitting_split
 from corpus.data_config import PROMPT_FIELDS, DataConfig
 from corpus.layouts import read_manifest
 from corpus.manifest import Manifest, Row, hash_fraction, label
@@ -187,11 +187,7 @@ def write_index(config: DataConfig, table: StreamTable) -> Index:
     encoded = store_codes(manifests, codec, duplex, config) if codec else 0
     info = {"version": CACHE_VERSION, "frame_rate": codec.frame_rate if codec else 0.0, "duplex": duplex}
     index = Index(index_folder(config, table), info, [], chat=chat, padding=(config.text_padding_weight, table.pad, table.epad))
-    voices = {label(row.get("speaker")) for m in manifests for row in m.rows}
-    if config.split == "speaker" and len(voices) == 1 and "" not in voices:
-        print("all rows are of one speaker: they are held out one by one, as with --data.split=hash")
-        config = replace(config, split="hash")
-    indexer = Indexer(index, config, table, tokenizer, composed_audio(manifests))
+    indexer = Indexer(index, with_fitting_split(config, manifests), table, tokenizer, composed_audio(manifests))
     for source, m in enumerate(manifests):
         indexer.add(m, source)
     index = indexer.index

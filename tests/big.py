@@ -1,7 +1,7 @@
 """Full size, without anybody's weights: random checkpoints in the official sharded layout, and everything that is done with them.
 
-    python -m benchmarks.big                       Qwen2.5-1.5B and Higgs v2 3B in out/big: `make big`
-    python -m benchmarks.big --models=qwen --dtype=bf16
+    python tests/big.py                       Qwen2.5-1.5B and Higgs v2 3B in out/big: `make big`
+    python tests/big.py --models=qwen --dtype=bf16
 
 Each step is a process of its own, and says its peak of memory beside the bytes of the weights: load, a training step of LoRA
 (bf16, then on a base of 8 bits), 20 columns sampled, merge, export. Linux only: it tells how much a process had.
@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from checkpoint import SHARD, STORED, Extras, export, load, save
 from families.family import choose_format, export_model
@@ -137,7 +139,7 @@ def main() -> None:
         weights = sum(file.stat().st_size for file in files)
         print(f"{name}: {weights / 1e9:.2f} GB of weights in {len(files)} files, made in {time.perf_counter() - began:.0f} s", flush=True)
         for step in job.steps:
-            done = subprocess.run([sys.executable, "-m", "benchmarks.big", name, step, str(folder), f"--columns={job.columns}"],
+            done = subprocess.run([sys.executable, __file__, name, step, str(folder), f"--columns={job.columns}"],
                                   capture_output=True, text=True, cwd=ROOT if folder.is_absolute() else None,
                                   env={**os.environ, "PYTHONPATH": str(ROOT)})
             if done.returncode:

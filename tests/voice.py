@@ -1,7 +1,7 @@
 """From a folder of recordings to a voice: 60 clips of a stand-in person, 8 of them faulty, and the five commands of the README.
 
-    python -m benchmarks.voice                     in out/voice_test: transcribe, check, train, sample; WER, similarity, minutes
-    python -m benchmarks.voice --only=corpus       only the recordings
+    python tests/voice.py                     in out/voice_test: transcribe, check, train, sample; WER, similarity, minutes
+    python tests/voice.py --only=corpus       only the recordings
 
 The person is a speech synthesiser (Debian: apt-get install flite). Half of the clips have a transcript; twelve more sentences
 are one long recording. It says whole words that occur in the recordings, in sentences that do not.
@@ -17,6 +17,8 @@ from pathlib import Path
 
 import soundfile
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from audio import speaker
 from audio.recogniser import transcribe
@@ -114,7 +116,7 @@ def score(folder: Path, person: Path) -> dict[str, float]:
 def main() -> None:
     words, pairs = split_arguments(sys.argv[1:])
     if words:
-        raise ValueError(f"benchmarks.voice takes options only, got {words}; --out=FOLDER, --only=corpus, --steps=N")
+        raise ValueError(f"tests/voice.py takes options only, got {words}; --out=FOLDER, --only=corpus, --steps=N")
     job = apply(Options(), pairs)
     out = Path(job.out).resolve()
     person, run_folder, minutes = out / "person", out / "run", {}

@@ -190,7 +190,7 @@ def load(path: str | Path, device: str | torch.device = "cpu", dtype: str | torc
         return load(base_of(path), device, dtype, path, config, prepare)
     folder = resolve(path)
     layout = recognise(folder)
-    about = read_about(folder) if layout is None else None
+    about, mapped = read_about(folder) if layout is None else None, frozenset()
     if about is not None and about["base"]:
         refuse_circle(folder)
         model = load(resolve_base(about["base"], folder), device, dtype, config=config, prepare=prepare)
@@ -198,6 +198,7 @@ def load(path: str | Path, device: str | torch.device = "cpu", dtype: str | torc
         model.extras = extras_of(about, folder, path)
     else:
         model, tensors = open_model(path, config)
+        mapped = frozenset().union(*(t.files for t in tensors.values() if isinstance(t, LazyTensor)))
         types = prepare(model) if prepare else {}
         if any(isinstance(p, DTensor) for p in model.parameters()):
             model.to_empty(device=device)                  # the part of this rank
@@ -207,7 +208,8 @@ def load(path: str | Path, device: str | torch.device = "cpu", dtype: str | torc
     if layout is not None and adapter is None and (own := layout.adapter(read_json(config_file(folder)))):
         put_adapter(model, named_file(folder, own, f"the adapter in {folder}/config.json", "name another with --adapter=FILE"))
         model = lora.strip(model) if config is not None else model           # a run puts its own adapters on top
-    check_sums(folder, below=False)                        # after reading: the files lie in memory, and what does not fit is named first
+    # After reading: what does not fit is named first, and the pages that are read here are those that the model uses
+    check_sums(folder, below=False, mapped={file.path: file.pieces() for file in mapped})
     return cast(refuse_broken(put_adapter(model, adapter), folder), device, STORED if prepare else dtype, {}).eval()
 
 
@@ -749,6 +751,8 @@ def main() -> None:
         print(usage())
         return
     command, *words = words
+    if any((Path(pairs.get("out", "-")) / name).is_dir() for name in ("ckpt", "state")):
+        raise ValueError(f"{pairs['out']} holds a run, whose files would be replaced; choose another --out")
     conversions = {c.name: c for family in all_families() for c in family.conversions}
     if command in conversions:
         return print(convert_command(conversions[command], words, pairs))

@@ -99,6 +99,7 @@ class TrainConfig:
         check_types(self)
         assert self.schedule in SCHEDULES, f"schedule {self.schedule!r} is none of {SCHEDULES}"
         assert self.dtype in ("auto", "fp32", "bf16", "fp16"), f"dtype {self.dtype!r} is none of auto, fp32, bf16, fp16"
+        assert self.out, "out is empty; name the folder of the run, --out=out/NAME"
         assert not self.shard or self.lora is None, "shard is for full fine-tuning; adapters are small, leave it off"
         assert self.device in ("auto", "cpu", "cuda"), f"device {self.device!r} is none of auto, cpu, cuda"
         assert min(self.steps, self.batch_size, self.accum, self.log_every) > 0, "steps, batch_size, accum and log_every are at least 1"

@@ -28,6 +28,7 @@ and now begins `keep` seconds before it. `--words=a,i` limits this to those word
 
 import hashlib
 import json
+import os
 import re
 import shlex
 import sys
@@ -286,9 +287,9 @@ def recordings(source: str | Path, config: TranscribeConfig) -> tuple[Manifest, 
         raise ValueError(f"{source} holds dialogues or conversations ({dialogue['id']}), transcribe takes recordings of one voice; "
                          + "python data.py annotate gives stereo dialogues their words")
     rows = [row for row in m.rows if row["file"] and "parts" not in row]
-    named, folder = {Path(row["file"]).resolve() for row in rows}, Path(source)
+    named, folder = {os.path.realpath(row["file"]) for row in rows}, Path(source)
     for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in SOUNDS) if folder.is_dir() else ():
-        if path.resolve() not in named:
+        if os.path.realpath(path) not in named:
             name = path.relative_to(folder)
             speaker = config.speaker or (name.parts[0] if len(name.parts) > 1 else folder.resolve().name)
             rows.append({"id": name.with_suffix("").as_posix(), "audio": name.as_posix(), "file": str(path), "text": "",

@@ -16,6 +16,7 @@ of that table, and `detect` must know all of them. Next: checks.py.
 import csv
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -93,7 +94,7 @@ def read_manifest(path: str | Path, allow_outside: bool = False, assistant_text:
 def note_unlisted(m: Manifest) -> None:
     """Note the recordings of a folder that no row names."""
     told = {bad.where for bad in m.bad}                 # by their names, where a folder is the list
-    found = [p.relative_to(m.root).as_posix() for p in sounds_below(m.root) if str(p.resolve()) not in m.files]
+    found = [p.relative_to(m.root).as_posix() for p in sounds_below(m.root) if os.path.realpath(p) not in m.files]
     if found := [name for name in found if name not in told]:
         m.notes.append(f"{len(found)} recordings are in no row: {', '.join(found[:5])}{', ...' if len(found) > 5 else ''}")
 

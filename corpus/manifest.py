@@ -115,7 +115,7 @@ def path_inside(m: Manifest, name: str) -> Path:
         reason = "malformed path"
     elif not m.allow_outside and ".." in Path(name).parts:
         reason = "path outside the folder"
-    elif not m.allow_outside and not path.resolve().is_relative_to(m.root.resolve()):
+    elif not m.allow_outside and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(m.root)):
         reason = "path outside the folder" + ("" if os.path.isabs(name) else " (symlink)")
     if reason:
         raise Unusable(reason, f"move {name} into {m.root}, {ALLOW}")
@@ -142,7 +142,7 @@ def audio_file(m: Manifest, part: Row) -> str:
         inline_bytes(part)
         return INLINE
     path = path_inside(m, str(part["audio"])) if name else None
-    m.files |= {str(path.resolve())} if path else set()
+    m.files |= {os.path.realpath(path)} if path else set()
     return str(path or "")
 
 

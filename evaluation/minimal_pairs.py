@@ -17,6 +17,7 @@ Every token is scored by the logits that predict it: the grid and the weights ar
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,8 +149,8 @@ class Reader:
 
     def codes(self, name: str, where: str) -> Tensor:
         """Codes of both channels, (2, Q, T)."""
-        path = (self.folder / name).resolve()
-        if not path.is_relative_to(self.folder.resolve()):
+        path = Path(os.path.realpath(self.folder / name))          # unlike resolve, also of a link to itself
+        if not path.is_relative_to(os.path.realpath(self.folder)):
             raise ValueError(f"{where}: {name} lies outside {self.folder}; put the recordings beside the set")
         wav, _ = load_wav(path, self.codec.sample_rate)
         sides = wav[:2] if len(wav) == 2 else torch.cat([wav[:1], torch.zeros_like(wav[:1])])

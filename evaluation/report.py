@@ -73,6 +73,7 @@ class Evaluation:
     dtype: str = "fp32"            # dtype of the models: fp32, bf16 or fp16
 
     def __post_init__(self) -> None:
+        assert self.rounds <= 10**6, f"rounds {self.rounds} are more than 10^6"
         assert min(self.batch, self.max_tokens, self.rounds) > 0 <= self.replies, "batch, max_tokens and rounds are at least 1, replies 0"
         assert self.dtype in DTYPES, f"dtype {self.dtype!r} is none of {', '.join(DTYPES)}"
 

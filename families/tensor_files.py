@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -33,6 +34,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 ORDER = {dtype: place for place, dtype in enumerate(DTYPES.values())}
 OWN = 1 << 20                      # smaller tensors are copied: a page each is no saving
 VALUES = {torch.equal, Tensor.tolist, Tensor.item, Tensor.numpy}         # what needs the values at once
+PIECE = 16 << 20                   # bytes of a file whose checksum is computed at once
 KEPT = 256 << 20                   # how much of a file may be in memory before its pages are given back
 
 
@@ -127,7 +129,7 @@ class MappedFile:
 
     def __init__(self, path: Path) -> None:
         with open(path, "rb") as file:
-            self.bytes, self.used = private(file.fileno()), 0
+            self.path, self.bytes, self.used = path, private(file.fileno()), 0
 
     def tensor(self, dtype: torch.dtype, shape: list[int], start: int) -> Tensor:
         count = math.prod(shape)
@@ -135,6 +137,14 @@ class MappedFile:
             return torch.empty(shape, dtype=dtype)
         self.used += count * dtype.itemsize
         return torch.frombuffer(self.bytes, dtype=dtype, count=count, offset=start).view(shape)
+
+    def pieces(self) -> Iterator[np.ndarray]:
+        """All bytes, one piece after the other: whoever reads the tensors then finds them in memory, as far as they are kept."""
+        whole = np.frombuffer(self.bytes, np.uint8)
+        for start in range(0, len(whole), PIECE):
+            yield whole[start : start + PIECE]
+            self.used += PIECE
+            self.give_back()
 
     def give_back(self) -> None:
         """Let go of the pages that were read; who reads them again gets them again. Not after something was written into them."""

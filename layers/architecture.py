@@ -46,6 +46,7 @@ class StackConfig:
         assert self.head_dim or self.dim % self.heads == 0, f"dim {self.dim} is not a multiple of {self.heads} heads"
         assert self.projection in ("", "linear", "bias"), f"projection {self.projection!r} is none of '', linear, bias"
         assert self.head % 2 == 0 or not self.rope_theta, f"head_dim {self.head} is odd; RoPE rotates pairs, so use an even one"
+        assert self.rope_theta >= 0, f"rope_theta {self.rope_theta} is negative"
         assert len(self.rope_scaling) in (0, 4), "rope_scaling takes four numbers: factor, low, high, original length"
         assert not self.schedule or len(self.schedule) == self.steps, "schedule needs one weight set for each of the depth steps"
         assert set(self.schedule) == set(range(len(set(self.schedule)))), f"schedule {self.schedule} leaves weight sets out"

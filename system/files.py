@@ -22,7 +22,7 @@ import stat
 import sys
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -203,15 +203,22 @@ def checksum_on(data: np.ndarray, before: int) -> int:
     return zlib.crc32(data[whole:], zlib.crc32(sums, before))
 
 
-def file_sum(path: Path) -> list[Any]:
-    """Size and checksum of a file, read through a small buffer: of what is read here, nothing stays in memory."""
-    buffer, found, size = np.empty(1 << 20, np.uint8), 0, 0
+def file_sum(pieces: Iterable[np.ndarray]) -> list[Any]:
+    """Size and checksum of a file's bytes, which come in pieces of whole blocks but for the last."""
+    found, size = 0, 0
+    for piece in pieces:
+        found, size = checksum_on(piece, found), size + len(piece)
+    return [size, f"{found:08x}"]
+
+
+def read_pieces(path: Path) -> Iterator[np.ndarray]:
+    """The bytes of a file, through a small buffer: of what is read here, nothing stays in memory."""
+    buffer = np.empty(1 << 20, np.uint8)
     with open(path, "rb", buffering=0) as file:
         while count := file.readinto(buffer):
             while count < len(buffer) and (more := file.readinto(buffer[count:])):
                 count += more
-            found, size = checksum_on(buffer[:count], found), size + count
-    return [size, f"{found:08x}"]
+            yield buffer[:count]
 
 
 def write_sums(folder: Path, names: Iterable[str] = ()) -> None:
@@ -220,13 +227,16 @@ def write_sums(folder: Path, names: Iterable[str] = ()) -> None:
     if not names:
         found = json.loads(path.read_bytes()) if path.is_file() else {}
         names = [p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.is_file() and p.name != SUMS]
-    found |= {name: file_sum(folder / name) for name in names if name not in found}
+    found |= {name: file_sum(read_pieces(folder / name)) for name in names if name not in found}
     text = json.dumps(found, indent=1, sort_keys=True)
     replace_file(path, lambda temporary: Path(temporary).write_text(text + "\n"))
 
 
-def check_sums(folder: Path, below: bool = True) -> None:
-    """Compare files with checksums.json, if it is there; `below`, also those in folders. ValueError names the first that differs."""
+def check_sums(folder: Path, below: bool = True, mapped: Mapping[Path, Iterable[np.ndarray]] | None = None) -> None:
+    """Compare files with checksums.json, if it is there; `below`, also those in folders. ValueError names the first that differs.
+
+    `mapped`: files that lie in memory already, and their bytes.
+    """
     path = folder / SUMS
     if not path.is_file():
         return                                     # written by another program, or by an older version
@@ -238,6 +248,6 @@ def check_sums(folder: Path, below: bool = True) -> None:
     for name, known in expected.items():
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name} does not exist; the checkpoint is incomplete, use another one")
-        if file_sum(folder / name) != known:
+        if file_sum((mapped or {}).get(folder / name) or read_pieces(folder / name)) != known:
             raise ValueError(f"{folder / name} is damaged (its checksum differs from {SUMS}); use another checkpoint; "
                              + f"if you changed it yourself, delete {SUMS}")

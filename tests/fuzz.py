@@ -433,7 +433,9 @@ def try_case(number: int, seed: int, kinds: dict[str, tuple[Path, Loader]], want
         if isinstance(error, UnicodeError) or len(line) > 600 or not line.isprintable():
             return name, "fault", f"{about}: {type(error).__name__} {line[:300]}"
         return name, "refused", f"{about}: {line}"
-    except (Exception, Slow) as error:
+    except BaseException as error:                          # a library that panics raises no Exception
+        if isinstance(error, KeyboardInterrupt):
+            raise
         signal.setitimer(signal.ITIMER_REAL, 0)
         if out_of_memory(error):
             return name, "fault", f"{about}: asked for more memory than there is"

@@ -74,7 +74,9 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
         return tokenizer_json(path.name, content)
     except ImportError as error:
         raise ValueError(f"{path} needs the package {error.name}; pip install {error.name}") from None
-    except Exception as error:      # the libraries raise plain Exception and RuntimeError for a broken file
+    except BaseException as error:      # the libraries raise plain Exception for a broken file, or panic, which is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise ValueError(f"tokenizer {path} cannot be read ({error}); restore the file") from None
 
 

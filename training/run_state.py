@@ -221,7 +221,7 @@ def prune(out: Path, keep: int) -> None:
     named = {(folder / link).resolve() for link in ("latest", "best")}
     old = sorted(folder.glob("step_*"))[: -keep or None]
     for path in [p for p in old if p.resolve() not in named] + [p for name in (".writing_*", ".old_*") for p in folder.glob(name)]:
-        shutil.rmtree(path)
+        path.unlink() if path.is_symlink() else shutil.rmtree(path)        # who moved a step to another disk keeps it
     for link in folder.glob(".*.new"):
         link.unlink()
 

@@ -140,6 +140,7 @@ LINES = {       # name: (a line of manifest.jsonl, the reason, a part of the fix
     "path above the folder": (line(audio="../x.wav"), "path outside the folder", "--allow-outside"),
     "absolute path": (line(audio="/etc/passwd"), "path outside the folder", "--allow-outside"),
     "link out of the folder": (line(audio="link.wav"), "path outside the folder (symlink)", "--allow-outside"),
+    "link to itself": (line(audio="loop.wav"), "missing file", "check the path"),
     "zero byte in a path": (line(audio="a\0b.wav"), "malformed path", ""),
     "mono where stereo is claimed": (line(stereo=True), "not stereo", "left and right"),
     "parts is a number": (line(parts=5), "malformed parts", "compose"),
@@ -162,6 +163,7 @@ def test_a_bad_line_of_a_manifest_is_left_out_by_name(name, tmp_path):
     folder = write_clips(tmp_path / "clips", 2)
     (tmp_path / "elsewhere.wav").write_bytes((folder / "0.wav").read_bytes())
     (folder / "link.wav").symlink_to(tmp_path / "elsewhere.wav")
+    (folder / "loop.wav").symlink_to("loop.wav")
     path = folder / "manifest.jsonl"
     path.write_bytes(path.read_bytes() + (text if isinstance(text, bytes) else text.encode()) + b"\n")
     rc, out, err = call("data.py", "check", folder)

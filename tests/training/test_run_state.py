@@ -42,6 +42,23 @@ def test_one_flipped_bit_is_named_and_the_run_goes_on_from_the_newest_whole_chec
         assert (run_copy / "ckpt/latest" / file).read_bytes() == (tiny_run / "ckpt/latest" / file).read_bytes()
 
 
+def test_a_checkpoint_that_was_moved_to_another_disk_stays_there(run_copy: Path, tiny_run: Path, tmp_path: Path) -> None:
+    shutil.move(run_copy / "ckpt/step_000002", tmp_path / "moved")
+    (run_copy / "ckpt/step_000002").symlink_to(tmp_path / "moved")
+    rc, out, err = call("train.py", tiny_run.parent / "tiny_run.py", f"--out={run_copy}", "--steps=5", "--keep=1")
+    assert rc == 0 and (tmp_path / "moved/model.safetensors").is_file(), (out, err)
+    assert [path.name for path in sorted((run_copy / "ckpt").glob("step_*"))] == ["step_000005"]
+
+
+def test_a_run_is_no_place_to_write_a_model_into(run_copy: Path) -> None:
+    before = {path: path.read_bytes() for path in run_copy.rglob("*") if path.is_file()}
+    for command in (("merge",), ("export", "--to=multistream"), ("import",)):
+        for out in (run_copy, run_copy / "ckpt/latest"):
+            rc, _, err = call("checkpoint.py", command[0], run_copy, *command[1:], f"--out={out}")
+            assert rc == 2 and "holds a run" in err
+    assert before == {path: path.read_bytes() for path in run_copy.rglob("*") if path.is_file()}
+
+
 def spoil(folder: Path, value: float) -> None:
     tensors = load_file(folder / "model.safetensors")
     next(iter(tensors.values())).view(-1)[3] = value
@@ -83,11 +100,14 @@ def test_a_second_training_with_the_same_out_is_refused_by_name(run_copy: Path, 
     assert json.loads((run_copy / "config.json").read_text())["steps"] == 4
 
 
-@pytest.mark.parametrize("moment", [0.3, 2.0, 4.0])
-def test_ctrl_c_before_the_first_step_is_one_line(moment: float, tiny_run: Path, tmp_path: Path) -> None:
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="the test reads /proc")
+@pytest.mark.parametrize("moment", ["torch is imported", "the folder is locked"])
+def test_ctrl_c_before_the_first_step_is_one_line(moment: str, tiny_run: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "train.py"), str(tiny_run.parent / "tiny_run.py"), f"--out={tmp_path}/run", "--steps=100000"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env={**os.environ})
-    time.sleep(moment)
+    maps, lock, until = Path(f"/proc/{process.pid}/maps"), tmp_path / "run/lock", time.monotonic() + 100
+    while not (lock.exists() if "locked" in moment else "libtorch" in maps.read_text()) and time.monotonic() < until:
+        time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
     assert "Traceback" not in err and process.returncode in (130, 0, -2), err

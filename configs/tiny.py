@@ -2,8 +2,8 @@
 
     python train.py configs/tiny.py            `make demo` runs this and then samples
     python train.py configs/tiny.py --preset=voice --data.sources=FOLDER/transcribed.jsonl --data.tokenizer=FOLDER/transcribed.words.json
-                                               your own voice, from a few minutes of it (data.py transcribe wrote these files):
-                                               the demo, which knows the words, learns the voice; it says the words of both
+                                               a voice from a few minutes of it (data.py transcribe wrote these files): it is
+                                               recognised, most of its words are not yet (BENCHMARKS.md); it says words it has heard
 
 The model reads the current, next and previous word, the age of the word in frames, and the codes of the previous frame. It
 predicts eight codebooks, and when to advance to the next word. It can only say words that occur in its training recordings.
@@ -35,8 +35,8 @@ config = TrainConfig(
     eval_every=300, eval_batches=8, save_every=300, prompts=("four nine two seven", "one zero three", "thank you"))
 
 voice = replace(config, data=replace(config.data, sources=("data/voice/transcribed.jsonl",), tokenizer="data/voice/transcribed.words.json",
-                                     split="hash", held_out=0.1, doubtful="drop"), init="out/demo", out="out/voice", steps=300,
-                prompts=(), listen=6, eval_every=50, save_every=50, recogniser="tiny.en", best="wer")
+                                     split="hash", held_out=0.1, doubtful="drop"), out="out/voice", prompts=(), listen=6,
+                eval_every=100, save_every=100, recogniser="tiny.en", best="wer")
 
 smoke = replace(config, out="out/smoke_tiny",
                 model=replace(config.model, temporal=StackConfig(dim=48, layers=2, heads=2, ffn=96, gated=False, activation="gelu")),

@@ -189,11 +189,11 @@ def placed(side: Tensor, wav: Tensor, at: float, gain: float) -> tuple[float, fl
 
 
 def recorded_users() -> dict[str, Tensor]:
-    """A few strings of digits in the users' voices, to try a served model without a microphone.   name -> (1, W)"""
+    """A few strings of digits in the users' voices and a quiet room behind, to try a served model without a microphone.   name -> (1, W)"""
     clips, found = digit_clips(), {}
     said = (("rms", "seven"), ("slt", "four two"), ("rms", "one nine"), ("slt", "three eight five"), ("rms", "two zero six four"))
     for who, digits in said:
-        side, at = torch.zeros(round(RATE * (2.0 + 0.8 * len(digits.split())))), 0.6
+        side, at = torch.zeros(12 * RATE), 0.6
         for digit in digits.split():
             at = placed(side, clips[who, digit][5], at, 0.4)[1] + 0.05
         found[f"{digits} ({who})"] = side[None] + 1e-3 * torch.randn(1, len(side), generator=torch.Generator().manual_seed(0))

@@ -53,6 +53,7 @@ class Talk {
     const query = new URLSearchParams({ format: "pcm16", ...Object.fromEntries(chosen()), ...persona, ...(token ? { token } : {}) });
     await ready();
     await context.audioWorklet.addModule("/web/recorder.js");
+    if (this.stopped) return;                        // in the meantime
     this.player = new Player(context);
     this.tape = new Tape(rate);
     this.lastLoud = this.began = null;
@@ -88,6 +89,7 @@ class Talk {
       const samples = fromPcm16(file, 44);
       this.source.buffer = context.createBuffer(1, samples.length, about.sample_rate);
       this.source.buffer.copyToChannel(samples, 0);
+      this.source.onended = () => this.stop();
       this.source.start();
     } else {
       const audio = { channelCount: 1, echoCancellation: true, noiseSuppression: false, autoGainControl: true };
@@ -138,15 +140,15 @@ class Talk {
   stop() {
     if (this.stopped) return;
     this.stopped = true;
-    this.socket.close();
+    this.socket?.close();
     this.source?.disconnect();
     this.stream?.getTracks().forEach((track) => track.stop());
     this.recorder?.disconnect();
-    this.player.stop();
+    this.player?.stop();
     $("level-user").value = $("level-agent").value = 0;
     $("state").textContent = "not connected";
     $("talk").textContent = "Start talking";
-    const blob = this.tape.wav();
+    const blob = this.tape?.wav();
     if (blob) {
       $("download").href = URL.createObjectURL(blob);
       $("download").hidden = false;

@@ -27,7 +27,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 import lora
 from audio import hub
@@ -66,23 +65,11 @@ from layers.fusion import as_stored, fingerprint
 from layers.int8_base import check_mergeable
 from lora import LoraConfig
 from model import MultistreamLM
-from options import (
-    difference,
-    edge,
-    expect,
-    from_json,
-    locate,
-    read_json,
-    read_object,
-    split_arguments,
-    to_json,
-    unknown,
-    write_json,
-)
+from options import difference, edge, expect, from_json, locate, read_json, read_object, split_arguments, to_json, unknown, write_json
 from streams import StreamTable
 from system.files import check_sums, copy_file, write_sums
 from text.tokenizers import load_tokenizer, tokenizer_file
-from training.parallel import part, place
+from training.parallel import is_cut, joined, own_rows, part, ranks, whole
 
 FORMAT, VERSION = "multistream", 1
 ADAPTER_FIELDS = {f"{name}?": kind for kind, names in ((str | None, ("peft_type", "base_model_name_or_path")), (int, ("r",)),
@@ -177,40 +164,48 @@ def load(path: str | Path, device: str | torch.device = "cpu", dtype: str | torc
     file is consumed and every parameter filled. The result carries `extras` and `lora`.
 
     Weights are read one at a time into their place; on a CPU those that are stored in `dtype` are the mapped file itself.
-    `prepare` is given the model before it has weights: it may cut it into shards, and names the parameters of another type than
-    `dtype`, which get memory of their own (training); int8 is a weight of 8 bits, rounded to `dtype` first.
+    `prepare` is given the model before it has weights: it names the parameters of another type than `dtype`, which get memory
+    of their own (training); int8 is a weight of 8 bits, rounded to `dtype` first. It may add adapters and cut the model into
+    shards: each rank then reads its own rows only.
     """
     dtype = (DTYPES | {STORED: STORED})[dtype] if isinstance(dtype, str) else dtype or torch.float32
     if not path and config is not None:
         model = load_text_tower(MultistreamLM(config), Path("."), device, dtype)
         return cast(model, device, dtype, prepare(model) if prepare else {})
+    if prepare is not None:
+        refuse_adapter(path)
     if lone_adapter(local(path)):
         if adapter is not None:
             raise ValueError(f"{path} and {adapter} are both adapters; give the model that they belong to")
-        return load(base_of(path), device, dtype, path, config, prepare)
+        return load(base_of(path), device, dtype, path, config)
     folder = resolve(path)
     layout = recognise(folder)
     about, mapped = read_about(folder) if layout is None else None, frozenset()
     if about is not None and about["base"]:
         refuse_circle(folder)
-        model = load(resolve_base(about["base"], folder), device, dtype, config=config, prepare=prepare)
+        model = load(resolve_base(about["base"], folder), device, dtype, config=config)
         fill_adapter(model, folder, about)
         model.extras = extras_of(about, folder, path)
     else:
         model, tensors = open_model(path, config)
         mapped = frozenset().union(*(t.files for t in tensors.values() if isinstance(t, LazyTensor)))
+        names = list(model.weights())                      # without adapters that are added
         types = prepare(model) if prepare else {}
-        if any(isinstance(p, DTensor) for p in model.parameters()):
-            model.to_empty(device=device)                  # the part of this rank
         with naming_changed_options(model, about, folder):
-            fill(model, tensors, str(folder), device, dtype, types)
+            fill(model, tensors, str(folder), device, dtype, types, names)
         load_text_tower(model, folder, device, dtype)
     if layout is not None and adapter is None and (own := layout.adapter(read_json(config_file(folder)))):
+        if is_cut(model):
+            raise ValueError(f"{folder}/config.json names an adapter, which --shard cannot merge; use python checkpoint.py merge first")
         put_adapter(model, named_file(folder, own, f"the adapter in {folder}/config.json", "name another with --adapter=FILE"))
         model = lora.strip(model) if config is not None else model           # a run puts its own adapters on top
-    # After reading: what does not fit is named first, and the pages that are read here are those that the model uses
-    check_sums(folder, below=False, mapped={file.path: file.pieces() for file in mapped})
-    return cast(refuse_broken(put_adapter(model, adapter), folder), device, STORED if prepare else dtype, {}).eval()
+    # After reading: what does not fit is named first, and the pages that are read here are those that the model uses. One rank of a node
+    # does it. What bears our checksum was finite when it was written
+    sums = {file.path: file.pieces() for file in mapped}
+    known = ranks()[2] == 0 and check_sums(folder, below=False, mapped=sums) and adapter is None and dtype != torch.float16
+    model = put_adapter(model, adapter).eval()
+    model = model if known else refuse_broken(model, folder)
+    return model if prepare else cast(model, device, dtype, {})
 
 
 def refuse_broken(model: MultistreamLM, source: object) -> MultistreamLM:
@@ -218,6 +213,11 @@ def refuse_broken(model: MultistreamLM, source: object) -> MultistreamLM:
     for name, p in model.named_parameters():
         refuse_not_finite(name, part(p), source)
     return model
+
+
+def refuse_adapter(path: str | Path) -> None:
+    if lone_adapter(local(path)) or recognise(resolve(path)) is None and read_about(resolve(path)).get("lora"):
+        raise ValueError(f"{path} has an adapter; go on with it (--init_adapter={path}), or merge it first (python checkpoint.py merge)")
 
 
 def refuse_circle(folder: Path) -> None:
@@ -382,26 +382,30 @@ def check_fit(expected: Tensors, tensors: Tensors, source: str) -> None:
 
 @torch.no_grad()
 def fill(model: nn.Module, tensors: Tensors, source: str, device: str | torch.device = "cpu", dtype: torch.dtype | str = torch.float32,
-         types: dict[str, torch.dtype] | None = None) -> None:
-    """Give a model its weights, strictly and one at a time: copied into its memory, or, on the meta device, as `load` says."""
-    expected, types = model.weights(), types or {}
-    check_fit(expected, tensors, source)
-    for name in expected:                                    # looked up when its turn comes: a cut model has new ones by then
+         types: dict[str, torch.dtype] | None = None, names: Sequence[str] | None = None) -> None:
+    """Give a model its weights (those of `names`, or all), strictly and one at a time: copied into its memory, or, on the meta
+    device, as `load` says. Of one that is cut each rank reads its own rows."""
+    weights, types = model.weights(), types or {}
+    check_fit({name: weights[name] for name in names or weights}, tensors, source)
+    for name in names or weights:
         module, leaf = owner(model, name)
-        target, full = getattr(module, leaf), value(tensors[name])
+        target = getattr(module, leaf)
+        rows = value(own_rows(tensors[name], target))
         if not target.is_meta:
-            target.copy_(place(full, target))
+            part(target).copy_(rows)
         elif types.get(name) == torch.int8:
-            q, module.row_scale = quantize_rows(full.to(device, None if dtype == STORED else dtype))
-            module.weight = nn.Parameter(q, requires_grad=False)
+            q, scale = quantize_rows(rows.to(device, None if dtype == STORED else dtype))
+            module.row_scale = whole(joined(scale, target))
+            module.weight = nn.Parameter(joined(q, target), requires_grad=False)
         else:
-            kind = types.get(name, full.dtype if dtype == STORED else dtype)
-            held = full.to(device, kind)
-            own = not isinstance(tensors[name], LazyTensor) or name in types or full.nbytes < OWN or not full.is_contiguous()
-            if own and held.data_ptr() == full.data_ptr():
-                held = full.clone(memory_format=torch.contiguous_format)
+            kind = types.get(name, rows.dtype if dtype == STORED else dtype)
+            held = rows.to(device, kind)
+            own = not isinstance(tensors[name], LazyTensor) or name in types or rows.nbytes < OWN or not rows.is_contiguous()
+            if own and held.data_ptr() == rows.data_ptr():
+                held = rows.clone(memory_format=torch.contiguous_format)
+            held = joined(held, target)
             setattr(module, leaf, nn.Parameter(held, target.requires_grad) if leaf in module._parameters else held)
-        del target, full
+        del target, rows
         give_back([tensors[name]])
     tie(model)
 

@@ -77,7 +77,8 @@ class TrainConfig:
     dtype: str = "auto"                    # compute type: fp32, bf16, fp16, or auto = bf16 where the device supports it, else fp32
     device: str = "auto"                   # cpu, cuda, or auto = cuda where there is one
     compile: bool = False                  # run torch.compile on each block
-    shard: bool = False                    # FSDP2: split weights, gradients and AdamW state over the ranks; for full fine-tuning
+    shard: bool = False                    # FSDP2: split weights, gradients and AdamW state over the ranks
+    shard_size: int = 0                    # ranks that share one copy of the weights, such as those of a node (HSDP); 0 = all
     seed: int = 0                          # random seed of initial weights, data order and dropout
 
     eval_every: int = 0                    # steps between evaluations, 0 = only at the end
@@ -100,7 +101,7 @@ class TrainConfig:
         assert self.schedule in SCHEDULES, f"schedule {self.schedule!r} is none of {SCHEDULES}"
         assert self.dtype in ("auto", "fp32", "bf16", "fp16"), f"dtype {self.dtype!r} is none of auto, fp32, bf16, fp16"
         assert self.out, "out is empty; name the folder of the run, --out=out/NAME"
-        assert not self.shard or self.lora is None, "shard is for full fine-tuning; adapters are small, leave it off"
+        assert not self.shard_size or self.shard, "shard_size is for --shard=true; leave it at 0"
         assert self.device in ("auto", "cpu", "cuda"), f"device {self.device!r} is none of auto, cpu, cuda"
         assert min(self.steps, self.batch_size, self.accum, self.log_every) > 0, "steps, batch_size, accum and log_every are at least 1"
         assert self.quantize in ("", "int8"), f"quantize {self.quantize!r} is neither empty nor int8"
@@ -112,7 +113,7 @@ class TrainConfig:
                 "dpo's reference is what the adapters leave: lora.train would change it too, and it lacks init_adapter; "
                 + "fold that in first (python checkpoint.py merge RUN --out=DIR, then --init=DIR)")
         counts = ("epochs", "warmup", "eval_every", "eval_batches", "patience", "save_every", "keep", "lr", "min_lr", "clip",
-                  "weight_decay", "listen", "max_minutes", "warmup_offset", "max_skips")
+                  "weight_decay", "shard_size", "listen", "max_minutes", "warmup_offset", "max_skips")
         assert all(getattr(self, name) >= 0 for name in counts), f"none of {', '.join(counts)} may be negative"
         assert self.eps > 0 and max(self.batch_size, self.accum) <= 2**20, "eps is positive, batch_size and accum are at most 2^20"
         assert all(0 <= beta < 1 for beta in self.betas) and 0 <= self.seed < 2**63, "betas are in [0, 1), seed is not negative"

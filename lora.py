@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.lora_linear import linear, lora_linear
-from layers.int8_base import check_mergeable, dequantized, linears, whole
+from layers.int8_base import check_mergeable, dequantized, linears
+from training.parallel import joined, own_rows, part, place, whole
 
 # Named target sets of the Higgs recipes; none of them adapts the text head.
 SETS = {"attention_only": ("attn.*",), "audio_focused": ("audio_ffn.*", "audio_head"),
@@ -51,14 +52,26 @@ class Adapter(nn.Module):
     def __init__(self, weight: Tensor, rank: int, alpha: float, config: LoraConfig, row_scale: Tensor | None = None) -> None:
         super().__init__()
         *sets, outputs, inputs = weight.shape
-        drawn = torch.empty(*sets, rank, inputs, device="meta" if weight.is_meta else "cpu", dtype=torch.float32).uniform_(-1, 1)
-        self.lora_A = nn.Parameter((drawn / math.sqrt(inputs)).to(weight.device))      # drawn on the CPU: equal on all devices
-        self.lora_B = nn.Parameter(torch.zeros(*sets, outputs, rank, device=weight.device, dtype=torch.float32))
-        self.lora_magnitude = nn.Parameter(dequantized(weight, row_scale).norm(dim=-1)) if config.dora else None
+        like = {"device": weight.device, "dtype": torch.float32}
+        self.lora_A, self.lora_B = (nn.Parameter(torch.empty(*sets, *shape, **like)) for shape in ((rank, inputs), (outputs, rank)))
+        self.lora_magnitude = nn.Parameter(torch.empty(*sets, outputs, **like)) if config.dora else None
         self.scale = alpha / (math.sqrt(rank) if config.rslora else rank)
         self.rank, self.alpha, self.dropout = rank, alpha, config.dropout
         self.enabled, self.merging = True, False
         self.base: Tensor | None = None           # the original weight while the adapter is merged
+        if not weight.is_meta:
+            self.reset(weight, row_scale)
+
+    @torch.no_grad()
+    def reset(self, weight: Tensor, row_scale: Tensor | None = None) -> None:
+        """Give the parameters their first values, also those that were cut before they had any. A is drawn on the CPU: equal everywhere."""
+        device, (*_, inputs) = part(weight).device, weight.shape
+        start = {"lora_A": torch.empty(self.lora_A.shape).uniform_(-1, 1) / math.sqrt(inputs), "lora_B": torch.zeros(self.lora_B.shape)}
+        if self.lora_magnitude is not None:
+            start["lora_magnitude"] = dequantized(whole(weight), row_scale).norm(dim=-1)
+        for name, full in start.items():
+            like = getattr(self, name)
+            setattr(self, name, nn.Parameter(joined(own_rows(full, like).clone().to(device), like)))
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, pick: Callable[[Tensor], Tensor] = lambda p: p,
                 row_scale: Tensor | None = None) -> Tensor:
@@ -120,7 +133,10 @@ def inject(model: nn.Module, config: LoraConfig) -> nn.Module:
         if f"{path}.weight" not in trained and any(matches(path, pattern) for pattern in targets):
             rank = next((r for p, r in config.ranks if matches(path, p)), config.rank)
             alpha = next((a for p, a in config.alphas if matches(path, p)), config.alpha)
-            module.adapter = Adapter(module.weight, rank, alpha, config, module.row_scale).train(module.training)
+            if module.adapter is not None and module.adapter.lora_A.is_meta:           # cut with its weight, before both had values
+                module.adapter.reset(module.weight, module.row_scale)
+            else:
+                module.adapter = Adapter(module.weight, rank, alpha, config, module.row_scale).train(module.training)
     for parameter in trained.values():
         parameter.requires_grad_(True)
     model.lora = config                            # checkpoint.py saves and loads it
@@ -225,7 +241,7 @@ def strip(model: nn.Module) -> nn.Module:
 @torch.no_grad()
 def norms(model: nn.Module) -> dict[str, float]:
     """||s B A|| / ||W|| of every adapted Linear; 0 = the adapter changes nothing."""
-    plain = {path: (a, whole(m) if a.base is None else a.base.float()) for path, m, a in adapters(model)}
+    plain = {path: (a, dequantized(m.weight, m.row_scale) if a.base is None else a.base.float()) for path, m, a in adapters(model)}
     return {path: float((a.merged(w) - w).norm() / w.norm()) for path, (a, w) in plain.items()}
 
 
@@ -239,7 +255,7 @@ def state(model: nn.Module, config: LoraConfig) -> dict[str, Tensor]:
 
 def idle_adapters(tensors: dict[str, Tensor]) -> list[str]:
     """Names of the lora_B tensors that are all zero: these adapters change nothing."""
-    return [name for name, t in tensors.items() if name.endswith("lora_B") and not t.any()]
+    return [name for name, t in tensors.items() if name.endswith("lora_B") and not whole(t).any()]
 
 
 @torch.no_grad()
@@ -262,4 +278,4 @@ def load_state(model: nn.Module, config: LoraConfig, tensors: dict[str, Tensor],
     if zero:
         raise ValueError(f"adapter {source}: {len(zero)} lora_B are all zero ({zero[0]}); it would change nothing there, train it first")
     for name, target in expected.items():
-        target.copy_(tensors[name])
+        target.copy_(place(tensors[name], target))

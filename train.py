@@ -105,17 +105,17 @@ if config.lora is not None and not base:         # adapters on random weights: k
 
 
 def prepare(model: MultistreamLM) -> dict[str, torch.dtype]:
-    """Choose dtypes: frozen weights in the compute dtype or int8, trained ones in fp32. With --shard each rank reads its shards only."""
+    """Choose dtypes: frozen weights in the compute dtype or int8, trained ones in fp32. With --shard each rank reads its rows only."""
     adapters = adapter_config(config.init_adapter, model) if config.init_adapter else config.lora
     types = plan.held_types(model, adapters, config.rates, config.quantize)
-    if config.shard and base:
-        parallel.shard(model, Block, device, dtype)
+    if config.shard and base:                    # cut before it has weights, adapters included
+        if adapters is not None:
+            lora.inject(model, adapters)
+        parallel.shard(model, Block, device, dtype, config.shard_size)
     return types
 
 
 raw = load(base, device, dtype, config=config.model, prepare=prepare)
-if getattr(raw, "lora", None) is not None:
-    raise ValueError(f"{base} has an adapter; go on with it (--init_adapter={base}), or merge it first (python checkpoint.py merge)")
 torch.manual_seed(config.seed)                   # equal initial adapters, whether the base was initialised now or loaded
 if config.init_adapter:                          # its own ranks and targets replace those of config.lora
     put_adapter(raw, config.init_adapter)
@@ -130,7 +130,7 @@ if config.compile:
     for block in raw.temporal.layers:
         block.compile()
 if config.shard:
-    parallel.shard(raw, Block, device, dtype)
+    parallel.shard(raw, Block, device, dtype, config.shard_size)
 trained = {n: p for n, p in raw.named_parameters() if p.requires_grad}
 ema = {n: p.detach().clone() for n, p in trained.items()} if config.ema else {}
 
@@ -145,7 +145,7 @@ torch.manual_seed(config.seed + 1 + rank)        # dropout differs between ranks
 
 # ---- 6. resume ----
 run = RunState()
-previous = newest_whole(out, log_line) if config.resume in ("auto", "never") else resolve(config.resume)
+previous = parallel.decided(lambda: newest_whole(out, log_line) if config.resume in ("auto", "never") else resolve(config.resume))
 if previous.exists():
     if config.resume == "never":
         raise ValueError(f"{out} already holds a run; continue it with --resume=auto or choose another --out")

@@ -22,9 +22,10 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor
 
 from options import FULL, replace_file, write_json
+from training.parallel import first_copy, first_row
 
 # In the order in which safetensors sorts a file, last one first.
 DTYPES = {"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E5M2": torch.float8_e5m2, "F8_E4M3": torch.float8_e4m3fn,
@@ -214,7 +215,9 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
 @torch.no_grad()
 def refuse_not_finite(name: str, t: Tensor, source: object) -> None:
     """ValueError names a tensor that holds NaN or infinite values: such a model only speaks noise."""
-    if t.is_floating_point() and t.numel() and not t.is_meta and not all(map(math.isfinite, torch.stack(t.aminmax()).tolist())):
+    if not t.is_floating_point() or not t.numel() or t.is_meta or t.dtype.itemsize > 1 and math.isfinite(t.sum()):
+        return                                             # one sum, the fastest pass over memory: a sum with NaN or infinity stays so
+    if not all(map(math.isfinite, torch.stack(t.aminmax()).tolist())):                   # finite values may overflow a sum
         raise ValueError(f"{source}: {name} holds NaN or infinite values; use an earlier checkpoint, or fetch the file again")
 
 
@@ -240,20 +243,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor | LazyTensor], write:
     if own:
         rank = torch.distributed.get_rank()
         save_tensors(path.with_name(f"{path.stem}.rank{rank:05d}{path.suffix}"), own, {"rows": json.dumps(rows, sort_keys=True)})
-
-
-def first_copy(t: DTensor) -> bool:
-    """Whether no rank before this one holds the same part."""
-    return all(t.device_mesh.get_local_rank(n) == 0 for n, place in enumerate(t.placements) if isinstance(place, Replicate))
-
-
-def first_row(t: DTensor) -> int:
-    """The row of the whole with which this rank's part begins."""
-    for n, place in enumerate(t.placements):
-        if place.is_shard(0):
-            ranks = t.device_mesh.size(n)
-            return min(len(t), t.device_mesh.get_local_rank(n) * -(-len(t) // ranks))
-    return 0
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor | LazyTensor], metadata: dict[str, str] | None = None) -> None:

@@ -46,11 +46,6 @@ def dequantized(weight: Tensor, row_scale: Tensor | None) -> Tensor:
     return weight.detach().float() if row_scale is None else dequantize_rows(weight, row_scale)
 
 
-def whole(module: nn.Module) -> Tensor:
-    """The weight of a Linear in fp32."""
-    return dequantized(module.weight, module.row_scale)
-
-
 def check_mergeable(path: str, module: nn.Module) -> None:
     if module.weight.dtype == torch.int8:
         raise ValueError(f"{path} holds 8 bits: nothing can be merged into them; load the model without --quantize and merge that")

@@ -202,7 +202,8 @@ def dequantized(model: MultistreamLM) -> MultistreamLM:
     """The same model in fp32, with the weights that 8 bits hold."""
     for module in lora.linears(model).values():
         if module.row_scale is not None:
-            module.weight, module.row_scale = torch.nn.Parameter(lora.whole(module), requires_grad=False), None
+            held = lora.dequantized(module.weight, module.row_scale)
+            module.weight, module.row_scale = torch.nn.Parameter(held, requires_grad=False), None
     return model
 
 

@@ -1,23 +1,27 @@
 """Training one model with several processes: ranks, sums over ranks, DDP and sharding.
 
-    DDP      every rank has all weights; gradients are averaged                 for adapters, and for all that fits
+    DDP      every rank has all weights; gradients are averaged                 for all that fits
     FSDP2    a rank has 1/world of each weight, gradient and moment; a block is gathered just before it runs
+    HSDP     FSDP2 within groups of `--shard_size` ranks (a node), gradients averaged over the groups
 
 Without torchrun all of this does nothing. Functions marked collective must be called by all ranks in the same order.
-Checkpoints contain whole tensors in both cases: `whole` gathers one, `place` cuts out this rank's part. Next: train.py.
+A tensor that is cut has its rows shared out: `own_rows` of a whole one are this rank's, `joined` makes a cut tensor of
+what each rank has, `place` does both, `whole` gathers. Imports nothing of ours: any file may use it. Next: train.py.
 """
 
+import ctypes
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 
@@ -54,6 +58,21 @@ def all_sum(x: Tensor, device: torch.device) -> Tensor:
     return x.cpu()
 
 
+def decided(choose: Callable[[], Any]) -> Any:
+    """What `choose` returns on rank 0, on every rank; also its ValueError or OSError. Collective."""
+    if not dist.is_initialized():
+        return choose()
+    found: list[Any] = [None]
+    try:
+        found = [choose()] if dist.get_rank() == 0 else found
+    except (ValueError, OSError) as error:
+        found = [error]
+    dist.broadcast_object_list(found, 0)
+    if isinstance(found[0], Exception):
+        raise found[0]
+    return found[0]
+
+
 def end() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -61,25 +80,37 @@ def end() -> None:
 
 # ---- DDP and sharding ----
 
-def shard(model: nn.Module, block: type[nn.Module], device: torch.device, dtype: torch.dtype) -> None:
-    """Shard every weight over the ranks, in place; a single process shards nothing. Collective.
+def shard(model: nn.Module, block: type[nn.Module], device: torch.device, dtype: torch.dtype, size: int = 0) -> None:
+    """Shard every weight over the ranks, in place; a single process shards nothing, and what is cut stays as it is. Collective.
 
     A module of type `block` is gathered while it runs, all other weights with the whole model. Shards, gradients and moments
-    keep their dtype; gathered weights are in `dtype`, and gradients are summed in fp32.
+    keep their dtype; gathered weights are in `dtype`, and gradients are summed in fp32. `size` ranks share one copy of the
+    weights, 0 = all. A model on the meta device is cut before it has weights.
     """
-    if not dist.is_initialized():
+    if not dist.is_initialized() or is_cut(model):
         return
+    world = dist.get_world_size()
+    if size and world % size:
+        raise ValueError(f"--shard_size={size} does not divide {world} ranks; give the number of ranks on a node")
     for t in [*model.parameters(), *model.buffers()]:       # what rank 0 drew or read holds, as DDP has it
-        dist.broadcast(t.data, 0)
+        if not t.is_meta:
+            dist.broadcast(t.data, 0)
+    if device.type == "cpu" and os.name == "posix" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-3, 1 << 17)      # M_MMAP_THRESHOLD, else glibc keeps what gathered blocks leave: all of them, by and by
     policy = MixedPrecisionPolicy(None if dtype == torch.float32 else dtype, torch.float32, cast_forward_inputs=False)
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    mesh = init_device_mesh(device.type, (world // size, size) if size else (world,), mesh_dim_names=("copy", "shard") if size else None)
     for module in [m for m in model.modules() if isinstance(m, block)] + [model]:
         fully_shard(module, mesh=mesh, mp_policy=policy)
 
 
+def is_cut(model: nn.Module) -> bool:
+    """Whether a model is sharded."""
+    return isinstance(model, FSDPModule)
+
+
 def wrap(model: nn.Module, device: torch.device) -> nn.Module:
     """The module to call in training: the model itself if it is sharded or there is one process, otherwise DDP. Collective."""
-    if isinstance(model, FSDPModule) or not dist.is_initialized():
+    if is_cut(model) or not dist.is_initialized():
         return model
     return DDP(model, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True)
 
@@ -117,7 +148,34 @@ def part(t: Tensor) -> Tensor:
     return t.to_local() if isinstance(t, DTensor) else t
 
 
+def first_copy(t: DTensor) -> bool:
+    """Whether no rank before this one holds the same part."""
+    return all(t.device_mesh.get_local_rank(n) == 0 for n, place in enumerate(t.placements) if isinstance(place, Replicate))
+
+
+def first_row(t: DTensor) -> int:
+    """The row of the whole with which this rank's part begins."""
+    for n, place in enumerate(t.placements):
+        if place.is_shard(0):
+            return min(len(t), t.device_mesh.get_local_rank(n) * -(-len(t) // t.device_mesh.size(n)))
+    return 0
+
+
+def own_rows(full: Any, like: Tensor) -> Any:
+    """Of a whole tensor, read or not, what this rank has of one that is cut as `like`."""
+    return full.narrow(0, first_row(like), len(part(like))) if isinstance(like, DTensor) else full
+
+
+def joined(own: Tensor, like: Tensor) -> Tensor:
+    """The tensor of which every rank has its own rows, cut as `like`; it may lack last axes of that."""
+    if not isinstance(like, DTensor):
+        return own
+    shape = torch.Size((len(like), *own.shape[1:]))
+    return DTensor.from_local(own, like.device_mesh, like.placements, run_check=False, shape=shape,
+                              stride=torch.empty(shape, device="meta").stride())
+
+
 def place(full: Tensor, like: Tensor) -> Tensor:
-    """Put a whole tensor, which every rank has, on the device of `like`, sharded as `like`."""
-    full = full.to(like.device)
-    return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None) if isinstance(like, DTensor) else full
+    """Put a whole tensor, which every rank has, on the device of `like`, cut as `like`."""
+    own = own_rows(full, like)
+    return joined(own.to(like.device, copy=own is not full), like)

@@ -19,18 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import lora
-from checkpoint import (
-    Extras,
-    averages,
-    export,
-    fill,
-    load,
-    naming_changed_options,
-    read_about,
-    refuse_broken,
-    save,
-    write_tensors,
-)
+from checkpoint import Extras, averages, export, fill, load, naming_changed_options, read_about, refuse_broken, save, write_tensors
 from families.family import consolidated_files
 from families.tensor_files import LazyTensor, open_tensors, parts_of, read_tensors
 from model import MultistreamLM

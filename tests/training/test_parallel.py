@@ -1,15 +1,22 @@
-"""Shards in a group of one: cut, gathered, written and filled again; what two ranks do is in test_train.py."""
+"""Shards in a group of one: cut, gathered, written and filled again; what two ranks hold. What they train is in test_train.py."""
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from big import make as write_official
+from conftest import ROOT
 from tables import CONFIGS, grid, random_ids
 from torch.distributed.tensor import DTensor
 
 from checkpoint import save, write_tensors
+from families.qwen import qwen
 from families.tensor_files import read_tensors
 from generation.decode_step import SampleConfig
 from model import Block, MultistreamLM
@@ -97,3 +104,49 @@ def test_gathered_weights_serve_parts_of_the_model_on_their_own(group):
     assert torch.equal(*said)
     assert all(isinstance(p, DTensor) for p in cut.parameters())
     assert torch.equal(plain(tokens)[0], cut(tokens)[0])
+
+
+RANK = """
+import json, sys
+from pathlib import Path
+import torch
+from big import peak
+from checkpoint import load
+from families.qwen import qwen
+from lora import LoraConfig, inject
+from model import Block
+from training import parallel
+from training.plan import held_types
+
+parallel.start("cpu", 0)
+adapters = LoraConfig(rank=8, targets=("attn.*",))
+
+def prepare(model):
+    types = held_types(model, adapters, (), "")
+    parallel.shard(inject(model, adapters), Block, torch.device("cpu"), torch.bfloat16)
+    return types
+
+for name, sizes in (("small", (1, 64, 64, 1, 1)), ("base", (8, 1024, 2048, 8, 2))):     # with the first the libraries wake up
+    before = peak()
+    model = inject(load(Path(sys.argv[1]) / name, dtype="bf16", config=qwen(*sizes, generation=2, vocab=8000), prepare=prepare), adapters)
+    had = [0] * 2
+    torch.distributed.all_gather_object(had, peak() - before)
+frozen, trained = (sum(p.nbytes for p in model.parameters() if p.requires_grad == own) for own in (False, True))
+if parallel.ranks()[0] == 0:
+    print(json.dumps([had, frozen // 2 + max(p.numel() * 2 for p in model.parameters()) + trained]))
+parallel.end()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").is_file(), reason="Linux says how much memory a process had")
+def test_no_rank_ever_holds_more_than_its_part_of_the_base(tmp_path: Path):
+    for name, sizes in (("small", (1, 64, 64, 1, 1)), ("base", (8, 1024, 2048, 8, 2))):
+        write_official(qwen(*sizes, generation=2, vocab=8000), tmp_path / name)
+    (tmp_path / "rank.py").write_text(RANK)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "rank.py", tmp_path]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found, most = json.loads(done.stdout.splitlines()[-1])
+    whole = (tmp_path / "base/model.safetensors").stat().st_size
+    assert most < 0.65 * whole and max(found) < most + (32 << 20), (found, most, whole)

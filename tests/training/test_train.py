@@ -105,7 +105,7 @@ def test_ranks_and_accumulation_change_nothing(folder: Path) -> None:
     common = ("--steps=4", *NO_NOISE, "--schedule=constant")
     train(folder, f"--out={folder}/r1", "--accum=4", *common)
     train(folder, f"--out={folder}/r2", "--accum=2", *common, ranks=2)
-    train(folder, f"--out={folder}/r4", "--accum=1", *common, ranks=4)
+    train(folder, f"--out={folder}/r4", "--accum=1", "--shard=true", "--shard_size=2", *common, ranks=4)     # two copies, two parts
     for out in ("r2", "r4"):
         for (step, one), (_, other) in zip(losses(folder / "r1"), losses(folder / out), strict=True):
             assert abs(one - other) < 1e-6, (step, out)
@@ -123,21 +123,24 @@ def test_a_rank_run_resumes_exactly(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_shards_train_save_and_resume_as_one_process_does(folder: Path) -> None:
-    common = ("--steps=4", "--save_every=2", "--eval_every=3", "--ema=0.9", "--clip=0.1", "--eps=1e-4", "--keep=4", *NO_NOISE)
+def test_shards_train_save_and_resume_as_one_process_does(folder: Path, whole: Path) -> None:
+    """Adapters on a base of 8 bits, of which each rank reads its rows. The test of ranks and accumulation shards all weights."""
+    common = ("--steps=4", "--save_every=2", "--eval_every=3", "--ema=0.9", "--clip=0.1", "--eps=1e-4", "--keep=4", *NO_NOISE,
+              f"--init={whole}", "--quantize=int8", "--lora.rank=4", "--lora.targets=attn.*,ffn.*", "--lora.dora=true",
+              "--lora.train=audio_head")
     shards = (*common, "--accum=1", "--shard=true")
     train(folder, f"--out={folder}/s_one", "--accum=2", *common)
     train(folder, f"--out={folder}/s_two", *shards, ranks=2)
     one, two = (losses(folder / name) for name in ("s_one", "s_two"))
     assert len(one) == 4 and max(abs(a - b) for (_, a), (_, b) in zip(one, two, strict=True)) < 1e-6
-    for name in ("model.safetensors", "ema.safetensors", "state/optimizer.safetensors"):
+    for name in ("adapter.safetensors", "ema.safetensors", "state/optimizer.safetensors"):
         assert same(final(folder / "s_one", name), final(folder / "s_two", name), 1e-6)
     evaluated = [[row["val/loss"] for row in rows(folder / name) if "val/loss" in row] for name in ("s_one", "s_two")]
     assert len(evaluated[0]) == 2 and max(abs(a - b) for a, b in zip(*evaluated, strict=True)) < 1e-6
     shutil.copytree(folder / "s_two", folder / "s_again", symlinks=True)
     point(folder / "s_again/ckpt/latest", "step_000002")
     train(folder, f"--out={folder}/s_again", *shards, ranks=2)
-    for name in ("model.safetensors", "ema.safetensors", "state/optimizer.safetensors"):
+    for name in ("adapter.safetensors", "ema.safetensors", "state/optimizer.safetensors"):
         assert same(final(folder / "s_again", name), final(folder / "s_two", name))
 
 

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 import lora
 from audio import hub
@@ -69,7 +70,7 @@ from options import difference, edge, expect, from_json, locate, read_json, read
 from streams import StreamTable
 from system.files import check_sums, copy_file, write_sums
 from text.tokenizers import load_tokenizer, tokenizer_file
-from training.parallel import is_cut, joined, own_rows, part, ranks, whole
+from training.parallel import joined, own_rows, part, ranks, whole
 
 FORMAT, VERSION = "multistream", 1
 ADAPTER_FIELDS = {f"{name}?": kind for kind, names in ((str | None, ("peft_type", "base_model_name_or_path")), (int, ("r",)),
@@ -172,8 +173,8 @@ def load(path: str | Path, device: str | torch.device = "cpu", dtype: str | torc
     if not path and config is not None:
         model = load_text_tower(MultistreamLM(config), Path("."), device, dtype)
         return cast(model, device, dtype, prepare(model) if prepare else {})
-    if prepare is not None:
-        refuse_adapter(path)
+    if prepare and (lone_adapter(local(path)) or recognise(resolve(path)) is None and read_about(resolve(path)).get("lora")):
+        raise ValueError(f"{path} has an adapter; go on with it (--init_adapter={path}), or merge it first (python checkpoint.py merge)")
     if lone_adapter(local(path)):
         if adapter is not None:
             raise ValueError(f"{path} and {adapter} are both adapters; give the model that they belong to")
@@ -195,14 +196,12 @@ def load(path: str | Path, device: str | torch.device = "cpu", dtype: str | torc
             fill(model, tensors, str(folder), device, dtype, types, names)
         load_text_tower(model, folder, device, dtype)
     if layout is not None and adapter is None and (own := layout.adapter(read_json(config_file(folder)))):
-        if is_cut(model):
+        if isinstance(model, FSDPModule):
             raise ValueError(f"{folder}/config.json names an adapter, which --shard cannot merge; use python checkpoint.py merge first")
         put_adapter(model, named_file(folder, own, f"the adapter in {folder}/config.json", "name another with --adapter=FILE"))
         model = lora.strip(model) if config is not None else model           # a run puts its own adapters on top
-    # After reading: what does not fit is named first, and the pages that are read here are those that the model uses. One rank of a node
-    # does it. What bears our checksum was finite when it was written
-    sums = {file.path: file.pieces() for file in mapped}
-    known = ranks()[2] == 0 and check_sums(folder, below=False, mapped=sums) and adapter is None and dtype != torch.float16
+    # After reading, by one rank of a node: these are the pages that the model uses. What bears a checksum was finite when it was written
+    known = ranks()[2] == 0 and check_sums(folder, False, {f.path: f.pieces() for f in mapped}) and not adapter and dtype != torch.float16
     model = put_adapter(model, adapter).eval()
     model = model if known else refuse_broken(model, folder)
     return model if prepare else cast(model, device, dtype, {})
@@ -213,11 +212,6 @@ def refuse_broken(model: MultistreamLM, source: object) -> MultistreamLM:
     for name, p in model.named_parameters():
         refuse_not_finite(name, part(p), source)
     return model
-
-
-def refuse_adapter(path: str | Path) -> None:
-    if lone_adapter(local(path)) or recognise(resolve(path)) is None and read_about(resolve(path)).get("lora"):
-        raise ValueError(f"{path} has an adapter; go on with it (--init_adapter={path}), or merge it first (python checkpoint.py merge)")
 
 
 def refuse_circle(folder: Path) -> None:

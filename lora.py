@@ -65,13 +65,13 @@ class Adapter(nn.Module):
     @torch.no_grad()
     def reset(self, weight: Tensor, row_scale: Tensor | None = None) -> None:
         """Give the parameters their first values, also those that were cut before they had any. A is drawn on the CPU: equal everywhere."""
-        device, (*_, inputs) = part(weight).device, weight.shape
-        start = {"lora_A": torch.empty(self.lora_A.shape).uniform_(-1, 1) / math.sqrt(inputs), "lora_B": torch.zeros(self.lora_B.shape)}
+        start = {"lora_A": torch.empty(self.lora_A.shape).uniform_(-1, 1) / math.sqrt(weight.shape[-1])}
+        start["lora_B"] = torch.zeros(self.lora_B.shape)
         if self.lora_magnitude is not None:
             start["lora_magnitude"] = dequantized(whole(weight), row_scale).norm(dim=-1)
         for name, full in start.items():
             like = getattr(self, name)
-            setattr(self, name, nn.Parameter(joined(own_rows(full, like).clone().to(device), like)))
+            setattr(self, name, nn.Parameter(joined(own_rows(full, like).clone().to(part(weight).device), like)))
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, pick: Callable[[Tensor], Tensor] = lambda p: p,
                 row_scale: Tensor | None = None) -> Tensor:

@@ -109,8 +109,7 @@ def prepare(model: MultistreamLM) -> dict[str, torch.dtype]:
     adapters = adapter_config(config.init_adapter, model) if config.init_adapter else config.lora
     types = plan.held_types(model, adapters, config.rates, config.quantize)
     if config.shard and base:                    # cut before it has weights, adapters included
-        if adapters is not None:
-            lora.inject(model, adapters)
+        model = model if adapters is None else lora.inject(model, adapters)
         parallel.shard(model, Block, device, dtype, config.shard_size)
     return types
 

@@ -53,8 +53,7 @@ def nearest(x: Tensor, book: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def fit_rvq(x: Tensor, num_codebooks: int, codebook_size: int, iterations: int = 20,
-            seed: int = 0) -> ResidualVQ:
+def fit_rvq(x: Tensor, num_codebooks: int, codebook_size: int, iterations: int = 20, seed: int = 0) -> ResidualVQ:
     """Fit a quantiser to x (N, D) by k-means on what each codebook leaves over.
 
     Raises ValueError with fewer rows than entries.  An entry that wins nothing moves to a random row.

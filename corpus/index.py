@@ -190,7 +190,6 @@ def write_index(config: DataConfig, table: StreamTable) -> Index:
     indexer = Indexer(index, with_fitting_split(config, manifests), table, tokenizer, composed_audio(manifests))
     for source, m in enumerate(manifests):
         indexer.add(m, source)
-    index = indexer.index
     index.verdict = verdict_lines(manifests, config.doubtful)
     bad = print_left_out(manifests, table, index.verdict)
     print(*advice(manifests, index.entries, config), sep="", file=sys.stderr, end="")

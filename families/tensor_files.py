@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from options import FULL, replace_file, write_json
-from training.parallel import first_copy, first_row
+from training.parallel import first_row
 
 # In the order in which safetensors sorts a file, last one first.
 DTYPES = {"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E5M2": torch.float8_e5m2, "F8_E4M3": torch.float8_e4m3fn,
@@ -235,8 +235,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor | LazyTensor], write:
     rows, own = {}, {}
     for name, t in tensors.items():
         if isinstance(t, DTensor):
-            if not first_copy(t):
-                continue
+            if any(t.device_mesh.get_local_rank(n) for n, place in enumerate(t.placements) if place.is_replicate()):
+                continue                                   # a rank before this one holds the same part
             own[name], rows[name] = t.detach().to_local(), [first_row(t), len(t)]
         elif write:
             own[name] = t

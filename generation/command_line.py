@@ -1,5 +1,4 @@
-"""The command line of sample.py: its options, and the model and the data facts that they name.
-"""
+"""The command line of sample.py: its options, and the model and the data facts that they name."""
 
 import re
 import sys

@@ -5,8 +5,7 @@
     HSDP     FSDP2 within groups of `--shard_size` ranks (a node), gradients averaged over the groups
 
 Without torchrun all of this does nothing. Functions marked collective must be called by all ranks in the same order.
-A tensor that is cut has its rows shared out: `own_rows` of a whole one are this rank's, `joined` makes a cut tensor of
-what each rank has, `place` does both, `whole` gathers. Imports nothing of ours: any file may use it. Next: train.py.
+Of a tensor that is cut each rank has its own rows. Imports nothing of ours: any file may use it. Next: train.py.
 """
 
 import ctypes
@@ -21,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 
@@ -30,8 +29,7 @@ def start(name: str, local: int) -> torch.device:
     kind = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cuda":
         if not torch.cuda.is_available():
-            fix = "use --device=cpu, or check its driver and CUDA_VISIBLE_DEVICES"
-            raise ValueError(f"--device=cuda: this machine shows no CUDA device; {fix}")
+            raise ValueError("--device=cuda: this machine shows no CUDA device; use --device=cpu, or check driver and CUDA_VISIBLE_DEVICES")
         torch.cuda.set_device(torch.device(kind, local))
     if "RANK" in os.environ:
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(minutes=30))
@@ -59,17 +57,10 @@ def all_sum(x: Tensor, device: torch.device) -> Tensor:
 
 
 def decided(choose: Callable[[], Any]) -> Any:
-    """What `choose` returns on rank 0, on every rank; also its ValueError or OSError. Collective."""
-    if not dist.is_initialized():
-        return choose()
-    found: list[Any] = [None]
-    try:
-        found = [choose()] if dist.get_rank() == 0 else found
-    except (ValueError, OSError) as error:
-        found = [error]
-    dist.broadcast_object_list(found, 0)
-    if isinstance(found[0], Exception):
-        raise found[0]
+    """What `choose` returns on rank 0, on every rank. Collective."""
+    found = [choose() if ranks()[0] == 0 else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found, 0)
     return found[0]
 
 
@@ -87,7 +78,7 @@ def shard(model: nn.Module, block: type[nn.Module], device: torch.device, dtype:
     keep their dtype; gathered weights are in `dtype`, and gradients are summed in fp32. `size` ranks share one copy of the
     weights, 0 = all. A model on the meta device is cut before it has weights.
     """
-    if not dist.is_initialized() or is_cut(model):
+    if not dist.is_initialized() or isinstance(model, FSDPModule):
         return
     world = dist.get_world_size()
     if size and world % size:
@@ -103,14 +94,9 @@ def shard(model: nn.Module, block: type[nn.Module], device: torch.device, dtype:
         fully_shard(module, mesh=mesh, mp_policy=policy)
 
 
-def is_cut(model: nn.Module) -> bool:
-    """Whether a model is sharded."""
-    return isinstance(model, FSDPModule)
-
-
 def wrap(model: nn.Module, device: torch.device) -> nn.Module:
     """The module to call in training: the model itself if it is sharded or there is one process, otherwise DDP. Collective."""
-    if is_cut(model) or not dist.is_initialized():
+    if isinstance(model, FSDPModule) or not dist.is_initialized():
         return model
     return DDP(model, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True)
 
@@ -146,11 +132,6 @@ def whole(t: Tensor) -> Tensor:
 def part(t: Tensor) -> Tensor:
     """This rank's part of a tensor."""
     return t.to_local() if isinstance(t, DTensor) else t
-
-
-def first_copy(t: DTensor) -> bool:
-    """Whether no rank before this one holds the same part."""
-    return all(t.device_mesh.get_local_rank(n) == 0 for n, place in enumerate(t.placements) if isinstance(place, Replicate))
 
 
 def first_row(t: DTensor) -> int:

@@ -196,7 +196,7 @@ def encoded_again(s: Subject, codec: Any) -> float | None:
     """The share of equal codes when the first recording of the data is encoded again; None where there is none."""
     numbers = {entry.id: n for n, entry in enumerate(s.index.entries) if entry.key}
     for source in s.data.sources:
-        manifest = read_manifest(source_weight(source)[0], s.data.allow_outside, assistant_text=s.data.assistant_text)
+        manifest = read_manifest(source_weight(source)[0], s.data.allow_outside, s.data.assistant_text, s.data.agent)
         for clip in (clip for clip in manifest.clips.values() if clip.get("file") and clip["id"] in numbers):
             number = numbers[clip["id"]]
             made = encode_clip(s.index.entries[number].key, clip, codec, s.index.info["duplex"], replace(s.data, variants=1))

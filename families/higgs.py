@@ -102,8 +102,6 @@ def clone_messages(text: str, references: Sequence[str] = (), scene: str = "", i
     return [*messages, {"role": "user", "content": text}]
 
 
-
-
 # ---- official layouts ----
 
 HF_NAMES = (("embed.text.weight", "model.embed_tokens.weight"), *stack("temporal.layers", "model.layers"),

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lora
 from checkpoint import DTYPES, open_model, read_about, recognise, resolve
 from layers.architecture import ModelConfig
+from layers.fusion import TextTower
 from layers.int8_base import quantizable
 from lora import LoraConfig
 from model import MultistreamLM
@@ -86,6 +87,8 @@ def build(config: ModelConfig, adapters: LoraConfig | None, types: dict[str, tor
             module.row_scale = torch.empty(old.shape[:-1], device=device)
     if config.tied:
         model.text_head.weight = model.embed["text"].weight
+    if config.fusion is not None:                      # the tower finds words in the values of a batch: here each frame is one
+        model.tower = TextTower(build(config.fusion.tower, None, {}, dtype, device), "frame", ())
     return lora.inject(model, adapters) if adapters is not None else model
 
 

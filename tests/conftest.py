@@ -87,7 +87,7 @@ def arithmetic_stays():
     assert after == before
 
 
-def cli(*args, env: dict[str, str] | None = None, cwd: Path | None = None, timeout: float = 120) -> tuple[int, str, str]:
+def cli(*args, env: dict[str, str] | None = None, cwd: Path | None = None, timeout: float = 600) -> tuple[int, str, str]:
     """Run a command of the repository as a process of its own: (exit code, stdout, stderr)."""
     command = [sys.executable, str(ROOT / args[0]), *map(str, args[1:])]
     variables = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)} | (env or {})

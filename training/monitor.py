@@ -43,7 +43,6 @@ class Log:
         for write in self.writes:
             write(numbers, step)
 
-
     def write(self, numbers: dict[str, float], step: int) -> None:
         """Append to metrics.jsonl, behind what a resumed run still stands for."""
         print(json.dumps({"step": step, **numbers}), file=self.file, flush=True)

@@ -40,7 +40,8 @@ def need_of_training(config: Any, dtype: torch.dtype, device: str, ranks: int = 
         types = held_types(MultistreamLM(config.model), config.lora, config.rates, config.quantize)
     tokens, weights = typical_batch(config.model.table, config.batch_size, config.data.columns)
     places = torch.arange(tokens.shape[2]).expand(len(tokens), -1)
-    batch = (tokens, weights, places, torch.zeros_like(places))
+    segments = None if config.model.fusion else torch.zeros_like(places)       # a text tower finds its words in the values of a batch
+    batch = (tokens, weights, places, segments)
     plan = make_plan(config.model, *batch)
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         def shadow(t: Tensor | None) -> Tensor | None:
@@ -87,9 +88,8 @@ def changes(config: Any) -> list[tuple[str, Any]]:
         now = replace(now, batch_size=batch, accum=now.accum * 2)
         found.append((f"--batch_size={batch} --accum={now.accum}", now))
     if now.lora is None:
-        small = replace(now, lora=LoraConfig(), shard=False)
-        found.append(("--lora.rank=16 (adapters instead of all weights)", small))
-        found.append(("--lora.rank=16 --quantize=int8", replace(small, quantize="int8")))
+        small, option = replace(now, lora=LoraConfig(targets=("temporal.*",)), shard=False), "--lora.rank=16 --lora.targets=temporal.*"
+        found += [(f"{option} (adapters instead of all weights)", small), (f"{option} --quantize=int8", replace(small, quantize="int8"))]
     return found
 
 

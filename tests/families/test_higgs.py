@@ -134,7 +134,7 @@ def test_a_long_text_goes_on_from_the_voice_of_the_piece_before(monkeypatch: pyt
     monkeypatch.setattr("sample.prompt_example", lambda *a: seen.append((a[0], [(t, c.shape[1]) for t, c in a[6]])) or plain(*a))
     data = replace(smoke.data, tokenizer=str(ROOT / smoke.data.tokenizer))
     speech = speak_long(model, "one two three four five", data, SampleConfig(max_frames=30), load_codec("tiny"), 2)
-    assert [text for text, _ in seen] == ["one two", "three four", "five"] and [len(before) for _, before in seen] == [0, 1, 1]
+    assert [text for text, _ in seen] == ["one two", "three four", "five."] and [len(before) for _, before in seen] == [0, 1, 1]
     assert [before[0][0] for _, before in seen[1:]] == ["one two", "three four"]
     assert speech.codes.shape[1] == speech.frames > 0 and speech.wav.shape[1] == 640 * speech.frames
 

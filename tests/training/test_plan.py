@@ -13,6 +13,8 @@ from tables import CONFIGS, grid
 from checkpoint import save
 from generation.plan import Tally, config_of, parse_size
 from model import MultistreamLM
+from options import run_config
+from training.plan import changes, need_of_training
 
 STEP = """
 import json, sys, torch
@@ -107,3 +109,11 @@ def test_sample_says_what_it_needs(tmp_path: Path) -> None:
     rc, out, err = call("sample.py", "--ckpt", tmp_path, "--plan=1GB")
     assert rc == 0 and "cache each" in out and "fits 1GB" in out, out + err
     assert config_of(str(tmp_path)) == CONFIGS["clone"] and grid(CONFIGS["clone"])[0].shape[1] == 4
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "dsaa_ae"))
+def test_every_recipe_can_be_planned_and_what_would_make_it_smallest(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    smoke = run_config(ROOT / f"configs/{name}.py", "smoke")
+    needs = [need_of_training(config, torch.float32, "cpu") for config in (smoke, *(changed for _, changed in changes(smoke)[-1:]))]
+    assert all(need.total > need.weights > 0 for need in needs) and needs[-1].total <= needs[0].total

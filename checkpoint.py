@@ -200,10 +200,9 @@ def load(path: str | Path, device: str | torch.device = "cpu", dtype: str | torc
             raise ValueError(f"{folder}/config.json names an adapter, which --shard cannot merge; use python checkpoint.py merge first")
         put_adapter(model, named_file(folder, own, f"the adapter in {folder}/config.json", "name another with --adapter=FILE"))
         model = lora.strip(model) if config is not None else model           # a run puts its own adapters on top
-    # After reading, by one rank of a node: these are the pages that the model uses. What bears a checksum was finite when it was written
-    known = ranks()[2] == 0 and check_sums(folder, False, {f.path: f.pieces() for f in mapped}) and not adapter and dtype != torch.float16
-    model = put_adapter(model, adapter).eval()
-    model = model if known else refuse_broken(model, folder)
+    if ranks()[2] == 0:                                    # after reading, by one rank of a node: these are the pages that the model uses
+        check_sums(folder, False, {f.path: f.pieces() for f in mapped})
+    model = refuse_broken(put_adapter(model, adapter).eval(), folder)
     return model if prepare else cast(model, device, dtype, {})
 
 

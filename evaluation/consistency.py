@@ -23,7 +23,7 @@ from text.conversation import clips
 from text.tokenizers import load_tokenizer
 
 COLUMNS = 400                # columns of an example that are decoded one at a time, at most
-Prompted = tuple[Tensor, int]                           # a grid (K, S), and the columns of it that are the prompt
+Prompted = tuple[Tensor, int]       # a grid (K, S), and how many of its columns are the prompt
 
 
 def prompted(index: Index, number: int, facts: DataConfig, table: StreamTable) -> Tensor | None:
@@ -97,6 +97,7 @@ def decoding_error(model: MultistreamLM, grids: Sequence[Prompted]) -> tuple[flo
     Both are infinite or NaN where logits are.
     """
     table, differences, sizes = model.table, [], []
+    grids = grids or random_grids(table)
     whole = [model(tokens[None]) for tokens, _ in grids]
     step = DecodeStep(model, pad_left([tokens[:, :P] for tokens, P in grids]), SampleConfig(temperature=0.0), COLUMNS + 8)
     for n in range(max(tokens.shape[1] - P for tokens, P in grids)):

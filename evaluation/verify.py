@@ -53,7 +53,6 @@ from training.objective import Contrast, Likelihood, Preference
 from training.plan import computed_type
 
 OK, DIFFERS, LOOK, NONE = "ok", "differs", "look", "-"
-LARGE = 2 << 30              # bytes of weights above which an export is only tried when asked for
 TOLERANCES = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.02}          # of a logit, as a share of the largest
 
 
@@ -114,10 +113,8 @@ def verify(path: str, job: VerifyConfig) -> list[Finding]:
     try:
         model = load(path, job.device, job.dtype, job.adapter or None)
     except ValueError as error:
-        remedy = "the files are damaged, incomplete or of different models; fetch or export them again"
-        return [Finding("weights", DIFFERS, str(error), remedy)]
-    found = [Finding("weights", OK, f"{model.count_parameters():,} parameters, all finite")]
-    subject = Subject(path, job, model)
+        return [Finding("weights", DIFFERS, str(error), "they are damaged, incomplete or of different models; fetch or export them again")]
+    subject, found = Subject(path, job, model), [Finding("weights", OK, f"{model.count_parameters():,} parameters, all finite")]
     for name, check in CHECKS.items():
         try:
             found += [Finding(name, *row) for row in check(subject)]
@@ -126,10 +123,7 @@ def verify(path: str, job: VerifyConfig) -> list[Finding]:
     return found
 
 
-Rows = Iterator[tuple[str, ...]]
-
-
-def check_config(s: Subject) -> Rows:
+def check_config(s: Subject) -> Iterator[tuple[str, ...]]:
     """Find the run that the checkpoint belongs to, and prepare its rows."""
     s.run = next((f for f in (Path(s.path), *Path(s.path).resolve().parents[:2]) if is_run(f)), None)
     s.config = from_json(TrainConfig, read_json(s.run / "config.json"), f"{s.run}/config.json") if s.run else None
@@ -147,11 +141,10 @@ def check_config(s: Subject) -> Rows:
 
 
 def is_run(folder: Path) -> bool:
-    file = folder / "config.json"
-    return file.is_file() and isinstance(about := read_json(file), dict) and "steps" in about
+    return (folder / "config.json").is_file() and "steps" in (read_json(folder / "config.json") or {})
 
 
-def check_adapter(s: Subject) -> Rows:
+def check_adapter(s: Subject) -> Iterator[tuple[str, ...]]:
     if getattr(s.model, "lora", None) is None:
         return
     norms = lora.norms(s.model)
@@ -165,15 +158,15 @@ def check_adapter(s: Subject) -> Rows:
            "do not merge this adapter in this dtype: merge in fp32, or keep it apart")
 
 
-def check_data(s: Subject) -> Rows:
+def check_data(s: Subject) -> Iterator[tuple[str, ...]]:
     facts = s.facts
     if facts is None:
         yield LOOK, "the checkpoint names neither codec nor tokenizer", "name rows with --sources; sampling needs --codec and --tokenizer"
         return
     if s.data is not None and s.model.extras.data:
         both = [from_json(DataConfig, prompt_facts(c, s.model.table)) for c in (s.data, facts)]
-        lines = [line for line in difference(*both) if not line.startswith("tokenizer:") or not same_tokenizer(*both)]
-        if lines:
+        files = [path.read_bytes() if (path := tokenizer_file(one.tokenizer, local=True)).is_file() else one.tokenizer for one in both]
+        if lines := [line for line in difference(*both) if not line.startswith("tokenizer:") or files[0] != files[1]]:
             yield (DIFFERS, f"training -> checkpoint: {'; '.join(lines)}",
                    "sampling would read another prompt, or other codes, than training did; correct config.json of the checkpoint")
     tokenizer = load_tokenizer(facts.tokenizer)
@@ -185,11 +178,6 @@ def check_data(s: Subject) -> Rows:
     else:
         yield (OK if share > 0.98 else DIFFERS, f"{names}; a recording encoded again has {share:.1%} of the codes that were trained on",
                "this is another codec than the one that encoded the training data; name that one, or prepare and train again")
-
-
-def same_tokenizer(one: DataConfig, other: DataConfig) -> bool:
-    files = [tokenizer_file(facts.tokenizer, local=True) for facts in (one, other)]
-    return all(file.is_file() for file in files) and files[0].read_bytes() == files[1].read_bytes()
 
 
 def encoded_again(s: Subject, codec: Any) -> float | None:
@@ -206,7 +194,7 @@ def encoded_again(s: Subject, codec: Any) -> float | None:
     return None
 
 
-def check_prompt(s: Subject) -> Rows:
+def check_prompt(s: Subject) -> Iterator[tuple[str, ...]]:
     if s.index is None or s.facts is None:
         return
     table, columns, rows = s.model.table, 0, 0
@@ -223,10 +211,8 @@ def check_prompt(s: Subject) -> Rows:
         yield OK, f"{rows} prompts of {columns} columns are those of the training, and every drawn id was a target"
 
 
-def check_decoding(s: Subject) -> Rows:
+def check_decoding(s: Subject) -> Iterator[tuple[str, ...]]:
     grids = example_grids(s.index, s.entries[: s.job.rows], s.model.table) if s.index is not None else random_grids(s.model.table)
-    if not grids:
-        return
     error, largest = decoding_error(s.model, [(tokens.to(s.job.device), prompt) for tokens, prompt in grids])
     if not math.isfinite(error + largest):
         yield DIFFERS, f"logits are not finite in {s.job.dtype}", "numbers overflow in this dtype; use bf16 or fp32"
@@ -235,7 +221,7 @@ def check_decoding(s: Subject) -> Rows:
            "sampling reads other states than training did, by its cache, positions or padding; report it")
 
 
-def check_graphs(s: Subject) -> Rows:
+def check_graphs(s: Subject) -> Iterator[tuple[str, ...]]:
     if s.job.device != "cuda":
         yield NONE, "not verified: --device=cuda does it"
         return
@@ -252,7 +238,7 @@ def check_graphs(s: Subject) -> Rows:
 # ---- losses ----
 
 @torch.no_grad()
-def check_loss(s: Subject) -> Rows:
+def check_loss(s: Subject) -> Iterator[tuple[str, ...]]:
     batches = list(held_out(s)) if s.index is not None else []
     if not batches:
         yield NONE, "not verified: name rows with --sources"
@@ -317,9 +303,9 @@ def losses(s: Subject, batches: Sequence[Batch]) -> dict[str, float]:
 
 # ---- files and sound ----
 
-def check_export(s: Subject) -> Rows:
+def check_export(s: Subject) -> Iterator[tuple[str, ...]]:
     size = sum(p.numel() * p.element_size() for p in s.model.parameters())
-    if s.job.export == "off" or (s.job.export == "auto" and size > LARGE):
+    if s.job.export == "off" or (s.job.export == "auto" and size > 2 << 30):
         yield NONE, "not verified: --export=on does it"
         return
     if s.model.config.tied and any(path == "text_head" for path, *_ in lora.adapters(s.model)):
@@ -335,22 +321,21 @@ def check_export(s: Subject) -> Rows:
            "do not publish this export; report it")
 
 
-def check_sound(s: Subject) -> Rows:
+def check_sound(s: Subject) -> Iterator[tuple[str, ...]]:
     if not s.model.table.audio_out or s.facts is None:
         return
     codec = fitting_codec(s.facts.codec, s.model.table, load_tokenizer(s.facts.tokenizer))
-    codes = torch.randint(0, codec.codebook_size, (1, codec.num_codebooks, 24), generator=torch.Generator().manual_seed(0))
-    if clip := next((n for n in s.entries if s.index.entries[n].key), None):
-        codes = s.index.codes(clip, 0)[None, : codec.num_codebooks, :96]
+    clip = next((n for n in s.entries if s.index.entries[n].key), None)
+    random = torch.randint(0, codec.codebook_size, (1, codec.num_codebooks, 24), generator=torch.Generator().manual_seed(0))
+    codes = random if clip is None else s.index.codes(clip, 0)[None, : codec.num_codebooks, :96]
     whole, stream = codec.decode(codes), codec.stream()
     wav = torch.cat([*(stream.decode(piece) for piece in codes.split(5, 2)), stream.flush()], -1)
     error = float((wav - whole).abs().max()) if wav.shape == whole.shape else math.inf
-    yield (OK if error < 1e-3 else DIFFERS,
-           f"codec {codec.name}: {wav.shape[-1]} samples in pieces, {whole.shape[-1]} at once, they differ by {error:.1g}",
-           "sample without --stream, and report it")
+    yield (OK if error < 1e-3 else DIFFERS, f"codec {codec.name}: {wav.shape[-1]} samples in pieces, {whole.shape[-1]} at once, "
+           + f"they differ by {error:.1g}", "sample without --stream, and report it")
 
 
-def check_sample(s: Subject) -> Rows:
+def check_sample(s: Subject) -> Iterator[tuple[str, ...]]:
     table, family = s.model.table, family_of(s.model.table)
     spoken = (n for n in s.entries if (s.index.entries[n].key or s.index.entries[n].parts) and s.index.entries[n].text.strip())
     if not family.text_to_speech or s.facts is None or (number := next(spoken, None)) is None:

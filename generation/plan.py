@@ -10,6 +10,8 @@ keep for themselves (a CUDA context is half a GiB) is not in it. tests/training/
 
 import warnings
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora
 from checkpoint import DTYPES, open_model, read_about, recognise, resolve
+from kernels.choice import device_constant
+from kernels.rope import rope_frequencies
+from kernels.sample import scattered, spread
 from layers.architecture import ModelConfig
 from layers.fusion import TextTower
 from layers.int8_base import quantizable
@@ -72,9 +77,21 @@ class Tally(TorchDispatchMode):
         self.most = max(self.most, self.now)
 
 
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Tensors made within have no memory. Constants that were cached are forgotten: real models need real ones."""
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+            yield
+    finally:
+        for kept in (device_constant, rope_frequencies, scattered, spread):
+            kept.cache_clear()
+
+
 def build(config: ModelConfig, adapters: LoraConfig | None, types: dict[str, torch.dtype], dtype: torch.dtype,
           device: str) -> MultistreamLM:
-    """A model of tensors without memory, as training or sampling holds it. Within a FakeTensorMode."""
+    """A model of tensors without memory, as training or sampling holds it. Within `shapes_only`."""
     with torch.device("meta"):
         model = MultistreamLM(config)
     for name in model.weights():
@@ -121,8 +138,7 @@ def need_of_sampling(config: ModelConfig, dtype: torch.dtype, device: str, colum
     with torch.device("meta"):
         bare = MultistreamLM(config)
         eight = {f"{path}.weight": torch.int8 for path in quantizable(bare.requires_grad_(False), ())} if quantize else {}
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+    with shapes_only(), torch.no_grad():
         model = build(config, None, eight, dtype, device).requires_grad_(False).eval()
         every, weights = sum(p.numel() for p in model.parameters()), held(model)
         with Tally() as tally:

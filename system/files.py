@@ -232,14 +232,14 @@ def write_sums(folder: Path, names: Iterable[str] = ()) -> None:
     replace_file(path, lambda temporary: Path(temporary).write_text(text + "\n"))
 
 
-def check_sums(folder: Path, below: bool = True, mapped: Mapping[Path, Iterable[np.ndarray]] | None = None) -> bool:
-    """Compare files with checksums.json, False where there is none; `below`, also those in folders. ValueError names one that differs.
+def check_sums(folder: Path, below: bool = True, mapped: Mapping[Path, Iterable[np.ndarray]] | None = None) -> None:
+    """Compare files with checksums.json, if there is one; `below`, also those in folders. ValueError names one that differs.
 
     `mapped`: files that lie in memory already, and their bytes.
     """
     path = folder / SUMS
     if not path.is_file():
-        return False                               # written by another program, or by an older version
+        return                                     # written by another program, or by an older version
     try:
         found = json.loads(path.read_bytes()).items()
         expected = {name: [int(size), str(known)] for name, (size, known) in found if below or "/" not in name}
@@ -251,4 +251,3 @@ def check_sums(folder: Path, below: bool = True, mapped: Mapping[Path, Iterable[
         if file_sum((mapped or {}).get(folder / name) or read_pieces(folder / name)) != known:
             raise ValueError(f"{folder / name} is damaged (its checksum differs from {SUMS}); use another checkpoint; "
                              + f"if you changed it yourself, delete {SUMS}")
-    return True

@@ -9,15 +9,15 @@ How it is counted, and what is not in it: generation/plan.py, whose parts this u
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from checkpoint import DTYPES
-from generation.plan import Need, Tally, build, gib, held, lines, parse_size, typical_batch
+from generation.plan import Need, Tally, build, gib, held, lines, parse_size, shapes_only, typical_batch
 from kernels.choice import has_bf16
 from layers.batch_plan import make_plan
 from layers.int8_base import quantizable
@@ -36,6 +36,7 @@ def held_types(model: nn.Module, config: LoraConfig | None, rates: Sequence[tupl
 
 def need_of_training(config: Any, dtype: torch.dtype, device: str, ranks: int = 1) -> Need:
     """What a rank of a TrainConfig holds at the peak of a step."""
+    config = deepcopy(config)                              # stream tables remember tensors
     with torch.device("meta"):
         types = held_types(MultistreamLM(config.model), config.lora, config.rates, config.quantize)
     tokens, weights = typical_batch(config.model.table, config.batch_size, config.data.columns)
@@ -43,7 +44,7 @@ def need_of_training(config: Any, dtype: torch.dtype, device: str, ranks: int = 
     segments = None if config.model.fusion else torch.zeros_like(places)       # a text tower finds its words in the values of a batch
     batch = (tokens, weights, places, segments)
     plan = make_plan(config.model, *batch)
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+    with shapes_only():
         def shadow(t: Tensor | None) -> Tensor | None:
             return t if t is None else torch.empty(t.shape, dtype=t.dtype, device=device)
 
@@ -60,7 +61,6 @@ def need_of_training(config: Any, dtype: torch.dtype, device: str, ranks: int = 
                     sums = model(*inputs, plan=plan, scale=scale, z_loss=config.loss.z_loss)
                 sums.total.backward()
                 del sums
-        del fake
     step = max(0, tally.most - 4 * count)                  # the gradients are counted on their own
     if config.dpo is not None:
         step *= 2                                          # both replies of a pair

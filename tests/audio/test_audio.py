@@ -439,7 +439,7 @@ def test_command_scores_a_file_and_writes_its_result(tmp_path, monkeypatch, caps
     save_wav(tmp_path / "0.wav", torch.zeros(160), 16_000)
     row = {"text": "four nine", "wav": "0.wav"}
     (tmp_path / "samples.jsonl").write_text(json.dumps(row) + "\n\n" + json.dumps(row | {"text": "two"}) + "\n")
-    monkeypatch.setattr(evaluate, "transcribe", lambda wavs: ["49", "to"][: len(wavs)])
+    monkeypatch.setattr("audio.recogniser.transcribe", lambda wavs: ["49", "to"][: len(wavs)])
     monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path)])
     evaluate.main()
     assert "mean WER 0.500 over 2 " in capsys.readouterr().out

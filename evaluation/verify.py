@@ -97,6 +97,7 @@ class Subject:
     data: DataConfig | None = None
     index: Index | None = None
     entries: tuple[int, ...] = ()       # of the index, to verify on
+    codec: Any = None                   # the one of the checkpoint, where it fits
 
     @property
     def facts(self) -> DataConfig | None:
@@ -170,9 +171,9 @@ def check_data(s: Subject) -> Iterator[tuple[str, ...]]:
             yield (DIFFERS, f"training -> checkpoint: {'; '.join(lines)}",
                    "sampling would read another prompt, or other codes, than training did; correct config.json of the checkpoint")
     tokenizer = load_tokenizer(facts.tokenizer)
-    codec = fitting_codec(facts.codec, s.model.table, tokenizer)
-    names = f"tokenizer {tokenizer.name}" + (f", codec {codec.name}" if codec is not None else "")
-    share = encoded_again(s, codec) if codec is not None and s.index is not None else None
+    s.codec = fitting_codec(facts.codec, s.model.table, tokenizer)
+    names = f"tokenizer {tokenizer.name}" + (f", codec {s.codec.name}" if s.codec is not None else "")
+    share = encoded_again(s) if s.codec is not None and s.index is not None else None
     if share is None:
         yield OK, f"{names}: they fit the grid"
     else:
@@ -180,14 +181,14 @@ def check_data(s: Subject) -> Iterator[tuple[str, ...]]:
                "this is another codec than the one that encoded the training data; name that one, or prepare and train again")
 
 
-def encoded_again(s: Subject, codec: Any) -> float | None:
+def encoded_again(s: Subject) -> float | None:
     """The share of equal codes when the first recording of the data is encoded again; None where there is none."""
     numbers = {entry.id: n for n, entry in enumerate(s.index.entries) if entry.key}
     for source in s.data.sources:
         manifest = read_manifest(source_weight(source)[0], s.data.allow_outside, s.data.assistant_text, s.data.agent)
         for clip in (clip for clip in manifest.clips.values() if clip.get("file") and clip["id"] in numbers):
             number = numbers[clip["id"]]
-            made = encode_clip(s.index.entries[number].key, clip, codec, s.index.info["duplex"], replace(s.data, variants=1))
+            made = encode_clip(s.index.entries[number].key, clip, s.codec, s.index.info["duplex"], replace(s.data, variants=1))
             if isinstance(made, list):
                 kept, codes = s.index.codes(number, 0), torch.from_numpy(made[0].astype("int64"))
                 return float((kept == codes).float().mean()) if kept.shape == codes.shape else 0.0
@@ -322,10 +323,9 @@ def check_export(s: Subject) -> Iterator[tuple[str, ...]]:
 
 
 def check_sound(s: Subject) -> Iterator[tuple[str, ...]]:
-    if not s.model.table.audio_out or s.facts is None:
+    if not s.model.table.audio_out or s.codec is None:
         return
-    codec = fitting_codec(s.facts.codec, s.model.table, load_tokenizer(s.facts.tokenizer))
-    clip = next((n for n in s.entries if s.index.entries[n].key), None)
+    codec, clip = s.codec, next((n for n in s.entries if s.index.entries[n].key), None)
     random = torch.randint(0, codec.codebook_size, (1, codec.num_codebooks, 24), generator=torch.Generator().manual_seed(0))
     codes = random if clip is None else s.index.codes(clip, 0)[None, : codec.num_codebooks, :96]
     whole, stream = codec.decode(codes), codec.stream()
@@ -338,9 +338,9 @@ def check_sound(s: Subject) -> Iterator[tuple[str, ...]]:
 def check_sample(s: Subject) -> Iterator[tuple[str, ...]]:
     table, family = s.model.table, family_of(s.model.table)
     spoken = (n for n in s.entries if (s.index.entries[n].key or s.index.entries[n].parts) and s.index.entries[n].text.strip())
-    if not family.text_to_speech or s.facts is None or (number := next(spoken, None)) is None:
+    if not family.text_to_speech or s.codec is None or (number := next(spoken, None)) is None:
         return
-    entry, codec = s.index.entries[number], fitting_codec(s.facts.codec, table, load_tokenizer(s.facts.tokenizer))
+    entry, codec = s.index.entries[number], s.codec
     frames = sum(s.index.entries[n].frames[0] for n in entry.parts or [number])
     rules = SampleConfig(**family.rules(table) | {"max_frames": 50 + 2 * frames})
     speech = speak_examples(s.model, [spoken_prompt(s.index, number, -1, s.data, table)], rules, codec)[0]

@@ -24,7 +24,7 @@ from options import apply, edge, help_text, split_arguments
 
 ROOT = Path(__file__).parents[1]
 PIECE = 0.02                # seconds of sound in a message of a client
-SETTLE = 2.0                # seconds until the sessions have begun and libraries have made their plans
+SETTLE = 2.0                # seconds at both ends that are not counted: sessions begin and end, libraries make their plans
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ async def client(http: Any, url: str, phase: float, seconds: float) -> tuple[lis
             elif message.data[:1] == b"\4":
                 late = json.loads(message.data[1:]).get("late_frames", late)
         await talking
-    behind = [when - before for when, before in arrived if when > begun + SETTLE]
+    behind = [when - before for when, before in arrived if begun + SETTLE < when < begun + seconds - SETTLE]
     return [x - min(behind) for x in behind], late
 
 

@@ -49,7 +49,8 @@ from serving.openai_api import Resampler  # noqa: E402
 from serving.scheduler import Conversation  # noqa: E402
 from streams import Stream, StreamTable, codebooks, delay  # noqa: E402
 
-MALFORMED = int(os.environ.get("MULTISTREAM_MALFORMED", "300"))        # 5,000 were tried; the suite takes fewer
+MALFORMED = 5_000
+REOPENED = 201
 
 
 @contextmanager
@@ -364,6 +365,33 @@ def test_malformed_messages_and_vanishing_clients_end_only_their_own_session(tal
         wanted = reply(server.scheduler.model, load_codec("tiny").encode(torch.from_numpy(pcm)[None, None]), replace(server.usual, seed=42))
         agent = [0, *server.table.audio_out]
         assert torch.equal(torch.stack(given[42])[:60, agent], wanted[0].T[:60, agent])
+
+
+def test_sessions_that_are_cut_and_reopened_leave_nothing_behind(talk, given, patient):
+    """The memory of the process is flat, and who talks through all of it gets what he would get alone."""
+    memory = list[int]()
+
+    async def all_of_them(http: aiohttp.ClientSession) -> None:
+        survivor = asyncio.create_task(converse(http, url, 77, seconds=120.0, pace=0.02))
+        draw = random.Random(1)
+
+        async def churn(first: int) -> None:
+            for seed in range(first, first + REOPENED, 3):
+                await converse(http, url, seed, seconds=2.0, cut=draw.uniform(0.05, 0.6), pace=0.002)
+                memory.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
+
+        await asyncio.gather(*(churn(1000 + n) for n in range(3)))
+        survivor.cancel()
+
+    with serving(job(talk, slots=4, limits=Limits(sessions_per_address=50, most_waiting=60))) as (server, url):
+        asyncio.run(asyncio.wait_for(with_session(all_of_them), 600))
+        assert server.scheduler.metrics.counts["sessions"] == len(memory) + 1 == REOPENED + 1
+    assert memory[-1] - memory[len(memory) // 3] < 24 * 2**20, [n >> 20 for n in memory]
+    pcm = (speech(120.0, 16_000, 77) * 32767).astype("<i2").astype(np.float32) / 32768
+    frames, agent = torch.stack(given[77]), [0, *server.table.audio_out]
+    codes = load_codec("tiny").encode(torch.from_numpy(pcm[: 640 * (len(frames) + 4)])[None, None])
+    wanted = reply(server.scheduler.model, codes, replace(server.usual, seed=77))[0].T
+    assert torch.equal(frames[:, agent], wanted[: len(frames), agent])
 
 
 async def with_session(call: Callable[[aiohttp.ClientSession], Awaitable[object]]) -> None:

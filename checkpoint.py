@@ -27,7 +27,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 import lora
 from audio import hub
@@ -70,7 +69,7 @@ from options import difference, edge, expect, from_json, locate, read_json, read
 from streams import StreamTable
 from system.files import check_sums, copy_file, write_sums
 from text.tokenizers import load_tokenizer, tokenizer_file
-from training.parallel import joined, own_rows, part, ranks, whole
+from training.parallel import is_sharded, joined, own_rows, part, ranks, whole
 
 FORMAT, VERSION = "multistream", 1
 ADAPTER_FIELDS = {f"{name}?": kind for kind, names in ((str | None, ("peft_type", "base_model_name_or_path")), (int, ("r",)),
@@ -196,7 +195,7 @@ def load(path: str | Path, device: str | torch.device = "cpu", dtype: str | torc
             fill(model, tensors, str(folder), device, dtype, types, names)
         load_text_tower(model, folder, device, dtype)
     if layout is not None and adapter is None and (own := layout.adapter(read_json(config_file(folder)))):
-        if isinstance(model, FSDPModule):
+        if is_sharded(model):
             raise ValueError(f"{folder}/config.json names an adapter, which --shard cannot merge; use python checkpoint.py merge first")
         put_adapter(model, named_file(folder, own, f"the adapter in {folder}/config.json", "name another with --adapter=FILE"))
         model = lora.strip(model) if config is not None else model           # a run puts its own adapters on top

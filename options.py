@@ -6,10 +6,12 @@ The comment behind a field is its help text. This module does not know what the 
 """
 
 import ast
+import atexit
 import dataclasses
 import difflib
 import errno
 import functools
+import gc
 import inspect
 import json
 import math
@@ -457,6 +459,10 @@ def exit_on_error() -> None:
         os._exit(2)                                # at once, without waiting for other threads or a process group
 
     sys.excepthook = hook
+    if not gc.isenabled():                         # setup_check.py: the imports are done, and stay
+        gc.freeze()                                # the collector need not look at them again before the end
+        atexit.register(gc.unfreeze)
+        gc.enable()
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

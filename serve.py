@@ -11,6 +11,8 @@
 One batched step serves all sessions; a full server queues. Nothing that is said is kept, unless --log names a file. Next: serving/.
 """
 
+import system.setup_check  # noqa: F401, first: it says how to set up where torch is missing
+
 import asyncio
 import json
 import logging

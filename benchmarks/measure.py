@@ -22,8 +22,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels.choice import triton
-
 Side = Callable[..., Tensor]
 TOLERANCE = {True: 2e-2, False: 1e-4}      # of losses, relative: with half precision or without
 ON_GPU = torch.cuda.is_available()
@@ -181,7 +179,7 @@ def origin(packages: Sequence[str] = ()) -> dict[str, Any]:
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")] or [platform.machine()]
     device = torch.cuda.get_device_name() if ON_GPU else f"{os.cpu_count()} cores, {names[0]}"
     others = {name: version(name) for name in packages if version(name)}
-    return {"commit": commit or "not a checkout", "torch": torch.__version__, "triton": getattr(triton, "__version__", None),
+    return {"commit": commit or "not a checkout", "torch": torch.__version__, "triton": version("triton"),
             "device": device, "threads": torch.get_num_threads(), "versions": others}
 
 

@@ -22,10 +22,9 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from options import FULL, replace_file, write_json
-from training.parallel import first_row
+from training.parallel import first_row, is_cut
 
 # In the order in which safetensors sorts a file, last one first.
 DTYPES = {"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E5M2": torch.float8_e5m2, "F8_E4M3": torch.float8_e4m3fn,
@@ -228,13 +227,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor | LazyTensor], write:
 
     Of tensors that are cut among ranks every rank calls it and writes its part; else one with `write`.
     """
-    if not any(isinstance(t, DTensor) for t in tensors.values()):
+    if not any(is_cut(t) for t in tensors.values()):
         if write:
             save_tensors(path, tensors)
         return
     rows, own = {}, {}
     for name, t in tensors.items():
-        if isinstance(t, DTensor):
+        if is_cut(t):
             if any(t.device_mesh.get_local_rank(n) for n, place in enumerate(t.placements) if place.is_replicate()):
                 continue                                   # a rank before this one holds the same part
             own[name], rows[name] = t.detach().to_local(), [first_row(t), len(t)]

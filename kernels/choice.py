@@ -10,21 +10,21 @@ them: row numbers are int64 before they are multiplied, and matrix products go t
 
 import os
 import warnings
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import cache, lru_cache
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:                     # everything still runs, with the references
-    triton, tl = None, SimpleNamespace(constexpr=lambda value: value)
-
 MODE = os.environ.get("KERNELS", "auto")
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+triton, tl = None, SimpleNamespace(constexpr=lambda value: value)
+if torch.backends.cuda.is_built() or MODE == "triton" or INTERPRET:        # elsewhere no kernel runs, and the import takes long
+    with suppress(ImportError):         # everything still runs, with the references
+        import triton
+        import triton.language as tl
+
 INTERPRETED = tl.constexpr(INTERPRET)
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 

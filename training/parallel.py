@@ -5,7 +5,8 @@
     HSDP     FSDP2 within groups of `--shard_size` ranks (a node), gradients averaged over the groups
 
 Without torchrun all of this does nothing. Functions marked collective must be called by all ranks in the same order.
-Of a tensor that is cut each rank has its own rows. Imports nothing of ours: any file may use it. Next: train.py.
+Of a tensor that is cut each rank has its own rows. Imports nothing of ours: any file may use it. FSDP takes as long to import
+as half of torch, so only `shard` does. Next: train.py.
 """
 
 import ctypes
@@ -19,8 +20,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 
@@ -71,6 +70,16 @@ def end() -> None:
 
 # ---- DDP and sharding ----
 
+def is_sharded(module: nn.Module) -> bool:
+    """Whether `shard` has cut it: FSDP2 has then added its methods."""
+    return hasattr(module, "unshard")
+
+
+def is_cut(t: Any) -> bool:
+    """Whether it is a DTensor, of which each rank has a part."""
+    return hasattr(t, "placements")
+
+
 def shard(model: nn.Module, block: type[nn.Module], device: torch.device, dtype: torch.dtype, size: int = 0) -> None:
     """Shard every weight over the ranks, in place; a single process shards nothing, and what is cut stays as it is. Collective.
 
@@ -78,7 +87,7 @@ def shard(model: nn.Module, block: type[nn.Module], device: torch.device, dtype:
     keep their dtype; gathered weights are in `dtype`, and gradients are summed in fp32. `size` ranks share one copy of the
     weights, 0 = all. A model on the meta device is cut before it has weights.
     """
-    if not dist.is_initialized() or isinstance(model, FSDPModule):
+    if not dist.is_initialized() or is_sharded(model):
         return
     world = dist.get_world_size()
     if size and world % size:
@@ -88,6 +97,8 @@ def shard(model: nn.Module, block: type[nn.Module], device: torch.device, dtype:
             dist.broadcast(t.data, 0)
     if device.type == "cpu" and os.name == "posix" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-3, 1 << 17)      # M_MMAP_THRESHOLD, else glibc keeps what gathered blocks leave: all of them, by and by
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     policy = MixedPrecisionPolicy(None if dtype == torch.float32 else dtype, torch.float32, cast_forward_inputs=False)
     mesh = init_device_mesh(device.type, (world // size, size) if size else (world,), mesh_dim_names=("copy", "shard") if size else None)
     for module in [m for m in model.modules() if isinstance(m, block)] + [model]:
@@ -96,7 +107,7 @@ def shard(model: nn.Module, block: type[nn.Module], device: torch.device, dtype:
 
 def wrap(model: nn.Module, device: torch.device) -> nn.Module:
     """The module to call in training: the model itself if it is sharded or there is one process, otherwise DDP. Collective."""
-    if isinstance(model, FSDPModule) or not dist.is_initialized():
+    if is_sharded(model) or not dist.is_initialized():
         return model
     return DDP(model, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True)
 
@@ -110,7 +121,7 @@ def last_of_step(net: nn.Module, last: bool) -> None:
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
     """Context in which every rank has all weights, so that each may run the model on its own, or not at all. Collective."""
-    parts = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    parts = [m for m in model.modules() if is_sharded(m)]
     if parts:
         model._get_fsdp_state()._lazy_init()       # otherwise a block that runs before the model ever did takes itself for the root
     for m in parts:
@@ -126,15 +137,15 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
 def whole(t: Tensor) -> Tensor:
     """The whole tensor of which each rank has a part. Collective."""
-    return t.full_tensor() if isinstance(t, DTensor) else t
+    return t.full_tensor() if is_cut(t) else t
 
 
 def part(t: Tensor) -> Tensor:
     """This rank's part of a tensor."""
-    return t.to_local() if isinstance(t, DTensor) else t
+    return t.to_local() if is_cut(t) else t
 
 
-def first_row(t: DTensor) -> int:
+def first_row(t: Tensor) -> int:
     """The row of the whole with which this rank's part begins."""
     for n, place in enumerate(t.placements):
         if place.is_shard(0):
@@ -144,15 +155,15 @@ def first_row(t: DTensor) -> int:
 
 def own_rows(full: Any, like: Tensor) -> Any:
     """Of a whole tensor, read or not, what this rank has of one that is cut as `like`."""
-    return full.narrow(0, first_row(like), len(part(like))) if isinstance(like, DTensor) else full
+    return full.narrow(0, first_row(like), len(part(like))) if is_cut(like) else full
 
 
 def joined(own: Tensor, like: Tensor) -> Tensor:
     """The tensor of which every rank has its own rows, cut as `like`; it may lack last axes of that."""
-    if not isinstance(like, DTensor):
+    if not is_cut(like):
         return own
     shape = torch.Size((len(like), *own.shape[1:]))
-    return DTensor.from_local(own, like.device_mesh, like.placements, run_check=False, shape=shape,
+    return type(like.data).from_local(own, like.device_mesh, like.placements, run_check=False, shape=shape,
                               stride=torch.empty(shape, device="meta").stride())
 
 

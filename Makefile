@@ -8,7 +8,7 @@ export GOMP_SPINCOUNT  ?= 0
 export KMP_BLOCKTIME   ?= 0
 PIP     = $(VENV)/bin/pip install --disable-pip-version-check -q -c constraints.txt
 
-.PHONY: demo test check talk smoke faults wer bench big clean lines
+.PHONY: demo test check talk smoke faults wer bench gpu big clean lines
 
 demo: $(VENV)/demo        ## train the tiny model on real speech and write samples to out/demo/*.wav (CPU, minutes)
 	$(RUN) train.py configs/tiny.py
@@ -66,6 +66,9 @@ bench: $(VENV)/core       ## benchmarks against other implementations (those not
 	$(RUN) bench.py loader
 	$(RUN) bench.py kernels --pairs=3
 	$(RUN) bench.py scaling --model=higgs --pairs=5
+
+gpu: $(VENV)/core         ## everything that needs a GPU: kernels, graphs, the table of BENCHMARKS.md (9 minutes; without one a rehearsal)
+	$(RUN) bench.py gpu
 
 big: $(VENV)/core         ## full-size random Qwen2.5-1.5B and Higgs v2 3B: load, train, sample, merge, export, and their peaks (35 GB of disk)
 	$(RUN) tests/big.py

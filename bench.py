@@ -10,6 +10,9 @@
     python bench.py kernels                         every op of kernels/ against torch.compile of its reference (CUDA)
     python bench.py loader                          columns a second and packing of data.Loader on the bundled speech
     python bench.py scaling                         a training step on 1, 2 and 4 gloo processes of one thread each
+    python bench.py graphs                          each family: the frames of CUDA graphs against those without (CUDA)
+    python bench.py plan --model=higgs              measured peaks against those that --plan says (CUDA)
+    python bench.py gpu                             all that needs a GPU, in nine minutes: benchmarks/gpu.py (make gpu)
 
 Before the timing, both sides must compute the same losses of three updates, or the same greedy tokens. Then they run
 alternately, and the result is the median of the pairwise ratios, because a busy machine slows both runs of a pair. A peer that
@@ -25,6 +28,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
@@ -34,20 +38,25 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks import peers
+from benchmarks import gpu, peers
 from benchmarks.measure import GIB, ON_GPU, alternate, check, compare, extra_memory, frame_times, origin, per_frame, show, spread, syncs
 from benchmarks.workloads import LORA, Job, decode_models, decode_sides, floor_bytes, prefill_side, train_workload, useful_flops
 from checkpoint import DTYPES
+from config import DataConfig, LoraConfig, TrainConfig
 from corpus.index import prepare
 from data import Loader
+from generation.cuda_graphs import why_not
+from generation.plan import need_of_sampling
 from kernels import PAIRS, shapes
 from model import MultistreamLM
 from options import apply, edge, help_text, run_config, split_arguments
 from training import parallel
+from training.plan import need_of_training
 
 BYTES, FLOPS = 4.3e12, 790e12      # an H200: bytes a second of a copy, bf16 operations a second of a product, both measured
 RATES = {"higgs": 25.0, "moshi": 12.5, "moss": 12.5, "tiny": 25.0}           # frames of a second of speech
 TARGETS = {"train higgs": 0.8, "train moshi": 0.7, "decode higgs": 0.5, "decode moshi": 0.5, "decode qwen": 0.5}     # ours / peer
+PAGE = 4096 / 2**20                # MiB: less cannot be measured on a CPU
 LIMITS = {"moshi": 600, "higgs": 80, "qwen": 80}             # operations a frame, at the tiny preset
 
 
@@ -106,11 +115,11 @@ def bench_decode(job: Job, columns: int = 64) -> list[dict[str, Any]]:
         return [row | {"target": TARGETS.get(row["what"])}, frame_row(job, model, net, why or "drawn, nothing to compare")]
 
 
-def bench_ops(job: Job, frames: int = 8) -> list[dict[str, Any]]:
+def bench_ops(job: Job) -> list[dict[str, Any]]:
     """Number of operations that the host launches for one frame, with greedy decoding as in the published figures of the peers."""
     with tempfile.TemporaryDirectory() as folder:
         model, net, checked = decode_models(job, Path(folder))
-        lag = max(model.table.delays) + 1
+        lag, frames = max(model.table.delays) + 1, job.frames or 8
         ours, peer = decode_sides(model, net, 1, 1 if model.table.aligned else 32, lag + 2 * frames, 0)
         found, other = per_frame(ours, frames, lag), per_frame(peer, frames, lag) if peer else None
     row = {"what": f"ops {job.model}", "ours": {"ops": spread([found.pop("ops")])}, "checked": checked, "ratio": None, **found}
@@ -126,21 +135,22 @@ def bench_model(job: Job) -> list[dict[str, Any]]:
 
 # ---- the loss, memory ----
 
-def peak(job: Job, which: str, *shape: str) -> None:
-    """Print the extra memory of one side, for the loss at `shape` or for a training step."""
-    torch.set_num_threads(1)
+def peak(job: Job, which: str, *shape: int) -> float:
+    """The extra memory of one side in MiB, for the loss at `shape` or for a training step."""
     if shape:
-        return print(extra_memory(peers.loss_side(*map(int, shape), which, **loss_shape(job))))
+        return extra_memory(peers.loss_side(*shape, which, **loss_shape(job)))
     with tempfile.TemporaryDirectory() as folder:
         pair = train_workload(replace(job, peer=which == "peer"), Path(folder))
         side = pair.ours if which == "ours" else pair.peer
         del pair
         gc.collect()                                         # free the other side's memory on the device
-        print(extra_memory(side, whole=True))
+        return extra_memory(side, whole=True)
 
 
 def run_peak(job: Job, which: str, *shape: int) -> float:
     """Run `peak` in a separate process, with malloc set to return freed memory at once."""
+    if not job.apart:
+        return peak(job, which, *shape)
     options = [f"--{name}={value}" for name, value in asdict(job).items() if value != getattr(Job(), name)]
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 18), "MALLOC_TRIM_THRESHOLD_": "0"}
     command = [sys.executable, __file__, "peak", which, *map(str, shape), *options]
@@ -149,12 +159,12 @@ def run_peak(job: Job, which: str, *shape: int) -> float:
 
 def memory_row(what: str, checked: str, limit: float | None, sizes: dict[str, float]) -> dict[str, Any]:
     row = {"what": what, **{name: {"MiB": spread([size])} for name, size in sizes.items()}, "checked": checked, "target": limit}
-    return row | {"ratio": spread([sizes["ours"] / sizes["peer"]]) if "peer" in sizes else None}
+    return row | {"ratio": spread([sizes["ours"] / max(sizes["peer"], PAGE)]) if sizes.keys() >= {"ours", "peer"} else None}
 
 
 def loss_shape(job: Job) -> dict[str, Any]:
     """Number of rows, width and dtype of the loss benchmarks."""
-    rows, width = (16384, 4096) if job.preset == "full" else (4096, 256)
+    rows, width = (16384, 4096) if job.preset == "full" else (16 * job.columns, 2 * job.width)
     return {"rows": rows, "width": width, "dtype": DTYPES["bf16" if job.half else "fp32"]}
 
 
@@ -192,20 +202,62 @@ def bench_loss(job: Job) -> list[dict[str, Any]]:
     return rows
 
 
-# ---- kernels ----
+# ---- kernels, graphs, plans: what only a GPU can show ----
 
-def bench_kernels(job: Job) -> list[dict[str, Any]]:
-    """Each op, forward and backward, against torch.compile of its reference, and its share of the memory bandwidth."""
-    width, count, dtype = (4096, 16384, torch.bfloat16) if ON_GPU else (job.width, 64, torch.float32)
-    given, rows = shapes.cases(torch.device("cuda" if ON_GPU else "cpu"), dtype, count, width), []
+def bench_kernels(job: Job) -> Iterator[dict[str, Any]]:
+    """Each op, forward and backward: its error against fp64, then its time against torch.compile of its reference, and its share of
+    the memory bandwidth. One whose result is wrong is not timed."""
+    width, count, device = (4096, 16384, "cuda") if ON_GPU else (max(64, job.width), 64, "cpu")
     for name, (op, ref) in PAIRS.items():
-        ours, peer = shapes.op_side(op, given[name]), shapes.op_side(torch.compile(ref), given[name]) if ON_GPU else None
+        row, errors = {"what": f"kernel {name}", "target": 1.0 if ON_GPU else None, "ratio": None}, {}
+        for kind in ("fp32", "bf16") if ON_GPU else ("fp32",):
+            given = shapes.cases(torch.device(device), DTYPES[kind], count, width)[name]
+            errors[kind] = shapes.error_share(op, ref, given)
+        row["checked"] = "error, of what rounding allows: " + ", ".join(f"{kind} {share:.2f}" for kind, share in errors.items())
+        if max(errors.values()) > 1:
+            yield row | {"checked": f"WRONG: {row['checked']}"}
+            continue
+        ours, peer = shapes.op_side(op, given), shapes.op_side(torch.compile(ref), given) if ON_GPU else None
         times = compare(*alternate(ours, peer, job.pairs), 1)
-        moved, seconds = shapes.moved(given[name], ours()), times["ours"]["ms"]["median"] / 1e3
+        moved, seconds = shapes.moved(given, ours()), times["ours"]["ms"]["median"] / 1e3
         floor = {"GB/s": moved / seconds / 1e9, "of_byte_floor": moved / BYTES / seconds} if ON_GPU else {}
-        checked = "" if ON_GPU else "the reference; its Triton kernel: not measured, no CUDA device"
-        rows.append({"what": f"kernel {name}", **times, "checked": checked, "target": 1.0 if ON_GPU else None, **floor})
-    return rows
+        row["checked"] += "" if ON_GPU else "; its Triton kernel: not measured, no CUDA device"
+        yield row | times | floor | {"against": "compile"}
+
+
+def bench_graphs(job: Job) -> Iterator[dict[str, Any]]:
+    """Every kind of model at a small size: its frames by CUDA graphs are those without, greedy and drawn."""
+    for name in LORA:
+        model = peers.build(name, job.width).eval()
+        row = {"what": f"graphs {name}", "ratio": None, "checked": why_not(model, peers.like(model).device, None), "target": None}
+        if row["checked"]:
+            yield row | {"checked": f"not measured: {row['checked']}"}
+            continue
+        columns = job.frames or 40
+        for rule, top_k in (("greedy", 0), ("drawn", 250)):
+            plain, graphs = (decode_sides(model, None, 2, 9, columns, top_k, graphs)[0] for graphs in ("off", "on"))
+            frames = plain(columns)
+            row["checked"] += f"{rule}: " + check(graphs(columns).double(), frames.double(), f"{frames.shape[-1]} frames") + "; "
+        yield row | compare(*(frame_times(side, columns, columns // 2) for side in (graphs, plain)), 1) | {"against": "eager"}
+
+
+def bench_plan(job: Job) -> Iterator[dict[str, Any]]:
+    """Measured peaks of a training step and of a generation on the device, and what --plan says of them."""
+    dtype, device = DTYPES["bf16" if job.half else "fp32"], "cuda" if ON_GPU else "cpu"
+    why = "" if ON_GPU else "not measured: no CUDA device, only the plan was made"
+    model = peers.architecture(job.model, 0 if job.preset == "full" else job.width)
+    config = TrainConfig(replace(model, checkpoint=job.checkpoint), DataConfig(columns=job.columns), batch_size=job.batch or 4,
+                         lora=LoraConfig(rank=job.rank, alpha=2.0 * job.rank, targets=LORA[job.model]))
+    context, frames = job.context or 512, job.frames or 64
+    needs = {"train": need_of_training(config, dtype, device), "sample": need_of_sampling(model, dtype, device, context + frames)}
+    for what, need in needs.items():
+        sizes = {"peer": need.total / 2**20}
+        if not why and what == "train":
+            sizes = {"ours": run_peak(job, "ours")} | sizes
+        elif not why:
+            ours = decode_sides(peers.build(job.model, job.width if job.preset == "tiny" else 0, dtype), None, 1, context, frames, 250)[0]
+            sizes = {"ours": extra_memory(partial(ours, frames), whole=True)} | sizes
+        yield memory_row(f"plan {what} {job.model}", why, 1.15, sizes) | {"against": "plan"}
 
 
 # ---- several processes ----
@@ -266,27 +318,43 @@ def bench_loader(job: Job) -> list[dict[str, Any]]:
 
 
 WHAT = {"train": bench_train, "decode": bench_decode, "ops": bench_ops, "loss": bench_loss, "memory": bench_memory,
-        "kernels": bench_kernels, "loader": bench_loader, "scaling": bench_scaling, **dict.fromkeys(LORA, bench_model)}
+        "kernels": bench_kernels, "graphs": bench_graphs, "plan": bench_plan, "loader": bench_loader, "scaling": bench_scaling,
+        **dict.fromkeys(LORA, bench_model)}
+
+
+def parse(argv: list[str]) -> tuple[list[str], Job]:
+    words, pairs = split_arguments(argv, ("peer", "packed", "codec", "compile", "json"))
+    if words and words[0] in LORA:
+        pairs["model"] = words[0]
+    return words, apply(Job(), {key: value or "true" for key, value in pairs.items()})
+
+
+def rows_of(argv: list[str]) -> Iterator[dict[str, Any]]:
+    """Measure what a command line names; a row is there as soon as it is measured."""
+    words, job = parse(argv)
+    if len(words) != 1 or words[0] not in WHAT:
+        raise ValueError(f"name one thing to measure, got {' '.join(words) or 'none'}; there are gpu, {', '.join(WHAT)}")
+    torch.set_num_threads(job.threads)
+    for row in WHAT[words[0]](job):
+        yield row | {"options": asdict(job)} | origin(peers.NEEDS.get(job.model, ()))
 
 
 def main() -> None:
-    words, pairs = split_arguments(sys.argv[1:], ("help", "peer", "packed", "codec", "compile", "json"))
-    if "help" in pairs or not sys.argv[1:]:
-        return print(__doc__, help_text(Job(), f"python bench.py {'|'.join(WHAT)} [--model=higgs --peer]"), sep="\n")
-    if words and words[0] in LORA:
-        pairs["model"] = words[0]
-    job = apply(Job(), {key: value or "true" for key, value in pairs.items()})
-    if words[:1] == ["peak"]:
-        return peak(job, *words[1:])
-    if words == ["rank"]:
-        return rank_side(job)
-    if len(words) != 1 or words[0] not in WHAT:
-        raise ValueError(f"name one thing to measure, got {' '.join(words) or 'none'}; there are {', '.join(WHAT)}")
-    torch.set_num_threads(job.threads)
-    for row in WHAT[words[0]](job):
-        print(json.dumps(row | {"options": asdict(job)} | origin(peers.NEEDS.get(job.model, ()))))
-        if not job.json:
-            print(show(row))
+    command, *rest = sys.argv[1:] or ["--help"]
+    if "--help" in sys.argv[1:] or command == "--help":
+        return print(__doc__, help_text(Job(), f"python bench.py {'|'.join(WHAT)} [--model=higgs --peer]"),
+                     help_text(gpu.GpuJob(), "python bench.py gpu [--only=kernels]"), sep="\n")
+    if command == "gpu":
+        return gpu.run_all(apply(gpu.GpuJob(), split_arguments(rest)[1]), rows_of)
+    if command == "peak":                                    # one side of a memory measurement, by run_peak
+        (which, *shape), job = parse(rest)
+        torch.set_num_threads(job.threads)
+        return print(peak(job, which, *map(int, shape)))
+    if command == "rank":                                    # one process of bench_scaling
+        return rank_side(parse(rest)[1])
+    quiet = parse(sys.argv[1:])[1].json
+    for row in rows_of(sys.argv[1:]):
+        print(json.dumps(row), *([] if quiet else [show(row)]), sep="\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -53,6 +53,7 @@ class Job:
     quantize: str = ""         # decode: "int8" holds every Linear in 8 bits
     pairs: int = 9             # timed repetitions of each side
     threads: int = 1           # threads of an operator
+    apart: bool = True         # memory, loss: measure the memory of each side in a process of its own
     json: bool = False         # print the JSON lines only
 
     def __post_init__(self) -> None:
@@ -172,7 +173,7 @@ def decode_models(job: Job, folder: Path) -> tuple[MultistreamLM, nn.Module | No
 
 
 def decode_sides(model: MultistreamLM, net: nn.Module | None, batch: int, context: int, longest: int,
-                 top_k: int) -> tuple[Side, Side | None]:
+                 top_k: int, graphs: str = "auto") -> tuple[Side, Side | None]:
     """Both sides after a prompt of `context` columns (LMGen makes its own), up to `longest` columns; greedy if top_k is 0."""
     table, device = model.table, peers.like(model).device
     given = peers.frames(model, batch, context + longest)
@@ -185,7 +186,8 @@ def decode_sides(model: MultistreamLM, net: nn.Module | None, batch: int, contex
     rows = [*table.text_out, *table.audio_out] if table.aligned else table.audio or table.text
 
     def ours(columns: int, tick: Callable[[], None] | None = None) -> Tensor:
-        config = SampleConfig(temperature=peers.WARM if top_k else 0.0, top_k=top_k, max_frames=columns, min_frames=columns if top_k else 0)
+        config = SampleConfig(temperature=peers.WARM if top_k else 0.0, top_k=top_k, max_frames=columns, graphs=graphs,
+                              min_frames=columns if top_k else 0)
         feed = UserFeed(given[:, read], table, True, context) if read else None            # as LMGen, which drops the first frame
         made = []
         for frame in generate(model, prompt, config, feed):

@@ -5,6 +5,7 @@
 `rows` scales everything that counts columns, so that a CPU finishes in seconds. Next: bench.py.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -53,19 +54,42 @@ def tensors(value: object) -> list[Tensor]:
     return [value] if isinstance(value, Tensor) else []
 
 
-def op_side(op: Callable[..., Any], case: Case) -> Callable[[], Tensor]:
-    """Forward, and backward if an input requires a gradient. Returns outputs and gradients as one vector."""
+def results(op: Callable[..., Any], case: Case) -> list[Tensor]:
+    """The outputs of an op, of several the first, and its gradients if an input requires one."""
     args, named = case
     leaves = [t for t in tensors([*args, *named.values()]) if t.requires_grad]
+    out = op(*args, **named)
+    wanted = [t for t in tensors(out) if t.requires_grad]
+    total = out.total if getattr(out, "total", None) is not None else sum(t.float().sum() for t in wanted) if wanted else None
+    grads = torch.autograd.grad(total, leaves, allow_unused=True) if total is not None else ()
+    return [t.detach() for t in (*tensors(out)[:1], *grads) if t is not None]
 
-    def side() -> Tensor:
-        out = op(*args, **named)
-        wanted = [t for t in tensors(out) if t.requires_grad]
-        total = out.total if getattr(out, "total", None) is not None else sum(t.float().sum() for t in wanted) if wanted else None
-        grads = torch.autograd.grad(total, leaves, allow_unused=True) if total is not None else ()
-        return torch.cat([t.detach().flatten().float() for t in (*tensors(out)[:1], *grads) if t is not None])
 
-    return side
+def op_side(op: Callable[..., Any], case: Case) -> Callable[[], Tensor]:
+    """Forward, and backward if an input requires a gradient. Returns outputs and gradients as one vector."""
+    return lambda: torch.cat([t.flatten().float() for t in results(op, case)])
+
+
+def exact(value: Any) -> Any:
+    """Inputs in fp64, as leaves of their own where they require a gradient."""
+    if isinstance(value, (list, tuple, dict)):
+        return {k: exact(v) for k, v in value.items()} if isinstance(value, dict) else type(value)(exact(v) for v in value)
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    return value.detach().double().requires_grad_(value.requires_grad)
+
+
+def error_share(op: Callable[..., Any], ref: Callable[..., Any], case: Case) -> float:
+    """The largest error of an op's outputs and gradients against its reference in fp64, as a share of what is allowed: twice the error
+    of the reference in the type of the inputs, and a rounding. Ids must be those of the reference: 0, else infinite."""
+    share, kind = 0.0, next(t.dtype for t in tensors([*case[0], *case[1].values()]) if t.is_floating_point())
+    for ours, same, truth in zip(results(op, case), results(ref, case), results(ref, exact(case)), strict=True):
+        if not ours.is_floating_point():
+            share = max(share, 0.0 if torch.equal(ours, same) else math.inf)
+            continue
+        found, allowed = (float((t.double() - truth).abs().max()) for t in (ours, same))
+        share = max(share, found / (2 * allowed + 4 * torch.finfo(kind).eps * float(truth.abs().max()) + 1e-7))
+    return share
 
 
 def moved(case: Case, result: Tensor) -> int:

@@ -580,7 +580,7 @@ def export(model_or_dir: MultistreamLM | str | Path, dir: str | Path, to: str = 
     extras = getattr(model, "extras", None) or Extras()
     if extras.data is None and extras.folder:                               # import: what the official folder says of codec and tokenizer
         facts = family_of(model.table).companions | official_files(Path(extras.folder))
-        extras = replace(extras, data=facts) if "tokenizer" in facts and ("codec" in facts or not model.table.audio) else extras
+        extras = replace(extras, data=facts) if "tokenizer" in facts and ("codec" in facts or not model.table.codes) else extras
     origin = official_folder(extras) or extras.folder
     return write_checkpoint(Path(dir), "model", model.config, tensors, replace(extras, base="", folder=str(origin)))
 
@@ -672,7 +672,7 @@ def swap_command(path: str, pairs: dict[str, str]) -> str:
     if "from" not in pairs and "tokenizer" not in data:
         raise ValueError(f"{path} does not say which tokenizer it was trained with; name it with --from=FILE")
     config, tensors, kept = swap_tokenizer(model.config, model.weights(), load_tokenizer(pairs.get("from", data.get("tokenizer"))), new)
-    known = "codec" in data or not config.table.audio                 # of official weights the codec may lie elsewhere
+    known = "codec" in data or not config.table.codes                 # of official weights the codec may lie elsewhere
     extras = Extras(model.extras.step, data | {"tokenizer": pairs["tokenizer"]} if known else None)    # the old files fit no more
     folder = write_made(pairs["out"], config, tensors, extras)
     new.save(folder)

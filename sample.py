@@ -111,10 +111,12 @@ def speak_examples(model: MultistreamLM, examples: Sequence[Example], config: Sa
     feed = family_of(table).feed
     feed = feed and feed([e.text for e in examples], table)
     frames: list[Tensor] = []
+    silent = torch.zeros(len(examples), dtype=torch.bool)                       # whose speech is over in the last frame
     decoder, any_audio = codec.stream() if on_audio else None, False
     bar = tqdm(total=config.max_frames, unit="frame", disable=not (progress and sys.stderr.isatty()))
     for frame in generate(model, prompt, config, feed):
-        codes = frame[:, table.audio_out].cpu()                           # the codec may live elsewhere
+        codes = frame[:, table.codes_out].cpu()                           # the codec may live elsewhere
+        silent = torch.isin(frame[:, 0].cpu(), torch.tensor([-1, *table.stop])) if table.flat else (codes < 0).all(1)
         frames.append(codes)
         bar.update()
         if decoder is not None and bool((codes[0] >= 0).all()):
@@ -123,9 +125,9 @@ def speak_examples(model: MultistreamLM, examples: Sequence[Example], config: Sa
     bar.close()
     if any_audio:
         on_audio(decoder.flush()[0])
-    stacked = torch.stack(frames, dim=-1) if frames else torch.empty(len(examples), len(table.audio_out), 0, dtype=torch.long)
+    stacked = torch.stack(frames, dim=-1) if frames else torch.empty(len(examples), len(table.codes_out), 0, dtype=torch.long)
     capped = len(frames) >= config.max_frames - (max(table.delays) if table.aligned else 0)
-    return [_decoded(codes, codec, capped) for codes in stacked]
+    return [_decoded(codes, codec, not capped or bool(over)) for codes, over in zip(stacked, silent, strict=True)]
 
 
 def speak_long(model: MultistreamLM, text: str, data: DataConfig, config: SampleConfig, codec: object, limit: int,
@@ -149,10 +151,10 @@ def sounding(codes: Tensor, codec: object) -> Tensor:
     return codes.clamp(max=codec.codebook_size - 1)
 
 
-def _decoded(codes: Tensor, codec: object, capped: bool) -> Speech:
+def _decoded(codes: Tensor, codec: object, ended: bool) -> Speech:
     spoken = sounding(codes[:, (codes >= 0).all(0)], codec)                  # (Q, T): frames after the end hold -1
     wav = codec.decode(spoken[None])[0] if spoken.shape[1] else torch.zeros(1, 0)
-    return Speech(wav, not capped or bool(codes.shape[1] and (codes[:, -1] < 0).all()), spoken.shape[1], spoken)
+    return Speech(wav, ended, spoken.shape[1], spoken)
 
 
 def pad_left(grids: Sequence[Tensor]) -> Tensor:
@@ -243,7 +245,7 @@ def speak_texts(job: Job, texts: list[str], voices: Sequence[tuple[str, str]] = 
     job = replace(job, **usual_rules(model.table, given, model.extras))
     tokenizer = load_tokenizer(data.tokenizer)
     named = list(enumerate(texts) if not job.texts else sayable(texts, data, tokenizer, model.table))
-    if not model.table.audio_out or job.reply == "text":
+    if not model.table.codes_out or job.reply == "text":
         for _, text in named:
             prompt = lay_out(prompt_example(text, data, tokenizer, table=model.table, reply="text"), model.table)[0]
             print_reply(generate(model, prompt, job), model.table, tokenizer)

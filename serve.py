@@ -105,7 +105,7 @@ class Server:
         self.table, self.family = model.table, family_of(model.table)
         job = replace(job, **usual_rules(self.table, given))
         self.usual = SampleConfig(**{f.name: getattr(job, f.name) for f in fields(SampleConfig)})
-        self.codec = load_codec(data.codec, device=job.device) if self.table.audio else None
+        self.codec = load_codec(data.codec, device=job.device) if self.table.codes else None
         self.scheduler = Scheduler(model, self.codec, job.slots, self.usual, job.columns, job.limits.most_waiting)
         self.gate, tokenizer = Gate(job.limits, job.token, job.origins), load_tokenizer(data.tokenizer)
         self.roles = self.family.takes_persona(self.table)

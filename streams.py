@@ -49,6 +49,7 @@ class StreamTable:
     pad: int = 3                 # inner monologue: the text id of a frame without a word piece (Moshi's <pad>)
     epad: int = 0                # inner monologue: the text id of the frame before a word (Moshi's <unk>)
     joint_end: bool = False      # sequential: audio ends only when all rows of one frame hold their end id, which is also a usable code
+    flat: tuple[int, ...] = ()   # codes are ids of the text row, a frame one of each codebook in turn: first id, codebooks, codes in each
 
     def __post_init__(self) -> None:
         kinds = [s.kind for s in self.streams]
@@ -57,6 +58,9 @@ class StreamTable:
         sizes = [s.classes for s in self.streams if s.kind == "audio" and s.classes]
         assert len(set(sizes[1:])) <= 1, f"the codebooks behind the first have one head shape: {sizes}"
         assert sum(s.classes > 0 for s in self.streams if s.kind == "text") <= 1, "at most one text row is predicted"
+        first, Q, V = self.flat or (0, 0, 0)
+        assert not self.flat or kinds == ["text"] and min(self.flat) > 0 and first + Q * V <= self.streams[0].vocab, (
+            f"flat {self.flat} needs a single text row that has {Q} x {V} ids from {first} on")
 
     def __len__(self) -> int:
         return len(self.streams)
@@ -86,6 +90,19 @@ class StreamTable:
     @cached_property
     def audio_out(self) -> list[int]:
         return [i for i in self.audio if self.streams[i].classes]
+
+    @cached_property
+    def codes(self) -> list[int]:
+        """The rows of a frame that hold codes: the audio rows; a flat table has none, its frames get them behind its own row."""
+        return self.audio or [len(self) + k for k in range(self.flat[1] if self.flat else 0)]
+
+    @cached_property
+    def codes_out(self) -> list[int]:
+        return self.audio_out or ([] if self.audio else self.codes)
+
+    @cached_property
+    def columns_per_frame(self) -> int:
+        return self.flat[1] if self.flat else 1
 
     @cached_property
     def monologue(self) -> bool:
@@ -148,37 +165,6 @@ def undelay(columns: Tensor, delays: Sequence[int]) -> Tensor:
     return torch.stack([columns[..., k, 1 + d : 1 + d + T] for k, d in enumerate(delays)], dim=-2)
 
 
-class Undelay:
-    """Streaming `undelay`: push a column (B, K), get the newest frame (B, K) that is complete in every row.
-
-    Rows in `at_once` are returned without delay. The first complete frame comes `lag` columns after the start column; what
-    `push` returns before that (start ids, or copies of the oldest column) is to be ignored by the caller.
-    """
-
-    def __init__(self, delays: Sequence[int], at_once: Sequence[int] = ()) -> None:
-        self.lag, self.room = max(delays), 256
-        self.kept = self.lag + 1
-        places = [self.lag if k in at_once else d for k, d in enumerate(delays)]             # of row k among the newest `kept`
-        self.place, self.columns, self.next = torch.tensor(places)[None, None], None, 0      # columns (kept + room, B, K), oldest first
-
-    def remember(self, column: Tensor) -> None:
-        if self.columns is None:
-            self.columns = column.new_empty(self.kept + self.room, *column.shape)
-            self.columns[: self.lag], self.next = column, self.lag
-            self.place = self.place.to(column.device).expand(1, *column.shape)
-        if self.next == len(self.columns):
-            self.columns[: self.lag], self.next = self.columns[self.next - self.lag :].clone(), self.lag
-        self.columns[self.next] = column
-        self.next += 1
-
-    def push(self, column: Tensor) -> Tensor:
-        self.remember(column)
-        return self.columns[self.next - self.kept : self.next].gather(0, self.place)[0]
-
-    def newest(self) -> Tensor:
-        return self.columns[self.next - 1]
-
-
 @dataclass
 class Example:
     """One utterance or dialogue, the input of a layout function. Without `codes` the grid is a prompt and ends where generation begins."""
@@ -211,8 +197,11 @@ def audio_block(codes: Tensor, weight: float, table: StreamTable) -> Grid:
     """Audio columns of a sequential grid: codes (Q, T), one EOS a row, delayed.
 
     Targets are the codes and one EOS in each row; start ids and the fill after EOS are no targets. A table whose audio
-    rows have no start id gets no start column (MOSS-Speech).
+    rows have no start id gets no start column (MOSS-Speech). In a flat table codes are text.
     """
+    if table.flat:
+        first, Q, V = table.flat
+        return text_block((codes + first + V * torch.arange(Q)[:, None]).T.flatten(), weight, table)
     tokens, weights = audio_columns(codes, weight, table)
     first = int(table.streams[table.lead].start < 0)
     return tokens[:, first:], weights[:, first:]

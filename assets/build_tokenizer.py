@@ -1,11 +1,12 @@
-"""Write assets/tiny_tokenizer.json and assets/tiny_qwen_tokenizer.json, small files in the formats of official ones.
+"""Write assets/tiny_tokenizer.json, tiny_qwen_tokenizer.json and tiny_marks_tokenizer.json, small files in the formats of official ones.
 
     python assets/build_tokenizer.py
 
 The first has the special tokens of Higgs Audio v2: a byte-level BPE without merges, ids 0..255 are bytes, so it knows
 every script. The second is made as that of Qwen3: NFC, the same cutting into words, a byte-level BPE whose few merges are
-learnt from the texts of the bundled recordings, then the same added tokens in the same order. The smoke twins of the
-configs and the tests read them; the released models bring their own tokenizer.json.
+learnt from the texts of the bundled recordings, then the same added tokens in the same order. The third has the bytes of the
+first, and the special tokens of families that have tokenizers of their own: Higgs Audio v3, and Orpheus up to the first code.
+The smoke twins of the configs and the tests read them; the released models bring their own tokenizer.json.
 """
 
 import json
@@ -18,6 +19,8 @@ SPECIALS = [
     "<|audio_bos|>", "<|audio_eos|>", "<|audio_out_bos|>", "<|reserved_special_token_6|>", "<|AUDIO|>", "<|AUDIO_OUT|>",
     "<|recipient|>", "<|scene_desc_start|>", "<|scene_desc_end|>", "<|generation_instruction_start|>",
     "<|generation_instruction_end|>", "<SE>", "</SE>", "<SE_s>", "</SE_s>", "<SE_e>", "</SE_e>"]
+MARKS = ["<|tts|>", "<|ref_text|>", "<|ref_audio|>", "<|text|>", "<|audio|>",
+         "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", *(f"<custom_token_{n}>" for n in range(11))]       # codes follow the last
 QWEN = [
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>",
     "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
@@ -35,11 +38,12 @@ def byte_letters() -> list[str]:
     return [chr(b) if b in printable else chr(next(others)) for b in range(256)]
 
 
-def higgs() -> Tokenizer:
+def plain(specials: list[str]) -> Tokenizer:
+    """A byte-level BPE without merges, and special tokens."""
     tokenizer = Tokenizer(models.BPE({letter: n for n, letter in enumerate(byte_letters())}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in SPECIALS])
+    tokenizer.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in specials])
     return tokenizer
 
 
@@ -63,7 +67,8 @@ def bundled_texts() -> list[str]:
 
 
 if __name__ == "__main__":
-    for name, tokenizer in (("tiny_tokenizer", higgs()), ("tiny_qwen_tokenizer", qwen(bundled_texts()))):
+    for name, tokenizer in (("tiny_tokenizer", plain(SPECIALS)), ("tiny_qwen_tokenizer", qwen(bundled_texts())),
+                            ("tiny_marks_tokenizer", plain(MARKS))):
         path = ASSETS / f"{name}.json"
         tokenizer.save(str(path))
         print(f"{path}: {path.stat().st_size} bytes, {tokenizer.get_vocab_size()} ids")

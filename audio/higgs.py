@@ -11,7 +11,7 @@ After X-Codec (arXiv:2408.17175), with DAC (arXiv:2306.06546) and HuBERT (hubert
     codec = HiggsCodec.load("higgs-audio-v2-tokenizer/")    # boson's model.pth or transformers' model.safetensors
 
 Module names are those of the transformers layout; `official_names` maps boson's onto them.  Decoding streams, sample
-for sample; encoding does not, since HuBERT normalises and attends over the whole clip. Next: whisper.py.
+for sample; encoding does not, since HuBERT normalises and attends over the whole clip. Next: snac.py.
 """
 
 import json
@@ -172,6 +172,7 @@ class HiggsStream:
     def __init__(self, codec: HiggsCodec):
         self.codec, self.context = codec, codec.context
         self.codes = None           # (B, 8, n) from the context of the next frame on
+        self.first = 0              # number of the first frame in self.codes
         self.done = 0               # frames of self.codes already decoded; the rest of the past is context
 
     def decode(self, codes: Tensor) -> Tensor:
@@ -184,17 +185,21 @@ class HiggsStream:
         """End the codes: the samples (B, 1, m) that were held back."""
         assert self.codes is not None, "flush() before decode()"
         wav = self._decode(self.codes.shape[2])
-        self.codes, self.done = None, 0
+        self.codes, self.first, self.done = None, 0, 0
         return wav
 
     def _decode(self, until: int) -> Tensor:
         if until == self.done:
             return torch.zeros(len(self.codes), 1, 0, device=self.codes.device)
         hop = self.codec.config.hop
-        wav = self.codec.decode(self.codes[:, :, : until + self.context])[:, :, self.done * hop: until * hop]
+        wav = self.window(self.codes[:, :, : until + self.context])[:, :, self.done * hop: until * hop]
         past = max(0, until - self.context)
-        self.codes, self.done = self.codes[:, :, past:], until - past
+        self.codes, self.first, self.done = self.codes[:, :, past:], self.first + past, until - past
         return wav
+
+    def window(self, codes: Tensor) -> Tensor:
+        """The samples of the frames that are kept."""
+        return self.codec.decode(codes)
 
 
 def check_wav(wav: Tensor) -> int:

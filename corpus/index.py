@@ -240,7 +240,7 @@ def codebooks_of(table: StreamTable) -> int:
         return max(heard, len(table.audio_out))
     delays = [table.delays[k] for k in table.audio]
     two = table.monologue and both and delays[:both] == delays[both:]           # both speakers are predicted
-    return both if two else len(table.audio)
+    return both if two else len(table.codes)
 
 
 def fitting_codec(spec: str, table: StreamTable, tokenizer: Tokenizer) -> Any:
@@ -248,7 +248,7 @@ def fitting_codec(spec: str, table: StreamTable, tokenizer: Tokenizer) -> Any:
 
     ValueError where codec, tokenizer and rows do not belong together.
     """
-    codec = load_codec(spec, codebooks=codebooks_of(table)) if table.audio else None
+    codec = load_codec(spec, codebooks=codebooks_of(table)) if table.codes else None
     check_fit(table, tokenizer, codec)
     return codec
 
@@ -265,11 +265,10 @@ def check_fit(table: StreamTable, tokenizer: Tokenizer, codec: Any) -> bool:
                              + "use the model's own tokenizer, or one that keeps these ids for marks")
     if codec is None:
         return False
-    Q, rows = codec.num_codebooks, len(table.audio)
-    if rows not in (Q, 2 * Q) or codec.codebook_size > min(table.streams[i].vocab for i in table.audio):
+    Q, rows, size = codec.num_codebooks, len(table.codes), table.flat[2] if table.flat else min(table.streams[i].vocab for i in table.audio)
+    if rows not in (Q, 2 * Q) or codec.codebook_size > size or table.flat and rows != Q:
         found = f"codec {codec.name} has {Q} codebooks of {codec.codebook_size} codes"
-        raise ValueError(f"{found}, the model {rows} audio rows of {table.streams[table.audio[0]].vocab}; "
-                         + "choose the codec it was made for with --data.codec")
+        raise ValueError(f"{found}, the model {rows} of {size}; choose the codec it was made for with --data.codec")
     return rows == 2 * Q
 
 
@@ -300,7 +299,7 @@ def index_folder(config: DataConfig, table: StreamTable) -> Path:
     sources = [source_weight(s)[0] for s in config.sources]
     return Path(config.cache) / hash_of(CACHE_VERSION, sources, config.codec, config.tokenizer, config.normaliser, config.variants,
                                     config.split, config.held_out, config.min_seconds, config.max_seconds,
-                                    config.allow_outside, table.aligned, len(table.audio), config.max_text,
+                                    config.allow_outside, table.aligned, len(table.codes), config.max_text,
                                     *([config.doubtful] if config.doubtful != "keep" else []), *([config.agent] if config.agent else []),
                                     *([config.assistant_text, table.layout] if family_of(table).template else []),
                                     *([config.chunk_seconds, config.interleaver, config.contextual, config.spaces,
@@ -379,7 +378,7 @@ class Indexer:
         for row in m.clips.values():                    # parts and references come before the rows that use them
             entry = Entry(row["id"], row["text"], source, "", label(row.get("speaker")), label(row.get("group")))
             try:
-                if self.table.audio or self.index.chat is not None:
+                if self.table.codes or self.index.chat is not None:
                     self.locate(entry, row, numbers)
                 entries = self.dialogue(entry, row) if self.table.monologue else [(entry, self.text(entry, row))]
             except NoAudio:                             # it was rejected before
@@ -400,7 +399,7 @@ class Indexer:
         self.locate_sides(entry, row, numbers)
         if self.index.chat is not None:
             self.add_messages(entry, row, numbers)
-            if not self.table.audio or (entry.messages and not row["file"]):
+            if not self.table.codes or (entry.messages and not row["file"]):
                 return                                  # a turn of text
         if "parts" in row:
             missing = [p for p in row["parts"] if p not in numbers]
@@ -420,7 +419,7 @@ class Indexer:
     def locate_sides(self, entry: Entry, row: Row, numbers: dict[str, int]) -> None:
         """Fill in the entries of a row's reference and of its rejected reply; ValueError when one was left out."""
         entry.reference, entry.rejected = (numbers.get(f"{row['id']}#{side}", -1) for side in ("reference", "rejected"))
-        if row.get("reference") and entry.reference < 0 and self.table.audio:
+        if row.get("reference") and entry.reference < 0 and self.table.codes:
             raise ValueError("its reference was left out")
         if "rejected" in row and entry.rejected < 0:
             raise ValueError("its rejected reply was left out")
@@ -430,7 +429,7 @@ class Indexer:
         entry.scene = str(row.get("scene") or "")
         chat = self.index.chat
         if "clips" not in row and chat.template.clone_prompt is None:
-            if self.table.audio and row["id"] in self.drawn:
+            if self.table.codes and row["id"] in self.drawn:
                 raise ValueError(f'{chat.template.family} learns from conversations; write the row as {{"messages": [...]}}')
             chat.plain(row["text"])
             return
@@ -440,14 +439,14 @@ class Indexer:
             chat.prompt(row["text"])                        # raises when the text contains special tokens
             return
         missing = [name for name in row["clips"] if name and row["id"] + name not in numbers]
-        if missing and self.table.audio:
+        if missing and self.table.codes:
             raise ValueError(f"a recording of its messages was left out ({missing[0]})")
-        entry.messages = row["messages"] if self.table.audio else with_transcripts(row["messages"])
-        if self.table.audio:
+        entry.messages = row["messages"] if self.table.codes else with_transcripts(row["messages"])
+        if self.table.codes:
             entry.clips = [numbers[row["id"] + name] if name else len(self.index.entries) for name in row["clips"]]
         start = row.get("start_index")
         entry.start = start if isinstance(start, int) and not isinstance(start, bool) else None
-        nothing = [torch.zeros(len(self.table.audio), 0, dtype=torch.long)] * len(entry.clips)
+        nothing = [torch.zeros(len(self.table.codes), 0, dtype=torch.long)] * len(entry.clips)
         if not any(weight for _, weight in chat.segments(entry.messages, nothing, entry.start)):
             raise ValueError(f"start_index {entry.start} leaves no target")
 

@@ -129,7 +129,11 @@ def swap_tokenizer(config: Any, weights: dict[str, Tensor], old: Tokenizer, new:
         s = streams[k]
         streams[k] = replace(s, vocab=len(source), classes=s.classes and s.classes + moved, start=new_id(s.start), end=new_id(s.end))
     steering = {name: new_id(getattr(table, name)) for name in ("audio_start", "audio_end")}
-    table = replace(table, streams=tuple(streams), stop=tuple(map(new_id, table.stop)), **steering, **padding)
+    first, Q, V = table.flat or (-1, 0, 0)
+    if table.flat and new_id(first + Q * V - 1) - new_id(first) != Q * V - 1:
+        raise ValueError(f"{new.name} does not keep the ids of the codes together; add them as special tokens, one behind the other")
+    flat = (new_id(first), Q, V) if table.flat else ()
+    table = replace(table, streams=tuple(streams), stop=tuple(map(new_id, table.stop)), flat=flat, **steering, **padding)
     generator = torch.Generator().manual_seed(seed)
     changed = {name: resize(name, weights[name], source, old.size, config.table, table, generator) for name in TABLES if name in weights}
     return replace(config, table=table), weights | changed, sum(0 <= i < old.size for i in source)

@@ -115,7 +115,7 @@ class Reader:
                 raise ValueError(f"{where}: a clip is {{\"audio\": ...}} or {{\"text\": ...}}, got {json.dumps(part)[:60]}")
         if self.table.monologue:
             return self.dialogue(parts, scored, where)
-        if self.table.audio:
+        if self.table.codes:
             raise ValueError(f"pairs and choices support dialogues and plain text; this model has layout {self.table.layout!r}")
         ids = [torch.tensor(self.tokenizer.encode(self.said(part)), dtype=torch.int64) for part in parts]
         if empty := [part for part, found in zip(parts, ids, strict=True) if not len(found)]:

@@ -122,7 +122,7 @@ def report(run: Path, job: Evaluation, hear: Hear) -> Path:
               + f"Intervals hold 95 % of {job.rounds} bootstrap rounds over groups, seed {job.seed}.")
     rows = [{"id": row["id"], "group": group} for row, group in zip(held.rows, held.groups, strict=True)]
     losses = report_losses(models, held, job, summary, page, rows)
-    if family_of(model.table).template and not model.table.audio:
+    if family_of(model.table).template and not model.table.codes:
         rows += report_calls(models, held, own, losses, job, summary, page)
         report_forgetting(models, data, job, summary, page)
     report_speech(run, hear, summary, page)

@@ -323,7 +323,7 @@ def check_export(s: Subject) -> Iterator[tuple[str, ...]]:
 
 
 def check_sound(s: Subject) -> Iterator[tuple[str, ...]]:
-    if not s.model.table.audio_out or s.codec is None:
+    if not s.model.table.codes_out or s.codec is None:
         return
     codec, clip = s.codec, next((n for n in s.entries if s.index.entries[n].key), None)
     random = torch.randint(0, codec.codebook_size, (1, codec.num_codebooks, 24), generator=torch.Generator().manual_seed(0))
@@ -342,7 +342,7 @@ def check_sample(s: Subject) -> Iterator[tuple[str, ...]]:
         return
     entry, codec = s.index.entries[number], s.codec
     frames = sum(s.index.entries[n].frames[0] for n in entry.parts or [number])
-    rules = SampleConfig(**family.rules(table) | {"max_frames": 50 + 2 * frames})
+    rules = SampleConfig(**family.rules(table) | {"max_frames": (50 + 2 * frames) * table.columns_per_frame})
     speech = speak_examples(s.model, [spoken_prompt(s.index, number, -1, s.data, table)], rules, codec)[0]
     quiet, ended = silence(speech.wav, codec.sample_rate), "ended by itself" if speech.ended else "cut"
     good = speech.ended and 0.5 <= speech.frames / frames <= 2 and quiet < 0.8

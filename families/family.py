@@ -122,7 +122,7 @@ def other_grid(one: StreamTable, other: StreamTable) -> list[str]:
     """
     def rows(table: StreamTable) -> dict[str, Any]:
         named = ((f"{s.kind} row {n}", s if s.kind == "condition" else replace(s, name="")) for n, s in enumerate(table.streams))
-        return dict(named) | {k: getattr(table, k) for k in ("aligned", "audio_start", "audio_end", "pad", "epad")}
+        return dict(named) | {k: getattr(table, k) for k in ("aligned", "audio_start", "audio_end", "pad", "epad", "flat")}
 
     before, after = rows(one), rows(other)
     lines = []

@@ -67,7 +67,7 @@ def write_qwen(c: ModelConfig, dtype: str) -> About:
             "eos_token_id": list(c.table.stop) or None, "max_position_embeddings": 32768, "use_sliding_window": False}
 
 
-FORMAT = Format("qwen", "hf", lambda c: NAMES, read_qwen, write_qwen, lambda c: not c.table.audio, by_model_type("qwen2", "qwen3"),
+FORMAT = Format("qwen", "hf", lambda c: NAMES, read_qwen, write_qwen, lambda c: not c.table.codes, by_model_type("qwen2", "qwen3"),
                 drop_buffers, shards=True, peft=True, task_type="CAUSAL_LM")
 FAMILIES = (
     Family("plain text", "text", "text without turns", text_grid),

@@ -87,7 +87,7 @@ def load_for_sampling(job: Job) -> tuple[MultistreamLM, DataConfig]:
     given = {key: getattr(job, key) for key in ("codec", "tokenizer", "normaliser") if getattr(job, key)}
     origin = official_folder(model.extras) or folder              # under an adapter of another library the base's own
     facts = dict(model.extras.data or family_of(model.table).companions | official_files(origin, given)) | given
-    for what in ("codec",) * bool(model.table.audio) + ("tokenizer",):
+    for what in ("codec",) * bool(model.table.codes) + ("tokenizer",):
         if what not in facts:
             raise ValueError(f"{folder} does not say which {what} the model was made for; name it with --{what}=FILE, a folder or hub id")
     said = {"scene": job.scene, "reference_in": job.ref_in, "system": job.system}             # None: as in training

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from families.family import closings
 from generation.guidance import Guidance
-from generation.turns import FREE, DecodeState, next_is_audio, recent_codes, required_ids, with_endings
+from generation.turns import FREE, DecodeState, flat_frames, next_is_audio, recent_codes, required_ids, with_endings
 from kernels.attention import KVCache
 from kernels.choice import device_constant, use_triton
 from kernels.sample import gumbel, sample
@@ -295,7 +295,10 @@ def prefill(model: MultistreamLM, prompt: Tensor, padding: Tensor, cache: KVCach
 
 
 def completed_frame(state: DecodeState, column: Tensor) -> Tensor | None:
-    """The newest frame (B, K) that a column completes, -1 where an item has none; None when an aligned layout has none at all."""
+    """The newest frame (B, K) that a column completes, -1 where an item has none; None when an aligned layout has none at all.
+
+    In a flat table Q rows of codes stand behind the text row.
+    """
     frame, lag, lead = state.undelay.push(column), state.undelay.lag, state.table.lead
     real = [turn.speaking and 0 <= turn.count - 1 - lag < turn.closed for turn in state.turns]
     for b, turn in enumerate(state.turns):
@@ -303,4 +306,6 @@ def completed_frame(state: DecodeState, column: Tensor) -> Tensor | None:
             frame[b] = -1
         elif not real[b]:
             frame[b, lead:] = -1
+    if state.table.flat:
+        return torch.cat([frame, flat_frames(state, column)], 1)
     return frame if any(real) or not state.table.aligned else None

@@ -28,13 +28,13 @@ def reply_pieces(frames: Iterable[Tensor], table: StreamTable, tokenizer: Tokeni
     steering = {*table.stop, table.audio_start, table.audio_end}
     for frame in frames:
         column = frame[0].cpu()
-        codes, last = column[table.audio_out], int(column[0])
-        if table.audio_out and bool((codes >= 0).all()):
+        codes, last = column[table.codes_out], int(column[0])
+        if table.codes_out and bool((codes >= 0).all()):
             held.append(codes)
         if held and (len(held) == chunk or last >= 0):
             yield "codes", torch.stack(held, 1)
             held = []
-        if last >= 0 and last not in steering and (said := words.push(last)):
+        if last >= 0 and last not in steering and not (table.flat and last >= table.flat[0]) and (said := words.push(last)):
             yield "text", said
     if held:
         yield "codes", torch.stack(held, 1)

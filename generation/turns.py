@@ -20,9 +20,40 @@ import torch
 from torch import Tensor
 
 from families.family import FRAME, Closing
-from streams import StreamTable, Undelay, is_audio
+from streams import StreamTable, is_audio
 
 NEVER, FREE = 1 << 40, -2
+
+
+class Undelay:
+    """Streaming `undelay`: push a column (B, K), get the newest frame (B, K) that is complete in every row.
+
+    Rows in `at_once` are returned without delay. The first complete frame comes `lag` columns after the start column; what
+    `push` returns before that (start ids, or copies of the oldest column) is to be ignored by the caller.
+    """
+
+    def __init__(self, delays: Sequence[int], at_once: Sequence[int] = ()) -> None:
+        self.lag, self.room = max(delays), 256
+        self.kept = self.lag + 1
+        places = [self.lag if k in at_once else d for k, d in enumerate(delays)]             # of row k among the newest `kept`
+        self.place, self.columns, self.next = torch.tensor(places)[None, None], None, 0      # columns (kept + room, B, K), oldest first
+
+    def remember(self, column: Tensor) -> None:
+        if self.columns is None:
+            self.columns = column.new_empty(self.kept + self.room, *column.shape)
+            self.columns[: self.lag], self.next = column, self.lag
+            self.place = self.place.to(column.device).expand(1, *column.shape)
+        if self.next == len(self.columns):
+            self.columns[: self.lag], self.next = self.columns[self.next - self.lag :].clone(), self.lag
+        self.columns[self.next] = column
+        self.next += 1
+
+    def push(self, column: Tensor) -> Tensor:
+        self.remember(column)
+        return self.columns[self.next - self.kept : self.next].gather(0, self.place)[0]
+
+    def newest(self) -> Tensor:
+        return self.columns[self.next - 1]
 
 
 @dataclass
@@ -34,6 +65,7 @@ class ItemState:
     closed: int = NEVER         # frame in which the audio ends, NEVER = no end id was sampled yet
     done: bool = False
     owed: int = -1              # text id required in the next column, -1 = none
+    part: tuple[int, ...] = ()  # flat table: the codes of a frame that is not complete
 
 
 @dataclass
@@ -185,3 +217,13 @@ def advance(state: DecodeState, column: Tensor) -> None:
         turn.speaking = turn.speaking and not over or begins
         if state.ends and turn.speaking and turn.count > state.limit > 0:         # the next frame would be one too many
             turn.closed = min(turn.closed, state.limit)
+
+
+def flat_frames(state: DecodeState, column: Tensor) -> Tensor:
+    """The frames (B, Q) that a column (B, 1) of a flat table completes, -1 where it completes none. An id out of turn drops its frame."""
+    first, Q, V = state.table.flat
+    for turn, id in zip(state.turns, column[:, 0].tolist(), strict=True):
+        place, code = divmod(id - first, V)
+        begun = turn.part if len(turn.part) < Q else ()
+        turn.part = (*begun, code) if place == len(begun) else (code,) if place == 0 else ()
+    return torch.tensor([turn.part if len(turn.part) == Q else (-1,) * Q for turn in state.turns])

@@ -78,7 +78,7 @@ class FusionConfig:
 
     def __post_init__(self) -> None:
         assert self.rate in ("frame", "token"), f"rate {self.rate!r} is neither 'frame' nor 'token'"
-        assert not self.tower.table.audio and self.tower.fusion is None, "the tower is a plain text model"
+        assert not self.tower.table.codes and self.tower.fusion is None, "the tower is a plain text model"
 
 
 @dataclass(frozen=True)

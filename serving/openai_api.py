@@ -86,7 +86,7 @@ class OpenAI:
         kind = body.get("response_format", "wav")
         if kind not in ("wav", "pcm", "opus"):
             raise web.HTTPBadRequest(text=f"response_format {printable(str(kind))} is none of wav, pcm, opus\n")
-        if not self.table.audio_out or self.family.user_audio == "duplex":
+        if not self.table.codes_out or self.family.user_audio == "duplex":
             raise web.HTTPBadRequest(text=f"a {self.family.name} model speaks no given text\n")
         rules = self.rules(body)
         try:
@@ -127,7 +127,7 @@ class OpenAI:
         mouth, heard = self.codec.stream(), False
         with closing(frames_of(self.scheduler, prompt, rules, feed)) as frames:
             for frame in frames:
-                codes = frame[:, self.table.audio_out]
+                codes = frame[:, self.table.codes_out]
                 if bool((codes >= 0).all()):
                     wav, heard = mouth.decode(sounding(codes[..., None], self.codec))[0, 0], True
                     yield wav.float().numpy()

@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from families.family import lay_out
 from families.tiny import MAX_AGE, WordFeed, word_rows
-from streams import Example, Stream, StreamTable, Undelay, audio_block, delay, is_audio, join, show, text_block, undelay
+from generation.turns import Undelay
+from streams import Example, Stream, StreamTable, audio_block, delay, is_audio, join, show, text_block, undelay
 
 CASES = range(25)
 

@@ -38,7 +38,7 @@ class Template:
     begin: str = ""                         # before the first turn
     recipient: str = ""                     # after the recipient of an assistant turn
     audio_in: str = ""                      # before the codes of a recording of the user
-    audio_out: str = ""                     # before the codes of the assistant's speech
+    audio_out: str = ""                     # before the codes of the assistant's speech; several marks only where codes are text ids
     audio_end: str = ""                     # after codes; "" where an audio code ends them
     predicts_audio_start: bool = False      # the model generates audio_out itself; otherwise the prompt contains it
     system: tuple[str, str] = ("", "")      # default system message, for a text and for a spoken reply
@@ -47,6 +47,7 @@ class Template:
     joint_header: bool = False              # tokenize header and content as one text
     roles: tuple[tuple[str, str], ...] = () # (role, its name in the header), where they differ
     one_turn: bool = False                  # a text and its speech are one turn
+    codes: str = ""                         # the first of the codes that are text ids (StreamTable.flat)
     # (text, transcripts of the voices, scene, references in the system message) -> messages of a prompt
     clone_prompt: Callable[[str, Sequence[str], str, bool], list[Message]] | None = None
 
@@ -54,7 +55,8 @@ class Template:
         """The table with the ids of audio_start, audio_end and stop taken from a tokenizer."""
         ids = token_ids(tokenizer, self.marks, self.family) | {"": -1}
         stop = tuple(ids[mark] for mark in (self.stop, self.close) if mark)
-        return replace(table, audio_start=ids[self.audio_out], audio_end=ids[self.audio_end], stop=stop)
+        flat = (ids[self.codes], *table.flat[1:]) if self.codes else ()
+        return replace(table, audio_start=ids.get(self.audio_out, -1), audio_end=ids[self.audio_end], stop=stop, flat=flat)
 
 
 ROLES = ("system", "user", "assistant")
@@ -219,8 +221,9 @@ class Chat:
         t = self.template
         ids = token_ids(self.tokenizer, t.marks + marks_of(self.normaliser), t.family)
         ends = table.stop if ids.get(t.stop) not in table.stop else (ids[t.close],)      # a base may know the end of a text only
-        for name, wanted in ((t.audio_out, [table.audio_start]), (t.audio_end, [table.audio_end]), (t.close, ends)):
-            if name and ids[name] not in wanted:
+        steering = ((t.audio_out, [table.audio_start]), (t.audio_end, [table.audio_end]), (t.close, ends), (t.codes, table.flat[:1]))
+        for name, wanted in steering:
+            if name and ids.get(name, -1) not in wanted:
                 found = f"{name} is {ids[name]} in tokenizer {self.tokenizer.name}, {', '.join(map(str, wanted))} in the model"
                 raise ValueError(f"{found}; use the tokenizer that belongs to the model")
         return self
@@ -250,13 +253,13 @@ class Chat:
             thinking = t.empty_thinking if closing and role == "assistant" and any(m["role"] == "user" for m in messages) else ""
             header = t.header.format(role=dict(t.roles).get(role, role))
             out += self.turn(message, (t.begin if n == 0 else "") + header + thinking, given, weight)
+            if t.one_turn and closing and reply == "speech":            # the speech of the last text
+                return [*out, (self.encode(t.audio_out), 0.0)]
             continued = t.close_continued and role == "assistant" and not closing and messages[n + 1]["role"] == "assistant"
             out.append((self.encode(t.close_continued if continued else t.close), weight))
             out += [(self.encode(t.separator), 0.0)] if t.separator else []
         if not reply:
             return out
-        if t.one_turn and reply == "speech":                        # the speech of the last text
-            return [*out, (self.encode(t.audio_out), 0.0)]
         opened = t.audio_out if reply == "speech" else t.empty_thinking if not self.thinking else ""
         return [*out, (self.encode(t.header.format(role="assistant") + opened), 0.0)]
 

@@ -72,7 +72,7 @@ def speak_samples(model: MultistreamLM, config: TrainConfig, index: Index, folde
     if config.model.table.monologue:
         return answer(model, config.prompts, config.data, codec, folder)
     tried = list(trials(config, index, codec))
-    cap = min(MOST_FRAMES, 50 + round(2 * codec.frame_rate * max(trial.seconds for trial in tried)))
+    cap = config.model.table.columns_per_frame * min(MOST_FRAMES, 50 + round(2 * codec.frame_rate * max(trial.seconds for trial in tried)))
     rules = SampleConfig(**family_of(config.model.table).rules(config.model.table) | {"max_frames": cap})
     spoken = speak_examples(model, [trial.prompt for trial in tried], rules, codec)
     rows = []

@@ -125,14 +125,17 @@ class Meter:
     def __init__(self, table: StreamTable, frame_rate: float, world: int = 1, step: int = 0) -> None:
         first = [table.streams[k] for k in table.audio_out[:1]]
         self.row, self.edges = table.audio_out[:1], [edge for s in first for edge in (s.start, s.end)]
-        self.frame_rate, self.world, self.step = frame_rate, world, step
+        self.frame_rate, self.world, self.step, self.flat = frame_rate, world, step, table.flat
         self.began, self.counts = time.perf_counter(), torch.zeros(3, dtype=torch.long)
 
     def add(self, tokens: Tensor) -> None:
         """Count columns, tokens, and frames of the agent's speech in a grid (B, K, S)."""
         codes = tokens[:, self.row]
-        frames = (codes >= 0) & (codes != self.edges[0]) & (codes != self.edges[1]) if self.row else codes.bool()
-        self.counts += torch.stack([(tokens >= 0).any(1).sum(), (tokens >= 0).sum(), frames.sum()])
+        frames = ((codes >= 0) & (codes != self.edges[0]) & (codes != self.edges[1]) if self.row else codes.bool()).sum()
+        if self.flat:
+            first, Q, V = self.flat
+            frames = ((tokens >= first) & (tokens < first + Q * V)).sum() // Q
+        self.counts += torch.stack([(tokens >= 0).any(1).sum(), (tokens >= 0).sum(), frames])
 
     def read(self, step: int) -> dict[str, float]:
         """Speeds since the last call, which was before step `self.step`; resets the counts."""

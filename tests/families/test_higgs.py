@@ -20,13 +20,13 @@ from corpus.examples import prompt_example
 from families.family import lay_out
 from families.higgs import HIGGS_V2_3B
 from generation.decode_step import SampleConfig, SamplingNoise, sample_ids
-from generation.turns import recent_codes
+from generation.turns import Undelay, recent_codes
 from layers.architecture import ModelConfig, StackConfig
 from lora import LoraConfig, adapters, inject
 from model import MultistreamLM
 from options import run_config
 from sample import generate, speak_long
-from streams import Example, Undelay
+from streams import Example
 
 CONFIGS = {name: ROOT / f"configs/{name}.py" for name in ("higgs_ar", "higgs_full")}
 

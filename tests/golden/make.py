@@ -175,6 +175,44 @@ def csm_wide() -> None:
     csm_case("csm_wide", 3, 30, 20, 3, 17, 3, head_dim=10)
 
 
+# ---- Orpheus ----
+
+def orpheus_case(name: str, seed: int, words: int, Q: int, V: int, spare: int, **more: object) -> None:
+    """A prompt and two frames of codes, learnt by heart: logits behind every id, and what greedy generation says to its end."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    first = words + 10
+    config = LlamaConfig(
+        vocab_size=first + Q * V + spare, intermediate_size=52, num_hidden_layers=2, eos_token_id=words + 2, bos_token_id=1,
+        max_position_embeddings=256, rope_parameters={
+            "rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16}, **more)
+    model = scramble(LlamaForCausalLM(config), seed, gain=1.0)
+    model.tie_weights()
+    codes = draw(V, 2, Q, seed=seed + 1) + first + V * torch.arange(Q)
+    prompt = torch.tensor([words + 3, 1, *draw(words, 6, seed=seed).tolist(), words - 1, words + 4, words + 5, words + 1])
+    ids = torch.cat([prompt, codes.flatten(), torch.tensor([words + 2])])[None]
+    optimiser = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(80):
+        optimiser.zero_grad()
+        model(input_ids=ids, labels=torch.where(torch.arange(ids.shape[1]) < len(prompt), -100, ids)).loss.backward()
+        optimiser.step()
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits
+        said = model.generate(input_ids=ids[:, : len(prompt)], max_new_tokens=90, do_sample=False, pad_token_id=0)[:, len(prompt) :]
+    print(f"{name}: greedy {said.tolist()}, |logits| up to {logits.abs().max():.1f}")
+    about = json.loads(config.to_json_string(use_diff=False)) | {"speech_tokens": [first, Q, V], "architectures": ["LlamaForCausalLM"]}
+    write(name, model, about, "torch transformers", ids=ids, prompt=prompt[None], logits=logits, said=said, codes=codes)
+
+
+def orpheus() -> None:
+    orpheus_case("orpheus", 0, 29, 7, 5, 2, hidden_size=24, num_attention_heads=3, num_key_value_heads=1, head_dim=8,
+                 tie_word_embeddings=True)
+
+
+def orpheus_wide() -> None:
+    orpheus_case("orpheus_wide", 4, 37, 9, 3, 1, hidden_size=30, num_attention_heads=5, num_key_value_heads=5, tie_word_embeddings=False)
+
+
 # ---- Higgs Audio v2 ----
 
 def higgs() -> None:

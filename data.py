@@ -8,7 +8,8 @@
     python data.py fix-alignments FOLDER --out=DIR     copy alignments without the words that last too long
     python data.py transcribe FOLDER                   words for recordings that have none, a check of those that have, by Whisper
     python data.py annotate FOLDER [--shard i/n]       transcribe stereo dialogues with word times, by Whisper; --help lists options
-    python data.py calls FOLDER --out=DIR              cut stereo phone calls into turns and conversations
+    python data.py calls FOLDER --out=DIR              cut phone calls into turns and conversations
+    python data.py personal FILE                       recall and precision of the masks of personal data, on labelled lines
 
 A source is a manifest (its fields are described in corpus/manifest.py) or any layout that corpus/ converts. `show` prints
 an example, here two clips joined by a compose rule; `*` marks a target:
@@ -46,6 +47,7 @@ from corpus.index import open_cache, prepare, source_weight
 from families.family import lay_out
 from options import apply, edge, help_text, load_config, split_arguments, unknown, visible
 from streams import Grid, StreamTable, show
+from text import personal
 from text.coverage import measure_coverage
 from text.tokenizers import load_tokenizer
 
@@ -315,7 +317,7 @@ def show_command(argv: list[str]) -> None:
 
 
 COMMANDS = {"annotate": annotate.main, "transcribe": annotate.transcribe_command, "fix-alignments": fix_alignments,
-            "calls": phone_calls.main}
+            "calls": phone_calls.main, "personal": personal.main}
 
 
 def main(argv: list[str] | None = None) -> None:

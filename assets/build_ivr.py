@@ -21,8 +21,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from corpus.manifest import hash_fraction  # noqa: E402
-from corpus.phone_calls import CATEGORIES, SYSTEM, figures, lookup_turn, ungrounded  # noqa: E402
+from corpus.phone_calls import CATEGORIES, SYSTEM, lookup_turn, ungrounded  # noqa: E402
 from options import apply, edge, split_arguments, write_rows  # noqa: E402
+from text.figures import figures  # noqa: E402
 
 HERE = ROOT / "assets" / "ivr"
 MONTHS = "January February March April May June July August September October November December".split()

@@ -5,9 +5,8 @@
     ungrounded("It comes on 4 June.", "lookup: date=3 June") ["4"], which is in neither the call nor the lookup
 
 A reply may name an order, an amount, a date or a person only when the call or a lookup named it before. `entities` finds
-them: numbers in digits or words, codes such as E42, and capitalised words inside a sentence. The first word of a sentence
-is always capitalised and therefore ignored, and so is the word "one" alone. Used by evaluation/report.py and
-assets/build_ivr.py.
+them: figures, compared by value (text/figures.py), and capitalised words inside a sentence. The first word of a sentence is
+always capitalised and therefore ignored. Used by evaluation/report.py and assets/build_ivr.py.
 
     python data.py calls FOLDER_OR_WAV ... --out=DIR [--agent=right]     stereo recordings, one speaker a channel -> DIR/calls.jsonl
 
@@ -25,8 +24,8 @@ from typing import Any
 
 from audio.telephone import turns
 from audio.wav import load_wav, save_wav
-from evaluation.metrics import ONES, spell
 from options import split_arguments, visible, write_rows
+from text.figures import Known, figures, read_figures
 from text.normalisers import ARABIC
 
 SYSTEM = """You answer the phone for Harbour Supply. Reply in one or two short sentences. \
@@ -89,57 +88,24 @@ def intent(text: str) -> str:
 
 # ---- entities of a reply ----
 
-NUMBERS = {word: n for n, word in enumerate(ONES)} | {spell(n): n for n in range(20, 100, 10)}
-SCALES = {"hundred": 100, "thousand": 1000}
-FIGURE = re.compile(r"(?:(?<!\w)[A-Za-z]{1,3}-?)?\d[\d.,:/]*")
 NAME = re.compile(r"(?<![.!?:؟\n])(?<![.!?:؟] )(?<!^)\b[A-Z][a-z]\w*")
-
-
-def spelled(words: list[str]) -> list[str]:
-    """Numbers among lower-case words: "four eight two" is 482, "thirty-one" 31; "one" alone does not count."""
-    found: list[str] = []
-    run: list[str] = []
-    for word in [*words, ""]:
-        if word in NUMBERS or (run and word in SCALES):
-            run.append(word)
-        elif run:
-            if run != ["one"]:
-                found.append(number_value(run))
-            run = []
-    return found
-
-
-def number_value(run: list[str]) -> str:
-    """Number words as digits; several digit words are read one by one."""
-    if len(run) > 1 and all(NUMBERS.get(word, 10) < 10 for word in run):
-        return "".join(str(NUMBERS[word]) for word in run)
-    total = part = 0
-    for word in run:
-        if word == "thousand":
-            total, part = total + max(part, 1) * 1000, 0
-        elif word == "hundred":
-            part = max(part, 1) * 100
-        else:
-            part += NUMBERS[word]
-    return str(total + part)
-
-
-def figures(text: str) -> list[str]:
-    """Every number and code of a text in normal form: "4 8 2 1 3" and "48213", "38,50" and "38.50", "E-42" and "e42" are equal."""
-    text = re.sub(r"(?<!\d)\d(?:[ -]\d(?!\d)){2,}", lambda m: re.sub("[ -]", "", m[0]), text.translate(ARABIC))     # read digit by digit
-    found = [m[0].lower().rstrip(".,:/").replace(",", ".").replace("-", "") for m in FIGURE.finditer(text)]
-    return found + spelled(re.findall(r"[a-z]+", text.lower()))
 
 
 def entities(text: str) -> list[str]:
     """The entities of a text: numbers, codes, and capitalised names inside its sentences, in lower case."""
-    return figures(text) + [m[0].lower() for m in NAME.finditer(text)]
+    return [part for figure in figures(text) for part in figure.split()] + names(text)
+
+
+def names(text: str) -> list[str]:
+    """Capitalised words inside the sentences of a text, in lower case, without the months of its dates."""
+    text, spans = text.translate(ARABIC), [(figure.start, figure.end) for figure in read_figures(text)]
+    return [m[0].lower() for m in NAME.finditer(text) if not any(start <= m.start() < end for start, end in spans)]
 
 
 def ungrounded(reply: str, context: str) -> list[str]:
-    """The entities of a reply that its context (everything said or looked up before) does not contain."""
-    known = set(figures(context)) | set(re.findall(r"\w+", context.lower()))
-    return [entity for entity in entities(reply) if entity not in known]
+    """The entities of a reply that its context (everything said or looked up before) does not contain; figures by value."""
+    words = set(re.findall(r"\w+", context.lower()))
+    return Known(context).missing(reply) + [name for name in names(reply) if name not in words]
 
 
 # ---- recordings ----

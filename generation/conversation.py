@@ -7,8 +7,9 @@
 A line of input is the caller's text or, if the model reads audio, the path of a sound file. `repeat` gives the last reply
 again, `agent` transfers to a person, `quit` ends the call; Ctrl-C during a reply cuts it off (barge-in).
 
-Made-up figures are blocked: numbers of five or more digits are looked up, and an unknown one gets a fixed sentence. A reply
-stops before a figure that occurs neither in the call nor in a look-up, and asks instead. Words are released one by one,
+Made-up figures are blocked: numbers are looked up as the caller writes or says them ("four oh eight two one"), and an unknown
+one of five or more digits gets a fixed sentence. A reply stops before a figure whose value (text/figures.py) occurs neither in
+the call nor in a look-up, and asks instead. Words are released one by one,
 figures when they are complete. Only text is checked: neither spoken replies nor numbers in recordings are.
 
     history    all exchanges, as long as the prompt has at most `budget` columns; then the oldest exchanges are dropped whole and
@@ -41,12 +42,14 @@ from corpus.cache import encode
 from corpus.data_config import DataConfig
 from corpus.examples import reply_example
 from corpus.index import fitting_codec
-from corpus.phone_calls import NUMBERS, SCALES, figures, lookup_turn
+from corpus.phone_calls import lookup_turn
 from families.family import family_of, lay_out, special_tokens
 from generation.reply_stream import reply_pieces
 from options import error_line, read_json, visible
 from streams import StreamTable
 from text.conversation import Message, text_of
+from text.figures import OPEN, Known, read_figures
+from text.personal import masked
 from text.tokenizers import load_tokenizer
 
 Say = Callable[[Tensor], Iterator[Tensor]]
@@ -62,7 +65,7 @@ SENTENCES = {
            "made up": "لا أستطيع تأكيد هذا الرقم. هل تعطيني رقم طلبك من فضلك؟",
            "agent": "سأحولك إلى زميل. من فضلك انتظر.", "quit": "مع السلامة.", "repeat": "لا يوجد ما أكرره بعد."}}
 COMMANDS = ("repeat", "agent", "quit")
-NUMBER = re.compile(r"[a-z]{0,3}\d{5,}")                # a number to look up, as phone_calls.figures writes it
+NUMBER = re.compile(r"[a-z]{0,4}\d{5,}")                # so a number to look up is written; others are looked up if the table has them
 
 
 @dataclass(frozen=True)
@@ -85,44 +88,26 @@ def read_lookup(path: str) -> Lookup:
     found = read_json(path)
     if not isinstance(found, dict) or not all(isinstance(facts, dict) for facts in found.values()):
         raise ValueError(f'{path} is no table of facts; write {{"48213": {{"order": "48213", "status": "shipped"}}}}')
-    table = {figure: {str(k): str(v) for k, v in facts.items()} for key, facts in found.items() for figure in figures(key) or [key.lower()]}
-    for facts in table.values():
-        lookup_turn(facts)                              # report facts that cannot be written into a turn now, not in a call
+    table, origin = {}, dict[str, str]()
+    for key, facts in found.items():
+        figures = read_figures(key)
+        name = figures[0].names()[0] if len(figures) == 1 and figures[0].names() else ""
+        if not name or re.sub(r"^#|\s", "", key) != re.sub(r"\s", "", key[figures[0].start : figures[0].end]):
+            raise ValueError(f"{path}: the key {key!r} is not one number or code, which callers may say; write 48213 or AB-48213")
+        if origin.setdefault(name, key) != key:
+            raise ValueError(f"{path}: the keys {origin[name]!r} and {key!r} are the same number {name}; keep one of them")
+        table[name] = {str(k): str(v) for k, v in facts.items()}
+        lookup_turn(table[name])                        # report facts that cannot be written into a turn now, not in a call
     return table.get
 
 
-# ---- masking of personal data in the log ----
-
-PERSONAL = ("name", "mail", "phone", "address", "street", "birth", "card", "iban")
-EMAIL = re.compile(r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+")
-DIGITS = re.compile(r"\+?\d(?:[ ().\-/]{0,2}\d){3,}")
-INTRODUCED = re.compile(r"((?:my name is|this is|i am|i'm)\s+)((?-i:[A-Z])[\w'-]+(?: (?-i:[A-Z])[\w'-]+)*)", re.I)
-SPELLED = re.compile(rf"\b(?:(?:{'|'.join(w for w, n in NUMBERS.items() if n < 10)}|oh)\b[\s,-]*){{4,}}", re.I)
-
-
-def masked(text: str, slots: Mapping[str, str]) -> str:
-    """The text without e-mail addresses, numbers of four digits and more (also spelled), personal slots such as names, and
-    the name with which a caller introduces himself in English."""
-    text = INTRODUCED.sub(lambda m: f"{m[1]}<name>", EMAIL.sub("<email>", text))
-    for slot, value in slots.items():
-        if any(word in slot.lower() for word in PERSONAL):
-            parts = [re.escape(part) for part in (value, *re.findall(r"\w{3,}", value))]
-            text = re.sub(rf"(?<!\w)(?:{'|'.join(parts)})(?!\w)", f"<{slot}>", text, flags=re.I)
-    text = SPELLED.sub(lambda m: "<number>" + m[0][len(m[0].rstrip(" ,-")) :], text)
-    return DIGITS.sub(lambda m: re.sub(r"\d", "#", m[0]), text)
-
-
 # ---- made-up figures ----
-
-WORDS = "|".join((*NUMBERS, *SCALES))
-OPEN = re.compile(rf"(?:\S*\d\S*\s+|\b(?:{WORDS})\b\W+)*\S*$", re.I)         # a figure that may go on, or a word that has not ended
-
 
 class Guard:
     """Releases a streamed text, up to the first figure that `context` does not contain."""
 
     def __init__(self, context: str) -> None:
-        self.known = set(figures(context)) | set(re.findall(r"\w+", context.lower()))
+        self.known = Known(context)
         self.text, self.released, self.caught = "", 0, ""
 
     def push(self, piece: str) -> str:
@@ -133,7 +118,7 @@ class Guard:
         return self.release(len(self.text))
 
     def release(self, end: int) -> str:
-        self.caught = self.caught or next((f for f in figures(self.text[:end]) if f not in self.known), "")
+        self.caught = self.caught or next(iter(self.known.missing(self.text[:end])), "")
         if self.caught or end <= self.released:
             return ""
         begin, self.released = self.released, end
@@ -289,15 +274,16 @@ class Session:
 
     def look_up(self, exchange: Exchange, heard: str, turn: TurnLog) -> list[str]:
         """Add a turn of facts for each number that is known; returns those that are not."""
-        unknown, numbers = [], list(dict.fromkeys(f for f in figures(heard) if NUMBER.fullmatch(f)))
-        for number in numbers if self.lookup is not None and not exchange.codes else ():
-            facts = self.lookup(number)
+        unknown, known = list[str](), set[str]()
+        for figure in read_figures(heard) if self.lookup is not None and not exchange.codes else ():
+            name, facts = next(((name, facts) for name in figure.names() if (facts := self.lookup(name)) is not None), ("", None))
             if facts is None:
-                unknown.append(number)
-                continue
-            turn.looked_up += 1
-            self.slots |= facts
-            exchange.messages.append(lookup_turn(facts))
+                unknown += [name for name in figure.names()[:1] if NUMBER.fullmatch(name) and name not in unknown]
+            elif name not in known:
+                known.add(name)
+                turn.looked_up += 1
+                self.slots |= facts
+                exchange.messages.append(lookup_turn(facts))
         return unknown
 
     def prompt(self, turn: TurnLog) -> Tensor:

@@ -11,7 +11,8 @@ from test_telephone import call as stereo
 
 from audio.wav import load_wav, save_wav
 from corpus.layouts import read_manifest
-from corpus.phone_calls import CATEGORIES, SYSTEM, cut_call, entities, figures, intent, lookup_turn, ungrounded
+from corpus.phone_calls import CATEGORIES, SYSTEM, cut_call, entities, intent, lookup_turn, ungrounded
+from text.figures import figures
 
 IVR = ROOT / "assets/ivr"
 

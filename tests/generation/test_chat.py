@@ -302,3 +302,23 @@ def test_a_lookup_is_found_under_every_way_of_writing_its_number(tmp_path: Path)
     (tmp_path / "o.json").write_text(json.dumps({"AB-48213": {"status": 1}, "7 7 7 7 7": {"status": "b"}}))
     lookup = read_lookup(str(tmp_path / "o.json"))
     assert lookup("ab48213") == {"status": "1"} and lookup("77777") == {"status": "b"} and lookup("48213") is None
+
+
+@pytest.mark.parametrize("keys, told", [
+    (("48213", "4 8 2 1 3"), "'48213' and '4 8 2 1 3' are the same number 48213; keep one"),
+    (("48213", "forty-eight two one three"), "are the same number 48213"), (("AB-48213", "ab48213"), "are the same number ab48213"),
+    (("order 48213",), "is not one number or code"), (("48 and 213",), "is not one number or code"), (("maria",), "is not one number")])
+def test_a_key_is_one_number_and_no_two_are_the_same(keys: tuple[str, ...], told: str, tmp_path: Path) -> None:
+    (tmp_path / "o.json").write_text(json.dumps({key: {"status": "x"} for key in keys}))
+    with pytest.raises(ValueError, match=told):
+        read_lookup(str(tmp_path / "o.json"))
+
+
+@pytest.mark.parametrize("heard, found", [
+    ("order four oh eight two one please", 1), ("it's forty eight two one three", 0), ("it is A B seven seven one two oh", 2),
+    ("error e42", 3), ("I paid $48,213", None), ("it came at 9:30", None), ("twelve thirty", None), ("double four oh eight two", 4)])
+def test_spoken_numbers_are_looked_up_whole(heard: str, found: int | None, tmp_path: Path) -> None:
+    keys = ["48213", "40821", "AB-77120", "E42", "44082", "482", "42", "30"]
+    (tmp_path / "o.json").write_text(json.dumps({key: {"key": key} for key in keys}))
+    made, _, rows = session("Yes.", lookup=read_lookup(str(tmp_path / "o.json")))
+    assert said(made, heard) == "Yes." and made.slots == ({} if found is None else {"key": keys[found]})

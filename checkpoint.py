@@ -399,7 +399,7 @@ def fill(model: nn.Module, tensors: Tensors, source: str, device: str | torch.de
             setattr(module, leaf, nn.Parameter(held, target.requires_grad) if leaf in module._parameters else held)
         del target, rows
         give_back([tensors[name]])
-    tie(model)
+    model.tie()                 # filling gives each head a weight of its own
 
 
 def owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -467,12 +467,6 @@ def load_text_tower(model: MultistreamLM, folder: Path, device: str | torch.devi
     body.config = fusion.tower
     model.tower.body = cast(body, device, dtype, {}).requires_grad_(False).eval()
     return model
-
-
-def tie(model: MultistreamLM) -> None:
-    """Share the text embedding with the head again: filling gives each a parameter of its own."""
-    if model.config.tied and model.text_head.weight is not model.embed["text"].weight:
-        model.text_head.weight = model.embed["text"].weight
 
 
 def open_official_files(folder: Path, file: Path) -> dict[str, LazyTensor]:
@@ -560,8 +554,8 @@ def export(model_or_dir: MultistreamLM | str | Path, dir: str | Path, to: str = 
     model, tensors = opened(model_or_dir)
     if to in {form.to for form in adapter_formats()}:
         return export_adapter(model, Path(dir), to)
-    if model.config.tied and any(path == "text_head" for path, *_ in lora.adapters(model)):
-        raise ValueError("an adapter on a tied text head cannot be merged: it would change the embedding too; export --to=peft")
+    if any(path in model.config.tied_heads for path, *_ in lora.adapters(model)):
+        raise ValueError("an adapter on a tied head cannot be merged: it would change the embedding too; export --to=peft")
     tensors = merged_weights(model) if tensors is None else tensors
     dtype = next(iter(tensors.values())).dtype
     if count := len(list(lora.adapters(model))):

@@ -316,8 +316,6 @@ class MultistreamLM(nn.Module):
         self.voice = VoiceConditioner(config.voice, D, Linear, config.voice_places) if config.voice else None
         if config.extra_heads:
             self.extra_head = Linear(D, config.extra_classes, sets=config.extra_heads).requires_grad_(False)      # no loss reaches it
-        if config.tied:
-            self.text_head.weight = self.embed["text"].weight
         prefix = config.depth is not None and config.depth.prefix
         if self.table.audio_out and (config.depth is None or prefix):                # with a prefix, of the first codebook alone
             self.audio_head = Linear(D, sum(streams[i].classes for i in self.table.audio_out[: 1 if prefix else None]))
@@ -325,7 +323,13 @@ class MultistreamLM(nn.Module):
             self.depth = PrefixDepth(PARTS, config.depth, self.table, D, config.depth_tied)
         elif config.depth is not None:
             self.depth = Depth(PARTS, config.depth, self.table, D, config.demux, fusion)
+        self.tie()
         self.reset_parameters()
+
+    def tie(self) -> None:
+        """Let tied heads use the weights of their embeddings."""
+        for head in self.config.tied_heads:
+            getattr(self, head).weight = self.embed[head.removesuffix("_head")].weight
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MultistreamLM":
         self.__dict__.pop("replay", None)              # CUDA graphs hold the old addresses of the weights (cuda_graphs.py)
@@ -529,8 +533,8 @@ class MultistreamLM(nn.Module):
     def weights(self) -> dict[str, Tensor]:
         """The state dict with each shared tensor only once."""
         tensors = self.state_dict()
-        if self.config.tied:
-            tensors.pop("text_head.weight")
+        for head in self.config.tied_heads:
+            tensors.pop(f"{head}.weight")
         return tensors
 
     def count_parameters(self) -> int:

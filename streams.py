@@ -49,6 +49,7 @@ class StreamTable:
     pad: int = 3                 # inner monologue: the text id of a frame without a word piece (Moshi's <pad>)
     epad: int = 0                # inner monologue: the text id of the frame before a word (Moshi's <unk>)
     joint_end: bool = False      # sequential: audio ends only when all rows of one frame hold their end id, which is also a usable code
+    bare: bool = False           # sequential: audio begins with its first frame, no column of start ids stands before it
     flat: tuple[int, ...] = ()   # codes are ids of the text row, a frame one of each codebook in turn: first id, codebooks, codes in each
 
     def __post_init__(self) -> None:
@@ -197,13 +198,13 @@ def audio_block(codes: Tensor, weight: float, table: StreamTable) -> Grid:
     """Audio columns of a sequential grid: codes (Q, T), one EOS a row, delayed.
 
     Targets are the codes and one EOS in each row; start ids and the fill after EOS are no targets. A table whose audio
-    rows have no start id gets no start column (MOSS-Speech). In a flat table codes are text.
+    rows have no start id, or that is bare, gets no start column. In a flat table codes are text.
     """
     if table.flat:
         first, Q, V = table.flat
         return text_block((codes + first + V * torch.arange(Q)[:, None]).T.flatten(), weight, table)
     tokens, weights = audio_columns(codes, weight, table)
-    first = int(table.streams[table.lead].start < 0)
+    first = int(table.bare or table.streams[table.lead].start < 0)
     return tokens[:, first:], weights[:, first:]
 
 

@@ -309,7 +309,7 @@ def check_export(s: Subject) -> Iterator[tuple[str, ...]]:
     if s.job.export == "off" or (s.job.export == "auto" and size > 2 << 30):
         yield NONE, "not verified: --export=on does it"
         return
-    if s.model.config.tied and any(path == "text_head" for path, *_ in lora.adapters(s.model)):
+    if any(path in s.model.config.tied_heads for path, *_ in lora.adapters(s.model)):
         yield NONE, "not verified: an adapter on a tied head is exported with --to=peft alone"
         return
     official = recognise(resolve(s.path))

@@ -33,6 +33,7 @@ class Closing:
 
     grace: int = 0               # columns in which the other rows are still sampled, after the place of their end id in training
     by_row: bool = False         # row k ends k + 1 columns after the first end id, whichever row sampled it
+    first: bool = False          # only the end id of the first row ends the audio
 
 
 FRAME = Closing()                # every row ends in the frame of the first end id, as in training
@@ -122,7 +123,7 @@ def other_grid(one: StreamTable, other: StreamTable) -> list[str]:
     """
     def rows(table: StreamTable) -> dict[str, Any]:
         named = ((f"{s.kind} row {n}", s if s.kind == "condition" else replace(s, name="")) for n, s in enumerate(table.streams))
-        return dict(named) | {k: getattr(table, k) for k in ("aligned", "audio_start", "audio_end", "pad", "epad", "flat")}
+        return dict(named) | {k: getattr(table, k) for k in ("aligned", "audio_start", "audio_end", "pad", "epad", "bare", "flat")}
 
     before, after = rows(one), rows(other)
     lines = []

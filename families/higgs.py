@@ -10,7 +10,7 @@ Llama-3.2-3B with a second feed-forward network for audio columns; 8 codebooks, 
 Sources: boson-multimodal 0.1.1 (prepare_chatml_sample, its collator) and the generation example of its repository; the
 chat template that transformers has differs (it trims text and has a role `scene`) and is not followed. Layouts: `higgs`
 (transformers 5.23, higgs_audio_v2) and `boson` (first release; split frozen | trainable tensors, heads written twice).
-Next: moshi.py.
+Next: higgs_v3.py.
 """
 
 import re
@@ -192,7 +192,7 @@ def write_boson(c: ModelConfig, dtype: str) -> About:
 
 
 def is_higgs(c: ModelConfig) -> bool:
-    return bool(c.table.audio) and not c.table.aligned and not c.tail
+    return bool(c.table.audio) and not c.table.aligned and not c.table.bare and not c.tail
 
 
 # How the official generation example draws; RAS looks back 7 columns and redraws what was there twice.

@@ -102,8 +102,7 @@ def build(config: ModelConfig, adapters: LoraConfig | None, types: dict[str, tor
         setattr(module, leaf, nn.Parameter(made, old.requires_grad and kind.is_floating_point))
         if kind == torch.int8:
             module.row_scale = torch.empty(old.shape[:-1], device=device)
-    if config.tied:
-        model.text_head.weight = model.embed["text"].weight
+    model.tie()
     if config.fusion is not None:                      # the tower finds words in the values of a batch: here each frame is one
         model.tower = TextTower(build(config.fusion.tower, None, {}, dtype, device), "frame", ())
     return lora.inject(model, adapters) if adapters is not None else model

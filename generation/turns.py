@@ -85,7 +85,7 @@ class DecodeState:
     def __post_init__(self) -> None:
         self.edges = [(s.start, s.end, s.delay) for s in (self.table.streams[k] for k in self.table.audio_out)]
         self.ends = any(end >= 0 for _, end, _ in self.edges)
-        self.bare = bool(self.edges) and self.edges[0][0] < 0          # no start column: frames begin at once
+        self.bare = bool(self.edges) and (self.table.bare or self.edges[0][0] < 0)      # no start column: frames begin at once
         self.begun = 1 + max((delay for _, _, delay in self.edges), default=0)      # count from which no start id is held
 
 
@@ -122,7 +122,8 @@ def note_ending(state: DecodeState, turn: ItemState, codes: Sequence[int], place
     -> whether the state changed
     """
     before = turn.closed
-    ended = [delay for code, (_, end, delay) in zip(codes, state.edges, strict=True) if code == end >= 0 and place > delay]
+    heard = codes[:1] if state.closing.first else codes
+    ended = [delay for code, (_, end, delay) in zip(heard, state.edges, strict=False) if code == end >= 0 and place > delay]
     if state.table.joint_end and len(ended) < len(state.edges):
         return False
     if ended and turn.closed == NEVER:

@@ -92,6 +92,7 @@ class ModelConfig:
     fast_forward: bool = False                           # layers outside dual_ffn skip audio columns and mask them as keys (Higgs)
     tail: int = 0                                        # layers after the shared ones, one stack for text, one for audio (MOSS)
     tied: bool = False                                   # the text head shares its weights with the text embedding
+    audio_tied: bool = False                             # the audio heads share their weights with the audio embedding (Higgs v3)
     demux: bool = False                                  # text rows share one embedding table and have separate projections (Moshi's TTS)
     extra_heads: int = 0                                 # number of extra heads beside the text head (Moshi's STT: pause detection)
     extra_classes: int = 6                               # number of classes of each extra head
@@ -114,6 +115,9 @@ class ModelConfig:
         assert 0 <= self.tail <= 2**13 and 0 <= min(extras) <= max(extras) <= 2**20, "tail, extra heads or voice are out of range"
         assert 0 <= self.text_drop <= self.table.aligned, "text_drop is in [0, 1], and for aligned rows only"
         assert len(self.table.text) == 1 or not self.tied, "tied needs a table with a single text row; set it to false"
+        whole = all(0 < self.table.streams[k].classes == self.table.streams[k].vocab for k in self.table.audio)
+        assert not self.audio_tied or self.depth is None and whole, (
+            "audio_tied needs parallel heads that predict every id of every audio row; set it to false")
         assert all(0 <= n < self.temporal.layers for n in self.dual_ffn), (
             f"dual_ffn {self.dual_ffn} must be layer numbers from 0 to {self.temporal.layers - 1}, for example --model.dual_ffn=0,1")
         assert self.fusion is None or self.depth, "fusion joins two towers in front of a depth transformer"
@@ -125,3 +129,8 @@ class ModelConfig:
         assert not prefix or self.depth.projection or self.depth.dim == self.temporal.dim, (
             f"a depth transformer of width {self.depth.dim} behind states of {self.temporal.dim} needs depth.projection")
         assert self.depth is None or self.depth.steps == len(self.table.audio_out), "depth.steps is one per predicted codebook"
+
+    @property
+    def tied_heads(self) -> tuple[str, ...]:
+        """The heads that share their weights with an embedding, whose name they begin with."""
+        return ("text_head",) * self.tied + ("audio_head",) * self.audio_tied

@@ -213,6 +213,79 @@ def orpheus_wide() -> None:
     orpheus_case("orpheus_wide", 4, 37, 9, 3, 1, hidden_size=30, num_attention_heads=5, num_key_value_heads=5, tie_word_embeddings=False)
 
 
+# ---- Higgs Audio v3 ----
+
+def higgs_v3_case(name: str, seed: int, words: int, Q: int, V: int, T: int, **more: object) -> None:
+    """A prompt with a reference and a few frames, learnt by heart by transformers' Qwen3 on summed embeddings: logits behind every
+    column, and the columns of greedy generation as the official sampler makes them: the first codebook decides when it ends."""
+    from transformers import Qwen3Config, Qwen3Model
+    config = Qwen3Config(vocab_size=words, intermediate_size=44, num_hidden_layers=2, num_key_value_heads=1, rope_theta=1e6,
+                         max_position_embeddings=128, rms_norm_eps=1e-6, attn_implementation="eager", **more)
+    body = scramble(Qwen3Model(config), seed)
+    tied = nn.Embedding(Q * V, config.hidden_size)
+    scramble(tied, seed + 1)
+    begin, end = V - 2, V - 1
+
+    def delayed(frames: Tensor) -> Tensor:                                                  # (T, Q) -> (T + Q - 1, Q)
+        rows = torch.full((len(frames) + Q - 1, Q), end)
+        for k in range(Q):
+            rows[:k, k], rows[k : k + len(frames), k] = begin, frames[:, k]
+        return rows
+
+    def embedded(parts: list[Tensor]) -> Tensor:
+        return torch.cat([body.embed_tokens(p) if p.dim() == 1 else tied(p + V * torch.arange(Q)).sum(1) for p in parts])[None]
+
+    def heads(x: Tensor) -> Tensor:                                                         # (1, S, D) -> (S, Q, V)
+        return (body(inputs_embeds=x).last_hidden_state[0] @ tied.weight.T).view(-1, Q, V)
+
+    said, text = draw(words - 6, 4, seed=seed), draw(words - 6, 5, seed=seed + 1)
+    reference, frames = draw(V - 2, T - 1, Q, seed=seed + 2), draw(V - 2, T, Q, seed=seed + 3)
+    tts, ref_text, ref_audio, begins, audio = range(words - 5, words)
+    prompt = [torch.tensor([tts, ref_text, *said.tolist(), ref_audio]), delayed(reference), torch.tensor([begins, *text.tolist(), audio])]
+    columns = delayed(frames)
+    optimiser = torch.optim.Adam([*body.parameters(), *tied.parameters()], 1e-2)
+    for _ in range(90):
+        optimiser.zero_grad()
+        logits = heads(embedded([*prompt, columns]))[-len(columns) - 1 : -1]
+        held = torch.arange(len(columns))[:, None] < torch.arange(Q)                        # begin ids are written, not drawn
+        nn.functional.cross_entropy(logits.flatten(0, 1), columns.masked_fill(held, -100).flatten()).backward()
+        optimiser.step()
+    with torch.no_grad():
+        logits, made = heads(embedded([*prompt, columns])), columns[:0]
+        over = 10**9
+        while len(made) < min(over + Q - 1, 40):
+            new = heads(embedded([*prompt, made]))[-1].argmax(-1)
+            new[len(made) + 1 :] = begin
+            over = min(over, len(made)) if new[0] == end and len(made) >= Q else over
+            made = torch.cat([made, new[None]])
+    print(f"{name}: {over} frames in {made.tolist()}, |logits| up to {logits.abs().max():.1f}")
+    both = nn.Module()
+    both.state_dict = lambda: {
+        "tied.embedding.text_embedding.weight": body.embed_tokens.weight,
+        "tied.embedding.modality_embeddings.0.embedding.weight": tied.weight,
+        "tied.embedding.modality_embeddings.0.model.fc.weight": torch.ones(2, 2),           # of the codec that lies in the file
+    } | {f"body.{key}": value for key, value in body.state_dict().items() if not key.startswith("embed_tokens")}
+    about = {"architectures": ["HiggsMultimodalQwen3ForConditionalGeneration"], "model_type": "higgs_multimodal_qwen3",
+             "audio_token_id": -100, "text_config": json.loads(config.to_json_string(use_diff=False)), "audio_start_token_id": audio,
+             "audio_encoder_config": {"encoder_type": "discrete", "num_codebooks": Q, "vocab_size": V, "out_dim": config.hidden_size,
+                                      "tie_word_embeddings": True, "use_delay_pattern": True, "model_type": "higgs_audio_encoder"}}
+    grid = torch.full((1 + Q, sum(map(len, prompt)) + len(columns)), -1)
+    at = 0
+    for part in [*prompt, columns]:
+        grid[slice(0, 1) if part.dim() == 1 else slice(1, None), at : at + len(part)] = part if part.dim() == 1 else part.T
+        at += len(part)
+    write(name, both, about, "torch transformers", grid=grid, prompt=torch.tensor([sum(map(len, prompt))]), logits=logits.transpose(0, 1),
+          made=made.T, frames=torch.stack([made[k : k + over, k] for k in range(Q)]))
+
+
+def higgs_v3() -> None:
+    higgs_v3_case("higgs_v3", 0, 41, 5, 13, 6, hidden_size=20, num_attention_heads=3, head_dim=6)
+
+
+def higgs_v3_wide() -> None:
+    higgs_v3_case("higgs_v3_wide", 7, 53, 3, 9, 9, hidden_size=30, num_attention_heads=2, head_dim=10)
+
+
 # ---- Higgs Audio v2 ----
 
 def higgs() -> None:

@@ -385,8 +385,12 @@ class MultistreamLM(nn.Module):
         return text, audio
 
     def hidden(self, tokens: Tensor, positions: Tensor | None = None, segments: Tensor | None = None,
-               cache: KVCache | None = None, voice: Tensor | None = None, plan: Plan | None = None) -> tuple[Tensor, Tensor]:
-        """Run the temporal transformer.   tokens (B, K, S) -> states for the text and the audio heads, (B, S, D) each"""
+               cache: KVCache | None = None, voice: Tensor | None = None, plan: Plan | None = None,
+               inputs: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Run the temporal transformer.   tokens (B, K, S) -> states for the text and the audio heads, (B, S, D) each
+
+        `inputs` (B, n, D) stand for the embeddings of the first n columns.
+        """
         if self.training and self.config.text_drop:
             kept, texts = self.keep_inputs(tokens, self.config.text_drop)[:, None] > 0, len(self.table.text)
             tokens = torch.cat([torch.where(kept, tokens[:, :texts], -1), tokens[:, texts:]], 1)
@@ -401,7 +405,10 @@ class MultistreamLM(nn.Module):
             context.audio = is_audio(tokens, self.table)
         voice = cache.voice if voice is None and cache is not None else voice
         context.voice = self.voice.unknown_voice(len(tokens)) if voice is None and self.voice is not None else voice
-        return self.temporal(self.embed_tokens(tokens, cache.side if fast and not self.table.aligned else None), context)
+        x = self.embed_tokens(tokens, cache.side if fast and not self.table.aligned else None)
+        if inputs is not None:
+            x = torch.cat([inputs.to(x), x[:, inputs.shape[1] :]], 1)
+        return self.temporal(x, context)
 
     def fused(self, tokens: Tensor, positions: Tensor | None, segments: Tensor | None, cache: KVCache | None,
               plan: Plan | None) -> tuple[Tensor, Tensor]:

@@ -33,14 +33,14 @@ from generation import cuda_graphs
 from generation.command_line import Job, load_for_sampling, pair_voices, usual_rules
 from generation.conversation import ChatConfig, chat_in_terminal
 from generation.decode_step import Feed, SampleConfig, completed_frame
-from generation.dialogue import UserFeed, conversation_input, user_side, write_reply
+from generation.dialogue import Persona, UserFeed, behind, conversation_input, make_persona, user_rows, user_side, write_reply
 from generation.plan import plan_sampling
 from generation.reply_stream import print_reply
 from generation.turns import advance, start_state
 from layers.conditioning import condition_column
 from model import MultistreamLM
 from options import apply, edge, help_text, locate, read_lines, split_arguments, visible, write_rows
-from streams import Example, StreamTable, delay
+from streams import Example, StreamTable
 from text.conversation import chunks
 from text.normalisers import normalise
 from text.tokenizers import Tokenizer, load_tokenizer
@@ -48,14 +48,15 @@ from text.tokenizers import Tokenizer, load_tokenizer
 
 @torch.inference_mode()
 def generate(model: MultistreamLM, prompt: Tensor, config: SampleConfig | None = None, feed: Feed | None = None,
-             given: Tensor | None = None, voice: Tensor | None = None) -> Iterator[Tensor]:
+             given: Tensor | None = None, voice: Tensor | None = None, inputs: Tensor | None = None) -> Iterator[Tensor]:
     """Continue a prompt grid (B, K, S) or (K, S); yield frames (B, K) int64 on the host as they become complete.
 
     Rows that have nothing in a frame hold -1; an item that has ended holds -1 everywhere. Prompts of different lengths
     are padded on the left with columns of -1. `feed(column) -> column` fills the rows that the model only reads (word
     rows, the user's codes); its `may_end()`, if it has one, tells which items may close their audio. `given` (B, K, n)
     are the ids of the next n columns, FREE where the model draws: forced text or codes, or -1 for nothing. `voice` (B, n, F)
-    are voice features of the speakers, for models that attend to them.
+    are voice features of the speakers, for models that attend to them; `inputs` (B, n, D) stand for the embeddings of the
+    prompt's first n columns.
     """
     config, table, training = config or SampleConfig(), model.table, model.training
     model.eval()
@@ -64,7 +65,7 @@ def generate(model: MultistreamLM, prompt: Tensor, config: SampleConfig | None =
     if K != len(table):
         raise ValueError(f"the prompt has {K} rows, the model's table {len(table)}: {[s.name for s in table.streams]}")
     state = start_state(prompt, table, closings()[config.closing], config.max_speech)
-    runner = cuda_graphs.start_runner(model, prompt, config, feed, voice)
+    runner = cuda_graphs.start_runner(model, prompt, config, feed, voice, inputs)
     try:
         for n in range(config.max_frames):
             column = runner(state, given[..., n].cpu() if given is not None and n < given.shape[-1] else None)
@@ -164,24 +165,32 @@ def pad_left(grids: Sequence[Tensor]) -> Tensor:
 
 
 def reply(model: MultistreamLM, user: Tensor | None, config: SampleConfig, skip_first_frame: bool = False, conditions: Tensor | None = None,
-          given: Tensor | None = None, before: Tensor | None = None) -> Tensor:
+          given: Tensor | None = None, before: Tensor | None = None, persona: Persona | None = None) -> Tensor:
     """Talk with a recorded user: hear codes (B, Q, T) frame by frame.   -> frames (B, K, T), both sides and the text
 
     `before` (B, K, t) are the first frames of all rows: the model goes on from there, and `user` is None when it speaks
     for both (max_frames says how long). `conditions` (C, 1) or (B, C, 1) are the ids of the condition rows, `given` as in
-    `generate`. `skip_first_frame`: as the official generator, which skips the first frame and yields fewer.
+    `generate`. `skip_first_frame`: as the official generator, which skips the first frame and yields fewer. Behind a
+    `persona` that is one of its own frames, and what is heard after it comes whole.
     """
-    table, lag = model.table, max(model.table.delays)
+    table, lag, first, inputs = model.table, max(model.table.delays), 0, None
+    if persona is not None:
+        front, inputs = persona.of_batch(1 if user is None else len(user), skip_first_frame)
+        before = front if before is None else torch.cat([front, before], -1)
+        user = user if user is None else torch.cat([front[:, user_rows(table)], user], -1)
+        first, skip_first_frame = front.shape[-1], False
     before = torch.empty(len(user), len(table), 0, dtype=torch.long) if before is None else before
-    prompt = delay(before, table.delays, table.column("start"))
+    prompt, late = behind(before, table)
+    given = late if given is None else given
     if conditions is not None:
         prompt[:, table.conditions] = conditions
     feed, columns = None, config.max_frames + lag
     if user is not None:
         feed, columns = UserFeed(user, table, skip_first_frame, prompt.shape[-1]), user.shape[-1] - before.shape[-1]
         columns += lag * (not skip_first_frame)
-    bar = tqdm(generate(model, prompt, replace(config, max_frames=columns), feed, given), total=columns, unit="frame", disable=None)
-    return torch.cat([before[..., : max(before.shape[-1] - lag, 0)], torch.stack([frame.cpu() for frame in bar], dim=-1)], -1)
+    made = generate(model, prompt, replace(config, max_frames=columns), feed, given, inputs=inputs)
+    bar = tqdm(made, total=columns, unit="frame", disable=None)
+    return torch.cat([before[..., : max(before.shape[-1] - lag, 0)], torch.stack([frame.cpu() for frame in bar], dim=-1)], -1)[..., first:]
 
 
 # ---- the command line ----
@@ -216,9 +225,11 @@ def answer_recording(job: Job, given: Collection[str]) -> None:
     job = replace(job, **usual_rules(table, given, model.extras))
     tokenizer = load_tokenizer(data.tokenizer)
     codec = fitting_codec(data.codec, table, tokenizer)
+    persona = make_persona(data.system if family.persona else job.system or "", job.ref, codec, tokenizer, table)
     before, user, wav = conversation_input(job, codec, tokenizer, table, data)
     job = replace(job, max_frames=round(job.seconds * codec.frame_rate))
-    frames = reply(model, user, job, job.skip_first_frame, condition_column(table, job.condition), before=before)[0]       # (K, T)
+    conditions = condition_column(table, job.condition)
+    frames = reply(model, user, job, job.skip_first_frame, conditions, before=before, persona=persona)[0]       # (K, T)
     print(write_reply(job.out, frames, None if job.prompt else wav, codec, tokenizer, table))
 
 

@@ -108,10 +108,11 @@ class Server:
         self.codec = load_codec(data.codec, device=job.device) if self.table.codes else None
         self.scheduler = Scheduler(model, self.codec, job.slots, self.usual, job.columns, job.limits.most_waiting)
         self.gate, tokenizer = Gate(job.limits, job.token, job.origins), load_tokenizer(data.tokenizer)
-        self.roles = self.family.takes_persona(self.table)
+        self.roles = self.family.persona is not None
         self.voices, self.users = voices_of(job.voices, said=not self.roles), users_of(job.users, tokenizer)
         log = self.write_log if job.log else None
-        self.chat = ChatSocket(self.scheduler, self.gate, self.usual, tokenizer, job.skip_first_frame, log, self.voices)
+        self.chat = ChatSocket(self.scheduler, self.gate, self.usual, tokenizer, job.skip_first_frame, log, self.voices,
+                               data.system)
         self.api = OpenAI(self.scheduler, self.gate, self.usual, data, tokenizer, self.voices, job.lookup, log)
         self.samples = RunSamples(Path(job.run), self.gate) if job.run else None
         self.log_lock = threading.Lock()
@@ -227,7 +228,9 @@ def voices_of(folder: str, said: bool = True) -> dict[str, tuple[str, str]]:
     """The voices of a folder by name: a recording, and what it says in the .txt beside it, if that is asked for (`said`)."""
     if not folder:
         return {}
-    found = {path.stem: (str(path), path.with_suffix(".txt")) for path in sorted(Path(folder).iterdir()) if path.suffix.lower() in SOUNDS}
+    paths = [path for path in sorted(Path(folder).iterdir(), key=lambda path: (path.suffix != ".pt", path))
+             if path.suffix.lower() in (SOUNDS if said else (".pt", *SOUNDS))]
+    found = {path.stem: (str(path), path.with_suffix(".txt")) for path in paths}       # of a name twice the recording
     lacking = [name for name, (_, text) in found.items() if said and not text.is_file()]
     if lacking:
         raise ValueError(f"--voices={folder}: {lacking[0]} has no {lacking[0]}.txt beside it with what it says")

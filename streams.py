@@ -177,6 +177,7 @@ class Example:
     user: Tensor | None = None          # (Q, T) the other speaker's codes
     weights: Tensor | None = None       # (T,) loss weight of each id of a text row that has one id a frame
     conditions: Tensor | None = None    # (C,) ids of the condition rows, None = not given
+    prompt: Tensor | None = None        # (K, P) frames of all rows in front of a dialogue: a voice and a role; never targets
     before: int = 0                     # leading frames that are context only, no targets: the overlap of chunks of a long dialogue
     segments: "list[tuple[Tensor, float]]" = field(default_factory=list)    # a conversation: ids (n,) or codes (Q, T), weight
     name: str = ""                      # for messages

@@ -47,8 +47,9 @@ def demo_dialogues(folder: str | Path, count: int = 24) -> str:
                       for (word, start), end in zip(turn["words"], ends, strict=True)]
             at += wav.shape[1] / rate + 0.1
         save_pair(folder / f"{n:03d}", sides, rate, words)
-        lines.append(json.dumps({"path": f"{n:03d}.wav", "duration": round(max(s.shape[1] for s in sides) / rate, 3)}) + "\n")
-    known = ["<s>", "</s>", "<pad>", *json.loads((ASSETS / "words.json").read_text(encoding="utf-8"))]
+        seconds = max(s.shape[1] for s in sides) / rate
+        lines.append(json.dumps({"path": f"{n:03d}.wav", "speaker": "allison", "duration": round(seconds, 3)}) + "\n")
+    known = ["<s>", "</s>", "<pad>", *json.loads((ASSETS / "words.json").read_text(encoding="utf-8")), "<system>"]
     for name, text in (("words.json", json.dumps(known)), ("dialogues.jsonl", "".join(lines))):      # the manifest last
         write_text(folder / name, text)
     return str(folder / "dialogues.jsonl")

@@ -226,7 +226,7 @@ def judge(m: Manifest, limits: tuple[float, float], doubtful: str = "keep", talk
     clips = [clip for clip in m.clips.values() if clip["file"]]
     for clip in clips:
         if duplex:
-            clip["stereo"] = True
+            clip["stereo"] = not clip["id"].endswith("#reference")      # a voice is one channel
         clip["mark"] = digest_or_nothing(clip)
     # clips are short: to synchronise threads within an operation would make this six times slower
     with Progress("checking", len(clips), "clips") as progress, torch_threads(1), ThreadPoolExecutor(workers(threads)) as pool:

@@ -5,6 +5,7 @@
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -22,6 +23,8 @@ from text.conversation import Segment
 from text.normalisers import normalise
 from text.tokenizers import Tokenizer, load_tokenizer
 from text.word_times import text_weights
+
+VOICE = 10.0                # seconds of a dialogue that stand for its agent's voice
 
 
 def clip_example(index: Index, number: int, version: int, aligned: bool) -> Example:
@@ -50,7 +53,9 @@ def build_example(index: Index, number: int, table: StreamTable, draw: random.Ra
     if index.chat is not None:
         return chat_example(index, number, draw, reference)
     if entry.chunk:
-        return dialogue_example(index, number, draw_version(index, number, draw), max(table.delays) + 1)
+        prompt = persona_frames(index, entry.role, entry.reference if entry.reference >= 0 else reference, table)
+        context = 0 if prompt is not None else max(table.delays) + 1
+        return replace(dialogue_example(index, number, draw_version(index, number, draw), context), prompt=prompt)
     versions = [draw_version(index, n, draw) for n in entry.parts or [number]]
     example = (joined_example(index, number, versions, table.aligned) if entry.parts
                else clip_example(index, number, versions[0], table.aligned))
@@ -79,6 +84,26 @@ def dialogue_example(index: Index, number: int, version: int, context: int) -> E
     conditions = torch.tensor(entry.conditions, dtype=torch.long) if entry.conditions else None
     weights = text_weights(text, *index.padding)
     return Example(text, **codes, weights=weights, conditions=conditions, before=begin - first, name=entry.id)
+
+
+def persona_frames(index: Index, role: Sequence[int], voice: int, table: StreamTable) -> Tensor | None:
+    """The frames (K, P) of a role and of the voice of an entry (-1 = none) in front of a dialogue; None without either."""
+    persona = family_of(table).persona
+    if persona is None or not role and voice < 0:
+        return None
+    codes = voice_codes(index, voice) if voice >= 0 else torch.zeros(len(table.audio) // 2, 0, dtype=torch.long)
+    return persona(torch.tensor(role, dtype=torch.long), codes, table)
+
+
+def voice_codes(index: Index, number: int) -> Tensor:
+    """Codes (Q, t) of a voice: a recording, or of a dialogue up to ten seconds from where the agent begins to speak."""
+    entry = index.entries[number]
+    if not entry.chunk:
+        return index.codes(number, 0)
+    example, (_, *pads) = dialogue_example(index, number, 0, 0), index.padding
+    spoken = [t for t, token in enumerate(example.text.tolist()) if token >= 0 and token not in pads]
+    first = spoken[0] if spoken else 0
+    return example.codes[:, first : first + round(VOICE * index.info["frame_rate"])]
 
 
 def chat_example(index: Index, number: int, draw: random.Random | None, reference: int) -> Example:

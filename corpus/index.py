@@ -5,7 +5,8 @@
     CACHE/<hash>/index.json                 the <content> that holds now, and the one before
 
 `prepare` writes, `open_cache` opens. Another split, tokenizer or normaliser is another index over the same codes. A run that
-reads an index keeps it: other rows make another <content>, no file is ever changed. Next: examples.py.
+reads an index keeps it: other rows make another <content>, no file is ever changed. One file because the fields that are written
+are those that are read. Next: examples.py.
 """
 
 import hashlib
@@ -76,6 +77,7 @@ class Entry:
     chunk: list[int] = field(default_factory=list)      # of a dialogue: its number, and how many there are
     swapped: bool = False                               # of a dialogue: the right channel is the agent
     conditions: list[int] = field(default_factory=list) # of a dialogue: ids of the condition rows
+    role: list[int] = field(default_factory=list)       # of a dialogue: ids of the role that stands in front of it
 
 
 @dataclass
@@ -287,6 +289,9 @@ def print_left_out(manifests: list[Manifest], table: StreamTable, verdict: list[
     if len(bad) > 10:
         print(f"left out: {len(bad) - 10} more rows; `python data.py check` lists them", file=sys.stderr)
     print(*verdict, sep="\n")
+    roles = sum(bool(row.get("text_prompt") or row.get("voice_prompt")) for m in manifests for row in m.rows)
+    if roles and family_of(table).persona is None:
+        print(f"{roles} rows have a text_prompt or a voice_prompt, which {family_of(table).name} does not read", file=sys.stderr)
     untimed = sum("words" not in row and "parts" not in row for m in manifests for row in m.rows)
     untimed = untimed if table.aligned and not table.monologue else 0
     if untimed:
@@ -305,6 +310,7 @@ def index_folder(config: DataConfig, table: StreamTable) -> Path:
                                     *([config.chunk_seconds, config.interleaver, config.contextual, config.spaces,
                                        config.both_speakers, table.layout, table.pad, table.epad,
                                        *([config.augment] if config.augment else []),
+                                       *([config.system] if family_of(table).persona else []),
                                        *(repr(table.streams[k]) for k in table.conditions)] if table.monologue else []))[:12]
 
 
@@ -380,7 +386,9 @@ class Indexer:
             try:
                 if self.table.codes or self.index.chat is not None:
                     self.locate(entry, row, numbers)
-                entries = self.dialogue(entry, row) if self.table.monologue else [(entry, self.text(entry, row))]
+                voice = self.table.monologue and row["id"].endswith("#reference")       # it has codes and says nothing
+                entries = [(entry, None)] if voice else (
+                    self.dialogue(entry, row) if self.table.monologue else [(entry, self.text(entry, row))])
             except NoAudio:                             # it was rejected before
                 continue
             except ValueError as error:
@@ -457,6 +465,8 @@ class Indexer:
             raise ValueError("a dialogue cannot be joined from parts")
         rate, c, words, found = self.index.info["frame_rate"], self.config, row_words(row), []
         entry.conditions = condition_ids(self.table, row.get("text_conditions") or {})
+        family, role = family_of(self.table), row.get("text_prompt") or c.system
+        entry.role = self.tokenizer.encode(family.role(role)) if family.persona and role else []
         check_length(words, entry.frames[0] / rate)
         chunks = math.ceil(entry.frames[0] / max(1, round(c.chunk_seconds * rate)))
         one_of_two = "rejected" in row or entry.id.endswith("#rejected")

@@ -46,7 +46,8 @@ from text.word_times import MAIN, Alignment, as_json, parse_alignments, tidy_wor
 
 MAX_MANIFEST = 1 << 30      # bytes; a larger file is refused
 FIELDS = {"id", "audio", "text", "speaker", "group", "words", "language", "synthetic", "split", "offset", "duration", "reference", "stereo",
-          "alignments", "text_conditions", "parts", "compose", "manifest", "scene", "clips", "others", "messages", "start_index",
+          "alignments", "text_conditions", "text_prompt", "voice_prompt", "parts", "compose", "manifest", "scene", "clips", "others",
+          "messages", "start_index",
           "rejected", "raw_audio", "heard", "cell"}
 COLUMNS = {"audio": ("file_name", "audio", "path", "wav", "filename", "audio_filepath", "audio_file", "audio_path", "wav_filename"),
            "text": ("text", "transcription", "sentence", "transcript", "normalized_text"),
@@ -425,7 +426,7 @@ def stereo_row(m: Manifest, item: Row) -> Row:
         raise
     except (ValueError, RecursionError) as error:
         raise Unusable("malformed alignments", f"fix {side.name}: {error}") from None
-    kept = {key: item[key] for key in ("id", "speaker", "split", "group", "language") if key in item}
+    kept = {key: item[key] for key in ("id", "speaker", "split", "group", "language", "text_prompt", "voice_prompt") if key in item}
     kept |= {"text_conditions": conditions} if conditions else {}
     m.unread.update(item.keys() - kept.keys() - {"path", "duration", "offset"})
     if is_time(begin := item.get("offset") or 0) and begin:             # a piece: without an offset the duration is the file's

@@ -14,7 +14,8 @@ Two kinds of line are virtual: a join of clips (their codes one after the other)
     {"manifest": "manifest.jsonl", "compose": {"group": "digits", "count": [1, 6], "rows": 4000, "seed": 0, "held_out": 0.1}}
 
 A dialogue has alignments [[word, [start, end], "SPEAKER_MAIN" (or --data.agent) or another], ...]; optional: text_conditions
-{name: value} for a model that has conditions (Hibiki). Moshi's {"path", "duration"} takes them
+{name: value} for a model that has conditions (Hibiki), text_prompt and voice_prompt (a recording) for one that takes a role and a
+voice (PersonaPlex). Moshi's {"path", "duration"} takes them
 from the .json beside the wav ({"alignments": ...}, or J-Moshi's [{"speaker", "word", "start", "end"}]); a folder of such
 pairs needs no list.
 
@@ -199,6 +200,10 @@ def check_unicode(value: Any) -> None:
 
 def recordings_beside(row: Row) -> dict[str, Row]:
     """The other recordings of a row by the suffix of their id: its reference, and what else its messages hold."""
+    if not all(isinstance(row.get(name) or "", str) for name in ("text_prompt", "voice_prompt")):
+        raise Unusable("malformed field", "text_prompt is the text of a role, voice_prompt the file of a voice")
+    if row.get("voice_prompt"):                 # of a dialogue: a voice needs no transcript
+        row |= {"reference": {"audio": row["voice_prompt"], "text": ""}}
     reference, others = row.get("reference", {}), row.get("others", {})
     if not isinstance(reference, dict) or not isinstance(others, dict):
         raise Unusable("malformed field", 'a reference has "audio" and "text"')
@@ -265,7 +270,7 @@ def check_fields(m: Manifest, row: Row, others: list[Row]) -> None:
         raise Unusable("malformed field", 'a cell is [row, column] of the table that "audio" names')
     if not all(is_time(part.get(k, 0)) for k in ("offset", "duration") for part in (row, *others)):
         raise Unusable("malformed field", "offset and duration are seconds")
-    if any(not part["text"].strip() for part in others) and "clips" not in row:
+    if any(not part["text"].strip() for part in others) and not {"clips", "voice_prompt"} & row.keys():
         raise Unusable("reference without transcript", 'write what it says: "reference": {"audio": ..., "text": ...}')
     if not isinstance(words, list) or not all(
             isinstance(w, list) and len(w) == 2 and isinstance(w[0], str) and is_time(w[1]) for w in words):

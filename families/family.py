@@ -15,6 +15,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -56,8 +57,9 @@ class Family:
     text_to_speech: bool = False                                   # TTS: the text of a held-out recording can be synthesised
     references: int = 0                                         # most voice references of a prompt
     user_audio: str = ""                                           # "turns": recordings as turns; "duplex": a user stream; "" = none
-    takes_persona: Callable[[StreamTable], bool] = lambda table: False  # whether a role and a voice may stand before a conversation
-    persona: Callable[[Tensor, Tensor, StreamTable], Tensor] | None = None     # their frames: persona(ids, codes of the voice, table)
+    persona: Callable[[Tensor, Tensor, StreamTable], Tensor] | None = None     # frames before a conversation: of the ids of a role and
+    role: Callable[[str], str] = lambda text: text              # codes of a voice; how the text of a role is written
+    stored_voice: Callable[[Path, StreamTable], tuple[Tensor, Tensor]] | None = None      # codes and inputs of a voice in an official file
     token_rows: int | None = None                               # number of text rows with ids of the tokenizer, None = all
     formats: tuple[Format, ...] = ()                            # official checkpoint layouts
     adapters: tuple[AdapterFormat, ...] = ()                    # adapter files of other libraries, besides PEFT

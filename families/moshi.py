@@ -95,17 +95,22 @@ def duplex_grid(example: Example, table: StreamTable) -> Grid:
     """Two speakers at once (Moshi, DSAA): in a frame one text id, the agent's codes and the user's, delayed and cut at T.
 
     example.text and .weights are (T,). Rows that are only read never count. Without `codes` the grid is the prompt: the
-    start column; a chunk from the middle of a dialogue starts with a column of what was before instead.
+    start column; a chunk from the middle of a dialogue starts with a column of what was before instead. `prompt` (K, P) are
+    frames of all rows in front of it, never trained.
     """
     start = table.column("start")
     if example.conditions is not None:
         start[table.conditions] = example.conditions[:, None]
-    if example.codes is None:
+    if example.codes is None and example.prompt is None:
         return start, torch.zeros(start.shape)
+    if example.codes is None:
+        return (columns := delay(example.prompt, table.delays, start)), torch.zeros(columns.shape)
     held = start[1 : table.lead].expand(-1, example.codes.shape[-1])             # conditions hold one id throughout
     frames = torch.cat([part for part in (example.text[None], held, example.codes, example.user) if part is not None])      # (K, T)
     counts = ((frames >= 0) & (table.column("classes") > 0)).float()
     counts[0] *= 1.0 if example.weights is None else example.weights
+    if example.prompt is not None:
+        frames, counts = torch.cat([example.prompt, frames], 1), torch.cat([torch.zeros(example.prompt.shape), counts], 1)
     tokens, weights = delay(frames, table.delays, start), delay(counts, table.delays, 0.0)
     weights[:, example.before] = 0
     return tokens[:, example.before :], weights[:, example.before :]
@@ -115,26 +120,6 @@ def rules(table: StreamTable) -> dict[str, tuple[float, ...]]:
     """Moshi's sampling defaults: text T = 0.7, top-k 25; codes T = 0.8, top-k 250; greedy text for a recogniser."""
     Q = len(table.audio_out)
     return {"temperature": (0.7, *[0.8] * Q), "top_k": (25.0, *[250.0] * Q)} if Q else {"temperature": (0.0,)}
-
-
-# PersonaPlex: a voice and a role in front of the conversation, in Mimi's codes.
-SILENCE, SINE, GAP = (948, 243, 1178, 546, 1736, 1030, 1978, 2008), (430, 1268, 381, 1611, 1095, 1495, 56, 472), 6
-
-
-def takes_persona(table: StreamTable) -> bool:
-    """Whether a model is of PersonaPlex's shape: it predicts both speakers' eight codebooks."""
-    return len(table.audio_out) == len(table.audio) == 2 * len(SILENCE) and table.text == table.text_out
-
-
-def persona(role: Tensor, voice: Tensor, table: StreamTable) -> Tensor:
-    """The frames (K, T) in front of a conversation: a voice (Q, t), silence, a role (n,) with an id a frame, silence.
-
-    Meanwhile the user is a sine of 440 Hz. PersonaPlex was trained with `<system> ... <system>` around the role.
-    """
-    gap, still = torch.full((GAP,), table.pad), torch.tensor(SILENCE)[:, None]
-    text = torch.cat([torch.full((voice.shape[1],), table.pad), gap, role, gap])
-    agent = torch.cat([voice, still.expand(-1, len(text) - voice.shape[1])], 1)
-    return torch.cat([text[None], agent, torch.tensor(SINE)[:, None].expand(-1, len(text))])
 
 
 def translates(table: StreamTable) -> bool:
@@ -174,6 +159,9 @@ def predict_user(config: Any) -> Any:
     classes = table.streams[table.audio[0]].classes
     streams = [replace(s, classes=classes) if k in table.audio else s for k, s in enumerate(table.streams)]
     return replace(config, table=replace(table, streams=tuple(streams)), depth=replace(depth, steps=2 * Q))
+
+
+PERSONAPLEX_7B = predict_user(replace(MOSHI_7B, table=replace(MOSHI_7B.table, layout="personaplex")))      # families/personaplex.py
 
 
 def trim_depth(config: Any, weights: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
@@ -308,8 +296,17 @@ stt_config n_q dep_q card text_card text_card_out delays existing_text_padding_i
 demux_second_text_stream dim num_heads num_layers hidden_scale gating norm context max_period positional_embedding conditioners fuser
 cross_attention extra_heads_num_heads extra_heads_dim depformer_dim depformer_dim_feedforward depformer_num_heads depformer_num_layers
 depformer_multi_linear depformer_weights_per_step depformer_weights_per_step_schedule depformer_low_rank_embeddings depformer_gating
-depformer_pos_emb depformer_context depformer_max_period depformer_causal gradient_checkpointing""".split()) | MOSHI_FIXED.keys()
+depformer_pos_emb depformer_context depformer_max_period depformer_causal gradient_checkpointing version""".split()) | MOSHI_FIXED.keys()
 # depformer_context and depformer_max_period are without effect: the depth transformer sees all its steps and has no positions
+
+
+LAYOUTS = {"moshi": "duplex", "personaplex": "personaplex"}      # model_type of a config.json -> layout
+
+
+def layout_of(about: About) -> str:
+    """The layout of a config.json: as it says, else by its shape."""
+    alike = about["dep_q"] == about["n_q"] == 2 * len(MOSHI_DELAYS)             # both speakers are predicted
+    return LAYOUTS.get(about.get("model_type") or ("personaplex" if alike else "moshi"), "duplex")
 
 
 def known_only(about: About, known: Collection[str]) -> None:
@@ -337,7 +334,7 @@ def read_moshi(about: About, tensors: Tensors, more: Collection[str] = ()) -> Mo
         *([Stream("ahead", "text", text + 1, delay=delays[0])] if demux else []), *moshi_conditions(about),
         *codebooks(steps, card + 1, card, card, delays=tuple(delays[1 : 1 + steps])),
         *codebooks(count - steps, card + 1, 0, card, delays=tuple(delays[1 + steps :]), name="user")),
-        pad=about.get("existing_text_padding_id", 3), epad=about.get("existing_text_end_padding_id", 0))
+        layout=layout_of(about), pad=about.get("existing_text_padding_id", 3), epad=about.get("existing_text_end_padding_id", 0))
     return ModelConfig(table, moshi_stack(about), depth=moshi_depth(about) if steps else None, demux=demux,
                        extra_heads=about.get("extra_heads_num_heads", 0), extra_classes=about.get("extra_heads_dim", 6),
                        **moshi_voice(about))
@@ -423,7 +420,8 @@ def write_moshi(c: ModelConfig, dtype: str) -> About:
         "existing_text_padding_id": c.table.pad, "existing_text_end_padding_id": c.table.epad,
         "delays": [streams[0].delay, *(streams[k].delay for k in c.table.audio)], "lora": False,
         "depformer_multi_linear": True,       # without a depth transformer too: false makes one input map that nothing reads
-        "model_type": "stt" if d is None else "tts" if c.demux or c.voice else "hibiki" if c.table.conditions else "moshi"}
+        "model_type": "stt" if d is None else "tts" if c.demux or c.voice else "hibiki" if c.table.conditions
+        else next((name for name, layout in LAYOUTS.items() if layout == c.table.layout), "moshi")}
     if streams[0].classes != streams[0].vocab - 1:
         about["text_card_out"] = streams[0].classes
     if c.demux:
@@ -565,8 +563,13 @@ def is_moshi(c: ModelConfig) -> bool:
     return c.table.aligned and c.temporal.packed and not c.fusion
 
 
-def needs_text_model(about: About, tensors: Tensors, source: str, config_of: Any) -> About:
-    """ValueError for weights of a model with a text model beside it, whose config.json does not name that one."""
+def completed(about: About, tensors: Tensors, source: str, config_of: Any) -> About:
+    """A config.json with the sizes that it does not say: PersonaPlex's names the model and its version only.
+
+    ValueError for weights of a model with a text model beside it, whose config.json does not name that one.
+    """
+    if not about.keys() >= KEYS:
+        return write_moshi(PERSONAPLEX_7B, "bfloat16") | about
     if "text_projector.alpha" in tensors:
         raise ValueError(f"{source}/config.json names no text model; add \"text_llm\": {{\"hf_repo_id\": the one it was made with}}")
     return about
@@ -579,14 +582,14 @@ def change(function: Any) -> Any:
 
 KEYS = {"n_q", "dep_q", "text_card"}
 FORMAT = Format("moshi", "moshi", lambda c: (*DEMUX, *NAMES) if c.demux else NAMES, read_moshi, write_moshi, is_moshi,
-                lambda about: about.keys() >= KEYS and not isinstance(about.get("text_llm"), dict), tidy_moshi, fuse_moshi,
-                weight_file=weight_name, named=named_weights, adapter=named_adapter, complete=needs_text_model)
+                lambda about: (about.keys() >= KEYS or by_model_type("personaplex")(about)) and not isinstance(about.get("text_llm"), dict),
+                tidy_moshi, fuse_moshi, weight_file=weight_name, named=named_weights, adapter=named_adapter, complete=completed)
 HF = Format("moshi_hf", "hf", lambda c: HF_NAMES, read_moshi_hf, write_moshi_hf, is_moshi, by_model_type("moshi"), tidy_moshi_hf,
             split_moshi_hf, stacked=True, shards=True)
 FAMILIES = (Family(
     "Moshi", "duplex", "Moshi 7B, Hibiki, Kyutai's STT and TTS: both speakers at once", duplex_grid,
     rules=rules, condition=condition, before_sampling=before_sampling,
-    user_audio="duplex", takes_persona=takes_persona, persona=persona,
+    user_audio="duplex",
     formats=(FORMAT, HF), adapters=(AdapterFormat("moshi-lora", "config.json", "lora.safetensors", import_moshi_lora, export_moshi_lora,
                             recognise=lambda about: bool(about.get("lora"))),),
     conversions=(

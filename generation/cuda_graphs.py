@@ -195,26 +195,27 @@ def why_not(model: MultistreamLM, device: torch.device, feed: Feed | None) -> st
 
 
 def start_runner(model: MultistreamLM, prompt: Tensor, config: SampleConfig, feed: Feed | None = None,
-          voice: Tensor | None = None) -> EagerRunner | GraphRunner:
+          voice: Tensor | None = None, inputs: Tensor | None = None) -> EagerRunner | GraphRunner:
     """What runs a generation behind a prompt (B, K, S): graphs, those of the last one where they fit, or an `EagerRunner`."""
     B, _, S = prompt.shape
     reason = why_not(model, prompt.device, feed) if config.graphs != "off" else "off"
     if config.graphs == "on" and reason:
         raise ValueError(f"graphs=on: {reason}; use graphs=auto to generate without them")
     if reason:
-        return EagerRunner(DecodeStep(model, prompt, config, S + config.max_frames, feed, voice))
+        return EagerRunner(DecodeStep(model, prompt, config, S + config.max_frames, feed, voice, inputs))
     ahead, feed = (feed, None) if hasattr(feed, "ahead") else (None, feed)       # fed column by column, or captured
     columns = -(-(S + config.max_frames) // ROOM) * ROOM
     plain = SampleConfig(**{f.name: getattr(config, f.name) for f in fields(SampleConfig)})
     batch = B if feed is not None else power_of_2(B)
     size = batch, columns, prompt.device, replace(plain, seed=0, max_frames=1, max_speech=0)
     filled = torch.cat([prompt, prompt[:1].expand(batch - B, -1, -1)])
+    inputs = None if inputs is None else torch.cat([inputs, inputs[:1].expand(batch - B, -1, -1)])
     key, kept = (size, weights_of(model)), model.__dict__.pop("replay", None)
     if feed is None and kept is not None and kept.key == key:
-        kept.decode_step.again(filled, config.seed)
+        kept.decode_step.again(filled, config.seed, inputs)
         return kept.begin(B, ahead)
     kept = None                                      # its memory first
-    made = GraphRunner(DecodeStep(model, filled, config, columns, feed, voice))
+    made = GraphRunner(DecodeStep(model, filled, config, columns, feed, voice, inputs))
     made.key = size, weights_of(model)               # the decode_step joins weights in memory
     return made.begin(B, ahead)
 

@@ -157,31 +157,32 @@ class DecodeStep:
     """Draws a column from the states of the one before it, and reads it. Nothing here waits for the device."""
 
     def __init__(self, model: MultistreamLM, prompt: Tensor, config: SampleConfig, columns: int, feed: Feed | None = None,
-                 voice: Tensor | None = None) -> None:
-        """prompt (B, K, S) on the model's device, padded on the left; room for `columns` columns."""
+                 voice: Tensor | None = None, inputs: Tensor | None = None) -> None:
+        """prompt (B, K, S) on the model's device, padded on the left; room for `columns` columns. `inputs` as in `generate`."""
         B, table, device = len(prompt), model.table, prompt.device
         self.model, self.table, self.config, self.columns = model, table, config, columns
         self.feed = feed.to(device) if hasattr(feed, "to") else feed
+        self.fed = [k for k in getattr(feed, "rows", ()) if k in table.audio_out]         # what is heard overrides what is drawn
         self.guide = Guidance(config, table)
         sides = 2 * B if self.guide.on else B                                 # rows that the model reads
         self.cache, self.depth = model.cache(sides, columns), model.depth.cache(sides) if model.config.depth else None
         self.cache.voice = self.guide.voice_features(model, voice)
         self.noise = SamplingNoise(config.seed, B, len(table.text_out) + len(table.audio_out), device)
         self.end = table.streams[table.audio_out[0]].end if table.audio_out else -1
-        self.begin(prompt)
+        self.begin(prompt, inputs)
 
-    def again(self, prompt: Tensor, seed: int) -> None:
+    def again(self, prompt: Tensor, seed: int, inputs: Tensor | None = None) -> None:
         """Start over, in the same memory, behind a prompt of the same batch size."""
         self.noise.start(seed)
         self.cache.clear()
-        self.begin(prompt)
+        self.begin(prompt, inputs)
 
-    def begin(self, prompt: Tensor) -> None:
+    def begin(self, prompt: Tensor, inputs: Tensor | None = None) -> None:
         """Read the prompt."""
         self.padding = (prompt < 0).all(1).cumprod(1).sum(1)                  # (B,) columns of -1 on the left
         self.position = (prompt.shape[2] - self.padding)[:, None]             # (B, 1) of the column that is read next
         self.recent = recent_codes(prompt, self.table, self.config.ras_window) if self.config.ras_window else None
-        self.h = prefill(self.model, prompt, self.padding, self.cache, self.guide)
+        self.h = prefill(self.model, prompt, self.padding, self.cache, self.guide, inputs=inputs)
 
     def draw(self, known: Tensor, kind: ColumnKind, free: bool = False) -> Tensor:
         """The next column (B, K).   known (B, K) as in turns.py, `free`: every id that is drawn is free"""
@@ -197,6 +198,9 @@ class DecodeStep:
         if self.feed is not None:
             column = self.feed(column)
             column = column if free else torch.where(known == FREE, column, known)
+            if self.fed:
+                known, free = known.clone(), False
+                known[:, self.fed] = column[:, self.fed]
         if kind.audio:
             self.draw_audio(h_audio, column, known, free)
         return column
@@ -281,7 +285,7 @@ class EagerRunner:
 
 
 def prefill(model: MultistreamLM, prompt: Tensor, padding: Tensor, cache: KVCache, guide: Guidance,
-            chunk: int = 256) -> tuple[Tensor, Tensor]:
+            chunk: int = 256, inputs: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Read the prompt into the cache, `chunk` columns at a time; -> states of its last column, (B, 1, D) twice"""
     if bool((prompt >= model.table.column("vocab").to(prompt.device)).any()):
         raise ValueError(f"the prompt holds ids above the vocabulary: up to {prompt.amax((0, 2)).tolist()} in rows of "
@@ -290,7 +294,8 @@ def prefill(model: MultistreamLM, prompt: Tensor, padding: Tensor, cache: KVCach
     positions = positions.clamp(min=-1)                                       # padding has position -1 and is never seen
     prompt, positions = guide.both(prompt, positions), guide.twice(positions)
     for at in range(0, prompt.shape[2], chunk):
-        h = model.hidden(prompt[..., at : at + chunk], positions[:, at : at + chunk], cache=cache)
+        own = None if inputs is None or at >= inputs.shape[1] else guide.twice(inputs[:, at : at + chunk].to(prompt.device))
+        h = model.hidden(prompt[..., at : at + chunk], positions[:, at : at + chunk], cache=cache, inputs=own)
     return h[0][:, -1:], h[1][:, -1:]
 
 

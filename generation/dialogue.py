@@ -5,6 +5,8 @@ evaluation/duplex_measures.py measures the result.
 """
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ import torch
 from torch import Tensor
 
 from audio.wav import load_wav, mix, save_wav
+from families.family import family_of
+from generation.turns import FREE
 from options import read_json, write_text
 from streams import StreamTable, delay
 from text.normalisers import normalise
@@ -29,7 +33,63 @@ from text.word_times import (
     tokenise,
 )
 
+LOUDNESS = -24.0            # dB of full scale, root mean square, to which the voice of a role is brought
 BEHIND = 3.5                # seconds of silence appended to a recording for speech to text: words come up to 2.5 s late
+
+
+def user_rows(table: StreamTable) -> list[int]:
+    """The audio rows that are only read; of a model that predicts both speakers, the second half, where what is heard replaces it."""
+    return [k for k in table.audio if k not in table.audio_out] or table.audio[len(table.audio) // 2 :]
+
+
+def behind(frames: Tensor, table: StreamTable) -> tuple[Tensor, Tensor | None]:
+    """The prompt of frames (..., K, T) and the ids of the columns after it that their delayed rows fill, FREE elsewhere."""
+    T = frames.shape[-1]
+    columns = delay(frames, table.delays, table.column("start"), tail=FREE)
+    return columns[..., : T + 1], columns[..., T + 1 :] if T and columns.shape[-1] > T + 1 else None
+
+
+@dataclass
+class Persona:
+    """A voice and a role in front of a conversation: frames (K, P), and with a stored voice the inputs (n, D) of the first columns."""
+
+    frames: Tensor
+    inputs: Tensor | None = None
+
+    def of_batch(self, items: int, skip_first_frame: bool = False) -> tuple[Tensor, Tensor | None]:
+        """For all items, without the first frame as the official generator reads them (a stored voice was written by it).   (B, K, P)"""
+        frames = self.frames[:, int(skip_first_frame and self.inputs is None) :]
+        return frames.expand(items, -1, -1), None if self.inputs is None else self.inputs.expand(items, -1, -1)
+
+
+def make_persona(role: str, voices: Sequence[str], codec: Any, tokenizer: Tokenizer, table: StreamTable) -> Persona | None:
+    """The persona of a role and a voice, a recording or a file that came with the weights; None without either.
+
+    ValueError for a model that takes none.
+    """
+    family, codes, inputs = family_of(table), torch.zeros(len(table.audio) // 2, 0, dtype=torch.long), None
+    if not role.strip() and not voices:
+        return None
+    if family.persona is None:
+        raise ValueError(f"a {family.name} model of this kind takes no role and no voice; leave them out")
+    if len(voices) > 1:
+        raise ValueError(f"{len(voices)} voices were given, a conversation takes one; leave the others out")
+    for voice in voices:
+        if family.stored_voice is not None and Path(voice).suffix == ".pt":
+            codes, inputs = family.stored_voice(Path(voice), table)
+        else:
+            codes = voice_codes(voice, codec)
+    frames = family.persona(torch.tensor(tokenizer.encode(family.role(role)), dtype=torch.long), codes, table)
+    return Persona(frames, inputs)
+
+
+@torch.inference_mode()
+def voice_codes(path: str, codec: Any) -> Tensor:
+    """Codes (Q, t) of the recording of a voice, as loud as voices are."""
+    wav = load_wav(path, codec.sample_rate, max_seconds=60)[0]
+    wav = wav * 10 ** (LOUDNESS / 20) / wav.square().mean().sqrt().clamp(min=1e-4)
+    device = next(iter(codec.buffers()), torch.zeros(0)).device
+    return codec.encode(wav.clamp(-1, 1)[None].to(device))[0].cpu().clone()
 
 
 def dialogue_prompt(path: str | Path, codec: Any, tokenizer: Tokenizer, table: StreamTable, data: Any) -> Tensor:
@@ -70,11 +130,8 @@ def conversation_input(job: Any, codec: Any, tokenizer: Tokenizer, table: Stream
     wav = user_side(job.user, codec.sample_rate) if job.user else torch.zeros(1, round(job.seconds * codec.sample_rate))
     if not table.audio_out:
         wav = torch.nn.functional.pad(wav, (0, round(BEHIND * codec.sample_rate)))
-    before = dialogue_prompt(job.prompt, codec, tokenizer, table, data)[None] if job.prompt else None
-    heard = [k for k in table.audio if k not in table.audio_out]
-    if not heard:
-        if job.user:
-            raise ValueError("this model generates both sides, so --user has no effect; leave it out, or run checkpoint.py trim-depth")
+    before, heard = dialogue_prompt(job.prompt, codec, tokenizer, table, data)[None] if job.prompt else None, user_rows(table)
+    if not job.user and heard[0] in table.audio_out:
         return before, None, wav
     with torch.inference_mode():
         codes = codec.encode(wav[None]).clone().cpu()
@@ -107,7 +164,7 @@ class UserFeed:
     """
 
     def __init__(self, user: Tensor, table: StreamTable, skip_first_frame: bool = False, column: int = 1) -> None:
-        self.rows = [k for k in table.audio if k not in table.audio_out]
+        self.rows = user_rows(table)
         if user.shape[1] != len(self.rows):
             raise ValueError(f"the codec gives {user.shape[1]} codebooks, the model reads {len(self.rows)}; use the codec it was made for")
         delays = [table.delays[k] for k in self.rows]

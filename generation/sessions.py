@@ -22,7 +22,8 @@ from torch import Tensor
 from families.family import closings, family_of
 from generation.cuda_graphs import capture, why_not
 from generation.decode_step import ColumnKind, DecodeStep, Rules, SampleConfig, SamplingNoise, column_kind, completed_frame
-from generation.turns import ItemState, advance, required_ids, start_state, with_endings
+from generation.dialogue import user_rows
+from generation.turns import FREE, ItemState, advance, required_ids, start_state, with_endings
 from kernels.attention import KVCache
 from kernels.sample import MIX2
 from model import MultistreamLM
@@ -98,11 +99,6 @@ class SlotNoise:
         return self.cold and not config.ras_window
 
 
-def user_rows(table: StreamTable) -> list[int]:
-    """The audio rows that are only read; of a model that predicts both speakers, the second half, where what is heard replaces it."""
-    return [k for k in table.audio if k not in table.audio_out] or table.audio[len(table.audio) // 2 :]
-
-
 class UserRows:
     """The user's rows of a session: his codes as they come, delayed as in training."""
 
@@ -144,6 +140,7 @@ class SessionBatch:
         self.state.undelay.remember(start[..., -1])
         self.column, self.kind = start[..., -1].clone(), column_kind(self.state)
         self.users: dict[int, UserRows] = {}
+        self.given: dict[int, list[Tensor]] = {}        # ids of the next columns of a session, (K,) each
         self.idle = torch.ones(slots, 1, dtype=torch.bool, device=self.device)
         self.lengths = [0] * slots                      # columns of each session
         for cache in self.caches(decode_step.cache):
@@ -169,25 +166,33 @@ class SessionBatch:
     # ---- a session begins ----
 
     @torch.inference_mode()
+    def read(self, prompt: Tensor, feed: Any = None, inputs: Tensor | None = None) -> DecodeStep:
+        """Let the model read a prompt (K, S) alone, before its session has a user. `inputs` (n, D) as in `generate`."""
+        S = prompt.shape[1]
+        if S >= self.longest:
+            raise ValueError(f"the prompt has {S} columns, a session holds {self.longest}; shorten it or raise --columns")
+        return DecodeStep(self.model, prompt[None].to(self.device), self.config, S, feed, inputs=None if inputs is None else inputs[None])
+
+    @torch.inference_mode()
     def begin(self, slot: int, prompt: Tensor, rules: SampleConfig | None = None, seed: int = 0, feed: Any = None,
-              before: Tensor | None = None) -> Tensor | None:
+              before: Tensor | None = None, given: Tensor | None = None, alone: DecodeStep | None = None) -> Tensor | None:
         """Start a session in a row behind a prompt (K, S); -> the first frame (K,) if it is complete already.
 
         `rules` are its temperature, top-k, top-p and min-p; `feed` fills rows that are only read (`new_feed(words)`); `before`
-        (Q, t) are frames of the user that the prompt holds, so that his delayed rows go on with them.
+        (Q, t) are frames of the user that the prompt holds, so that his delayed rows go on with them; `given` (K, n) are ids of
+        the next columns, FREE where the model draws; `alone` is what `read` made of the prompt.
         """
         assert self.lengths[slot] == 0, f"slot {slot} is taken"
-        prompt = prompt[None].to(self.device)
-        S = prompt.shape[2]
-        if S >= self.longest:
-            raise ValueError(f"the prompt has {S} columns, a session holds {self.longest}; shorten it or raise --columns")
-        alone = DecodeStep(self.model, prompt, self.config, S, feed)
+        alone = alone or self.read(prompt, feed)
+        prompt, S = prompt[None].to(self.device), prompt.shape[1]
+        columns = [] if given is None else list(given.unbind(-1))
         alone.noise = SlotNoise(1, self.decode_step.noise.streams, self.device)
         for noise, row in ((alone.noise, 0), (self.decode_step.noise, slot)):
             noise.put(row, rules or self.config, seed)
         state = start_state(prompt, self.table, self.state.closing, self.state.limit)
-        (known, free), kind = required_ids(state), column_kind(state)
-        column = with_endings(state, alone.draw(known.to(self.device), kind, free).cpu())
+        first = columns.pop(0)[None] if columns else None
+        (known, free), kind = required_ids(state, first), column_kind(state, first is not None)
+        column = with_endings(state, alone.draw(known.to(self.device), kind, free).cpu(), first)
         frame = completed_frame(state, column)
         advance(state, column)
         self.take_over(slot, alone, state, column)
@@ -195,7 +200,7 @@ class SessionBatch:
             side = kind.side if kind.side == self.kind.side else None
             kind = ColumnKind(kind.text or self.kind.text, kind.audio or self.kind.audio, side)
         self.kind = kind
-        self.users[slot], self.lengths[slot] = UserRows(self.table, before), S
+        self.users[slot], self.lengths[slot], self.given[slot] = UserRows(self.table, before), S, columns
         self.idle[slot] = False
         return frame[0] if frame is not None and bool((frame >= 0).any()) else None
 
@@ -240,6 +245,7 @@ class SessionBatch:
         self.state.turns[slot] = ItemState(self.table.aligned, 1, done=True)
         self.lengths[slot], self.idle[slot], self.state.last = 0, True, (None, None)
         self.users.pop(slot, None)
+        self.given.pop(slot, None)
 
     # ---- a column of all ----
 
@@ -250,10 +256,11 @@ class SessionBatch:
             user = self.users[slot]
             self.column[slot, user.rows] = user.push(codes)
         running = [slot for slot, turn in enumerate(self.state.turns) if not turn.done]
-        known, free = required_ids(self.state)
+        given = self.next_given()
+        known, free = required_ids(self.state, given)
         kind = column_kind(self.state)
         drawn = self.replay(known) if self.counted else self.eager(known, kind, free)
-        drawn = with_endings(self.state, drawn)
+        drawn = with_endings(self.state, drawn, given)
         real = [slot for slot in running if not self.table.aligned or self.frame_due(slot)]
         frame = completed_frame(self.state, drawn)
         advance(self.state, drawn)
@@ -261,6 +268,16 @@ class SessionBatch:
         for slot in running:
             self.lengths[slot] += 1
         return {} if frame is None else {slot: frame[slot] for slot in real if bool((frame[slot] >= 0).any())}
+
+    def next_given(self) -> Tensor | None:
+        """What is known of the next column of the rows (B, K), FREE elsewhere; None of none."""
+        if not any(self.given.values()):
+            return None
+        given = torch.full_like(self.column, FREE)
+        for slot, columns in self.given.items():
+            if columns:
+                given[slot] = columns.pop(0)
+        return given
 
     def frame_due(self, slot: int) -> bool:
         """Whether the column that was drawn completes a frame of an aligned row."""

@@ -23,14 +23,12 @@ from typing import Any
 
 import numpy as np
 import sphn
-import torch
 from aiohttp import WSMessage, WSMsgType, web
-from torch import Tensor
 
-from audio.wav import load_wav
 from families.family import family_of
 from generation.conversation import masked
 from generation.decode_step import SampleConfig
+from generation.dialogue import Persona, make_persona
 from options import unknown
 from serving.limits import Gate, Limits, Rate, printable
 from serving.scheduler import Conversation, Scheduler
@@ -43,7 +41,6 @@ NEUTRAL = {"pad_mult": 0.0, "repetition_penalty": 1.0, "repetition_penalty_conte
 PARAMETERS = {"text_temperature": (0.0, 10.0), "text_topk": (0, 100_000), "audio_temperature": (0.0, 10.0), "audio_topk": (0, 100_000),
               "text_seed": (0, 2**53), "audio_seed": (0, 2**53), "max_steps": (1, 10**7)}
 PERSONA = ("text_prompt", "voice_prompt")
-LOUDNESS = -24.0                # dB of full scale, root mean square, to which the voice of a role is brought
 OPUS_RATES = (8_000, 12_000, 16_000, 24_000, 48_000)
 SAMPLES = 65_536                # decoded from one message at most
 
@@ -155,28 +152,24 @@ class ChatSocket:
     """One connection of /api/chat."""
 
     def __init__(self, scheduler: Scheduler, gate: Gate, usual: SampleConfig, tokenizer: Tokenizer, skip_first_frame: bool = False,
-                 log: Callable[[dict[str, Any]], None] | None = None, voices: Mapping[str, tuple[str, str]] | None = None) -> None:
+                 log: Callable[[dict[str, Any]], None] | None = None, voices: Mapping[str, tuple[str, str]] | None = None,
+                 role: str = "") -> None:
         self.scheduler, self.gate, self.usual, self.tokenizer = scheduler, gate, usual, tokenizer
         self.skip, self.log, self.voices, self.table = skip_first_frame, log, voices or {}, scheduler.model.table
+        self.role = role if family_of(self.table).persona else ""
 
-    def persona(self, query: Mapping[str, str]) -> Tensor | None:
-        """The frames (K, T) of the role and the voice that a client asks for; ValueError for what there is not."""
+    def persona(self, query: Mapping[str, str]) -> Persona | None:
+        """The role and the voice that a client asks for, else the server's role; ValueError for what there is not."""
         role, voice = (query.get(name, "").strip() for name in PERSONA)
-        if not role and not voice:
-            return None
-        family = family_of(self.table)
-        if family.persona is None or not family.takes_persona(self.table):
-            raise ValueError(f"a {family.name} model of this kind takes no text_prompt and no voice_prompt; leave them out")
+        if (role or voice) and family_of(self.table).persona is None:
+            raise ValueError(f"a {family_of(self.table).name} model of this kind takes no text_prompt and no voice_prompt; leave them out")
         if len(role) > self.gate.limits.text_characters:
             raise ValueError(f"text_prompt has {len(role)} characters, {self.gate.limits.text_characters} are the limit")
+        voice = voice if voice in self.voices else voice.removesuffix(".pt").removesuffix(".wav")       # official clients name files
         if voice and voice not in self.voices:
             raise ValueError(f"voice_prompt {printable(voice)} is none of {', '.join(self.voices) or 'none'}")
-        codec, codes = self.scheduler.codec, torch.zeros(len(self.table.audio) // 2, 0, dtype=torch.long)
-        if voice:
-            wav = load_wav(self.voices[voice][0], codec.sample_rate, max_seconds=60)[0]
-            wav = wav * 10 ** (LOUDNESS / 20) / wav.square().mean().sqrt().clamp(min=1e-4)
-            codes = codec.encode(wav.clamp(-1, 1)[None].to(self.scheduler.codec_device))[0].cpu()
-        return family.persona(torch.tensor(self.tokenizer.encode(f"<system> {role} <system>" if role else "")).long(), codes, self.table)
+        voices = [self.voices[voice][0]] if voice else []
+        return make_persona(role or self.role, voices, self.scheduler.codec, self.tokenizer, self.table)
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         self.gate.check(request)
@@ -187,20 +180,20 @@ class ChatSocket:
                 raise ValueError(f"format={printable(raw)} is neither opus nor pcm16")
             rules = session_rules(request.query, self.usual, scheduler.model.table, limits, scheduler.codec.frame_rate)
             ear = OpusEar(scheduler.codec.sample_rate) if raw == "opus" else pcm16
-            before = await asyncio.to_thread(self.persona, request.query)
+            persona = await asyncio.to_thread(self.persona, request.query)
         except (ValueError, OSError) as error:                          # OSError: a voice's file has gone
             raise web.HTTPBadRequest(text=f"{error}\n") from None
         address = self.gate.enter(request)
         ws = web.WebSocketResponse(max_msg_size=limits.message_bytes, heartbeat=20, compress=False)
         try:
             await ws.prepare(request)
-            await self.converse(ws, rules, ear, raw == "opus", before)
+            await self.converse(ws, rules, ear, raw == "opus", persona)
         finally:
             self.gate.leave(address)
         return ws
 
     async def converse(self, ws: web.WebSocketResponse, rules: SampleConfig, ear: Callable[[bytes], np.ndarray], opus: bool,
-                       before: Tensor | None) -> None:
+                       persona: Persona | None) -> None:
         box, said = Outbox(self.gate.limits), list[int]()
 
         def on_event(kind: str, value: Any) -> None:
@@ -208,7 +201,7 @@ class ChatSocket:
                 said.append(value)
             box.put(kind, value)
 
-        session = Conversation(self.scheduler, rules, on_event, before, self.skip)
+        session = Conversation(self.scheduler, rules, on_event, persona, self.skip)
         try:
             self.scheduler.enter(session)
         except ValueError as error:

@@ -25,9 +25,9 @@ from torch import Tensor
 from audio.together import together
 from families.family import family_of
 from generation.decode_step import SampleConfig
-from generation.sessions import SessionBatch, user_rows
+from generation.dialogue import Persona, behind, user_rows
+from generation.sessions import SessionBatch
 from model import MultistreamLM
-from streams import delay
 
 Event = Callable[[str, Any], None]
 SLACK = 0.5                 # frames that a step waits for late audio
@@ -39,7 +39,7 @@ FAULTS = (ValueError, AssertionError, RuntimeError)          # what can go wrong
 class Generation:
     """A session that speaks or writes by itself: a prompt, and frames until it ends."""
 
-    paced, before = False, None
+    paced, before, given, alone = False, None, None, None
 
     def __init__(self, prompt: Tensor, rules: SampleConfig, on_event: Event, feed: Any = None) -> None:
         self.prompt, self.rules, self.on_event, self.feed = prompt, rules, on_event, feed
@@ -61,19 +61,25 @@ class Conversation(Generation):
 
     paced = True
 
-    def __init__(self, scheduler: "Scheduler", rules: SampleConfig, on_event: Event, before: Tensor | None = None,
+    def __init__(self, scheduler: "Scheduler", rules: SampleConfig, on_event: Event, persona: Persona | None = None,
                  skip_first_frame: bool = False) -> None:
-        """`before`: frames (K, T) of both sides that stand in front of the conversation."""
+        """`persona`: what stands in front of the conversation; then the first frame that is skipped is one of its own."""
         table = scheduler.model.table
-        start = table.column("start")
-        super().__init__(start if before is None else delay(before, table.delays, start), rules, on_event)
-        self.before = None if before is None else before[user_rows(table)]
-        self.scheduler, self.codec, self.table, self.skip = scheduler, scheduler.codec, table, skip_first_frame
+        super().__init__(table.column("start"), rules, on_event)
+        self.persona, self.scheduler, self.codec, self.table, self.skip = persona, scheduler, scheduler.codec, table, skip_first_frame
+        if persona is not None:
+            frames, self.skip = persona.of_batch(1, skip_first_frame)[0][0], False
+            (self.prompt, self.given), self.before = behind(frames, table), frames[user_rows(table)]
         self.ear, self.mouth = self.codec.stream(), self.codec.stream()
         self.hop = round(self.codec.sample_rate / self.codec.frame_rate)
         self.pending, self.codes = deque[np.ndarray](), deque[Tensor]()
         self.waiting = self.late = 0                        # samples not encoded yet; frames of silence that stand for late ones
         self.heard = False
+
+    def read_prompt(self, batch: SessionBatch) -> None:
+        """Step what stands in front of the conversation, before its user is told to speak."""
+        if self.persona is not None:
+            self.alone = batch.read(self.prompt, self.feed, self.persona.inputs)
 
     def hear(self, samples: np.ndarray) -> None:
         """Take mono samples at the codec's rate; ValueError for a client that is too far ahead."""
@@ -213,14 +219,19 @@ class Scheduler:
                 session = self.queue.popleft()
                 session.slot = next(n for n in range(self.slots) if n not in self.active)
                 self.active[session.slot] = session
-            session.on_event("ready", None)
+            if session.paced:
+                self.guarded(session, session.read_prompt, self.batch)
+            if self.active.get(session.slot) is session:
+                session.on_event("ready", None)
             if not session.paced:
                 self.guarded(session, self.begin, session)
 
     def begin(self, session: Generation) -> None:
         """Start a session in its row: a conversation when the first frame of its user is there."""
         session.running, session.steps = True, 1
-        first = self.batch.begin(session.slot, session.prompt, session.rules, session.rules.seed, session.feed, session.before)
+        alone, session.alone = session.alone, None
+        first = self.batch.begin(session.slot, session.prompt, session.rules, session.rules.seed, session.feed, session.before,
+                                 session.given, alone)
         if first is not None:
             self.give({session: first})
 

@@ -39,7 +39,7 @@ from evaluation.duplex_measures import mean, measure_file
 from evaluation.metrics import wer
 from families.family import family_of
 from generation.decode_step import SampleConfig
-from generation.dialogue import write_reply
+from generation.dialogue import make_persona, write_reply
 from model import MultistreamLM
 from options import read_json, write_rows
 from sample import Speech, reply, speak_examples
@@ -91,11 +91,12 @@ def answer(model: MultistreamLM, recordings: Sequence[str], data: DataConfig, co
     tokenizer, table, rows = load_tokenizer(data.tokenizer), model.table, []
     users = [load_wav(path, codec.sample_rate, None)[0][-1:] for path in recordings]
     codes = [encode(codec, user) for user in users]
-    rules = SampleConfig(**family_of(table).rules(table))
+    family = family_of(table)
+    rules, persona = SampleConfig(**family.rules(table)), make_persona(data.system if family.persona else "", (), codec, tokenizer, table)
     if len({c.shape for c in codes}) == 1:                                           # equally long: one batch
-        replies = list(reply(model, torch.stack(codes), rules))
+        replies = list(reply(model, torch.stack(codes), rules, persona=persona))
     else:
-        replies = [reply(model, c[None], rules)[0] for c in codes]
+        replies = [reply(model, c[None], rules, persona=persona)[0] for c in codes]
     for path, user, frames in zip(recordings, users, replies, strict=True):
         wav, beside = folder / f"{Path(path).stem}.wav", Path(path).with_suffix(".json")
         write_reply(wav, frames, user, codec, tokenizer, table)

@@ -36,6 +36,7 @@ from corpus.bundled import DIGITS, digit_dialogues  # noqa: E402
 from corpus.data_config import DataConfig  # noqa: E402
 from generation.conversation import SENTENCES  # noqa: E402
 from generation.decode_step import SampleConfig  # noqa: E402
+from generation.sessions import SessionBatch  # noqa: E402
 from generation.turns import FREE  # noqa: E402
 from layers.architecture import ModelConfig, StackConfig  # noqa: E402
 from model import MultistreamLM  # noqa: E402
@@ -43,7 +44,7 @@ from options import run_config  # noqa: E402
 from sample import generate, reply  # noqa: E402
 from sample import speak as spoken  # noqa: E402
 from serving import scheduler  # noqa: E402
-from serving.chat_socket import session_rules  # noqa: E402
+from serving.chat_socket import ChatSocket, session_rules  # noqa: E402
 from serving.limits import Limits, Rate  # noqa: E402
 from serving.openai_api import Resampler  # noqa: E402
 from serving.scheduler import Conversation  # noqa: E402
@@ -262,12 +263,16 @@ def test_a_role_and_a_voice_stand_in_front_of_a_conversation(tmp_path, monkeypat
     mimi = small_mimi(2048)
     monkeypatch.setattr(serve, "load_codec", lambda name, device: mimi)
     table = StreamTable((Stream("text", "text", 16, 15, start=15), *codebooks(16, 2049, 2048, 2048, delays=(0, *[1] * 7) * 2)),
-                        "duplex", aligned=True)
+                        "personaplex", aligned=True)
     model = MultistreamLM(ModelConfig(table, StackConfig(dim=32, layers=2, heads=2, ffn=48, window=300),
                                       depth=StackConfig(dim=16, layers=1, heads=2, ffn=24, rope_theta=0.0, steps=16)))
     model.extras = Extras(1, {"codec": "tiny", "tokenizer": str(tmp_path / "words.json"), "normaliser": "none"})
     save(model, tmp_path / "run")
-    asked, pcm = {"text_prompt": "one two", "voice_prompt": "ann", "audio_seed": "6"}, (speech(2.0, 24_000) * 32767).astype("<i2")
+    asked, pcm = {"text_prompt": "one two", "voice_prompt": "ann.wav", "audio_seed": "6"}, (speech(2.0, 24_000) * 32767).astype("<i2")
+    order, read = [], SessionBatch.read
+    monkeypatch.setattr(SessionBatch, "read", lambda *given, **more: order.append("read") or read(*given, **more))
+    said = ChatSocket.messages
+    monkeypatch.setattr(ChatSocket, "messages", lambda self, kind, *rest: order.append(kind) or said(self, kind, *rest))
 
     async def talk(http: aiohttp.ClientSession) -> list[int]:
         refused = []
@@ -285,13 +290,14 @@ def test_a_role_and_a_voice_stand_in_front_of_a_conversation(tmp_path, monkeypat
 
     with serving(job(tmp_path / "run", voices=str(tmp_path / "voices"))) as (server, url):
         assert client(talk) == [400] * 3
-        before = server.chat.persona(asked)
+        before = server.chat.persona(asked).frames
+    assert order[:2] == ["read", "ready"]                                 # the handshake goes out when the prompt was stepped
     assert before[0].tolist() == [3] * 19 + [*server.chat.tokenizer.encode("<system> one two <system>")] + [3] * 6
     codes = mimi.encode(torch.from_numpy(pcm.astype(np.float32) / 32768)[None, None])[0]
     prompt, start = delay(before, table.delays, table.column("start")), table.column("start")
     user = delay(torch.cat([before[9:], codes], 1), table.delays[9:], start[9:])[:, prompt.shape[1] :]
     forced = torch.full((1, len(table), user.shape[1]), FREE)
-    forced[0, 9:] = user
+    forced[0, 9:], forced[0, 2:9, 0] = user, before[2:9, -1]              # the late codes of the prompt's last frame
     rules = replace(server.usual, seed=6, max_frames=user.shape[1])
     wanted = torch.cat([*generate(server.scheduler.model, prompt, rules, given=forced)])
     assert torch.equal(torch.stack(given[6])[:22, :9], wanted[:22, :9])

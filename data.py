@@ -28,9 +28,7 @@ import system.setup_check  # noqa: F401, first: it says how to set up where torc
 import random
 import sys
 import zlib
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count, islice
 from typing import Any
@@ -47,6 +45,7 @@ from corpus.index import open_cache, prepare, source_weight
 from families.family import lay_out
 from options import apply, edge, help_text, load_config, split_arguments, unknown, visible
 from streams import Grid, StreamTable, show
+from system.prefetch import prefetch
 from text import personal
 from text.coverage import measure_coverage
 from text.tokenizers import load_tokenizer
@@ -261,18 +260,6 @@ class Loader:
             tokens, weights = lay_out(build_example(self.index, side, self.table, draw, reference), self.table)
             grids.append((entry.id, (tokens, weights * self.factors), zlib.crc32(entry.speaker.encode()) if entry.speaker else -1))
         return grids
-
-
-def prefetch(items: Iterator[Any], depth: int) -> Iterator[Any]:
-    """Run an iterator `depth` items ahead in a thread. Its errors are raised here; closing this iterator ends the thread."""
-    end, thread = object(), ThreadPoolExecutor(1, "data prefetch")
-    try:
-        ahead = deque(thread.submit(next, items, end) for _ in range(depth))
-        while (item := ahead.popleft().result()) is not end:
-            ahead.append(thread.submit(next, items, end))
-            yield item
-    finally:
-        thread.shutdown(cancel_futures=True)
 
 
 # ---- command line ----

@@ -30,7 +30,7 @@ from corpus.examples import prompt_example, reply_example
 from corpus.index import fitting_codec
 from families.family import closings, family_of, lay_out
 from generation import cuda_graphs
-from generation.command_line import Job, load_for_sampling, pair_voices, usual_rules
+from generation.command_line import Job, load_for_sampling, pair_voices, sayable, usual_rules
 from generation.conversation import ChatConfig, chat_in_terminal
 from generation.decode_step import Feed, SampleConfig, completed_frame
 from generation.dialogue import Persona, UserFeed, behind, conversation_input, make_persona, user_rows, user_side, write_reply
@@ -40,10 +40,10 @@ from generation.turns import advance, start_state
 from layers.conditioning import condition_column
 from model import MultistreamLM
 from options import apply, edge, help_text, locate, read_lines, split_arguments, visible, write_rows
-from streams import Example, StreamTable
+from streams import Example
 from text.conversation import chunks
 from text.normalisers import normalise
-from text.tokenizers import Tokenizer, load_tokenizer
+from text.tokenizers import load_tokenizer
 
 
 @torch.inference_mode()
@@ -231,21 +231,6 @@ def answer_recording(job: Job, given: Collection[str]) -> None:
     conditions = condition_column(table, job.condition)
     frames = reply(model, user, job, job.skip_first_frame, conditions, before=before, persona=persona)[0]       # (K, T)
     print(write_reply(job.out, frames, None if job.prompt else wav, codec, tokenizer, table))
-
-
-def sayable(texts: Sequence[str], data: DataConfig, tokenizer: Tokenizer, table: StreamTable) -> Iterator[tuple[int, str]]:
-    """The texts of a list that can be said, with their numbers; the others are named. ValueError when there is none."""
-    bad = []
-    for n, text in enumerate(texts):
-        try:
-            prompt_example(text, data, tokenizer, table=table)
-        except ValueError as error:
-            bad.append(error)
-            print(visible(f"left out: text {n}: {error}"), file=sys.stderr)
-        else:
-            yield n, text
-    if len(bad) == len(texts):
-        raise ValueError(f"none of the {len(texts)} texts can be said: {bad[0]}")
 
 
 def speak_texts(job: Job, texts: list[str], voices: Sequence[tuple[str, str]] = (), given: Collection[str] = ()) -> None:

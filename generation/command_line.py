@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 import lora
 from checkpoint import DTYPES, Extras, load, official_folder
 from corpus.data_config import DataConfig
+from corpus.examples import prompt_example
 from families.family import family_of
 from families.folder_files import sampling_rules
 from families.formats import official_files
@@ -20,8 +21,9 @@ from generation.decode_step import SampleConfig
 from kernels.choice import slow_dtype
 from layers.int8_base import quantize
 from model import MultistreamLM
-from options import from_json, locate
+from options import from_json, locate, visible
 from streams import StreamTable
+from text.tokenizers import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,21 @@ def pair_voices(refs: Sequence[str], transcripts: Sequence[str], texts: Sequence
     if voices and highest >= len(voices):
         raise ValueError(f"the text names [SPEAKER{highest}], there are {len(voices)} voices; give a --ref and a --ref_text to each")
     return voices
+
+
+def sayable(texts: Sequence[str], data: DataConfig, tokenizer: Tokenizer, table: StreamTable) -> Iterator[tuple[int, str]]:
+    """The texts of a list that can be said, with their numbers; the others are named. ValueError when there is none."""
+    bad = []
+    for n, text in enumerate(texts):
+        try:
+            prompt_example(text, data, tokenizer, table=table)
+        except ValueError as error:
+            bad.append(error)
+            print(visible(f"left out: text {n}: {error}"), file=sys.stderr)
+        else:
+            yield n, text
+    if len(bad) == len(texts):
+        raise ValueError(f"none of the {len(texts)} texts can be said: {bad[0]}")
 
 
 def usual_rules(table: StreamTable, given: Collection[str], extras: Extras | None = None) -> dict[str, Any]:

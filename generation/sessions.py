@@ -166,7 +166,7 @@ class SessionBatch:
     # ---- a session begins ----
 
     @torch.inference_mode()
-    def read(self, prompt: Tensor, feed: Any = None, inputs: Tensor | None = None) -> DecodeStep:
+    def read_prompt(self, prompt: Tensor, feed: Any = None, inputs: Tensor | None = None) -> DecodeStep:
         """Let the model read a prompt (K, S) alone, before its session has a user. `inputs` (n, D) as in `generate`."""
         S = prompt.shape[1]
         if S >= self.longest:
@@ -180,10 +180,10 @@ class SessionBatch:
 
         `rules` are its temperature, top-k, top-p and min-p; `feed` fills rows that are only read (`new_feed(words)`); `before`
         (Q, t) are frames of the user that the prompt holds, so that his delayed rows go on with them; `given` (K, n) are ids of
-        the next columns, FREE where the model draws; `alone` is what `read` made of the prompt.
+        the next columns, FREE where the model draws; `alone` is what `read_prompt` made of the prompt.
         """
         assert self.lengths[slot] == 0, f"slot {slot} is taken"
-        alone = alone or self.read(prompt, feed)
+        alone = alone or self.read_prompt(prompt, feed)
         prompt, S = prompt[None].to(self.device), prompt.shape[1]
         columns = [] if given is None else list(given.unbind(-1))
         alone.noise = SlotNoise(1, self.decode_step.noise.streams, self.device)

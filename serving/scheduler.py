@@ -79,7 +79,7 @@ class Conversation(Generation):
     def read_prompt(self, batch: SessionBatch) -> None:
         """Step what stands in front of the conversation, before its user is told to speak."""
         if self.persona is not None:
-            self.alone = batch.read(self.prompt, self.feed, self.persona.inputs)
+            self.alone = batch.read_prompt(self.prompt, self.feed, self.persona.inputs)
 
     def hear(self, samples: np.ndarray) -> None:
         """Take mono samples at the codec's rate; ValueError for a client that is too far ahead."""

@@ -4,5 +4,6 @@
     torch_stand_in.py  why --help does not wait for torch
     tables.py          rows of parquet and Arrow files, where pyarrow is there
     files.py           files written whole, locks, checksums
+    prefetch.py        an iterator that a thread runs ahead
     progress.py        how far a long command is, and how much time is left
 """

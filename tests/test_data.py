@@ -16,11 +16,12 @@ from fake_corpus import ALIGNED, BYTES, DUPLEX, FakeCodec, composed, fake_data
 import data
 from corpus.examples import build_example, clip_example, prompt_example
 from corpus.index import prepare, source_weight
-from data import Loader, pack, prefetch
+from data import Loader, pack
 from families.family import lay_out
 from layers.architecture import ModelConfig, StackConfig
 from model import MultistreamLM
 from streams import Stream, StreamTable, is_audio
+from system.prefetch import prefetch
 from text.tokenizers import load_tokenizer
 
 

@@ -77,7 +77,7 @@ def test_a_live_session_behind_a_persona_is_the_reply_to_a_file(small):
     wanted = reply(model, case["user"], replace(GREEDY, seed=3, temperature=0.8), persona=persona)[0]
     (prompt, given), before = behind(persona.frames, table), persona.frames[user_rows(table)]
     batch = SessionBatch(model, 3, columns=96)
-    first = batch.begin(1, prompt, replace(GREEDY, temperature=0.8), 3, before=before, given=given, alone=batch.read(prompt))
+    first = batch.begin(1, prompt, replace(GREEDY, temperature=0.8), 3, before=before, given=given, alone=batch.read_prompt(prompt))
     frames = [first] + [batch.step({1: codes}).get(1) for codes in case["user"][0].unbind(-1)]
     said, lag = torch.stack([f for f in frames if f is not None], -1), max(table.delays)
     at = said.shape[1] - (12 - lag) - 1                              # frames of the prompt that its late codes complete

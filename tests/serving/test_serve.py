@@ -269,8 +269,8 @@ def test_a_role_and_a_voice_stand_in_front_of_a_conversation(tmp_path, monkeypat
     model.extras = Extras(1, {"codec": "tiny", "tokenizer": str(tmp_path / "words.json"), "normaliser": "none"})
     save(model, tmp_path / "run")
     asked, pcm = {"text_prompt": "one two", "voice_prompt": "ann.wav", "audio_seed": "6"}, (speech(2.0, 24_000) * 32767).astype("<i2")
-    order, read = [], SessionBatch.read
-    monkeypatch.setattr(SessionBatch, "read", lambda *given, **more: order.append("read") or read(*given, **more))
+    order, read = [], SessionBatch.read_prompt
+    monkeypatch.setattr(SessionBatch, "read_prompt", lambda *given, **more: order.append("read") or read(*given, **more))
     said = ChatSocket.messages
     monkeypatch.setattr(ChatSocket, "messages", lambda self, kind, *rest: order.append(kind) or said(self, kind, *rest))
 

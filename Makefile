@@ -99,6 +99,6 @@ $(VENV)/serve: $(VENV)/core
 	touch $@
 
 $(VENV)/test: $(VENV)/core
-	$(PIP) -e ".[dev,eval]"
+	$(PIP) -e ".[dev,eval,speechmos]"
 	$(PIP) --no-deps resemblyzer==0.1.4      # the weights of a speaker encoder; its other packages are not used
 	touch $@

@@ -4,6 +4,8 @@
     python evaluate.py out/talks                 reply latency, overlap and PAD ratio of the stereo wavs in a folder (dialogue.py)
     python evaluate.py out/demo/samples.jsonl    rows {"text": "four nine", "wav": "0.wav"}; writes wer.json beside it
     python evaluate.py report out/ivr_qwen       held-out losses, replies, slices, one page: see report.py
+    python evaluate.py speech X [Y ...] --set=LIST   texts spoken, measured as papers do, compared, listened to: see speech_report.py
+    python evaluate.py duplex FOLDER                 turn taking, latency, overlaps of Full-Duplex-Bench: see speech_report.py
     python evaluate.py verify X                  is this checkpoint what it says, on this machine? one table: see verify.py
     python evaluate.py pairs|choices RUN --set=FILE, compare ONE OTHER     likelihoods of pairs, spoken choices: see minimal_pairs.py
     python evaluate.py representations|landscape RUN      how states resemble each other, how the loss bends: see representations.py
@@ -25,7 +27,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-from audio.recogniser import choose_recogniser
+from audio.recogniser import choose_recogniser, missing_recogniser
 from audio.wav import load_wav
 from evaluation import duplex_measures, minimal_pairs, representations, sparse_autoencoder
 from evaluation.html_page import blank_figure, save_figure
@@ -33,6 +35,7 @@ from evaluation.metrics import cer, wer
 from evaluation.minimal_pairs import MinimalPairsConfig, compare
 from evaluation.report import Evaluation, report
 from evaluation.representations import GeometryConfig
+from evaluation.speech_report import DuplexConfig, SpeechConfig, duplex, speech
 from evaluation.verify import VerifyConfig, verify_command
 from options import apply, edge, help_text, read_rows, split_arguments, unknown, visible, write_json
 from training.monitor import read_metrics
@@ -134,7 +137,11 @@ def compare_command(words: list[str], pairs: dict[str, str]) -> None:
 
 
 COMPARE = "python evaluate.py compare a/pairs.jsonl b/pairs.jsonl"
-COMMANDS = {"verify": on_a_run("verify", VerifyConfig, verify_command), "pairs": on_a_run("pairs", MinimalPairsConfig, minimal_pairs.pairs),
+SPEECH = Command(lambda words, pairs: speech(words, apply(SpeechConfig(), pairs)),
+                 help_text(SpeechConfig(), "python evaluate.py speech RUN [OTHER ...] [--key=value ...]"))
+COMMANDS = {"speech": SPEECH, "verify": on_a_run("verify", VerifyConfig, verify_command),
+            "duplex": on_a_run("duplex", DuplexConfig, lambda folder, job: duplex(Path(folder), job)),
+            "pairs": on_a_run("pairs", MinimalPairsConfig, minimal_pairs.pairs),
             "choices": on_a_run("choices", MinimalPairsConfig, minimal_pairs.choices), "compare": Command(compare_command, COMPARE),
             "representations": on_a_run("representations", GeometryConfig, representations.compare_representations),
             "landscape": on_a_run("landscape", GeometryConfig, representations.landscape)}
@@ -159,7 +166,8 @@ def main() -> None:
         raise ValueError(f"unexpected words {' '.join(words[1:])!r}; give one run folder, or one jsonl of {{text, wav}}")
     job = apply(Evaluation(), pairs)
     if command == "report":
-        print(f"{report(Path(path), job, choose_recogniser(job.recogniser))}: written")
+        hear = None if missing_recogniser(job.recogniser) else choose_recogniser(job.recogniser)
+        print(f"{report(Path(path), job, hear)}: written")
     elif Path(path).is_file():
         print_scores(Path(path), job.recogniser)
     else:

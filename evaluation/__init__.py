@@ -2,7 +2,9 @@
 
     verify.py                is a checkpoint what it says, on this machine?
     consistency.py           whether sampling is the model that was trained: prompts, drawn ids, cached logits
-    metrics.py               WER, CER, BLEU, ROUGE, bootstrap
+    metrics.py               WER, CER, BLEU, ROUGE, bootstrap, paired tests
+    speech_measures.py       recordings of known texts: error rates, similarity, DNSMOS, durations, loops
+    speech_report.py         lists spoken and measured, systems compared and listened to
     duplex_measures.py       latency, overlap and padding of full-duplex conversations
     report.py                the evaluation report: losses, replies, slices
     html_page.py             one HTML page with curves and players

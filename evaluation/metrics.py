@@ -3,6 +3,8 @@
     wer("four nine", "49") 0.0            bleu([...], [...]) 31.2         rouge([...], [...]) {"rouge1": 0.61, ...}
     macro_f1(confusion(truth, guess, names))                            LinearProbe(features, labels)(others)
     Resample(parts, groups)(ratio)        (value, low, high): bootstrap over groups, since paraphrases are no independent rows
+    seed_tts_wer("It's 5.", "it's five") 0.5                  as papers on text to speech count it
+    paired_difference([0.1, 0.0], [0.2, 0.1])                 two systems on the same items: difference, interval, p
 
 WER and CER read figures both ways: a recogniser writes numbers in its own way ("492" for "four nine two"), so each side
 is read as a number and digit by digit, and the closer reading counts. Errors are capped at the reference's length:
@@ -11,7 +13,11 @@ nonsense scores 1. BLEU and ROUGE are those of the packages sacrebleu and rouge-
 
 import math
 import re
+import string
+import unicodedata
+from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -69,12 +75,17 @@ def _read(digits: str, digit_by_digit: bool) -> str:
 
 def edit_distance(a, b) -> int:
     """Fewest insertions, deletions and substitutions that turn sequence a into sequence b."""
+    return edit_distances(a, b)[-1]
+
+
+def edit_distances(a, b) -> list[int]:
+    """Edit distances of sequence a to every beginning of sequence b, the empty one first."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         previous, row[0] = row[0], i
         for j, y in enumerate(b, 1):
             previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (x != y))
-    return row[-1]
+    return row
 
 
 def wer(reference: str, hypothesis: str) -> float:
@@ -94,6 +105,63 @@ def _error_rate(reference: str, hypothesis: str, units) -> float:
             right, found = units(ref), units(hyp)
             rates.append(min(edit_distance(right, found), len(right)) / max(len(right), 1))
     return min(rates)
+
+
+# ---- error rates of text to speech, as papers count them ----
+
+# Signs that Seed-TTS's script removes: those of Chinese text, and ASCII's but for the apostrophe (of which "it’s" loses the curly one)
+REMOVED = dict.fromkeys(map(ord, "＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､\u3000、〃〈〉《》「」『』【】"
+                               + "〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏﹑﹔·．！？｡。"
+                               + string.punctuation.replace("'", "")))
+BY_CHARACTER = ("zh", "yue", "ja", "th", "lo", "my", "km")      # languages that are written without spaces between words,
+SCRIPTS = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "MYANMAR", "KHMER")        # and how the names of their letters begin
+
+
+def units(text: str, language: str = "") -> list[str]:
+    """What an error rate counts, by Seed-TTS's normalisation: lower-case words, or characters where words are not written apart.
+
+    `language` is a code such as en or zh-cn; "" decides by the script of the text. Characters keep their case, as in the script.
+    """
+    text = text.translate(REMOVED)
+    return [c for c in text if not c.isspace()] if by_character(text, language) else text.lower().split()
+
+
+def by_character(text: str, language: str = "") -> bool:
+    if language:
+        return language.lower().split("-")[0].split("_")[0] in BY_CHARACTER
+    letters = [unicodedata.name(c, "").startswith(SCRIPTS) for c in text if c.isalnum()]
+    return 2 * sum(letters) > len(letters)
+
+
+def seed_tts_wer(reference: str, hypothesis: str, language: str = "") -> float:
+    """Word error rate (of characters in Chinese and the like) as seed-tts-eval counts it: not capped; NaN without a word to say.
+
+    Papers give the mean over utterances, not errors over all words.
+    """
+    language = language or ("zh" if by_character(reference) else "en")
+    return _seed_rate(units(reference, language), units(hypothesis, language))
+
+
+def seed_tts_cer(reference: str, hypothesis: str) -> float:
+    """Character error rate after the same normalisation, without spaces, in lower case."""
+    return _seed_rate(*("".join(units(text.lower(), "zh")) for text in (reference, hypothesis)))
+
+
+def _seed_rate(right: Sequence[str], found: Sequence[str]) -> float:
+    return edit_distance(right, found) / len(right) if right else math.nan
+
+
+def repetition(reference: Sequence[str], found: Sequence[str], n: int = 2) -> float:
+    """Share of the n-grams of what was recognised that come again, more often than in the text: loops and stutters."""
+    said, expected = (Counter(tuple(part[i : i + n]) for i in range(len(part) - n + 1)) for part in (found, reference))
+    return sum(max(0, count - max(1, expected[gram])) for gram, count in said.items()) / max(1, said.total())
+
+
+def truncation(reference: Sequence[str], found: Sequence[str]) -> float:
+    """Share of the text that is missing at its end: what the best alignment deletes behind the last word that was recognised."""
+    row = edit_distances(found, reference)
+    kept = next(k for k in range(len(row)) if row[k] + len(reference) - k == row[-1])
+    return 1 - kept / len(reference) if reference else 0.0
 
 
 # ---- likeness of texts ----
@@ -226,3 +294,24 @@ class Resample:
             return figure(self.total), math.nan, math.nan
         low, high = np.quantile(values, [(1 - self.level) / 2, (1 + self.level) / 2])
         return figure(self.total), float(low), float(high)
+
+
+def paired_difference(one: Sequence[float], other: Sequence[float], rounds: int = 1000, seed: int = 0,
+                      level: float = 0.95) -> dict[str, float]:
+    """Two systems on the same items: mean of other - one, its bootstrap interval over items, and p of a sign-flip permutation test.
+
+    p is two-sided: how often the mean difference would be as large if which system gave which number were chance. All flips are
+    counted where they are at most `rounds`, else `rounds` are drawn (seeded). Items without a number on either side do not count.
+    """
+    gap = np.asarray(other, dtype=np.float64) - np.asarray(one, dtype=np.float64)
+    gap = gap[np.isfinite(gap)]
+    if not len(gap):
+        return {"items": 0, "difference": math.nan, "low": math.nan, "high": math.nan, "p": math.nan}
+    draw = np.random.default_rng(seed)
+    all_flips = 2 ** len(gap) <= rounds
+    signs = np.array(list(product((-1, 1), repeat=len(gap)))) if all_flips else draw.choice((-1, 1), (rounds, len(gap)))
+    as_large = np.abs((signs * gap).mean(1)) >= abs(gap.mean()) - 1e-12
+    means = gap[draw.integers(0, len(gap), (rounds, len(gap)))].mean(1) if len(gap) > 1 else np.full(1, math.nan)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return {"items": len(gap), "difference": float(gap.mean()), "low": float(low), "high": float(high),
+            "p": float(as_large.mean() if all_flips else (1 + as_large.sum()) / (1 + rounds))}

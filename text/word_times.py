@@ -248,14 +248,19 @@ def turns_right(reference: Sequence[Alignment], words: Sequence[Alignment]) -> d
     if not turns:
         return {}
     found = {"turns": float(len(turns)), "turns_right": 0.0}
-    for turn, after in zip(turns, [*turns[1:], None], strict=True):
-        span = turn[-1][2], after[0][1] if after else float("inf")
+    for turn, span in zip(turns, reply_spans(reference), strict=True):
         wanted, said = (reply_words(side, *span) for side in (reference, words))
         name = f"turns_of_{len(turn)}"
         found[name] = found.get(name, 0.0) + 1
         found[f"{name}_right"] = found.get(f"{name}_right", 0.0) + (wanted == said)
         found["turns_right"] += wanted == said
     return found
+
+
+def reply_spans(reference: Sequence[Alignment]) -> list[tuple[float, float]]:
+    """When the agent replies: from the end of each of the user's turns to the next one."""
+    turns = user_turns(reference)
+    return [(turn[-1][2], after[0][1] if after else float("inf")) for turn, after in zip(turns, [*turns[1:], None], strict=True)]
 
 
 def reply_words(words: Sequence[Alignment], begin: float, end: float) -> list[str]:

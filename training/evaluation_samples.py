@@ -10,13 +10,19 @@
                     "val/quality_speaker_similarity"        cosine of speaker vectors, sample and voice reference, or the recording
                                                             of the text where there is none (audio/speaker.py)
 
-The texts are the same at every evaluation: TrainConfig.prompts, whose expected duration follows from the average pace of the
-data, and the texts of the first `listen` held-out recordings, each in the voice of another clip of its speaker, with the
-duration of the recording. The similarity of HuBERT and of spectra shows trends within one run; it does not identify speakers.
+    val/tor, latency, stop_latency, words_a_minute ...      a full-duplex model answers the recordings in `prompts`: evaluation/
+                                                            duplex_measures.py; "turns_right" where the right replies are known, by the
+                                                            words of its text row, "heard_right" by the recogniser
+
+The texts are the same at every evaluation: TrainConfig.prompts, whose expected duration is what their words last on average in
+the training data (`Pace`), and the texts of the first `listen` held-out recordings, each in the voice of another clip of its
+speaker, with the duration of the recording. The similarity of HuBERT and of spectra shows trends within one run; it does not
+identify speakers.
 Used by train.py.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -36,7 +42,7 @@ from corpus.data_config import DataConfig
 from corpus.examples import prompt_example, spoken_prompt
 from corpus.index import Index, fitting_codec
 from evaluation.duplex_measures import mean, measure_file
-from evaluation.metrics import wer
+from evaluation.metrics import units, wer
 from families.family import family_of
 from generation.decode_step import SampleConfig
 from generation.dialogue import make_persona, write_reply
@@ -45,7 +51,7 @@ from options import read_json, write_rows
 from sample import Speech, reply, speak_examples
 from streams import Example
 from text.tokenizers import load_tokenizer
-from text.word_times import parse_alignments, timed_words, turns_right
+from text.word_times import Alignment, parse_alignments, reply_spans, reply_words, timed_words, turns_right
 
 SILENCE = -50.0             # dBFS
 MOST_FRAMES = 2048          # largest number of frames of one sample
@@ -70,7 +76,7 @@ def speak_samples(model: MultistreamLM, config: TrainConfig, index: Index, folde
     """
     codec = fitting_codec(config.data.codec, config.model.table, load_tokenizer(config.data.tokenizer))
     if config.model.table.monologue:
-        return answer(model, config.prompts, config.data, codec, folder)
+        return answer(model, config.prompts, config.data, codec, folder, config.recogniser)
     tried = list(trials(config, index, codec))
     cap = config.model.table.columns_per_frame * min(MOST_FRAMES, 50 + round(2 * codec.frame_rate * max(trial.seconds for trial in tried)))
     rules = SampleConfig(**family_of(config.model.table).rules(config.model.table) | {"max_frames": cap})
@@ -86,7 +92,8 @@ def speak_samples(model: MultistreamLM, config: TrainConfig, index: Index, folde
     return means(rows)
 
 
-def answer(model: MultistreamLM, recordings: Sequence[str], data: DataConfig, codec: object, folder: Path) -> dict[str, float]:
+def answer(model: MultistreamLM, recordings: Sequence[str], data: DataConfig, codec: object, folder: Path,
+           recogniser: str = "") -> dict[str, float]:
     """Answer recordings (the right channel, if stereo) into wavs of `folder`; returns the means of evaluation/duplex_measures.py."""
     tokenizer, table, rows = load_tokenizer(data.tokenizer), model.table, []
     users = [load_wav(path, codec.sample_rate, None)[0][-1:] for path in recordings]
@@ -103,17 +110,32 @@ def answer(model: MultistreamLM, recordings: Sequence[str], data: DataConfig, co
         right = {}
         if beside.is_file():
             words = timed_words(frames[0], tokenizer, codec.frame_rate, table.pad, table.epad)
-            right = turns_right(parse_alignments(read_json(beside)), words)
+            reference = parse_alignments(read_json(beside))
+            right = turns_right(reference, words)
+            if recogniser and right:
+                right["heard_right"] = replies_heard(reference, wav, choose_recogniser(recogniser))
         rows.append(measure_file(wav) | right)
     return mean(rows)
+
+
+def replies_heard(reference: Sequence[Alignment], path: Path, hear: Callable[[list[tuple[Tensor, int]]], list[str]]) -> float:
+    """How many of the user's turns get the recorded reply, as a recogniser hears the agent's channel; figures are read both ways."""
+    wav, rate = load_wav(path, None, 2)
+    spans = [(begin, min(end, wav.shape[1] / rate)) for begin, end in reply_spans(reference)]
+    clips = [(wav[:1, round(begin * rate) : round(end * rate)], rate) for begin, end in spans]
+    heard = hear([clip for clip in clips if clip[0].shape[1]])
+    said = iter(heard)
+    found = [next(said) if clip.shape[1] else "" for clip, _ in clips]
+    expected = [" ".join(reply_words(reference, begin, end)) for begin, end in reply_spans(reference)]
+    return float(sum(wer(right, text) == 0 if right else not text.strip() for right, text in zip(expected, found, strict=True)))
 
 
 def trials(config: TrainConfig, index: Index, codec: Any) -> list[Trial]:
     """The texts of a run: its prompts, then held-out recordings in order."""
     data, table, entries = config.data, config.model.table, index.entries
     tokenizer = load_tokenizer(data.tokenizer)
-    pace = sum(e.frames[0] for e in entries if e.key) / max(1, sum(len(e.text) for e in entries if e.key)) / codec.frame_rate
-    found = [Trial(text, text, prompt_example(text, data, tokenizer, codec, table=table), pace * len(text)) for text in config.prompts]
+    pace = Pace(index)
+    found = [Trial(text, text, prompt_example(text, data, tokenizer, codec, table=table), pace(text)) for text in config.prompts]
     held = (n for n, e in enumerate(entries) if e.split == "held-out" and e.key and e.text.strip())
     for n in islice(held, config.listen):
         other = voice_of(index, n) if data.reference or entries[n].reference >= 0 else -1
@@ -121,6 +143,32 @@ def trials(config: TrainConfig, index: Index, codec: Any) -> list[Trial]:
         prompt = spoken_prompt(index, n, other, data, table)
         found.append(Trial(entries[n].id, entries[n].text, prompt, entries[n].frames[0] / codec.frame_rate, voice, index.codes(n, 0)))
     return found
+
+
+class Pace:
+    """How long a text should last in the manner of the training data: each word as long as it lasts there, others by their letters.
+
+    Single words with a pause behind them and sentences have paces of their own, so an average over all letters is right for neither.
+    """
+
+    def __init__(self, index: Index) -> None:
+        entries, self.words, self.letter = index.entries, dict[str, list[float]](), 0.0
+        used = Counter(n for at, e in enumerate(entries) if e.split == "train" for n in (e.parts or [at]) if entries[n].key)
+        clips = used or Counter(n for n, e in enumerate(entries) if e.key)
+        letters = 0
+        for n, times in clips.items():
+            words, seconds = units(entries[n].text), times * entries[n].frames[0] / index.info["frame_rate"]
+            total = sum(map(len, words))
+            self.letter, letters = self.letter + seconds, letters + times * total
+            for word in words:
+                sums = self.words.setdefault(word, [0.0, 0.0])
+                sums[0], sums[1] = sums[0] + seconds * len(word) / total, sums[1] + times
+        self.letter /= max(1, letters)
+
+    def __call__(self, text: str) -> float:
+        """Expected seconds."""
+        sums = [self.words.get(word, [len(word) * self.letter, 1.0]) for word in units(text)]
+        return max(0.04, sum(seconds / times for seconds, times in sums))           # a text of signs alone lasts something, too
 
 
 def voice_of(index: Index, number: int) -> int:

@@ -15,7 +15,7 @@ from audio.wav import save_wav
 from checkpoint import load
 from data import Loader
 from evaluation import report
-from evaluation.html_page import Page, show
+from evaluation.html_page import Page, show, smooth
 from evaluation.metrics import bleu, rouge
 from evaluation.report import Case, Evaluation, made_up, perplexity, slices_of
 from lora import switched_off
@@ -144,7 +144,7 @@ def test_forgetting_is_the_difference_on_general_texts(told: Path) -> None:
 
 def test_the_page_needs_nothing_else_and_escapes_what_is_said(told: Path) -> None:
     html = (told / "index.html").read_text()
-    assert not re.findall(r"(?:src|href)=\"(?!data:)|url\(|<script|@import", html)
+    assert not re.findall(r"(?:src|href)=\"(?!data:)|url\(|<script|@import", html)        # a script comes with recordings alone
     assert "And &lt;b&gt;77&lt;/b&gt;?" in html and "<b>77" not in html
     assert all(f"<h2>{name}</h2>" in html for name in ("Held-out loss", "Replies", "Slices, the worst first", "What callers want",
                                                         "Forgetting", "Some replies", "Curves"))
@@ -169,6 +169,11 @@ def test_cells_and_curves() -> None:
     page = Page("a <title>")
     page.curves({"one": [(3, 2.0)], "none": [(0, math.nan)]})
     page.table(["x"], [[1.5], ["<i>"]])
+    page.curves({"train/loss": [(n, 50.0 if n < 2 else 2 + math.sin(n)) for n in range(900)], "val/loss": [(400, 2.0), (899, 2.0)]}, "Loss")
+    ticks = [float(t) for t in re.findall(r"<span>([-\d.e+]+)</span>", page.parts.pop())]
+    assert 1 < ticks[4] and ticks[0] < 6, ticks                                          # the first steps do not flatten the rest
+    smoothed = [y for _, y in smooth([(n, float(n % 2)) for n in range(500)])]
+    assert smoothed[0] == 0 and all(abs(y - 0.5) < 0.06 for y in smoothed[100:]) and smooth([(0, 1.0), (1, 2.0)]) == [(0, 1.0), (1, 2.0)]
     html = page.html()
     assert html.count("<polyline") == 1 and "NaN" not in html and "nan" not in html and "&lt;i&gt;" in html and "a &lt;title&gt;" in html
 
@@ -189,7 +194,9 @@ def test_another_recogniser_takes_whispers_place_and_the_page_plays(run: Path, t
                         "--max_tokens=4", "--generic=")
     assert rc == 0, err
     html = (tmp_path / "run/report/index.html").read_text()
-    assert html.count('src="data:audio/wav;base64,UklGR') == 2 and summary(tmp_path / "run/report")["wer"][0] == 0.5
+    found = summary(tmp_path / "run/report")
+    assert html.count('src="data:audio/wav;base64,UklGR') == 2 and [row["wer_figures"] for row in found["speech"]] == [0.0, 1.0]
+    assert found["wer"][0] == 1.0 and "Forgetting" in found["not made"]              # "49" is no word of "four nine" in Seed-TTS's way
     rc, _, err = call("evaluate.py", tmp_path / "run/samples.jsonl", "--recogniser=my_ears:nose")
     assert rc == 2 and "give module:function" in err and err.count("\n") == 1
 
@@ -216,7 +223,20 @@ def test_a_run_of_another_family_gets_losses_and_curves(tiny_run: Path) -> None:
     assert rc == 0, err
     found = summary(tiny_run.parent / "report")
     assert {line["stream"] for line in found["losses"]} >= {"audio", "cb1", "cb8"} and found["models"] == ["run"]
-    assert "replies" not in found and "<h2>Curves</h2>" in (tiny_run.parent / "report/index.html").read_text()
+    html = (tiny_run.parent / "report/index.html").read_text()
+    assert "replies" not in found and "<h2>Curves</h2>" in html
+    assert set(found["not made"]) == {"Base", "Speech", "Replies, slices, intents, forgetting"} and html.count("Not made: ") == 3
+    assert re.findall("<figcaption>([^<]*)", html) == ["Loss"]                            # one kind of tokens is trained: one scale
+
+
+def test_text_and_audio_have_scales_of_their_own(tmp_path: Path) -> None:
+    rows = [{"step": n, f"{side}/loss": 7.0, f"{side}/text_loss": 0.5, f"{side}/audio_loss": 6.5, "val/tor": 0.5, "lr": 1e-3}
+            for n in range(3) for side in ("train", "val")]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = Page("x")
+    report.report_curves(tmp_path, page)
+    assert re.findall("<figcaption>([^<]*)", page.html()) == ["Loss of text", "Loss of audio", "Loss", "tor"]
+    assert page.html().count("<polyline") == 7
 
 
 # ---- sweep ----

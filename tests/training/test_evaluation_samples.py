@@ -10,15 +10,17 @@ from conftest import CONFIG, call, write_clips
 from test_conversation import TINY, WORDS, config, folder, written  # noqa: F401
 
 from audio import load_codec
+from audio.wav import save_wav
 from config import TrainConfig
 from corpus.data_config import DataConfig
-from corpus.index import prepare
+from corpus.index import Entry, Index, prepare
 from layers.architecture import ModelConfig, StackConfig
 from model import MultistreamLM
 from sample import Speech
 from streams import Example
+from text.word_times import MAIN, OTHER
 from training import evaluation_samples, monitor
-from training.evaluation_samples import Trial, means, measure, silence, similarity, speak_samples, trials
+from training.evaluation_samples import Pace, Trial, means, measure, silence, similarity, speak_samples, trials
 
 
 class Ears:
@@ -78,12 +80,23 @@ def run(folder: Path) -> TrainConfig:  # noqa: F811
     return TrainConfig(model, config(folder, "held.jsonl", reference=1.0), prompts=("four",), listen=4)
 
 
+def test_words_take_as_long_as_they_do_in_the_data():
+    """A digit of 0.8 s, a sentence at 0.12 s a letter; "two" is half of "two three", by letters three eighths."""
+    texts = (("One!", 20, "train"), ("two three", 40, "train"), ("so far", 15, "train"), ("three", 30, ""), ("six", 99, "held-out"))
+    entries = [Entry(text, text, split=split, key=text, frames=[frames]) for text, frames, split in texts]
+    entries.append(Entry("three", "three", parts=[3]))
+    pace = Pace(Index(Path(), {"frame_rate": 25.0}, entries))
+    assert pace("one") == pytest.approx(0.8) and pace("One, far") == pytest.approx(0.8 + 0.36)
+    assert pace("two three") == pytest.approx(1.6 * 3 / 8 + (1.6 * 5 / 8 + 1.2) / 2)
+    assert pace("nine") == pytest.approx(4 * (0.8 + 1.6 + 0.6 + 1.2) / (3 + 8 + 5 + 5)) and pace("?") > 0
+
+
 def test_held_out_clips_are_said_again_in_the_voice_of_another_clip(run: TrainConfig):
     codec, index = load_codec("tiny"), prepare(run.data, TINY)
     found = trials(run, index, codec)
     frames = [e.frames[0] for e in index.entries]
     assert [t.name for t in found] == ["four", "p0", "p1", "p2", "p3"] and [t.seconds for t in found[1:]] == [n / 25 for n in frames]
-    assert found[0].seconds == pytest.approx(4 * sum(frames) / 25 / (4 * len("text 0"))) and found[0].voice is None
+    assert found[0].seconds == pytest.approx(4 * sum(frames) / 25 / (4 * len("text0"))) and found[0].voice is None
     assert torch.equal(found[1].voice, index.codes(1, 0)) and torch.equal(found[2].voice, index.codes(0, 0)) and found[4].voice is None
     said = written(found[1].prompt.segments)
     assert "text 1" in said and f"({frames[1]})" in said
@@ -176,3 +189,17 @@ def test_the_best_of_each_measure_is_the_lowest_badness():
     numbers = {"loss": 3.0, "quality_wer": 0.25, "quality_speaker_similarity": 0.8}
     assert [evaluation_samples.badness(numbers, name) for name in ("loss", "wer", "speaker_similarity")] == [3.0, 0.25, -0.8]
     assert evaluation_samples.badness({}, "wer") == float("inf")
+
+
+def test_replies_are_heard_by_a_recogniser_turn_by_turn(tmp_path):
+    """Of two turns one gets its reply; figures may be written as figures."""
+    reference = [("two", 0.0, 1.0, OTHER), ("(two)", 1.0, 1.2, MAIN), ("forty", 1.5, 2.0, MAIN), ("two", 2.0, 2.5, MAIN),
+                 ("six", 4.0, 5.0, OTHER), ("six", 5.5, 6.0, MAIN)]
+    save_wav(tmp_path / "x.wav", 0.1 * torch.randn(2, 8000 * 7, generator=torch.Generator().manual_seed(0)), 8000)
+    lengths = []
+
+    def hear(clips):
+        lengths.extend(wav.shape[1] / rate for wav, rate in clips)
+        return ["42", "seven"]
+
+    assert evaluation_samples.replies_heard(reference, tmp_path / "x.wav", hear) == 1.0 and lengths == [3.0, 2.0]

@@ -623,7 +623,8 @@ def merge_error(model: MultistreamLM, merged: MultistreamLM | None = None) -> tu
     else:
         theirs = merged.eval().to(tokens.device)(tokens)
     model.train(training)
-    pairs = [(a.float(), b.float()) for a, b in zip(ours, theirs, strict=True) if a is not None]
+    pairs = [(a[b != -torch.inf].float(), b[b != -torch.inf].float()) for a, b in zip(ours, theirs, strict=True)       # ids without a head
+             if a is not None]
     return max(float((a - b).abs().max()) for a, b in pairs), max(float(a.abs().max()) for a, _ in pairs)
 
 

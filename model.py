@@ -36,9 +36,9 @@ from kernels.route import route
 from kernels.swiglu import ACTIVATIONS, swiglu
 from layers.architecture import ModelConfig, StackConfig
 from layers.batch_plan import Context, Plan, graph_context, make_plan, temporal_context
-from layers.conditioning import ConditionEmbedding, ProjectedEmbedding, VoiceAttention, VoiceConditioner
+from layers.conditioning import VoiceAttention, VoiceConditioner, input_embeddings
 from layers.contrastive import contrastive_pairs, info_nce
-from layers.depth import Depth, Parts, PrefixDepth
+from layers.depth import Depth, Parts, PrefixDepth, depth_transformer
 from layers.fusion import Affine, Projector, TextTower
 from loss import Sums, cross_entropy_sums
 from streams import is_audio
@@ -298,12 +298,7 @@ class MultistreamLM(nn.Module):
         super().__init__()
         self.config, self.table = config, config.table
         streams, D = self.table.streams, config.temporal.dim
-        kinds, fusion = {"text": [] if config.fusion else self.table.text, "audio": self.table.audio}, config.fusion
-        self.embed = nn.ModuleDict({kind: Embedding([streams[i].vocab for i in rows], D) for kind, rows in kinds.items() if rows})
-        if config.demux:
-            self.embed["text"] = ProjectedEmbedding([streams[i].vocab for i in kinds["text"]], D, D, Linear, shared=True)
-        for s in (streams[i] for i in self.table.conditions):
-            self.embed[f"condition_{s.name}"] = ConditionEmbedding(s.vocab, s.rank, D, Linear)
+        self.embed, fusion = input_embeddings(config, Embedding, Linear), config.fusion
         self.temporal = Temporal(config)
         self.tower, self.remembered, spoken = None, None, D
         if fusion is not None:
@@ -319,10 +314,8 @@ class MultistreamLM(nn.Module):
         prefix = config.depth is not None and config.depth.prefix
         if self.table.audio_out and (config.depth is None or prefix):                # with a prefix, of the first codebook alone
             self.audio_head = Linear(D, sum(streams[i].classes for i in self.table.audio_out[: 1 if prefix else None]))
-        if prefix:
-            self.depth = PrefixDepth(PARTS, config.depth, self.table, D, config.depth_tied)
-        elif config.depth is not None:
-            self.depth = Depth(PARTS, config.depth, self.table, D, config.demux, fusion)
+        if config.depth is not None:
+            self.depth = depth_transformer(PARTS, config)
         self.tie()
         self.reset_parameters()
 

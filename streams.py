@@ -34,6 +34,8 @@ class Stream:
     end: int = -1        # end id, which closes the row (EOS)
     rank: int = 0        # condition: width of its embedding table, which is then projected to the model's width
     values: tuple[str, ...] = ()   # condition: names of its first ids; the last id means "not given"
+    fill: int = -1       # text row that is only read: the id in every generated column that nobody feeds
+    code_count: int = 0  # audio: ids 0..code_count-1 are codes; of the others only the end id is ever drawn; 0 = all are codes
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class StreamTable:
     joint_end: bool = False      # sequential: audio ends only when all rows of one frame hold their end id, which is also a usable code
     bare: bool = False           # sequential: audio begins with its first frame, no column of start ids stands before it
     flat: tuple[int, ...] = ()   # codes are ids of the text row, a frame one of each codebook in turn: first id, codebooks, codes in each
+    ids: tuple[tuple[str, int], ...] = ()    # further ids that the layout writes, by name (Qwen3-TTS: its marks, languages, speakers)
+    choice: str = ""             # what prompts choose among them: language=english,speaker=vivian
 
     def __post_init__(self) -> None:
         kinds = [s.kind for s in self.streams]
@@ -111,6 +115,10 @@ class StreamTable:
         return self.aligned and self.text_out == [0]
 
     @cached_property
+    def timed(self) -> bool:
+        return self.aligned and bool(self.text_out)         # the layout needs to know when each text id is spoken
+
+    @cached_property
     def spoken(self) -> slice:
         """The predicted audio rows, which are adjacent."""
         return slice(self.audio_out[0], self.audio_out[-1] + 1) if self.audio_out else slice(0, 0)
@@ -160,9 +168,7 @@ def delay(frames: Tensor, delays: Sequence[int], start: Tensor | int, tail: Tens
 
 def undelay(columns: Tensor, delays: Sequence[int]) -> Tensor:
     """Invert `delay`, keeping the frames that are complete in every row.   (..., K, S) -> (..., K, S - 1 - max(delays))"""
-    T = columns.shape[-1] - 1 - max(delays)
-    if T <= 0:
-        return columns[..., :0]
+    T = max(0, columns.shape[-1] - 1 - max(delays))
     return torch.stack([columns[..., k, 1 + d : 1 + d + T] for k, d in enumerate(delays)], dim=-2)
 
 

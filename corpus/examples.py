@@ -27,20 +27,20 @@ from text.word_times import text_weights
 VOICE = 10.0                # seconds of a dialogue that stand for its agent's voice
 
 
-def clip_example(index: Index, number: int, version: int, aligned: bool) -> Example:
+def clip_example(index: Index, number: int, version: int, timed: bool) -> Example:
     """One variant of a clip, or a text without audio."""
     entry, text = index.entries[number], index.text(number)
     if not entry.key:
         return Example(text[0], name=entry.id)
-    return Example(text[0], index.codes(number, version), text[1 + version] if aligned else None, name=entry.id)
+    return Example(text[0], index.codes(number, version), text[1 + version] if timed else None, name=entry.id)
 
 
-def joined_example(index: Index, number: int, versions: Sequence[int], aligned: bool) -> Example:
+def joined_example(index: Index, number: int, versions: Sequence[int], timed: bool) -> Example:
     """A join of clips: codes concatenated (codec frames are local), word starts shifted by the frames before them."""
     entry = index.entries[number]
-    clips = [clip_example(index, part, version, aligned) for part, version in zip(entry.parts, versions, strict=True)]
+    clips = [clip_example(index, part, version, timed) for part, version in zip(entry.parts, versions, strict=True)]
     codes = torch.cat([clip.codes for clip in clips], dim=1)                    # (Q, T1) ... -> (Q, T)
-    if not aligned:
+    if not timed:
         return Example(index.text(number)[0], codes, name=entry.id)
     before = accumulate((clip.codes.shape[1] for clip in clips), initial=0)     # frames
     starts = torch.cat([clip.starts + frames for clip, frames in zip(clips, before, strict=False)])
@@ -57,8 +57,8 @@ def build_example(index: Index, number: int, table: StreamTable, draw: random.Ra
         context = 0 if prompt is not None else max(table.delays) + 1
         return replace(dialogue_example(index, number, draw_version(index, number, draw), context), prompt=prompt)
     versions = [draw_version(index, n, draw) for n in entry.parts or [number]]
-    example = (joined_example(index, number, versions, table.aligned) if entry.parts
-               else clip_example(index, number, versions[0], table.aligned))
+    example = (joined_example(index, number, versions, table.timed) if entry.parts
+               else clip_example(index, number, versions[0], table.timed))
     if index.info["duplex"] and example.codes is not None:
         example.codes, example.user = example.codes.chunk(2)                    # left is the agent, right the user
     reference = entry.reference if entry.reference >= 0 else reference
@@ -132,13 +132,13 @@ def prompt_example(text: str, config: DataConfig, tokenizer: Tokenizer, codec: A
     `table` decides between aligned rows, conversations and plain sequences; `before` are earlier turns of a conversation,
     pairs of text and codes. `reply` selects "text" or "speech" where a model has both.
     """
-    aligned, chat = table is not None and table.aligned, new_chat(config, tokenizer, table)
+    timed, chat = table is not None and table.timed, new_chat(config, tokenizer, table)
 
     def ids(text: str) -> Tensor:
         words = normalise(text, config.normaliser)
         if not words.strip():
             raise ValueError(f"text {text!r} is empty under normaliser {config.normaliser}; give it words to say")
-        return torch.tensor([i for part in (words.split() if aligned else [words]) for i in tokenizer.encode(part)])
+        return torch.tensor([i for part in (words.split() if timed else [words]) for i in tokenizer.encode(part)])
 
     example = Example(ids(text), name="prompt")
     nothing = torch.zeros(0, 0, dtype=torch.long)
@@ -161,7 +161,7 @@ def spoken_prompt(index: Index, number: int, voice: int, config: DataConfig, tab
         voices = [(index.entries[voice].text, index.codes(voice, 0))] if voice >= 0 else []
         return segments_example(index.chat.prompt(entry.text, voices, entry.scene), entry.id)
     example = prompt_example(entry.text, config, load_tokenizer(config.tokenizer), table=table)
-    example.reference = clip_example(index, voice, 0, table.aligned) if voice >= 0 else None
+    example.reference = clip_example(index, voice, 0, table.timed) if voice >= 0 else None
     return example
 
 

@@ -40,10 +40,10 @@ from corpus.checks import Verdicts, advice, judge, verdict_lines, warning_lines,
 from corpus.data_config import PROMPT_FIELDS, DataConfig
 from corpus.layouts import read_manifest
 from corpus.manifest import Manifest, Row, hash_fraction, label
-from families.family import family_of
+from families.family import family_of, lay_out
 from layers.conditioning import condition_ids
 from options import read_json, visible, write_json
-from streams import StreamTable
+from streams import Example, StreamTable
 from system.files import checksum, lock, replace_file, unlock
 from text.conversation import Chat, with_transcripts
 from text.normalisers import normalise
@@ -293,7 +293,7 @@ def print_left_out(manifests: list[Manifest], table: StreamTable, verdict: list[
     if roles and family_of(table).persona is None:
         print(f"{roles} rows have a text_prompt or a voice_prompt, which {family_of(table).name} does not read", file=sys.stderr)
     untimed = sum("words" not in row and "parts" not in row for m in manifests for row in m.rows)
-    untimed = untimed if table.aligned and not table.monologue else 0
+    untimed = untimed if table.timed and not table.monologue else 0
     if untimed:
         print(f"{untimed} rows have no word times: the clip is divided among the words by their length in letters", file=sys.stderr)
     return len(bad)
@@ -304,7 +304,7 @@ def index_folder(config: DataConfig, table: StreamTable) -> Path:
     sources = [source_weight(s)[0] for s in config.sources]
     return Path(config.cache) / hash_of(CACHE_VERSION, sources, config.codec, config.tokenizer, config.normaliser, config.variants,
                                     config.split, config.held_out, config.min_seconds, config.max_seconds,
-                                    config.allow_outside, table.aligned, len(table.codes), config.max_text,
+                                    config.allow_outside, table.timed, len(table.codes), config.max_text,
                                     *([config.doubtful] if config.doubtful != "keep" else []), *([config.agent] if config.agent else []),
                                     *([config.assistant_text, table.layout] if family_of(table).template else []),
                                     *([config.chunk_seconds, config.interleaver, config.contextual, config.spaces,
@@ -452,11 +452,12 @@ class Indexer:
         entry.messages = row["messages"] if self.table.codes else with_transcripts(row["messages"])
         if self.table.codes:
             entry.clips = [numbers[row["id"] + name] if name else len(self.index.entries) for name in row["clips"]]
-        start = row.get("start_index")
-        entry.start = start if isinstance(start, int) and not isinstance(start, bool) else None
+        entry.start = start if type(start := row.get("start_index")) is int else None
         nothing = [torch.zeros(len(self.table.codes), 0, dtype=torch.long)] * len(entry.clips)
-        if not any(weight for _, weight in chat.segments(entry.messages, nothing, entry.start)):
+        segments = chat.segments(entry.messages, nothing, entry.start)
+        if not any(weight for _, weight in segments):
             raise ValueError(f"start_index {entry.start} leaves no target")
+        lay_out(Example(torch.zeros(0, dtype=torch.long), segments=segments), self.table)       # what it refuses is left out
 
     def dialogue(self, entry: Entry, row: Row) -> list[tuple[Entry, np.ndarray | None]]:
         """The chunks of a dialogue, once or for each speaker as the agent; the first of a run has the text row of all
@@ -492,7 +493,7 @@ class Indexer:
         if self.index.chat is not None and not row["text"].strip():
             return None                                 # a recording in a message, without transcript
         rate, normaliser, starts = self.index.info["frame_rate"], self.config.normaliser, []
-        if not self.table.aligned:
+        if not self.table.timed:
             ids = self.tokenizer.encode(normalise(row["text"], normaliser))
         elif entry.parts:
             return None                                 # joined from the parts when an example is built

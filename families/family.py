@@ -134,15 +134,16 @@ def other_grid(one: StreamTable, other: StreamTable) -> list[str]:
             lines += [f"{name}, {line}" for line in difference(before[name], after[name])]
         elif before.get(name) != after.get(name):
             lines.append(f"{name}: {before.get(name, 'absent')} -> {after.get(name, 'absent')}")
-    return lines
+    ids, others = dict(one.ids), dict(other.ids)                        # one may know more speakers
+    return lines + [f"id of {name}: {id} -> {others[name]}" for name, id in ids.items() if others.get(name, id) != id]
 
 
 def on_base(run: StreamTable, base: StreamTable) -> StreamTable:
-    """The table of a run on the weights of a base: its own rows and layout; a text ends at the ids of either.
+    """The table of a run on the weights of a base: its own rows and layout; a text ends at the ids of either, and it knows the ids of both.
 
     A base names them in its generation_config.json, in any order, and may not know the one that closes a turn.
     """
-    return replace(run, stop=tuple(dict.fromkeys((*run.stop, *base.stop))))
+    return replace(run, stop=tuple(dict.fromkeys((*run.stop, *base.stop))), ids=tuple((dict(base.ids) | dict(run.ids)).items()))
 
 
 # ---- official layouts ----

@@ -239,7 +239,8 @@ def comparable_config(config: ModelConfig) -> ModelConfig:
     fusion = config.fusion and replace(config.fusion, remember=0)
     return replace(config, fusion=fusion, dropout=0.0, input_drop=0.0, text_drop=0.0, depth_share=1.0, checkpoint=0,
                    temporal=replace(s, kv_heads=s.kv, head_dim=s.head),
-                   table=replace(config.table, layout="", stop=tuple(sorted(set(config.table.stop))),
+                   table=replace(config.table, layout="", choice="", ids=tuple(sorted(config.table.ids)),
+                                 stop=tuple(sorted(set(config.table.stop))),
                                  streams=tuple(replace(x, name="") for x in config.table.streams)))
 
 

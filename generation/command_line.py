@@ -3,7 +3,7 @@
 import re
 import sys
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ class Job(SampleConfig):
     user: str = ""               # recording to answer: --out becomes stereo (left the model, right the user), with a transcript .txt
     prompt: str = ""             # stereo dialogue to continue, left the model; without --user the model speaks for both
     seconds: float = 20.0        # with --prompt: seconds to generate
-    condition: str = ""          # condition of a model that has conditions (Hibiki): description=very_good
+    condition: str = ""          # Hibiki: description=very_good; Qwen3-TTS: language=english,speaker=vivian
     chat: ChatConfig | None = None  # --chat: converse at the terminal, a line at a time
     reply: str = ""              # conversations: "text", printed as it comes, or "speech"; "" = speech where there is any
     system: str | None = None    # conversations: system message; none = as in training
@@ -85,6 +85,8 @@ def load_for_sampling(job: Job) -> tuple[MultistreamLM, DataConfig]:
     if job.quantize:
         quantize(model.requires_grad_(False))
     family_of(model.table).before_sampling(model)
+    if job.condition and model.table.ids:
+        model.table = replace(model.table, choice=job.condition)
     folder = Path(model.extras.folder)
     given = {key: getattr(job, key) for key in ("codec", "tokenizer", "normaliser") if getattr(job, key)}
     origin = official_folder(model.extras) or folder              # under an adapter of another library the base's own

@@ -38,6 +38,7 @@ class SampleConfig:
     min_p: Rule = 0.0               # drop ids whose probability is below this share of the most likely one, 0 = none
     ras_window: int = 0             # repetition-aware sampling: look back this many columns, 0 = off
     ras_repeats: int = 2            # with ras_window: sample again from all ids when a code occurs this often in the window
+    repetition_penalty: float = 1.0 # of first codes that were drawn before: positive logits are divided by it, others multiplied; 1 = off
     max_frames: int = 500           # largest number of columns to generate
     min_frames: int = 0             # columns before which nothing may end
     max_speech: int = 0             # frames after which a speech segment is closed; text may follow; 0 = when the model closes it
@@ -52,6 +53,7 @@ class SampleConfig:
         for name in ("temperature", "top_k", "top_p", "min_p"):
             rule = getattr(self, name)
             assert all(v >= 0 for v in (rule if isinstance(rule, tuple) else (rule,))), f"{name} {rule} is negative"
+        assert self.repetition_penalty > 0, f"repetition_penalty {self.repetition_penalty} is not positive"
         assert self.closing in closings(), f"closing {self.closing!r} is none of {', '.join(closings())}"
         assert self.graphs in ("auto", "on", "off"), f"graphs {self.graphs!r} is none of auto, on, off"
         assert 0 < self.max_frames <= 2**24, f"max_frames {self.max_frames} is not in 1..2^24"
@@ -168,7 +170,11 @@ class DecodeStep:
         self.cache, self.depth = model.cache(sides, columns), model.depth.cache(sides) if model.config.depth else None
         self.cache.voice = self.guide.voice_features(model, voice)
         self.noise = SamplingNoise(config.seed, B, len(table.text_out) + len(table.audio_out), device)
-        self.end = table.streams[table.audio_out[0]].end if table.audio_out else -1
+        first = table.streams[table.audio_out[0]] if table.audio_out else None
+        self.end, self.codes = (first.end, first.code_count) if first else (-1, 0)
+        self.drawn = None                                                     # which ids of the first codebook were drawn (B, V)
+        if first and config.repetition_penalty != 1:
+            self.drawn = torch.zeros(B, first.classes, dtype=torch.bool, device=device)
         self.begin(prompt, inputs)
 
     def again(self, prompt: Tensor, seed: int, inputs: Tensor | None = None) -> None:
@@ -182,6 +188,8 @@ class DecodeStep:
         self.padding = (prompt < 0).all(1).cumprod(1).sum(1)                  # (B,) columns of -1 on the left
         self.position = (prompt.shape[2] - self.padding)[:, None]             # (B, 1) of the column that is read next
         self.recent = recent_codes(prompt, self.table, self.config.ras_window) if self.config.ras_window else None
+        if self.drawn is not None:
+            self.drawn.zero_()
         self.h = prefill(self.model, prompt, self.padding, self.cache, self.guide, inputs=inputs)
 
     def draw(self, known: Tensor, kind: ColumnKind, free: bool = False) -> Tensor:
@@ -228,8 +236,12 @@ class DecodeStep:
 
         def choose(logits: Tensor, at: slice) -> Tensor:
             logits = self.guide.mix(logits).float()
-            own_end = end >= 0 and not table.joint_end                        # otherwise it is a code like others
-            if own_end and end < logits.shape[-1] - 1:                        # ids behind it only pad the table
+            own_end = 0 <= end < logits.shape[-1] and not table.joint_end     # otherwise it is a code like others, or not in this head
+            if self.drawn is not None and at.start == 0:
+                first_row, p = logits[:, 0], config.repetition_penalty
+                first_row.copy_(torch.where(self.drawn, torch.where(first_row > 0, first_row / p, first_row * p), first_row))
+            if own_end:                                                       # ids before it are no codes, those behind it pad the table
+                logits[..., self.codes or end : end] = -torch.inf
                 logits[..., end + 1 :] = -torch.inf
             if end >= 0 and config.min_frames and (own_end or at.start == 0):
                 self.hide(logits, end, self.noise.columns < config.min_frames)
@@ -259,6 +271,9 @@ class DecodeStep:
             newer = torch.cat([self.recent[..., 1:], column[:, self.table.spoken, None]], -1)
             spoken = (column[:, self.table.spoken] >= 0).any(1)[:, None, None] & moves
             self.recent.copy_(torch.where(spoken, newer, self.recent))
+        if self.drawn is not None and kind.audio:
+            first = column[:, self.table.audio_out[:1]]                         # (B, 1)
+            self.drawn.scatter_(1, first.clamp(min=0), self.drawn.gather(1, first.clamp(min=0)) | ((first >= 0) & moves))
         at, self.cache.side = self.position, kind.side
         h = self.model.hidden(self.guide.both(column[..., None], at), self.guide.twice(at), cache=self.cache)
         self.h = h if moves is True else tuple(old.copy_(torch.where(moves, new, old)) for old, new in zip(self.h, h, strict=True))

@@ -214,6 +214,8 @@ class SessionBatch:
         mine.columns[mine.next - n : mine.next, slot] = one.columns[one.next - n : one.next, 0]
         if decode_step.recent is not None:
             decode_step.recent[slot] = alone.recent[0]
+        if decode_step.drawn is not None:
+            decode_step.drawn[slot] = alone.drawn[0]
         decode_step.position[slot] = alone.position[0]
         if alone.feed is not None:
             decode_step.feed.place(slot, alone.feed)

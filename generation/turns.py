@@ -172,6 +172,8 @@ def required_ids(state: DecodeState, given: Tensor | None = None) -> tuple[Tenso
             ids = [FREE] * len(table)
             for k, id in zip(table.conditions, conditions, strict=True):
                 ids[k] = id
+            for k, fill in ((k, table.streams[k].fill) for k in table.text):
+                ids[k] = FREE if fill < 0 else -1 if done else fill
             for k in table.text_out:
                 ids[k] = -1 if done or speaking and not table.aligned else owed if owed >= 0 else FREE
             for n, k in enumerate(table.audio_out):

@@ -93,6 +93,7 @@ class ModelConfig:
     tail: int = 0                                        # layers after the shared ones, one stack for text, one for audio (MOSS)
     tied: bool = False                                   # the text head shares its weights with the text embedding
     audio_tied: bool = False                             # the audio heads share their weights with the audio embedding (Higgs v3)
+    text_width: int = 0                                  # width of the text embedding before two projections to dim (Qwen3-TTS); 0 = dim
     demux: bool = False                                  # text rows share one embedding table and have separate projections (Moshi's TTS)
     extra_heads: int = 0                                 # number of extra heads beside the text head (Moshi's STT: pause detection)
     extra_classes: int = 6                               # number of classes of each extra head
@@ -118,6 +119,8 @@ class ModelConfig:
         whole = all(0 < self.table.streams[k].classes == self.table.streams[k].vocab for k in self.table.audio)
         assert not self.audio_tied or self.depth is None and whole, (
             "audio_tied needs parallel heads that predict every id of every audio row; set it to false")
+        assert 0 <= self.text_width <= 2**24 and not (self.text_width and (len(self.table.text) != 1 or self.tied)), (
+            "text_width is 0..2^24, and for one text row with a table of its own")
         assert all(0 <= n < self.temporal.layers for n in self.dual_ffn), (
             f"dual_ffn {self.dual_ffn} must be layer numbers from 0 to {self.temporal.layers - 1}, for example --model.dual_ffn=0,1")
         assert self.fusion is None or self.depth, "fusion joins two towers in front of a depth transformer"

@@ -2,6 +2,7 @@
 
     narrow tables    y_n = P_n E_n[id]            TTS, Hibiki: the depth transformer's tables, `low_rank` wide
     one table        y_n = P_n E[id]              TTS: two text rows, the current word and one ahead (`demux`)
+    wide text        y = P silu(Q E[id])          Qwen3-TTS: the text table of a larger model (`text_width`)
     condition        y = P E[id], or a learned u   Hibiki, TTS: one choice for the whole sequence, added to every column
     voice            every layer attends to P f   TTS: features f (n, F) of the speakers, in speaking order
 
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from layers.architecture import ModelConfig
 from streams import StreamTable
 
 Linear = Callable[..., nn.Module]
@@ -46,6 +48,34 @@ class ProjectedEmbedding(nn.Module):
         for n in range(1, len(self.offsets)):
             total = total + self.row(n, ids[:, n])
         return total
+
+
+class TextEmbedding(nn.Module):
+    """A text table of width `inner` behind two Linears with biases.   ids (B, 1, S) -> (B, S, D)"""
+
+    def __init__(self, vocab: int, inner: int, dim: int, linear: Linear) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab, inner))
+        self.up, self.down = linear(inner, inner, True), linear(inner, dim, True)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        ids = ids[:, 0]
+        return self.down(F.silu(self.up(F.embedding(ids.clamp(min=0), self.weight)))) * (ids >= 0).unsqueeze(-1)
+
+
+def input_embeddings(c: ModelConfig, embedding: Callable[..., nn.Module], linear: Linear) -> nn.ModuleDict:
+    """The embeddings of a model's rows: of text and audio, and one for each condition. A fused model has its text in the tower."""
+    streams, D = c.table.streams, c.temporal.dim
+    rows = {"text": [] if c.fusion else c.table.text, "audio": c.table.audio}
+    vocabularies = {kind: [streams[i].vocab for i in found] for kind, found in rows.items() if found}
+    embed = nn.ModuleDict({kind: embedding(sizes, D) for kind, sizes in vocabularies.items()})
+    if c.demux:
+        embed["text"] = ProjectedEmbedding(vocabularies["text"], D, D, linear, shared=True)
+    if c.text_width:
+        embed["text"] = TextEmbedding(vocabularies["text"][0], c.text_width, D, linear)
+    for s in (streams[i] for i in c.table.conditions):
+        embed[f"condition_{s.name}"] = ConditionEmbedding(s.vocab, s.rank, D, linear)
+    return embed
 
 
 class ConditionEmbedding(nn.Module):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from kernels.attention import KVCache
 from kernels.decode import RopeTable, column_step, per_step
 from kernels.rope import rope_tables
-from layers.architecture import FusionConfig, StackConfig
+from layers.architecture import FusionConfig, ModelConfig, StackConfig
 from layers.batch_plan import Context
 from layers.conditioning import ProjectedEmbedding
 from layers.fusion import Affine, Projector
@@ -37,6 +37,13 @@ class Parts(NamedTuple):
     norm: Callable[..., nn.Module]
     embedding: Callable[..., nn.Module]
     run: Callable[..., Tensor]
+
+
+def depth_transformer(parts: Parts, c: ModelConfig) -> nn.Module:
+    """The depth transformer of a model that has one."""
+    if c.depth.prefix:
+        return PrefixDepth(parts, c.depth, c.table, c.temporal.dim, c.depth_tied)
+    return Depth(parts, c.depth, c.table, c.temporal.dim, c.demux, c.fusion)
 
 
 class Depth(nn.Module):

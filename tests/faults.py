@@ -270,7 +270,8 @@ class Bench:
             except BaseException:
                 sys.excepthook(*sys.exc_info())
             faults.busy = True
-            log.write_text(json.dumps(faults.events))
+            log.with_suffix(".part").write_text(json.dumps(faults.events))
+            log.with_suffix(".part").replace(log)              # a rank whose neighbour failed is killed at any moment
         finally:
             os._exit(code)
 

@@ -8,19 +8,22 @@
     write_sums(folder)              sizes and checksums of the files in a folder, as checksums.json; check_sums compares
 
 A kill or a power cut at any moment leaves the old file or the new one. What a killed process left half written is removed
-by the next one that writes into that folder: a temporary file is locked for as long as its writer lives. Knows nothing of
-what the files hold. Next: options.py.
+by the next one that writes into that folder: a temporary file is locked for as long as its writer lives. Another machine's lock
+may be invisible here (Lustre, BeeGFS, some NFS): its files are removed a day after the last write. Where a file system knows no
+locks at all nothing is removed. Knows nothing of what the files hold. Next: options.py.
 """
 
 import errno
 import json
 import os
+import re
 import shlex
 import shutil
 import socket
 import stat
 import sys
 import tempfile
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -36,6 +39,8 @@ except ImportError:         # Windows: no locks of this kind
 PART = ".part"              # how the name of a temporary file ends
 SUMS = "checksums.json"
 LOCK = "lock"               # name of the file that a locked folder holds
+HOST = re.sub(r"[^\w-]", "-", socket.gethostname())[:60]        # part of the names of temporary files
+DAY = 86_400                # seconds
 swept: set[str] = set()     # folders whose leftovers this process has removed
 held: dict[str, int] = {}   # locked folders of this process, and their descriptors
 
@@ -68,8 +73,9 @@ def replace_file(path: str | Path, write: Callable[[str], Any]) -> None:
 
 def make_temporary(path: Path) -> tuple[int, str]:
     """A fresh file beside `path`, locked until its descriptor is closed."""
+    stem = os.fsencode(path.name)[:100].decode(errors="ignore")
     while True:
-        handle, name = tempfile.mkstemp(PART, f".{path.name[:100]}.", path.parent)
+        handle, name = tempfile.mkstemp(PART, f".{stem}.{HOST}.", path.parent)
         if grab(handle) and os.path.exists(name):  # else another process took it for a leftover, before it was locked
             return handle, name
         os.close(handle)
@@ -103,7 +109,8 @@ def sweep(folder: Path) -> None:
         except FileNotFoundError:                  # its writer has just renamed it
             continue
         try:
-            if grab(handle):
+            ours = f".{HOST}." in name or time.time() - os.fstat(handle).st_mtime > DAY
+            if ours and grab(handle, sure=True):
                 (folder / name).unlink(missing_ok=True)
         finally:
             os.close(handle)
@@ -129,8 +136,9 @@ def write_into(path: Path, write: Callable[[str], Any]) -> None:
 
 # ---- one writer ----
 
-def grab(handle: int) -> bool:
-    """Lock an open file for this process, if nobody else holds it. Where a file system knows no locks everybody gets it."""
+def grab(handle: int, sure: bool = False) -> bool:
+    """Lock an open file for this process, if nobody else holds it. Where a file system knows no locks everybody gets it, but who
+    must be `sure`."""
     if fcntl is None:
         return True
     try:
@@ -140,6 +148,7 @@ def grab(handle: int) -> bool:
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
             raise
+        return not sure
     return True
 
 

@@ -1,5 +1,6 @@
 """Files: whole or not at all, one writer, links and devices stay what they are, and a flipped bit is seen."""
 
+import errno
 import os
 import signal
 import socket
@@ -69,6 +70,25 @@ def test_what_a_killed_writer_left_is_removed_but_not_what_a_living_one_writes(t
     living.kill()
     living.wait()
     assert len(left) == 2 and left[0].startswith(".b.") and left[1] == "c"
+
+
+@pytest.mark.parametrize(("error", "host", "age", "goes"), [
+    (None, files.HOST, 0, True), (None, "elsewhere", 0, False), (None, "elsewhere", 2 * files.DAY, True),
+    (errno.ENOLCK, files.HOST, 2 * files.DAY, False), (errno.ENOSYS, files.HOST, 0, False)])
+def test_what_may_be_a_living_writers_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error, host, age, goes) -> None:
+    """Where a file system knows no locks, or the lock of another machine cannot be seen."""
+    left = tmp_path / f".model.safetensors.{host}.abcdefgh.part"
+    left.write_text("half")
+    os.utime(left, (time.time() - age,) * 2)
+
+    def refused(handle: int, how: int) -> None:
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(files, "swept", set())
+    if error:
+        monkeypatch.setattr(files.fcntl, "flock", refused)
+    replace_file(tmp_path / "a", lambda temporary: Path(temporary).write_text("whole"))
+    assert (tmp_path / "a").read_text() == "whole" and left.exists() != goes and len(list(tmp_path.iterdir())) == 2 - goes
 
 
 def test_a_link_is_followed_and_a_device_stays_a_device(tmp_path: Path) -> None:

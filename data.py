@@ -4,6 +4,7 @@
                          [--doubtful=drop]         leave out recordings that may be faulty (silence, clipping, noise, copies) as well
                          [--tokenizer=T]           also report how well a tokenizer covers its texts (text/coverage.py)
     python data.py prepare configs/X.py [--data.x=y]   encode the clips that are not in the cache yet; training never runs a codec
+                         [--shard i/n]             encode one of n parts, i from 0 (jobs on n machines); behind them prepare alone
     python data.py show configs/X.py [--index 0]       print one example as the model sees it
     python data.py fix-alignments FOLDER --out=DIR     copy alignments without the words that last too long
     python data.py transcribe FOLDER                   words for recordings that have none, a check of those that have, by Whisper
@@ -39,11 +40,11 @@ from torch import Tensor
 from corpus import annotate, manifest, phone_calls
 from corpus.annotate import fix_alignments
 from corpus.checks import check_source
-from corpus.data_config import DataConfig
+from corpus.data_config import DataConfig, source_weight
 from corpus.examples import build_example
-from corpus.index import open_cache, prepare, source_weight
+from corpus.index import open_cache, prepare, prepare_shard
 from families.family import lay_out
-from options import apply, edge, help_text, load_config, split_arguments, unknown, visible
+from options import apply, edge, help_text, load_config, parse_shard, split_arguments, unknown, visible
 from streams import Grid, StreamTable, show
 from system.prefetch import prefetch
 from text import personal
@@ -290,6 +291,16 @@ def load_run(argv: list[str]) -> Any:
     return config
 
 
+def prepare_command(argv: list[str]) -> None:
+    words, options = split_arguments(argv, ("smoke", "help"))
+    shard = options.pop("shard", "")
+    config = load_run(words + [f"--{key}={value}" for key, value in options.items()])
+    if shard:
+        prepare_shard(config.data, config.model.table, parse_shard(shard))
+    else:
+        prepare(config.data, config.model.table, wait=None)
+
+
 def show_command(argv: list[str]) -> None:
     words, options = split_arguments(argv, ("smoke", "help"))
     number = options.pop("index", "0")
@@ -315,8 +326,7 @@ def main(argv: list[str] | None = None) -> None:
     elif command == "check":
         check_command(rest)
     elif command == "prepare":
-        config = load_run(rest)
-        prepare(config.data, config.model.table, wait=None)
+        prepare_command(rest)
     elif command == "show":
         show_command(rest)
     elif command in COMMANDS:

@@ -241,6 +241,14 @@ def split_arguments(argv: list[str], flags: tuple[str, ...] = (), many: tuple[st
     return words, pairs | {key: repr(tuple(values)) for key, values in lists.items()}
 
 
+def parse_shard(text: str) -> tuple[int, int]:
+    """The part of a work that is done in n parts: "3/8" is (3, 8)."""
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        raise ValueError(f"--shard={text} is not i/n with i from 0 to n - 1; write --shard=0/8 for the first of 8 parts")
+    return int(number), int(count)
+
+
 def load_config(argv: list[str], usage: str = "", kind: str = "") -> Any:
     """Run a config file and apply the overrides behind it: `configs/tiny.py --lr=1e-3 --smoke`; ValueError when it makes no `kind`.
 

@@ -14,6 +14,9 @@
 # Without SLURM, the same on every node: torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_id=1 \
 #   --rdzv_endpoint=FIRST_NODE:29500 train.py configs/NAME.py
 # On one node: torchrun --standalone --nproc_per_node=8 train.py configs/NAME.py
+# A large corpus first, by 64 jobs at once, then the index over what they encoded (a job that died leaves its part to it):
+#   jobs=$(sbatch --parsable --array=0-63 --wrap='.venv/bin/python data.py prepare configs/NAME.py --shard=$SLURM_ARRAY_TASK_ID/64')
+#   sbatch --dependency=afterany:$jobs --wrap='.venv/bin/python data.py prepare configs/NAME.py'
 
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}"

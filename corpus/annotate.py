@@ -53,6 +53,7 @@ from options import (
     check_types,
     help_text,
     locate,
+    parse_shard,
     read_json,
     read_lines,
     split_arguments,
@@ -82,9 +83,7 @@ class AnnotateConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        first, _, count = self.shard.partition("/")
-        known = first.isdecimal() and count.isdecimal() and int(first) < int(count)
-        assert known, f"shard {self.shard!r} is not i/n with i from 0 to n - 1"
+        parse_shard(self.shard)
         assert self.beam > 0, "beam is at least 1"
 
 
@@ -124,7 +123,7 @@ def annotate(source: str | Path, config: AnnotateConfig, recognise: Recogniser |
     ValueError when no file could be annotated.
     """
     files, faults = sound_files(Path(source), config.allow_outside)
-    first, count = map(int, config.shard.split("/"))
+    first, count = parse_shard(config.shard)
     mine = files[first::count]
     left = [path for path in mine if not path.with_suffix(".json").is_file()]
     recognise = recognise or (whisper_recogniser(config) if left else None)

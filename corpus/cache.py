@@ -10,6 +10,7 @@ sequence per clip a model could memorise the codes and ignore the text. Next: in
 import hashlib
 import json
 import random
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -25,8 +26,9 @@ from torch import Tensor
 from audio import augment
 from audio.augment import AugmentConfig
 from audio.wav import RESAMPLER, resample
-from corpus.checks import read_clip
-from corpus.data_config import DataConfig
+from corpus.checks import Verdicts, judge, read_clip
+from corpus.data_config import DataConfig, source_weight
+from corpus.layouts import read_manifest
 from corpus.manifest import Manifest, RejectedRow, Row
 from options import FULL, out_of_memory
 from system.files import checksum, replace_file
@@ -35,6 +37,22 @@ from system.progress import Progress, torch_threads, workers
 SUM = "sum:"                # stands before a checksum
 SHARD = 64                  # clips per shard; an interrupted `prepare` encodes at most this many again
 CACHE_VERSION = "1"         # part of every key: change it when the same input would be encoded or split differently
+
+
+def encode_sources(config: DataConfig, codec: Any, duplex: bool, shard: tuple[int, int] = (0, 1)) -> tuple[list[Manifest], int]:
+    """Read the sources of a config, judge their recordings and encode what is not cached; `codec` None for texts alone.
+
+    Of a shard, (its number, how many), only its clips: which these are follows from their ids. Returns the manifests and how many
+    clips were encoded.
+    """
+    manifests = [read_manifest(source_weight(s)[0], config.allow_outside, config.assistant_text, config.agent) for s in config.sources]
+    if codec is None:
+        return manifests, 0
+    verdicts = Verdicts(Path(config.cache) / "verdicts")
+    for m in manifests:
+        m.clips = {name: clip for name, clip in m.clips.items() if zlib.crc32(name.encode()) % shard[1] == shard[0]}
+        judge(m, (config.min_seconds, config.max_seconds), config.doubtful, config.max_seconds, verdicts, duplex, config.workers)
+    return manifests, store_codes(manifests, codec, duplex, config)
 
 
 def store_codes(manifests: list[Manifest], codec: Any, duplex: bool, config: DataConfig) -> int:

@@ -1,5 +1,6 @@
 """DataConfig: the options of a data set, from its sources to the packed rows of a batch. Next: manifest.py."""
 
+import re
 from dataclasses import dataclass
 
 from audio.augment import AugmentConfig
@@ -67,3 +68,9 @@ class DataConfig:
         assert 0 <= self.min_seconds <= self.max_seconds, "min_seconds is at most max_seconds"
         assert self.interleaver in INTERLEAVERS, f"interleaver {self.interleaver!r} is none of {', '.join(INTERLEAVERS)}"
         assert self.chunk_seconds > 0 <= self.text_padding_weight, "chunk_seconds is positive, text_padding_weight not negative"
+
+
+def source_weight(source: str) -> tuple[str, float]:
+    """Split "path:weight"; without a number behind the last colon the weight is 1."""
+    path, _, number = source.rpartition(":")
+    return (path, float(number)) if path and re.fullmatch(r"\d+(\.\d*)?|\.\d+", number) else (source, 1.0)

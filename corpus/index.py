@@ -5,14 +5,14 @@
     CACHE/<hash>/index.json                 the <content> that holds now, and the one before
 
 `prepare` writes, `open_cache` opens. Another split, tokenizer or normaliser is another index over the same codes. A run that
-reads an index keeps it: other rows make another <content>, no file is ever changed. One file because the fields that are written
-are those that are read. Next: examples.py.
+reads an index keeps it: other rows make another <content>, no file is ever changed. A job array encodes a large corpus in
+shards: each leaves CACHE/<hash>/shard-3-of-8.json when it ends, and `prepare` behind them joins what they encoded. Next: examples.py.
+One file because the fields that are written are those that are read.
 """
 
 import hashlib
 import json
 import math
-import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -29,16 +29,15 @@ from corpus.cache import (
     SUM,
     Shard,
     damaged_message,
+    encode_sources,
     hash_of,
     open_shard,
-    store_codes,
     variant_parameters,
     word_shift,
     write_tensors,
 )
-from corpus.checks import Verdicts, advice, judge, verdict_lines, warning_lines, with_fitting_split
-from corpus.data_config import PROMPT_FIELDS, DataConfig
-from corpus.layouts import read_manifest
+from corpus.checks import advice, verdict_lines, warning_lines, with_fitting_split
+from corpus.data_config import PROMPT_FIELDS, DataConfig, source_weight
 from corpus.manifest import Manifest, Row, hash_fraction, label
 from families.family import family_of, lay_out
 from layers.conditioning import condition_ids
@@ -172,7 +171,32 @@ def prepare(config: DataConfig, table: StreamTable, wait: Callable[[str], Any] |
         unlock(config.cache)
 
 
-def write_index(config: DataConfig, table: StreamTable) -> Index:
+def prepare_shard(config: DataConfig, table: StreamTable, shard: tuple[int, int]) -> None:
+    """Encode the clips of one job of an array, (its number from 0, how many): jobs run at once, each again after a kill.
+
+    No job writes an index. `prepare` behind the last one does, and encodes what a job has left.
+    """
+    _, codec, duplex = fitting_parts(config, table)
+    if codec is None:
+        raise ValueError("--shard: this model has no audio rows, nothing is encoded; run python data.py prepare without it")
+    (number, count), (manifests, encoded) = shard, encode_sources(config, codec, duplex, shard)
+    clips = sum(bool(clip["shard"]) for m in manifests for clip in m.clips.values())
+    write_json(index_folder(config, table) / f"shard-{number}-of-{count}.json", {"clips": clips, "encoded": encoded})
+    print(f"shard {number}/{count}: {encoded} clips encoded, {clips} are in the cache; behind the last shard, "
+          + "python data.py prepare without --shard writes the index and names what was left out")
+
+
+def missing_shards(folder: Path) -> list[str]:
+    """The shards of an array that have not ended since the index was written; none where there was no array, or a whole one."""
+    ended: dict[int, set[int]] = {}
+    for path in folder.glob("shard-*-of-*.json"):
+        _, number, _, count = path.stem.split("-")
+        ended.setdefault(int(count), set()).add(int(number))
+    return min(([f"{n}/{count}" for n in range(count) if n not in numbers] for count, numbers in ended.items()), key=len, default=[])
+
+
+def fitting_parts(config: DataConfig, table: StreamTable) -> tuple[Tokenizer, Any, bool]:
+    """The tokenizer and the codec of a config, and whether the model also listens; ValueError where options do not go together."""
     if config.split not in ("hash", "speaker", "manifest") or not config.sources:
         raise ValueError(f"data.split={config.split!r}, sources={config.sources}; set split to hash, speaker or manifest and name a source")
     tokenizer = load_tokenizer(config.tokenizer)
@@ -180,15 +204,17 @@ def write_index(config: DataConfig, table: StreamTable) -> Index:
     duplex = check_fit(table, tokenizer, codec)
     if config.augment and not (duplex and config.variants > 1):
         raise ValueError(f"data.augment needs a duplex model and data.variants above 1 (now {config.variants}); or drop data.augment")
-    chat = new_chat(config, tokenizer, table)
-    manifests = [read_manifest(source_weight(s)[0], config.allow_outside, config.assistant_text, config.agent) for s in config.sources]
-    if codec:
-        verdicts = Verdicts(Path(config.cache) / "verdicts")
-        for m in manifests:
-            judge(m, (config.min_seconds, config.max_seconds), config.doubtful, config.max_seconds, verdicts, duplex, config.workers)
-    encoded = store_codes(manifests, codec, duplex, config) if codec else 0
+    return tokenizer, codec, duplex
+
+
+def write_index(config: DataConfig, table: StreamTable) -> Index:
+    tokenizer, codec, duplex = fitting_parts(config, table)
+    chat, folder = new_chat(config, tokenizer, table), index_folder(config, table)
+    if left := missing_shards(folder):
+        print(f"not ended: shard {', '.join(left)}; what is missing is encoded here", file=sys.stderr)
+    manifests, encoded = encode_sources(config, codec, duplex)
     info = {"version": CACHE_VERSION, "frame_rate": codec.frame_rate if codec else 0.0, "duplex": duplex}
-    index = Index(index_folder(config, table), info, [], chat=chat, padding=(config.text_padding_weight, table.pad, table.epad))
+    index = Index(folder, info, [], chat=chat, padding=(config.text_padding_weight, table.pad, table.epad))
     indexer = Indexer(index, with_fitting_split(config, manifests), table, tokenizer, composed_audio(manifests))
     for source, m in enumerate(manifests):
         indexer.add(m, source)
@@ -199,6 +225,8 @@ def write_index(config: DataConfig, table: StreamTable) -> Index:
     if not count:
         raise ValueError(f"no usable row in {', '.join(config.sources)}; `python data.py check` lists the reasons")
     index.write(indexer.texts)
+    for path in folder.glob("shard-*-of-*.json"):
+        path.unlink()
     did = f"{encoded} clips encoded" if encoded else "everything was cached, nothing encoded"
     print(f"prepared {count} examples in {index.folder}: {did}, {bad} rows left out")
     return index
@@ -272,12 +300,6 @@ def check_fit(table: StreamTable, tokenizer: Tokenizer, codec: Any) -> bool:
         found = f"codec {codec.name} has {Q} codebooks of {codec.codebook_size} codes"
         raise ValueError(f"{found}, the model {rows} of {size}; choose the codec it was made for with --data.codec")
     return rows == 2 * Q
-
-
-def source_weight(source: str) -> tuple[str, float]:
-    """Split "path:weight"; without a number behind the last colon the weight is 1."""
-    path, _, number = source.rpartition(":")
-    return (path, float(number)) if path and re.fullmatch(r"\d+(\.\d*)?|\.\d+", number) else (source, 1.0)
 
 
 def print_left_out(manifests: list[Manifest], table: StreamTable, verdict: list[str]) -> int:

@@ -28,9 +28,9 @@ from torch import Tensor
 import lora
 from checkpoint import DTYPES, base_of, load
 from config import TrainConfig
-from corpus.data_config import DataConfig
+from corpus.data_config import DataConfig, source_weight
 from corpus.examples import build_example
-from corpus.index import Entry, Index, open_cache, prepare, source_weight
+from corpus.index import Entry, Index, open_cache, prepare
 from corpus.layouts import json_rows
 from corpus.manifest import Manifest, label
 from corpus.phone_calls import CATEGORIES, UNKNOWN, intent, ungrounded

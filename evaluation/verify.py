@@ -32,9 +32,9 @@ import lora
 from checkpoint import DTYPES, export, load, merge_error, recognise, resolve
 from config import TrainConfig
 from corpus.cache import encode_clip
-from corpus.data_config import DataConfig
+from corpus.data_config import DataConfig, source_weight
 from corpus.examples import build_example, spoken_prompt
-from corpus.index import Index, fitting_codec, prepare, prompt_facts, source_weight
+from corpus.index import Index, fitting_codec, prepare, prompt_facts
 from corpus.layouts import read_manifest
 from data import Batch, Loader
 from evaluation.consistency import decoding_error, disagreement, example_grids, prompted, random_grids

@@ -14,8 +14,9 @@ from conftest import ROOT
 from fake_corpus import ALIGNED, BYTES, DUPLEX, FakeCodec, composed, fake_data
 
 import data
+from corpus.data_config import source_weight
 from corpus.examples import build_example, clip_example, prompt_example
-from corpus.index import prepare, source_weight
+from corpus.index import prepare
 from data import Loader, pack
 from families.family import lay_out
 from layers.architecture import ModelConfig, StackConfig

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from conftest import call
 from fake_corpus import BYTES, FakeCodec, composed, fake_data, write_clips
 
 from audio import load_codec
 from corpus.cache import variant_parameters
-from corpus.index import open_cache, prepare
+from corpus.index import index_folder, open_cache, prepare, prepare_shard
 from data import Loader
 from streams import Stream, StreamTable
 
@@ -33,6 +34,33 @@ def test_preparing_twice_encodes_once(config, capsys):
     assert "nothing encoded" in capsys.readouterr().out
     prepare(replace(config, split="speaker"), BYTES)
     assert FakeCodec.calls == 40                        # another split, the same codes
+
+
+def test_shards_encode_each_clip_once_and_prepare_joins_them(config, capsys):
+    alone = prepare(replace(config, cache=f"{config.cache}_alone"), BYTES)
+    FakeCodec.calls, folder = 0, index_folder(config, BYTES)
+    for number in (0, 2, 2):                            # the second job died, the third was run twice
+        prepare_shard(config, BYTES, (number, 3))
+        with pytest.raises(FileNotFoundError, match="data.py prepare"):
+            open_cache(config, BYTES)
+    done = [int(line.split()[2]) for line in capsys.readouterr().out.splitlines() if line.startswith("shard")]
+    assert 0 < done[0] < 40 and 0 < done[1] and done[2] == 0 and sum(done) == FakeCodec.calls < 40
+    together, (out, err) = prepare(config, BYTES), capsys.readouterr()
+    assert f"{40 - sum(done)} clips encoded" in out and "not ended: shard 1/3" in err and FakeCodec.calls == 40
+    assert [replace(e, shard="") for e in together.entries] == [replace(e, shard="") for e in alone.entries]
+    assert all(torch.equal(together.codes(n, 0), alone.codes(n, 0)) for n in range(40))
+    for number in range(3):
+        prepare_shard(config, BYTES, (number, 3))
+    prepare(config, BYTES)
+    assert "not ended" not in capsys.readouterr().err and not list(folder.glob("shard-*")) and FakeCodec.calls == 40
+
+
+def test_a_shard_is_a_part_of_a_whole_and_has_recordings(config):
+    text = StreamTable(BYTES.streams[:1], "text")
+    with pytest.raises(ValueError, match="no audio rows.*without it"):
+        prepare_shard(config, text, (0, 2))
+    rc, _, err = call("data.py", "prepare", "configs/tiny.py", "--smoke", "--shard", "8/8")
+    assert rc == 2 and "--shard=8/8 is not i/n with i from 0 to n - 1" in err, err
 
 
 def test_a_killed_prepare_resumes_behind_the_last_shard(config, monkeypatch):

@@ -15,7 +15,7 @@ from tables import random_ids
 import lora
 from checkpoint import Extras, load, save
 from config import TrainConfig
-from corpus.index import source_weight
+from corpus.data_config import source_weight
 from corpus.layouts import read_manifest
 from families.family import family_of
 from layers.architecture import ModelConfig

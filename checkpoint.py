@@ -432,10 +432,7 @@ def open_official(form: Format, folder: Path, config: ModelConfig | None = None,
                   file: Path | None = None) -> tuple[MultistreamLM, Tensors]:
     """The model of an official config.json on the meta device, and its weights by our names, of one file or of shards."""
     about = read_json(config_file(folder))
-    named, fields = form.named(about), folder / form.weight_file(about)
-    if named:
-        fields = named_file(folder, named, f"the weights in {folder}/config.json", "give the file itself")
-    tensors = open_official_files(folder, file if file is not None and file.is_file() else fields)
+    tensors = official_tensors(form, folder, about, file)
     if (folder / "generation_config.json").is_file():             # it knows all ids that end a text, config.json often one
         about |= {k: v for k, v in read_json(folder / "generation_config.json").items() if k == "eos_token_id" and v is not None}
     about = form.complete(about, tensors, str(folder), lambda name: open_model(name)[0].config)
@@ -448,6 +445,16 @@ def open_official(form: Format, folder: Path, config: ModelConfig | None = None,
         model = MultistreamLM(config or stored)
     model.extras = Extras(folder=str(folder), source=str(file or folder))
     return model, to_ours(form, model.weights(), stored, tensors, str(folder))
+
+
+def official_tensors(form: Format, folder: Path, about: dict[str, Any], file: Path | None = None) -> dict[str, LazyTensor]:
+    """All tensors of an official folder, not yet read: of `file`, or of what its config.json names, or of its usual files."""
+    named, usual = form.named(about), folder / form.weight_file(about)
+    if not named and (named := str(about.get("transformers_weights") or "")) and Path(named).name != named:
+        raise ValueError(f"{folder}/config.json: transformers_weights {named!r} is outside its folder; fetch it again")
+    if named:                                                     # in CSM's folder, beside weights of another layout
+        usual = named_file(folder, named, f"the weights in {folder}/config.json", "give the file itself")
+    return open_official_files(folder, file if file is not None and file.is_file() else usual)
 
 
 def load_text_tower(model: MultistreamLM, folder: Path, device: str | torch.device = "cpu",
@@ -470,10 +477,10 @@ def load_text_tower(model: MultistreamLM, folder: Path, device: str | torch.devi
 
 
 def open_official_files(folder: Path, file: Path) -> dict[str, LazyTensor]:
-    """All tensors of an official folder: the shards of its index, `file`, or its only weights."""
+    """All tensors of an official folder: those of `file`, a file of weights or an index, the shards of its index, or its only weights."""
     indexes = [*sorted(folder.glob("*.safetensors.index.json")), *sorted(folder.glob("pytorch_model*.bin.index.json"))]
-    found = weight_files(folder)
-    if file.is_file():
+    indexes, found = [file] if file.name.endswith(".index.json") else indexes, weight_files(folder)
+    if file.is_file() and file not in indexes:
         folder, names = file.parent, [file.name]
     elif indexes:
         index = read_object(indexes[0], "fetch it again", weight_map=dict)
@@ -567,6 +574,7 @@ def export(model_or_dir: MultistreamLM | str | Path, dir: str | Path, to: str = 
     if to != FORMAT:
         about, theirs = export_model(model.config, tensors, to, str(dtype).removeprefix("torch."))
         form = choose_format(model.config, to)
+        theirs |= codec_beside(model, form, tell)
         write_shards(Path(dir), form.weight_file(about), theirs, SHARD if form.shards else sys.maxsize)
         write_json(Path(dir) / "config.json", about)
         carry_files(model, Path(dir), about, form)
@@ -577,6 +585,19 @@ def export(model_or_dir: MultistreamLM | str | Path, dir: str | Path, to: str = 
         extras = replace(extras, data=facts) if "tokenizer" in facts and ("codec" in facts or not model.table.codes) else extras
     origin = official_folder(extras) or extras.folder
     return write_checkpoint(Path(dir), "model", model.config, tensors, replace(extras, base="", folder=str(origin)))
+
+
+def codec_beside(model: MultistreamLM, form: Format, tell: Callable[[str], Any]) -> Tensors:
+    """The codec that lies in the same file as the weights in an official layout: that of the folder that a model began with."""
+    if not form.codec:
+        return {}
+    source = official_folder(getattr(model, "extras", None) or Extras())
+    there = source is not None and weight_files(source) and recognise(source) is form
+    found = official_tensors(form, source, read_json(config_file(source))) if there else {}
+    found = {name: t for name, t in found.items() if name.startswith(form.codec)}
+    if not found:
+        tell(f"without the codec ({form.codec}*), which does not lie beside what this was made from; copy it from the released weights")
+    return found
 
 
 def opened(model_or_dir: MultistreamLM | str | Path) -> tuple[MultistreamLM, Tensors | None]:

@@ -64,12 +64,13 @@ NAMES = (("embed.text.weight", "embed_text_tokens.weight"),
          *stack("temporal.layers", "backbone_model.layers"), ("temporal.norm.weight", "backbone_model.norm.weight"),
          ("audio_head.weight", "lm_head.weight"), *stack("depth.layers", f"{DEPTH}.layers"), ("depth.norm.weight", f"{DEPTH}.norm.weight"),
          ("depth.input.weight", f"{DEPTH}.inputs_embeds_projector.weight"), ("depth.head.weight", "depth_decoder.codebooks_head.weight"))
+CODEC = "codec_model."                                   # Mimi's weights, which audio/ reads from their own file
 HEADS = "depth_decoder.codebooks_head.weight"           # (Q - 1, d, V) there, (Q - 1, V, d) here
 
 
 def tidy(tensors: Tensors, config: ModelConfig) -> Tensors:
     """Without the codec, which audio/ reads; one copy of the tables that both transformers share."""
-    kept = {n: t.transpose(1, 2) if n == HEADS else t for n, t in tensors.items() if not n.startswith("codec_model.")}
+    kept = {n: t.transpose(1, 2) if n == HEADS else t for n, t in tensors.items() if not n.startswith(CODEC)}
     drop_duplicate(kept, "backbone_model.embed_tokens.embed_audio_tokens.weight", f"{DEPTH}.embed_tokens.weight")
     if f"{DEPTH}.embed_tokens.weight" in kept:          # transformers may store the shared tables under this name alone
         kept["backbone_model.embed_tokens.embed_audio_tokens.weight"] = kept.pop(f"{DEPTH}.embed_tokens.weight")
@@ -119,4 +120,4 @@ FAMILIES = (Family(
     companions={"codec": "kyutai/mimi"}, text_to_speech=True, references=99,
     formats=(Format("csm", "hf", lambda c: NAMES, read, write, lambda c: c.table.joint_end and c.depth is not None and c.depth.prefix,
                     by_model_type("csm"), tidy, untidy,
-                    stacked=True, peft=True),)),)
+                    stacked=True, peft=True, codec=CODEC),)),)

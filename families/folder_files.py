@@ -22,7 +22,7 @@ TOKENIZER = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "
 ITS_OWN = ("max_position_embeddings", "bos_token_id", "pad_token_id", "initializer_range", "max_window_layers", "sliding_window")
 # What our own fields say in another way, or what was true of the base only.
 STALE = ("rope_parameters", "rope_scaling", "rope_theta", "dtype", "torch_dtype", "transformers_version", "quantization_config",
-         "_name_or_path", "moshi_name", "lora_name", "lora_rank", "lora_scaling")
+         "_name_or_path", "transformers_weights", "moshi_name", "lora_name", "lora_rank", "lora_scaling")
 MOST = 64 << 20     # bytes
 
 

@@ -501,6 +501,54 @@ def test_an_export_carries_what_stood_around_its_base(name, tmp_path):
     assert (peft / "tokenizer_config.json").is_file() and not (peft / "config.json").is_file()
 
 
+CODEC_NAMES = "codec_model."
+
+
+def codec_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: t for name, t in load_file(folder / "model.safetensors").items() if name.startswith(CODEC_NAMES)}
+
+
+@torch.no_grad()
+def test_a_csm_export_carries_its_mimi_and_speaks_as_the_official_class_does(tmp_path, capsys):
+    """Its codec lies in the file of the weights; of a full fine-tune, which keeps small files only, it says what is missing."""
+    out = ways("csm", tmp_path)
+    expected = codec_of(tmp_path / "base")
+    for way in ("itself", "run"):
+        found = codec_of(out[way])
+        assert found.keys() == expected.keys() and all(torch.equal(t, expected[name]) for name, t in found.items()), way
+    capsys.readouterr()
+    assert not codec_of(export(tmp_path / "whole", tmp_path / "again", "hf", print)) and "without the codec" in capsys.readouterr().out
+    transformers = pytest.importorskip("transformers")
+    text = torch.tensor([[256, 91, 48, 93, 72, 105, 257]])                  # <|begin_of_text|>[0]Hi<|end_of_text|>
+    for folder in (tmp_path / "base", out["itself"], out["run"]):
+        theirs, info = transformers.CsmForConditionalGeneration.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
+        assert not info["missing_keys"] and not info["unexpected_keys"], info
+        codes = theirs.eval().generate(input_ids=text, max_new_tokens=6, do_sample=False, depth_decoder_do_sample=False)[0]
+        prompt = torch.cat([text, torch.full((4, text.shape[1]), -1)])[None]
+        ours = torch.stack([f[0, 1:] for f in generate(load(folder), prompt, SampleConfig(temperature=0, max_frames=6))])
+        assert torch.equal(ours, codes), folder
+
+
+def test_the_weights_that_a_config_of_transformers_names_are_read(tmp_path):
+    """CSM's folder holds the same model in two layouts; what `transformers_weights` names is transformers' own."""
+    base = official("csm", tmp_path / "base")
+    expected = load(base).weights()
+    (base / "model.safetensors").rename(base / "transformers-00001-of-00001.safetensors")
+    save_file({"backbone.layers.0.attn.q_proj.weight": torch.ones(2, 2)}, base / "model.safetensors")
+    names = load_file(base / "transformers-00001-of-00001.safetensors")
+    (base / "transformers.safetensors.index.json").write_text(
+        json.dumps({"weight_map": dict.fromkeys(names, "transformers-00001-of-00001.safetensors")}))
+    for name in ("transformers-00001-of-00001.safetensors", "transformers.safetensors.index.json"):
+        edit(base / "config.json", transformers_weights=name)
+        assert all(torch.equal(t, expected[n]) for n, t in load(base).weights().items())
+    out = export(adapter_run(base, tmp_path / "run"), tmp_path / "out", to="hf")
+    assert "transformers_weights" not in json.loads((out / "config.json").read_text()) and codec_of(out)
+    for name, words in (("gone.safetensors", "is gone.safetensors, which is not there"), ("../base/x.safetensors", "outside its folder")):
+        edit(base / "config.json", transformers_weights=name)
+        with pytest.raises(ValueError, match=words):
+            load(base)
+
+
 def test_stop_ids_that_a_run_learnt_reach_generation_config(tmp_path):
     base = official("qwen2", tmp_path / "base", eos_token_id=512)
     edit(base / "config.json", eos_token_id=512)

@@ -130,24 +130,30 @@ def qwen_peft() -> None:
 
 # ---- CSM ----
 
-def csm_case(name: str, seed: int, D: int, d: int, Q: int, V: int, heads: int, **more: object) -> None:
-    """A prompt of text and frames: logits of every codebook, both losses, and greedy frames behind the text."""
+def csm_model(seed: int, D: int, d: int, Q: int, V: int, heads: int, codec_width: int = 32, **more: object) -> nn.Module:
     from transformers import CsmConfig, CsmForConditionalGeneration
     llama3 = {"rope_type": "llama3", "factor": 32.0, "rope_theta": 500000.0}
     deep = {"num_codebooks": Q, "backbone_hidden_size": D, "vocab_size": V, "hidden_size": d, "intermediate_size": 36,
             "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 33,
             "rope_parameters": llama3 | {
                 "low_freq_factor": 0.001953125, "high_freq_factor": 0.0078125, "original_max_position_embeddings": 16}}
-    codec = {"model_type": "mimi", "hidden_size": 32, "num_filters": 2, "num_hidden_layers": 1, "num_attention_heads": 2,
+    codec = {"model_type": "mimi", "hidden_size": codec_width, "num_filters": 2, "num_hidden_layers": 1, "num_attention_heads": 2,
              "num_key_value_heads": 2, "intermediate_size": 8, "codebook_size": 8, "codebook_dim": 4, "num_quantizers": Q,
-             "vector_quantization_hidden_dimension": 4, "upsample_groups": 32}
+             "vector_quantization_hidden_dimension": 4, "upsample_groups": codec_width}
+    ids = {"text_vocab_size": 60, "bos_token_id": 40, "audio_token_id": 42, "audio_eos_token_id": 43, "pad_token_id": 42}
     config = CsmConfig(
-        num_codebooks=Q, vocab_size=V, text_vocab_size=60, hidden_size=D, intermediate_size=52, num_hidden_layers=3, bos_token_id=40,
-        num_attention_heads=heads, num_key_value_heads=1, audio_token_id=42, audio_eos_token_id=43, pad_token_id=42,
+        num_codebooks=Q, vocab_size=V, hidden_size=D, intermediate_size=52, num_hidden_layers=3,
+        num_attention_heads=heads, num_key_value_heads=1,
         codebook_pad_token_id=V - 1, depth_decoder_config=deep, codec_config=codec, rope_parameters=llama3 | {
-            "low_freq_factor": 0.125, "high_freq_factor": 0.5, "original_max_position_embeddings": 1024}, **more)
+            "low_freq_factor": 0.125, "high_freq_factor": 0.5, "original_max_position_embeddings": 1024}, **(ids | more))
     model = scramble(CsmForConditionalGeneration(config), seed)
     model.tie_weights()
+    return model
+
+
+def csm_case(name: str, seed: int, D: int, d: int, Q: int, V: int, heads: int, **more: object) -> None:
+    """A prompt of text and frames: logits of every codebook, both losses, and greedy frames behind the text."""
+    model = csm_model(seed, D, d, Q, V, heads, **more)
     text = torch.cat([torch.tensor([[40]]), draw(40, 1, 4, seed=seed + 1), torch.tensor([[41]])], 1)
     frames = draw(V - 3, 1, 7, Q, seed=seed + 2)
     with torch.no_grad():
@@ -163,7 +169,7 @@ def csm_case(name: str, seed: int, D: int, d: int, Q: int, V: int, heads: int, *
     bare = nn.Module()
     bare.state_dict = lambda: {k: v for k, v in model.state_dict().items() if not k.startswith("codec_model.")}
     print(f"{name}: greedy {greedy.tolist()}, |logits| up to {first.abs().max():.1f} and {rest.abs().max():.1f}")
-    write(name, bare, json.loads(config.to_json_string(use_diff=False)), "torch transformers", text=text, frames=frames, first=first,
+    write(name, bare, json.loads(model.config.to_json_string(use_diff=False)), "torch transformers", text=text, frames=frames, first=first,
           rest=rest, losses=torch.stack([loss.backbone_loss, loss.depth_decoder_loss]), greedy=greedy)
 
 

@@ -71,6 +71,19 @@ def higgs(name: str, folder: Path) -> None:
                                              "audio_stream_eos_id": 257})
 
 
+def csm(name: str, folder: Path) -> None:
+    """CSM and its Mimi in one file, a processor, rules of the depth transformer in generation_config.json."""
+    from make import csm_model
+    from transformers import GenerationConfig, PreTrainedTokenizerFast
+    ids = {t["content"]: t["id"] for t in json.loads((ASSETS / "tiny_tokenizer.json").read_text())["added_tokens"]}
+    begin = ids["<|begin_of_text|>"]
+    model = csm_model(3, 16, 12, 4, 258, 2, 16, text_vocab_size=288, bos_token_id=begin, audio_token_id=begin + 2,
+                      audio_eos_token_id=begin + 3, pad_token_id=begin + 2).to(torch.bfloat16)
+    model.generation_config = GenerationConfig(bos_token_id=begin, pad_token_id=begin + 2, do_sample=True, temperature=0.9, top_k=50)
+    model.save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_file=str(ASSETS / "tiny_tokenizer.json"), bos_token="<|begin_of_text|>", pad_token="<|end_of_text|>",
+                            chat_template="{{ messages }}").save_pretrained(folder)
+    write(folder / "processor_config.json", {"processor_class": "CsmProcessor"})
 
 
 # Of a base whose head is its embedding: one of the two trained in full, both, the head with an adapter.
@@ -97,7 +110,7 @@ def peft(name: str, folder: Path) -> None:
     save_file({"ids": ids, "logits": logits}, HERE / f"{name}.safetensors")
 
 
-MAKE = {"qwen2": qwen, "qwen3": qwen, "higgs": higgs, **dict.fromkeys(TIED, peft)}
+MAKE = {"qwen2": qwen, "qwen3": qwen, "higgs": higgs, "csm": csm, **dict.fromkeys(TIED, peft)}
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or MAKE:

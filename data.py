@@ -42,9 +42,9 @@ from corpus.annotate import fix_alignments
 from corpus.checks import check_source
 from corpus.data_config import DataConfig, source_weight
 from corpus.examples import build_example
-from corpus.index import open_cache, prepare, prepare_shard
+from corpus.index import load_run, open_cache, prepare_command
 from families.family import lay_out
-from options import apply, edge, help_text, load_config, parse_shard, split_arguments, unknown, visible
+from options import apply, edge, help_text, split_arguments, unknown, visible
 from streams import Grid, StreamTable, show
 from system.prefetch import prefetch
 from text import personal
@@ -283,24 +283,6 @@ def check_command(argv: list[str]) -> None:
         print(*measure_coverage((row["text"] for row in kept), tokenizer, options.get("normaliser", "none")).lines(), sep="\n")
 
 
-def load_run(argv: list[str]) -> Any:
-    """Load a config that has a data section."""
-    config = load_config(argv)
-    if not hasattr(config, "data"):
-        raise ValueError(f"{argv[0]} is a {type(config).__name__} and has no data section; use the config of a run, as configs/tiny.py")
-    return config
-
-
-def prepare_command(argv: list[str]) -> None:
-    words, options = split_arguments(argv, ("smoke", "help"))
-    shard = options.pop("shard", "")
-    config = load_run(words + [f"--{key}={value}" for key, value in options.items()])
-    if shard:
-        prepare_shard(config.data, config.model.table, parse_shard(shard))
-    else:
-        prepare(config.data, config.model.table, wait=None)
-
-
 def show_command(argv: list[str]) -> None:
     words, options = split_arguments(argv, ("smoke", "help"))
     number = options.pop("index", "0")
@@ -315,7 +297,7 @@ def show_command(argv: list[str]) -> None:
 
 
 COMMANDS = {"annotate": annotate.main, "transcribe": annotate.transcribe_command, "fix-alignments": fix_alignments,
-            "calls": phone_calls.main, "personal": personal.main}
+            "calls": phone_calls.main, "personal": personal.main, "prepare": prepare_command}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -325,14 +307,12 @@ def main(argv: list[str] | None = None) -> None:
         print("Fields of DataConfig (--data.NAME=VALUE):\n", help_text(DataConfig(), ""), sep="")
     elif command == "check":
         check_command(rest)
-    elif command == "prepare":
-        prepare_command(rest)
     elif command == "show":
         show_command(rest)
     elif command in COMMANDS:
         COMMANDS[command](rest)
     else:
-        raise ValueError(unknown(command, ["check", "prepare", "show", *COMMANDS], "command") + " (python data.py --help)")
+        raise ValueError(unknown(command, ["check", "show", *COMMANDS], "command") + " (python data.py --help)")
 
 
 if __name__ == "__main__":

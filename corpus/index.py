@@ -41,7 +41,7 @@ from corpus.data_config import PROMPT_FIELDS, DataConfig, source_weight
 from corpus.manifest import Manifest, Row, hash_fraction, label
 from families.family import family_of, lay_out
 from layers.conditioning import condition_ids
-from options import read_json, visible, write_json
+from options import load_config, parse_shard, read_json, split_arguments, visible, write_json
 from streams import Example, StreamTable
 from system.files import checksum, lock, replace_file, unlock
 from text.conversation import Chat, with_transcripts
@@ -184,6 +184,24 @@ def prepare_shard(config: DataConfig, table: StreamTable, shard: tuple[int, int]
     write_json(index_folder(config, table) / f"shard-{number}-of-{count}.json", {"clips": clips, "encoded": encoded})
     print(f"shard {number}/{count}: {encoded} clips encoded, {clips} are in the cache; behind the last shard, "
           + "python data.py prepare without --shard writes the index and names what was left out")
+
+
+def load_run(argv: list[str]) -> Any:
+    """Load a config that has a data section."""
+    config = load_config(argv)
+    if not hasattr(config, "data"):
+        raise ValueError(f"{argv[0]} is a {type(config).__name__} and has no data section; use the config of a run, as configs/tiny.py")
+    return config
+
+
+def prepare_command(argv: list[str]) -> None:
+    words, options = split_arguments(argv, ("smoke", "help"))
+    shard = options.pop("shard", "")
+    config = load_run(words + [f"--{key}={value}" for key, value in options.items()])
+    if shard:
+        prepare_shard(config.data, config.model.table, parse_shard(shard))
+    else:
+        prepare(config.data, config.model.table, wait=None)
 
 
 def missing_shards(folder: Path) -> list[str]:

@@ -316,7 +316,7 @@ def check_fit(table: StreamTable, tokenizer: Tokenizer, codec: Any) -> bool:
     Q, rows, size = codec.num_codebooks, len(table.codes), table.flat[2] if table.flat else min(table.streams[i].vocab for i in table.audio)
     if rows not in (Q, 2 * Q) or codec.codebook_size > size or table.flat and rows != Q:
         found = f"codec {codec.name} has {Q} codebooks of {codec.codebook_size} codes"
-        raise ValueError(f"{found}, the model {rows} of {size}; choose the codec it was made for with --data.codec")
+        raise ValueError(f"{found}, the model {rows} audio rows of {size}; choose the codec it was made for with --data.codec")
     return rows == 2 * Q
 
 

@@ -37,6 +37,7 @@ from audio.recogniser import load_whisper, prepare  # noqa: E402
 from audio.tiny import EDGE, FRAME, STACK, TinyCodec, fit_tables, log_mel  # noqa: E402  (the root has to be on the path first)
 from audio.wav import load_wav, resample  # noqa: E402
 from evaluation.metrics import normalise  # noqa: E402
+from options import read_rows, write_rows  # noqa: E402
 
 SPEECH = ROOT / "assets" / "speech"
 PACKAGES = ("asterisk-core-sounds-en", "asterisk-core-sounds-en-g722")      # transcripts, recordings
@@ -148,11 +149,6 @@ def synthesise(engine: str, text: str, work: Path) -> Tensor:
     return trim(resample(wav[0], rate, RATE))
 
 
-def write_opus(path: Path, wav: Tensor) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    soundfile.write(path, wav.numpy(), RATE, format="OGG", subtype="OPUS")
-
-
 # ---- word starts ----
 
 def word_starts(wav: Tensor, words: list[str], language: str) -> list[list]:
@@ -168,9 +164,8 @@ def word_starts(wav: Tensor, words: list[str], language: str) -> list[list]:
 
 def heard_starts(wav: Tensor, words: list[str]) -> list[float] | None:
     """The recogniser's word starts, or None unless it heard exactly these words."""
-    segments, _ = load_whisper().transcribe(prepare(wav, RATE).numpy(), language="en", beam_size=1,
-                                          temperature=0.0, word_timestamps=True,
-                                          condition_on_previous_text=False)
+    segments, _ = load_whisper().transcribe(prepare(wav, RATE).numpy(), language="en", beam_size=1, temperature=0.0, word_timestamps=True,
+                                            condition_on_previous_text=False)
     heard, starts = [], []
     for token in (word for segment in segments for word in segment.words):
         parts = normalise(token.word, digit_by_digit=True).split()
@@ -267,17 +262,17 @@ def build_speech(work: Path) -> None:
                    "held-out" if name in held_out else "train", group_of(name))
             for name, text in texts.items()]
     rows += synthetic_rows({name: text for name, text in texts.items() if name not in held_out}, work)
-    with open(SPEECH / "manifest.jsonl", "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_rows(SPEECH / "manifest.jsonl", rows)
     words = sorted({word for row in rows if row["language"] == "en" for word in row["text"].split()})
     (SPEECH / "words.json").write_text(json.dumps(words, indent=0) + "\n", encoding="utf-8")
     print(f"{len(rows)} clips, {len(held_out)} held out")
 
 
-def row_of(name: str, audio: str, wav: Tensor, text: str, speaker: str, language: str, split: str,
-           group: str) -> dict:
+def row_of(name: str, audio: str, wav: Tensor, text: str, speaker: str, language: str, split: str, group: str) -> dict:
     """Write one clip and return its line of the manifest."""
-    write_opus(SPEECH / audio, wav)
+    path = SPEECH / audio
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, wav.numpy(), RATE, format="OGG", subtype="OPUS")
     return {"id": name, "audio": audio, "text": text, "speaker": speaker, "language": language,
             "words": word_starts(wav, text.split(), language), "synthetic": speaker != "allison",
             "split": split, "group": group}
@@ -294,9 +289,8 @@ def synthetic_rows(texts: dict[str, str], work: Path) -> list[dict]:
     rows = []
     for voice in ("rms", "slt"):
         for name in chosen:
-            rows.append(row_of(f"{voice}/{name}", f"synthetic/{voice}/{name}.opus",
-                               synthesise(voice, texts[name], work), texts[name], voice, "en", "train",
-                               group_of(name)))
+            rows.append(row_of(f"{voice}/{name}", f"synthetic/{voice}/{name}.opus", synthesise(voice, texts[name], work), texts[name],
+                               voice, "en", "train", group_of(name)))
     for name, text in ARABIC.items():
         plain = re.sub("[\u064b-\u0652]", "", text)
         rows.append(row_of(f"ar/{name}", f"synthetic/ar/{name}.opus", synthesise("ar", text, work), plain,
@@ -305,24 +299,18 @@ def synthetic_rows(texts: dict[str, str], work: Path) -> list[dict]:
     return rows
 
 
-def training_clips() -> tuple[list[Tensor], list[bool]]:
-    """Every training clip as (W,), and whether a human speaks in it."""
-    rows = [json.loads(line) for line in open(SPEECH / "manifest.jsonl", encoding="utf-8")]
-    rows = [row for row in rows if row["split"] == "train"]
-    return [load_wav(SPEECH / row["audio"])[0][0] for row in rows], [not row["synthetic"] for row in rows]
-
-
 def build_codec(steps: int, seed: int) -> None:
     """Fit the tables, save; train the vocoder, save again."""
     torch.set_num_threads(1)            # steps this small gain little from a second core, and repeat exactly
-    clips, human = training_clips()
+    rows = [row for _, row in read_rows(SPEECH / "manifest.jsonl", "clip") if row["split"] == "train"]
+    clips = [load_wav(SPEECH / row["audio"])[0][0] for row in rows]
     path = ROOT / "assets" / "tiny_codec.safetensors"
     codec = fit_tables(clips, seed=seed)
     codec.save(path)
     seconds = sum(map(len, clips)) / RATE
     print(f"tables fitted on {len(clips)} clips, {seconds:.0f} s; {path.stat().st_size:,} bytes")
     if steps:
-        weights = torch.tensor([2.0 if h else 1.0 for h in human])              # the human voice comes first
+        weights = torch.tensor([1.0 if row["synthetic"] else 2.0 for row in rows])          # the human voice comes first
         codec = train_vocoder(codec, clips, weights, steps=steps, seed=seed)
         codec.save(path)
         print(f"vocoder trained for {steps} steps; {path.stat().st_size:,} bytes")

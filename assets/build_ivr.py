@@ -116,20 +116,15 @@ def draw_slots(names: set[str], draw: random.Random, language: str) -> dict[str,
 
 def draws(name: str, draw: random.Random, language: str) -> Iterator[str]:
     kind = name.rstrip("2")
+    money = "دينار" if language == "ar" else "euros"
     while True:
-        if kind in LISTS:
-            yield draw.choice(LISTS[kind].split("|"))
-        elif kind in ("order", "invoice", "case"):
-            yield str(draw.randrange(10 ** draw.randint(4, 6), 10**7))
-        elif kind == "date":
-            yield f"{draw.randint(1, 28)} {draw.choice(MONTHS)}"
-        elif kind == "amount":
-            yield f"{draw.randint(3, 400)}.{draw.choice('0 5'.split())}0 " + ("دينار" if language == "ar" else "euros")
-        else:
-            yield FORMATS[kind](draw)
+        yield draw.choice(LISTS[kind].split("|")) if kind in LISTS else FORMATS[kind](draw).format(money=money)
 
 
 FORMATS = {
+    **dict.fromkeys(("order", "invoice", "case"), lambda draw: str(draw.randrange(10 ** draw.randint(4, 6), 10**7))),
+    "date": lambda draw: f"{draw.randint(1, 28)} {draw.choice(MONTHS)}",
+    "amount": lambda draw: f"{draw.randint(3, 400)}.{draw.choice('05')}0 {{money}}",
     "tracking": lambda draw: f"TR{draw.randrange(10**7, 10**8)}", "error": lambda draw: f"E{draw.randint(10, 99)}",
     "version": lambda draw: f"{draw.randint(2, 9)}.{draw.randint(0, 9)}",
     "time": lambda draw: f"{draw.randint(8, 20)}:{draw.choice(('15', '30', '45'))}",

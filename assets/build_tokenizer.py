@@ -10,9 +10,15 @@ The smoke twins of the configs and the tests read them; the released models brin
 """
 
 import json
+import sys
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+ASSETS = Path(__file__).resolve().parent
+sys.path.insert(0, str(ASSETS.parent))
+
+from corpus.swap_tokenizer import byte_level_alphabet  # noqa: E402  (the root has to be on the path first)
 
 SPECIALS = [
     "<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>",
@@ -28,19 +34,11 @@ QWEN_PLAIN = [              # added, but no special tokens: decoding shows them
     "<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>",
     "<tool_response>", "</tool_response>", "<think>", "</think>"]
 PIECES = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-ASSETS = Path(__file__).parent
-
-
-def byte_letters() -> list[str]:
-    """The letter by which byte-level BPE writes each byte (GPT-2): printable ones stand for themselves."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = iter(range(256, 512))
-    return [chr(b) if b in printable else chr(next(others)) for b in range(256)]
 
 
 def plain(specials: list[str]) -> Tokenizer:
     """A byte-level BPE without merges, and special tokens."""
-    tokenizer = Tokenizer(models.BPE({letter: n for n, letter in enumerate(byte_letters())}, []))
+    tokenizer = Tokenizer(models.BPE(byte_level_alphabet(), []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in specials])
@@ -53,7 +51,7 @@ def qwen(texts: list[str], size: int = 512) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(PIECES), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=sorted(byte_letters()), show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=sorted(byte_level_alphabet()), show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in QWEN])
     tokenizer.add_tokens([AddedToken(name, normalized=False, special=False) for name in QWEN_PLAIN])

@@ -109,13 +109,11 @@ class HiftStream:
         f0 = torch.cat([self.f0, self.hift.f0_predictor(self.mel)[:, self.f0.shape[1]:]], 1)
         wav = self.hift(self.mel, self.hift.source(f0, self.phase, self.first))
         wav = wav[:, (self.done - self.first) * FRAME: (until - self.first) * FRAME]
-        self._forget(f0, max(0, until - BEFORE) - self.first, end - PITCH - self.first)
-        self.done = until
-        return wav
-
-    def _forget(self, f0: Tensor, gone: int, certain: int) -> None:
+        gone, certain = max(0, until - BEFORE) - self.first, end - PITCH - self.first       # frames not needed again, and of final pitch
         self.phase = (self.phase + self.hift.cycles(f0[:, :gone]).sum(2)) % 1
         self.mel, self.f0, self.first = self.mel[:, :, gone:], f0[:, gone: max(certain, gone)], self.first + gone
+        self.done = until
+        return wav
 
 
 class Pitch(nn.Module):

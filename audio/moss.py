@@ -37,6 +37,7 @@ from audio.hubert import listed, load_strict
 from audio.rvq import check_codes, nearest
 from audio.whisper import HOP, WINDOW, WhisperConfig, WhisperEncoder, floored, log_mel, log_power, mel_filters
 from audio.whisper import RATE as WHISPER_RATE
+from system.files import replace_file
 
 CODE = 1920                 # samples in a code: 80 ms
 PIECE = 375                 # codes (30 s) that the encoder sees at once; then it starts afresh
@@ -152,10 +153,8 @@ class Voice:
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, whole or not at all."""
-        path = Path(path)
-        part = path.with_name(path.name + ".part")
-        save_file({name: tensor.contiguous().cpu() for name, tensor in vars(self).items()}, part, {"voice": "moss"})
-        part.replace(path)
+        tensors = {name: tensor.contiguous().cpu() for name, tensor in vars(self).items()}
+        replace_file(path, lambda temporary: save_file(tensors, temporary, {"voice": "moss"}))
 
     @classmethod
     def load(cls, path: str | Path, codec: MossCodec) -> "Voice":

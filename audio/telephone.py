@@ -21,6 +21,8 @@ RATE = 8000
 LOW, HIGH = 300, 3400       # Hz
 TAPS = 401                  # of the band filter: 50 ms, its edges are 100 Hz wide
 PACKET = 160                # samples, 20 ms
+SPAN, PAUSE, SHORTEST = 0.03, 0.3, 0.12     # seconds: what loudness is measured over, the gap that ends speech, the least speech
+FLOOR = -50.0               # dBFS; below is no speech
 
 
 # ---- G.711 ----
@@ -131,13 +133,12 @@ class Turn(NamedTuple):
     crosstalk: bool
 
 
-def turns(wav: Tensor, rate: int, frame: float = 0.03, pause: float = 0.3, shortest: float = 0.12, floor: float = -50,
-          leak: float = 25) -> list[Turn]:
+def turns(wav: Tensor, rate: int, leak: float = 25) -> list[Turn]:
     """Take a stereo call (2, W) apart, one speaker a channel, by loudness: turns in the order in which they begin.
 
-    What one speaker says until the other begins is one turn, whatever the pauses. The options are those of `spoken`.
+    What one speaker says until the other begins is one turn, whatever the pauses.
     """
-    spans = spoken(wav, rate, frame, pause, shortest, floor, leak)
+    spans = spoken(wav, rate, leak)
     found: list[Turn] = []
     for start, end, channel in spans:
         if found and found[-1].channel == channel:
@@ -147,39 +148,37 @@ def turns(wav: Tensor, rate: int, frame: float = 0.03, pause: float = 0.3, short
     return [t._replace(crosstalk=any(c != t.channel and s < t.end and e > t.start for s, e, c in spans)) for t in found]
 
 
-def spoken(wav: Tensor, rate: int, frame: float = 0.03, pause: float = 0.3, shortest: float = 0.12, floor: float = -50,
-           leak: float = 25) -> list[tuple[float, float, int]]:
+def spoken(wav: Tensor, rate: int, leak: float = 25) -> list[tuple[float, float, int]]:
     """When each channel of (2, W) speaks: start and end in seconds, and the channel, in the order in which they begin.
 
-    Shorter bursts than `shortest` seconds are no speech, and shorter gaps than `pause` no end of it; nor is what is below
-    `floor` dBFS speech, or `leak` dB below the other channel, which is then audible through the wall.
+    What is `leak` dB below the other channel is no speech: that is then audible through the wall.
     """
     if wav.dim() != 2 or wav.shape[0] != 2:
         raise ValueError(f"the call is {tuple(wav.shape)}, expected (2, W), a speaker a channel; read it with load_wav(path, channels=2)")
-    step = round(frame * rate)
+    step = round(SPAN * rate)
     if wav.shape[1] < step:
         return []
     power = wav[:, : wav.shape[1] // step * step].unflatten(1, (-1, step)).square().mean(-1)
     level = 10 * power.clamp(min=1e-10).log10()                                         # (2, n) dBFS
     spans = sorted((*span, channel) for channel in (0, 1)
-                   for span in speech(level[channel], floor, round(pause / frame), round(shortest / frame), level[1 - channel] - leak))
+                   for span in speech(level[channel], level[1 - channel] - leak))
     return [(start * step / rate, end * step / rate, channel) for start, end, channel in spans]
 
 
-def speech(level: Tensor, floor: float, pause: int, shortest: int, leaked: Tensor) -> list[tuple[int, int]]:
+def speech(level: Tensor, leaked: Tensor) -> list[tuple[int, int]]:
     """Spans of frames (start, end) in which a channel speaks.   level, leaked (n,) dBFS
 
     It begins 9 dB above the noise, the channel's quietest tenth, or 6 dB below its loudest twentieth where that is lower
     (someone who never pauses), and goes on 5 dB further down: loudness dips within words.
     """
-    begin = max(floor, min(float(level.quantile(0.1)) + 9, float(level.quantile(0.95)) - 6))
+    begin = max(FLOOR, min(float(level.quantile(0.1)) + 9, float(level.quantile(0.95)) - 6))
     audible = (level > leaked).tolist()
     spans: list[tuple[int, int]] = []
     speaking = False
     for n, loud in enumerate(level.tolist()):
         speaking = audible[n] and loud > (begin - 5 if speaking else begin)
-        if speaking and spans and n - spans[-1][1] < pause:
+        if speaking and spans and n - spans[-1][1] < round(PAUSE / SPAN):
             spans[-1] = (spans[-1][0], n + 1)
         elif speaking:
             spans.append((n, n + 1))
-    return [(start, end) for start, end in spans if end - start >= shortest]
+    return [(start, end) for start, end in spans if end - start >= round(SHORTEST / SPAN)]

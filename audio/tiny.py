@@ -11,7 +11,6 @@ Next: mimi.py.
 """
 
 import math
-import os
 from functools import cache
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from audio.rvq import ResidualVQ, fit_rvq
+from system.files import replace_file
 
 RATE = 16_000
 HOP = 160                   # 10 ms: one mel frame
@@ -96,11 +96,8 @@ class TinyCodec(nn.Module):
     def save(self, path) -> None:
         """Write one safetensors file, tables and weights in fp16, whole or not at all."""
         metadata = {"format": "pt", "codec": "tiny", "version": VERSION, "decoder": self.decoder}
-        temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
         tensors = {name: tensor.detach().cpu().half().contiguous() for name, tensor in self.state_dict().items()}
-        save_file(tensors, temporary, metadata)
-        os.chmod(temporary, 0o644)                  # safetensors makes it private
-        os.replace(temporary, path)
+        replace_file(path, lambda temporary: save_file(tensors, temporary, metadata))
 
     @classmethod
     def load(cls, path, decoder: str | None = None, device: str = "cpu") -> "TinyCodec":

@@ -9,7 +9,7 @@ Next: rvq.py, then tiny.py.
 """
 
 import math
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -240,7 +240,7 @@ def _pcm16(wav: Tensor) -> np.ndarray:
     return (wav * 32768).round().clamp(-32768, 32767).to(torch.int16).T.contiguous().numpy()
 
 
-class WavWriter:
+class WavWriter(AbstractContextManager):
     """A wav file that grows by `append`, for streaming.  Its header is right once it is closed."""
 
     def __init__(self, path, rate: int, channels: int = 1):
@@ -256,9 +256,6 @@ class WavWriter:
 
     def close(self) -> None:
         self.file.close()
-
-    def __enter__(self) -> "WavWriter":
-        return self
 
     def __exit__(self, *_) -> None:
         self.close()
@@ -298,12 +295,7 @@ def _filters(first: int, end: int, up: int, down: int, half: int) -> tuple[int, 
     phases = torch.arange(first, end, dtype=torch.float64)
     start = first * down // up
     width = 2 * half + 1 + (int(phases[-1]) * down // up - start)
-    taps = torch.arange(width, dtype=torch.float64) + (start - half)
-    return start, _windowed_sinc(taps - (phases * down / up)[:, None], cutoff, half).float()[:, None]
-
-
-def _windowed_sinc(t: Tensor, cutoff: float, half: int) -> Tensor:
-    """cutoff * sinc(cutoff t) under a Kaiser window that reaches zero weight outside |t| <= half."""
-    inside = (1 - (t / half) ** 2).clamp(min=0).sqrt()
+    t = torch.arange(width, dtype=torch.float64) + (start - half) - (phases * down / up)[:, None]
+    inside = (1 - (t / half) ** 2).clamp(min=0).sqrt()          # of a Kaiser window that is zero outside |t| <= half
     window = torch.i0(BETA * inside) / torch.i0(torch.tensor(BETA, dtype=t.dtype))
-    return cutoff * torch.sinc(cutoff * t) * window * (t.abs() <= half)
+    return start, (cutoff * torch.sinc(cutoff * t) * window * (t.abs() <= half)).float()[:, None]

@@ -7,7 +7,6 @@ import json
 import random
 import sys
 import zlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,19 +45,14 @@ def demo_dialogues(folder: str | Path, count: int = 24) -> str:
             words += [[word, [round(at + start, 3), round(at + end, 3)], who]
                       for (word, start), end in zip(turn["words"], ends, strict=True)]
             at += wav.shape[1] / rate + 0.1
-        save_pair(folder / f"{n:03d}", sides, rate, words)
-        seconds = max(s.shape[1] for s in sides) / rate
-        lines.append(json.dumps({"path": f"{n:03d}.wav", "speaker": "allison", "duration": round(seconds, 3)}) + "\n")
+        length = max(side.shape[1] for side in sides)
+        save_wav(folder / f"{n:03d}.wav", torch.cat([torch.nn.functional.pad(s, (0, length - s.shape[1])) for s in sides]), rate)
+        write_text(folder / f"{n:03d}.json", json.dumps({"alignments": words}))
+        lines.append(json.dumps({"path": f"{n:03d}.wav", "speaker": "allison", "duration": round(length / rate, 3)}) + "\n")
     known = ["<s>", "</s>", "<pad>", *json.loads((ASSETS / "words.json").read_text(encoding="utf-8")), "<system>"]
     for name, text in (("words.json", json.dumps(known)), ("dialogues.jsonl", "".join(lines))):      # the manifest last
         write_text(folder / name, text)
     return str(folder / "dialogues.jsonl")
-
-
-def save_pair(path: Path, sides: list[Tensor], rate: int, words: list[list[Any]]) -> None:
-    length = max(side.shape[1] for side in sides)
-    save_wav(path.with_suffix(".wav"), torch.cat([torch.nn.functional.pad(s, (0, length - s.shape[1])) for s in sides]), rate)
-    write_text(path.with_suffix(".json"), json.dumps({"alignments": words}))
 
 
 def demo_calls(folder: str | Path, count: int = 40) -> str:
@@ -140,16 +134,12 @@ def digit_clips() -> Clips:
     return found
 
 
-def held_out_string(digits: Sequence[str]) -> bool:
-    return len(digits) > 1 and zlib.crc32(" ".join(digits).encode()) % 8 == 0
-
-
 def draw_digits(draw: random.Random, split: str, longest: int) -> list[str]:
     """A string of digits of one side of the split; a single digit belongs to both."""
     count = draw.choices(range(1, longest + 1), [4, 3, 3, 3, *[1] * longest][:longest])[0]
     while True:
         digits = draw.choices(DIGITS, k=count)
-        if len(digits) == 1 or held_out_string(digits) == (split == "test"):
+        if len(digits) == 1 or (zlib.crc32(" ".join(digits).encode()) % 8 == 0) == (split == "test"):
             return digits
 
 

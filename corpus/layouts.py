@@ -417,15 +417,14 @@ def stereo_row(m: Manifest, item: Row) -> Row:
         form = '{"alignments": [[word, [start, end], speaker]]}'
         raise Unusable("no alignment file", f"put {side.name} {form} beside {name}, or run data.py annotate")
     text = "\n".join(line for _, line in text_lines(m, side))
+    fix = f"fix {side.name}: "
     try:
         given = json.loads(text)
-        found, conditions = dialogue_words(m, given), given.get("text_conditions") if isinstance(given, dict) else None
-        if not (conditions is None or isinstance(conditions, dict) and all(v is None or isinstance(v, str) for v in conditions.values())):
-            raise ValueError(f"text_conditions is {str(conditions)[:60]}, expected an object whose values are texts")
-    except Unusable:
-        raise
     except (ValueError, RecursionError) as error:
-        raise Unusable("malformed alignments", f"fix {side.name}: {error}") from None
+        raise Unusable("malformed alignments", f"{fix}{error}") from None
+    found, conditions = dialogue_words(m, given, fix), given.get("text_conditions") if isinstance(given, dict) else None
+    if not (conditions is None or isinstance(conditions, dict) and all(v is None or isinstance(v, str) for v in conditions.values())):
+        raise Unusable("malformed alignments", f"{fix}text_conditions is {str(conditions)[:60]}, expected an object whose values are texts")
     kept = {key: item[key] for key in ("id", "speaker", "split", "group", "language", "text_prompt", "voice_prompt") if key in item}
     kept |= {"text_conditions": conditions} if conditions else {}
     m.unread.update(item.keys() - kept.keys() - {"path", "duration", "offset"})
@@ -438,9 +437,12 @@ def stereo_row(m: Manifest, item: Row) -> Row:
     return kept | {"audio": name, "stereo": True, "text": said, "words": words, "alignments": as_json(found)}
 
 
-def dialogue_words(m: Manifest, given: Any) -> list[Alignment]:
-    """The words of a dialogue; Unusable where none is the agent's, who would learn to be silent."""
-    found = parse_alignments(given, m.agent)
+def dialogue_words(m: Manifest, given: Any, fix: str = "") -> list[Alignment]:
+    """The words of a dialogue; Unusable where they are malformed, or none is the agent's, who would learn to be silent."""
+    try:
+        found = parse_alignments(given, m.agent)
+    except ValueError as error:
+        raise Unusable("malformed alignments", f"{fix}{error}") from None
     if found and all(who != MAIN for *_, who in found):
         items = given.get("alignments") if isinstance(given, dict) else given
         labels = sorted({str(item["speaker"] if isinstance(item, dict) else item[2]) for item in items}, key=lambda who: (who != MAIN, who))
@@ -518,12 +520,7 @@ def manifest_row(m: Manifest, row: Row) -> Row:
         row["speaker"] = row.pop(speaker)
     theirs = next((name for name in COLUMNS["text"] if name in row), "text")
     if "alignments" in row:
-        try:
-            row["alignments"] = as_json(dialogue_words(m, row["alignments"]))
-        except Unusable:
-            raise
-        except ValueError as error:
-            raise Unusable("malformed alignments", str(error)) from None
+        row["alignments"] = as_json(dialogue_words(m, row["alignments"]))
     if "text" not in row and "audio" in row and theirs != "text" and not {"clips", "alignments", "parts"} & row.keys():
         row["text"] = row.pop(theirs)
     m.unread.update(row.keys() - FIELDS)

@@ -84,6 +84,7 @@ def match_pieces(before: list[Key], after: list[Key]) -> list[int]:
 
 @cache
 def byte_level_alphabet() -> dict[str, int]:
+    """The byte of each letter by which byte-level BPE writes one (GPT-2): printable ones stand for themselves."""
     kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
     moved = [b for b in range(256) if b not in kept]
     return {chr(b): b for b in kept} | {chr(256 + n): b for n, b in enumerate(moved)}

@@ -223,9 +223,7 @@ def find_adapter(path: Path) -> tuple[AdapterFormat, Path] | None:
 
 def adapter_tensors(file: Path) -> Tensors:
     """The tensors of an adapter file; of PyTorch's own kind with weights_only, which runs nothing that stands in it."""
-    if file.suffix == ".safetensors":
-        return read_tensors(file)
-    return torch_tensors(file)
+    return read_tensors(file) if file.suffix == ".safetensors" else torch_tensors(file)
 
 
 PEFT = AdapterFormat("peft", "adapter_config.json", "adapter_model.safetensors", import_peft, export_peft, ("adapter_model.bin",))

@@ -76,10 +76,8 @@ def system_turn(text: str, references: Sequence[str | None], scene: str, in_syst
     if references and (in_system or any(profiles)):
         content: list[Any] = [f"{INSTRUCTION}\n\n{SCENE}\n" + (f"{scene}\n\n" if scene else "")]
         for n, profile in enumerate(profiles):
-            content[-1] += f"SPEAKER{n}: {profile or ''}"
+            content[-1] += f"SPEAKER{n}: " + ("" if profile is None else f"{profile}\n")
             content += [{"type": "audio"}, "\n"] if profile is None else []
-            if profile is not None:
-                content[-1] += "\n"
         content[-1] += SCENE_END
         return {"role": "system", "content": content}
     tags = sorted(set(re.findall(r"\[(SPEAKER\d+)\]", text)))

@@ -9,22 +9,16 @@
 """
 
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from families.family import Family
+from kernels.choice import device_constant
 from streams import Example, Grid, StreamTable, audio_columns
 
 MAX_AGE = 63        # frames since the word began, clamped
 NO_WORD = 0         # id in the word rows where there is no next or previous word
-
-
-@cache
-def around(device: torch.device) -> Tensor:
-    """Where `word_rows` finds a word, the next and the previous one; sent to a device once."""
-    return torch.tensor([[2], [3], [1]], device=device)
 
 
 def word_rows(words: Tensor, index: Tensor, age: Tensor) -> Tensor:
@@ -34,7 +28,7 @@ def word_rows(words: Tensor, index: Tensor, age: Tensor) -> Tensor:
     -> (..., 4, T). Training calls it with whole rows, the sampler with one frame.
     """
     padded = torch.constant_pad_nd(words, (2, 1), NO_WORD).unsqueeze(-2)     # index -1 and its previous word read NO_WORD
-    place = index.unsqueeze(-2) + around(index.device)
+    place = index.unsqueeze(-2) + device_constant((2, 3, 1), index.device)[:, None]      # the word, the next and the previous one
     return torch.cat([padded.expand(*place.shape[:-1], -1).gather(-1, place), age.clamp(max=MAX_AGE).unsqueeze(-2)], dim=-2)
 
 

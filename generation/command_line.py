@@ -135,6 +135,3 @@ def usual_rules(table: StreamTable, given: Collection[str], extras: Extras | Non
     if rules:
         print("sampling as the official example does: " + ", ".join(f"{name} {value}" for name, value in rules.items()))
     return rules
-
-
-# How the official generation example draws; RAS looks back 7 columns and redraws what was there twice.

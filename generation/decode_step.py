@@ -201,7 +201,7 @@ class DecodeStep:
             logits = self.guide.mix(self.model.text_head(h_text), text=True).float()[:, None]
             if config.min_frames:
                 for id in table.stop:
-                    self.hide(logits, id, self.noise.columns < config.min_frames)
+                    logits[..., id].masked_fill_(self.noise.columns < config.min_frames, -torch.inf)
             column[:, row] = self.kept(sample_ids(logits, config, slice(0, 1), self.noise)[:, 0], known[:, row], free)
         if self.feed is not None:
             column = self.feed(column)
@@ -217,11 +217,6 @@ class DecodeStep:
     def kept(drawn: Tensor, known: Tensor, free: bool) -> Tensor:
         """What was drawn, where nothing is known."""
         return drawn if free else torch.where(known == FREE, drawn, known)
-
-    @staticmethod
-    def hide(logits: Tensor, id: int, where: Tensor) -> None:
-        """No item of `where` (B, 1) or () draws `id`.   logits (B, R, V)"""
-        logits[..., id].masked_fill_(where, -torch.inf)
 
     def draw_audio(self, h: Tensor, column: Tensor, known: Tensor, free: bool) -> None:
         """Fill the predicted audio rows of a column in place: all at once, or step by step through the depth transformer."""
@@ -244,9 +239,9 @@ class DecodeStep:
                 logits[..., self.codes or end : end] = -torch.inf
                 logits[..., end + 1 :] = -torch.inf
             if end >= 0 and config.min_frames and (own_end or at.start == 0):
-                self.hide(logits, end, self.noise.columns < config.min_frames)
+                logits[..., end].masked_fill_(self.noise.columns < config.min_frames, -torch.inf)      # `columns` is () or (B, 1)
             if own_end and may_end is not None:
-                self.hide(logits, end, ~may_end[:, None])
+                logits[..., end].masked_fill_(~may_end[:, None], -torch.inf)
             places = slice(first + at.start, first + at.stop)
             return sample_ids(logits, config, places, self.noise, None if history is None else history[:, at])
 

@@ -21,8 +21,7 @@ from text.tokenizers import TextStream, Tokenizer
 CHUNK = 5                                                   # frames
 
 
-def reply_pieces(frames: Iterable[Tensor], table: StreamTable, tokenizer: Tokenizer,
-                 chunk: int = CHUNK) -> Iterator[tuple[str, str | Tensor]]:
+def reply_pieces(frames: Iterable[Tensor], table: StreamTable, tokenizer: Tokenizer) -> Iterator[tuple[str, str | Tensor]]:
     """What the first item of a batch says, out of the frames (B, K) that `generate` yields."""
     words, held, last = TextStream(tokenizer), list[Tensor](), -1
     steering = {*table.stop, table.audio_start, table.audio_end}
@@ -31,7 +30,7 @@ def reply_pieces(frames: Iterable[Tensor], table: StreamTable, tokenizer: Tokeni
         codes, last = column[table.codes_out], int(column[0])
         if table.codes_out and bool((codes >= 0).all()):
             held.append(codes)
-        if held and (len(held) == chunk or last >= 0):
+        if held and (len(held) == CHUNK or last >= 0):
             yield "codes", torch.stack(held, 1)
             held = []
         if last >= 0 and last not in steering and not (table.flat and last >= table.flat[0]) and (said := words.push(last)):

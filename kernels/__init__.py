@@ -9,16 +9,7 @@ from kernels.choice import INTERPRET, MODE
 
 __all__ = ["INTERPRET", "MODE", "PAIRS"]
 
-PAIRS = {
-    "multistream_ce": (cross_entropy.multistream_ce, cross_entropy.multistream_ce_ref),
-    "lora_linear": (lora_linear.lora_linear, lora_linear.lora_linear_ref),
-    "rms_norm": (rms_norm.rms_norm, rms_norm.rms_norm_ref),
-    "rope": (rope.rope, rope.rope_ref),
-    "swiglu": (swiglu.swiglu, swiglu.swiglu_ref),
-    "embed_sum": (embed_sum.embed_sum, embed_sum.embed_sum_ref),
-    "depth_attention": (depth_attention.depth_attention, depth_attention.depth_attention_ref),
-    "decode_attention": (decode_attention.decode_attention, decode_attention.decode_attention_ref),
-    "sample": (sample.sample, sample.sample_ref),
-    "int8_linear": (int8.int8_linear, int8.int8_linear_ref),
-    "route": (route.route, route.route_ref),
-}
+FILES = {"multistream_ce": cross_entropy, "lora_linear": lora_linear, "rms_norm": rms_norm, "rope": rope, "swiglu": swiglu,
+         "embed_sum": embed_sum, "depth_attention": depth_attention, "decode_attention": decode_attention, "sample": sample,
+         "int8_linear": int8, "route": route}                                           # by op
+PAIRS = {op: (getattr(file, op), getattr(file, f"{op}_ref")) for op, file in FILES.items()}

@@ -34,8 +34,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: "Tensor | PackedRows | None") 
 
     Without a mask, S = L queries are causal and a single query sees everything.
     """
-    if isinstance(mask, PackedRows):
-        return (uncompiled_packed_attention() if torch.compiler.is_compiling() else packed_attention)(q, k, v, mask)
+    if isinstance(mask, PackedRows):        # outside torch.compile: the runs differ between batches, so it would be recompiled every time
+        run = torch.compiler.disable(packed_attention) if torch.compiler.is_compiling() else packed_attention
+        return run(q, k, v, mask)
     causal = mask is None and q.shape[2] == k.shape[2]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
 
@@ -107,11 +108,6 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, runs: PackedRows) -> Tenso
             number += 1
         rows.append(torch.cat(parts, 2) if len(parts) > 1 else parts[0])
     return torch.cat(rows) if len(rows) > 1 else rows[0]
-
-
-def uncompiled_packed_attention() -> Any:
-    """`packed_attention` outside torch.compile: the runs differ between batches, so it would be recompiled every time."""
-    return torch.compiler.disable(packed_attention)
 
 
 @lru_cache(maxsize=1)

@@ -300,11 +300,9 @@ def rows_of_a_chunk(logits: int, cuda: bool = False) -> int:
 def unscaled(h: Tensor, inputs: Tensor, targets: Tensor, weights: Tensor | None, head: Head, rows: int) -> StreamSums:
     if len(h) <= rows:
         return chunk_sums(h, inputs, targets, weights, head)
-    total: list = []
-    places = []
+    chunks = []
     for at in range(0, len(h), rows):
         part = (*columns_of(slice(at, at + rows), h, inputs, targets, weights), head)
-        sums = checkpoint(chunk_sums, *part, use_reentrant=False) if torch.is_grad_enabled() else chunk_sums(*part)
-        total = [a + b for a, b in zip(total, sums[:5], strict=True)] if total else list(sums[:5])
-        places.append(sums.places)
-    return StreamSums(*total, torch.cat(places))
+        chunks.append(checkpoint(chunk_sums, *part, use_reentrant=False) if torch.is_grad_enabled() else chunk_sums(*part))
+    *five, places, _ = zip(*chunks, strict=True)
+    return StreamSums(*map(sum, five), torch.cat(places))

@@ -34,18 +34,14 @@ class Affine(nn.Module):
         self.weight = nn.Parameter(torch.empty(*lead, outputs, inputs))
         self.bias = nn.Parameter(torch.zeros(*lead, *([1] if sets else []), outputs)) if bias else None
         if not self.weight.is_meta:
-            fill_uniform(self.weight, start * math.sqrt(6 / (inputs + outputs)))       # Xavier; start 0 = zeros
+            bound = start * math.sqrt(6 / (inputs + outputs))                           # Xavier; start 0 = zeros
+            nn.init.uniform_(self.weight, -bound, bound)
 
     def forward(self, x: Tensor, step: slice | None = None) -> Tensor:
         if step is None:
             return F.linear(x, self.weight, self.bias)
         y = torch.bmm(x, self.weight[step].to(x.dtype).mT)
         return y if self.bias is None else y + self.bias[step].to(y.dtype)
-
-
-@torch.no_grad()
-def fill_uniform(tensor: Tensor, bound: float) -> None:
-    tensor.uniform_(-bound, bound)
 
 
 class PartNorm(nn.Module):
@@ -92,8 +88,9 @@ class Projector(nn.Module):
         """Kaiming (relu) for up, Xavier for the others; `preserve`: up as nn.Linear starts, down of deviation 0.01."""
         up, down = self.up.weight, self.down.weight
         if not up.is_meta and self.kind == "preserve":
-            fill_uniform(up, math.sqrt(1 / up.shape[-1]))
-            fill_uniform(self.up.bias, math.sqrt(1 / up.shape[-1]))
+            bound = math.sqrt(1 / up.shape[-1])
+            for p in (up, self.up.bias):
+                p.uniform_(-bound, bound)
             down.normal_(0.0, 0.01)
         elif not up.is_meta:
             up.normal_(0.0, math.sqrt(2 / up.shape[-1]))

@@ -4,7 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from tqdm import tqdm
@@ -28,7 +28,7 @@ def torch_threads(count: int = 0) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-class Progress:
+class Progress(AbstractContextManager):
     """`with Progress("encoding", 634, "clips") as progress: progress.add()`; what ends within EVERY seconds prints no line."""
 
     def __init__(self, what: str, total: float, unit: str) -> None:
@@ -45,9 +45,6 @@ class Progress:
             self.printed, left = now, round((now - self.began) * max(0.0, self.total / self.done - 1)) if self.done else 0
             print(f"{self.what}: {self.done:.0f} of {self.total:.0f} {self.unit}, {left // 60}:{left % 60:02d} left",
                   file=sys.stderr, flush=True)
-
-    def __enter__(self) -> "Progress":
-        return self
 
     def __exit__(self, *_) -> None:
         self.bar.close()

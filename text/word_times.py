@@ -16,6 +16,7 @@ queue. After moshi-finetune (Kyutai) and J-Moshi's trainer. Next: conversation.p
 import json
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -27,11 +28,8 @@ from text.tokenizers import Tokenizer
 
 def spread(words: Sequence[str], start: float, end: float) -> list[tuple[str, float]]:
     """Divide a span of seconds among words in proportion to their letters; returns (word, start)."""
-    total, place, out = sum(map(len, words)), 0, []
-    for word in words:
-        out.append((word, start + (end - start) * place / total))
-        place += len(word)
-    return out
+    before = list(accumulate(map(len, words), initial=0))                       # letters in front of each word, and in all
+    return [(word, start + (end - start) * place / before[-1]) for word, place in zip(words, before, strict=False)]
 
 
 def aligned_ids(row: dict[str, Any], seconds: float, tokenizer: Tokenizer, normaliser: str) -> tuple[list[int], list[float]]:

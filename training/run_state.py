@@ -82,7 +82,8 @@ def save_run(out: Path, model: MultistreamLM, optimizer: torch.optim.Optimizer, 
         (temporary / "state").mkdir(parents=True)
     barrier()
     try:
-        write_tensors(temporary / "state" / f"rng_rank{rank}.safetensors", rng_state())
+        rng = {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+        write_tensors(temporary / "state" / f"rng_rank{rank}.safetensors", rng)
         save(model, temporary, extras, rank == 0)
         write_tensors(temporary / "state" / "optimizer.safetensors", optimizer_tensors(model, optimizer), rank == 0)
         if ema:
@@ -155,11 +156,6 @@ def check_run(folder: Path) -> None:
     for name in ("optimizer", "rng_rank0"):
         if not parts_of(folder / "state" / f"{name}.safetensors"):
             raise FileNotFoundError(f"{folder}/state/{name}.safetensors does not exist; the checkpoint is incomplete, use another one")
-
-
-def rng_state() -> dict[str, Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
 
 
 def load_run(folder: Path, model: MultistreamLM, optimizer: torch.optim.Optimizer, rank: int) -> tuple[RunState, dict[str, Tensor] | None]:

@@ -30,7 +30,7 @@ from pathlib import Path
 from audio.recogniser import choose_recogniser, missing_recogniser
 from audio.wav import load_wav
 from evaluation import duplex_measures, minimal_pairs, representations, sparse_autoencoder
-from evaluation.html_page import blank_figure, save_figure
+from evaluation.html_page import blank_figure, save_figure, scale, smooth
 from evaluation.metrics import cer, wer
 from evaluation.minimal_pairs import MinimalPairsConfig, compare
 from evaluation.report import Evaluation, report
@@ -72,18 +72,27 @@ def print_scores(path: Path, recogniser: str = "") -> None:
 
 
 def plot(metrics: Path, target: Path) -> None:
-    """Draw the loss of training and of held-out data, and of every predicted stream, as a PNG."""
-    curves, figure = read_metrics(metrics), blank_figure(11, 4.5)
-    left, right = figure.subplots(1, 2)
-    for name in sorted(n for n in curves if n.split("/")[-1] in ("loss", "text_loss", "audio_loss")):
-        left.plot(*zip(*curves[name], strict=True), "o-" if name.startswith("val") else "-", label=name, markersize=4)
+    """Draw the losses of text and of audio on scales of their own, training (smoothed) beside held-out data, and of every stream, as PNG."""
+    curves, figure = read_metrics(metrics), blank_figure(15, 4.5)
+    kinds = [kind for kind in ("text_loss", "audio_loss") if f"train/{kind}" in curves]
+    kinds = kinds if len(kinds) > 1 else ["loss"]
+    *axes, right = figure.subplots(1, len(kinds) + 1)
+    for axis, kind in zip(axes, kinds, strict=True):
+        shown = {side: smooth(curves[f"{side}/{kind}"]) for side in ("train", "val") if f"{side}/{kind}" in curves}
+        for side, points in shown.items():
+            axis.plot(*zip(*curves[f"{side}/{kind}"], strict=True), alpha=0.25, color="C0" if side == "train" else "C3")
+            style = "-" if side == "train" else "o-"
+            axis.plot(*zip(*points, strict=True), style, label=f"{side}/{kind}", color="C0" if side == "train" else "C3", markersize=4)
+        axis.set(title=f"{kind.replace('_', ' ')} (nats)", ylim=scale(list(shown.values())) if shown else None)
     streams = [n for n in curves if re.fullmatch(r"train/.+_loss", n) and n.split("/")[1] not in ("text_loss", "audio_loss")]
     for name in sorted(streams, key=lambda n: (len(n), n)):
-        right.plot(*zip(*curves[name], strict=True), label=name.removeprefix("train/").removesuffix("_loss"), linewidth=1)
-    for axis, title in ((left, "loss (nats)"), (right, "training loss of each predicted stream")):
-        axis.set(title=title, xlabel="step")
+        right.plot(*zip(*smooth(curves[name]), strict=True), label=name.removeprefix("train/").removesuffix("_loss"), linewidth=1)
+    right.set(title="training loss of each predicted stream")
+    for axis in (*axes, right):
+        axis.set(xlabel="step")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8, ncols=2)
+        if axis.lines:
+            axis.legend(fontsize=8, ncols=2)
     save_figure(target, figure)
 
 

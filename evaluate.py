@@ -72,7 +72,7 @@ def print_scores(path: Path, recogniser: str = "") -> None:
 
 
 def plot(metrics: Path, target: Path) -> None:
-    """Draw the losses of text and of audio on scales of their own, training (smoothed) beside held-out data, and of every stream, as PNG."""
+    """Draw the losses of text and of audio on scales of their own, training (smoothed) beside held-out data, and of every stream."""
     curves, figure = read_metrics(metrics), blank_figure(15, 4.5)
     kinds = [kind for kind in ("text_loss", "audio_loss") if f"train/{kind}" in curves]
     kinds = kinds if len(kinds) > 1 else ["loss"]

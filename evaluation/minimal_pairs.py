@@ -1,13 +1,24 @@
 """Likelihood tests: minimal pairs, spoken multiple choice, and a paired comparison of two such evaluations.
 
+    python evaluate.py pairs out/smoke_dsaa                    the bundled pairs, assets/speech/pairs.jsonl
     python evaluate.py pairs out/dsaa --set=swuggy.jsonl       one line an item: {"id": "7", "right": CLIP, "wrong": CLIP}
     python evaluate.py choices out/dsaa --set=mmlu.jsonl       {"id": "7", "context": [CLIP, ...], "choices": [CLIP, ...], "answer": 2}
     python evaluate.py compare a/pairs.jsonl b/pairs.jsonl     items that only one run gets right, and McNemar's test of the difference
 
 A CLIP is {"audio": "a.wav"}, {"text": "four nine"}, or both. In dialogues (Moshi, DSAA) "words" [["four", 0.31], ...] align
-the text with the frames; without them the text row is empty. Pairs can be sWUGGY, sBLIMP, spoken StoryCloze and contrast
-sets, choices any spoken multiple choice. Each item is one line of the result, with its own scores, so that two runs are
-compared item by item and not by their averages.
+the text with the frames; without them the text row is empty. Models that speak texts score a recording given its text (clips of
+"context" are voice references), those that take turns a recording or a text as the reply to the context, or to the clip's own text
+where there is none, text models the text.
+
+Pairs can be sWUGGY and sBLIMP (a word, a sentence), StoryCloze ("context": [CLIP], then two ends) and SALMon (two recordings);
+choices any spoken multiple choice. An item may name its "task"; shares are given for each, ties count one half. The bundled pairs:
+
+    text      a recording with its text, and the same recording with its words in another order
+    match     the recording of a text, and that of another text by the same speaker, as if it said it
+    speaker   behind a recording of one speaker: a text by the same speaker, and the same text by another one (SALMon's consistency)
+
+Each item is one line of the result, with its own scores, so that two runs are compared item by item and not by their averages.
+`compare` also takes two results of `evaluate.py speech`: numbers are compared by a permutation test.
 
     score of a clip    sum of w log p over its targets / sum of w         w = 100 on the semantic codebook as in training, else 1
     score of a choice  text_share * text + (1 - text_share) * speech      over the choice only, given the context
@@ -19,7 +30,8 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,23 +42,27 @@ from tqdm import tqdm
 from audio.wav import load_wav
 from corpus.cache import encode
 from corpus.data_config import DataConfig
-from corpus.index import fitting_codec
+from corpus.index import codebooks_of, fitting_codec, new_chat
+from evaluation.metrics import paired_difference
+from families.family import family_of, lay_out
 from generation.command_line import Job, load_for_sampling
 from model import MultistreamLM
-from options import check_types, read_rows, write_rows
-from streams import StreamTable, delay
+from options import check_types, locate, read_rows, write_rows
+from streams import Example, StreamTable, delay
+from text.conversation import Chat
 from text.normalisers import normalise
 from text.tokenizers import Tokenizer, load_tokenizer
-from text.word_times import MAIN, interleave, tokenise
+from text.word_times import MAIN, aligned_ids, frame_starts, interleave, tokenise
 
 Row = dict[str, Any]
+BUNDLED = "assets/speech/pairs.jsonl"
 
 
 @dataclass(frozen=True)
 class MinimalPairsConfig:
     """Options of `python evaluate.py pairs|choices RUN`."""
 
-    set: str = ""                  # JSONL file of items; recordings are in the folder of the file or below
+    set: str = ""                  # JSONL file of items; recordings are in the folder of the file or below; "" = the bundled pairs
     out: str = ""                  # JSONL file of results; "" = RUN/pairs.jsonl or RUN/choices.jsonl
     text_share: float = 0.9        # choices: weight of the text score, 0 to 1; the speech score has the rest
     semantic: float = 100.0        # weight of the first (semantic) codebook in a score; the other codebooks have 1
@@ -107,6 +123,7 @@ class Reader:
     tokenizer: Tokenizer
     data: DataConfig
     folder: Path
+    unread: int = 0             # clips of contexts that the model does not read
 
     def clip(self, parts: Sequence[Row], scored: int, where: str) -> Clip:
         """Concatenate clips; those from number `scored` on are scored. ValueError names `where`."""
@@ -116,7 +133,7 @@ class Reader:
         if self.table.monologue:
             return self.dialogue(parts, scored, where)
         if self.table.codes:
-            raise ValueError(f"pairs and choices support dialogues and plain text; this model has layout {self.table.layout!r}")
+            return self.reply(parts[:scored], parts[scored:], where) if self.turns else self.spoken(parts[:scored], parts[scored:], where)
         ids = [torch.tensor(self.tokenizer.encode(self.said(part)), dtype=torch.int64) for part in parts]
         if empty := [part for part, found in zip(parts, ids, strict=True) if not len(found)]:
             raise ValueError(f"{where}: this model reads text alone; add \"text\" to {json.dumps(empty[0])[:60]}")
@@ -130,6 +147,62 @@ class Reader:
     def said(self, part: Row) -> str:
         return normalise(str(part.get("text", "")), self.data.normaliser)
 
+    @cached_property
+    def chat(self) -> Chat | None:
+        return new_chat(self.data, self.tokenizer, self.table)
+
+    @property
+    def turns(self) -> bool:
+        """Whether the model takes turns, rather than speaking a text in the voice of a recording."""
+        return self.chat is not None and self.chat.template.clone_prompt is None
+
+    def spoken(self, context: Sequence[Row], own: Sequence[Row], where: str) -> Clip:
+        """The grid of a text and its recording, as in training; recordings of the context are voice references."""
+        most, (part,) = family_of(self.table).references, own
+        if lacking := [p for p in (*context, part) if not (p.get("audio") and p.get("text"))]:
+            raise ValueError(f"{where}: this model speaks texts; add \"audio\" and \"text\" to {json.dumps(lacking[0])[:60]}")
+        self.unread += max(0, len(context) - most)
+        context = context[len(context) - min(most, len(context)) :]
+        if self.chat is not None:
+            voices = [(self.said(p), self.side(p, where)) for p in context]
+            example = Example(torch.zeros(0, dtype=torch.long), segments=self.chat.spoken(part["text"], self.side(part, where), voices))
+        else:
+            example = self.utterance(part, where)
+            example.reference = self.utterance(context[0], where) if context else None
+        return self.targets(example)
+
+    def reply(self, context: Sequence[Row], own: Sequence[Row], where: str) -> Clip:
+        """The grid of a conversation: the user's turn is the context, or else the clip's text; the reply is its recording, or its text."""
+        def content(part: Row) -> dict[str, str]:
+            return {"type": "audio", "audio_url": part["audio"]} if part.get("audio") else {"type": "text", "text": str(part["text"])}
+
+        if not context:
+            context = [{"text": p["text"]} for p in own if p.get("audio") and p.get("text")]
+        turns = [{"role": role, "content": [content(p) for p in parts]} for role, parts in (("user", context), ("assistant", own)) if parts]
+        codes = [self.side(p, where) for p in (*context, *own) if p.get("audio")]
+        return self.targets(Example(torch.zeros(0, dtype=torch.long), segments=self.chat.segments(turns, codes)))
+
+    def targets(self, example: Example) -> Clip:
+        tokens, weights = lay_out(example, self.table)
+        return Clip(tokens, (weights > 0).float())
+
+    def utterance(self, part: Row, where: str) -> Example:
+        """A text and its recording; aligned layouts need to know when each word begins: "words", or spread over the recording."""
+        codes, rate = self.side(part, where), self.codec.frame_rate
+        if not self.table.aligned:
+            return Example(torch.tensor(self.tokenizer.encode(self.said(part)), dtype=torch.long), codes)
+        try:
+            ids, times = aligned_ids(part, codes.shape[1] / rate, self.tokenizer, self.data.normaliser)
+            starts = frame_starts(times, rate, 1.0, 0.0, codes.shape[1])
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        return Example(torch.tensor(ids, dtype=torch.long), codes, torch.tensor(starts, dtype=torch.long))
+
+    def side(self, part: Row, where: str) -> Tensor:
+        """Codes of the left or only channel, (Q, T)."""
+        codes = self.codes(part["audio"], where)[0]
+        return codes[: len(self.table.audio_out) or len(codes)]
+
     def dialogue(self, parts: Sequence[Row], scored: int, where: str) -> Clip:
         """Frames of a dialogue: the clip is the agent's side; the user's side is silence or the right channel of a stereo file."""
         agent, user, texts, context = [], [], [], 0
@@ -141,10 +214,12 @@ class Reader:
             user.append(codes[1])
             texts.append(self.text_row(part, codes.shape[-1], where))
             context += codes.shape[-1] * (n < scored)
-        Q = len(self.table.audio_out)
-        user_codebooks = len(self.table.audio) - Q
-        frames = torch.cat([torch.cat(texts)[None], torch.cat(agent, -1)[:Q], torch.cat(user, -1)[:user_codebooks]])
+        Q, table = min(len(self.table.audio_out), codebooks_of(self.table)), self.table         # also of a model that predicts both sides
+        other = torch.cat(user if Q else agent, -1)[: len(table.audio) - Q]                     # speech to text hears the clip
+        held = table.column("start")[1 : table.lead].expand(-1, other.shape[1])
+        frames = torch.cat([torch.cat(texts)[None], held, torch.cat(agent, -1)[:Q], other])
         counts = ((frames >= 0) & (self.table.column("classes") > 0) & (torch.arange(frames.shape[1]) >= context)).float()
+        counts[1 : table.lead], counts[table.lead + Q :] = 0, 0
         return Clip(delay(frames, self.table.delays, self.table.column("start")), delay(counts, self.table.delays, 0.0))
 
     def codes(self, name: str, where: str) -> Tensor:
@@ -179,18 +254,52 @@ def items(path: Path, fields: dict[str, type], limit: int) -> list[Row]:
 
 def pairs(run: str, job: MinimalPairsConfig) -> dict[str, float]:
     """Score the pairs of a set; writes an item a line, returns accuracies by speech, semantic codebook, plain mean and text."""
+    bundled, job = not job.set, job if job.set else replace(job, set=str(locate(BUNDLED)))
     model, reader, target = begin(run, job, "pairs")
-    results = []
+    results, unfit = [], list[str]()
     for item in tqdm(items(Path(job.set), {"right": dict, "wrong": dict}, job.limit), unit="pair", disable=None):
-        where = f"{job.set} item {item['id']}"
-        right, wrong = (scores(model, reader.clip([item[side]], 0, where), job.semantic) for side in ("right", "wrong"))
-        results.append({"id": item["id"], "right": verdict(right, wrong), "scores": {"right": right, "wrong": wrong}})
+        where, context = f"{job.set} item {item['id']}", item.get("context") or []
+        try:
+            sides = [reader.clip([*context, item[side]], len(context), where) for side in ("right", "wrong")]
+            if bundled and torch.equal(sides[0].tokens, sides[1].tokens):
+                raise ValueError(f"{where}: this model reads the same on both sides")
+        except ValueError as error:
+            if not bundled:
+                raise
+            unfit.append(str(error))
+            continue
+        right, wrong = (scores(model, clip, job.semantic) for clip in sides)
+        results.append({"id": item["id"], "right": verdict(right, wrong), "scores": {"right": right, "wrong": wrong}}
+                       | {key: item[key] for key in ("task",) if key in item})
+    if unfit:                               # of the bundled pairs; those of a user are all meant
+        print(f"left out: {len(unfit)} pairs do not suit this model, such as {unfit[0]}")
+    if not results:
+        raise ValueError(f"no pair is left: {unfit[0]}; write pairs for this model and name them with --set")
     write_rows(target, results)
-    shares = {name: share([r["scores"]["right"][name] > r["scores"]["wrong"][name] for r in results
-                         if not math.isnan(r["scores"]["right"][name] + r["scores"]["wrong"][name])])
-            for name in ("speech", "semantic", "plain", "text")}
-    print(f"{target}: {len(results)} pairs; right by " + ", ".join(f"{k} {v:.3f}" for k, v in shares.items() if not math.isnan(v)))
+    say_unread(reader)
+    shares = shares_of(results)
+    print(f"{target}: {len(results)} pairs; right by " + shown(shares))
+    for task in dict.fromkeys(r["task"] for r in results if "task" in r):
+        inside = [r for r in results if r.get("task") == task]
+        print(f"  {task}: {len(inside)} pairs; right by " + shown(shares_of(inside)))
     return shares
+
+
+def shares_of(results: Sequence[Row]) -> dict[str, float]:
+    """The share of pairs in which each score prefers the right one; a tie is one half."""
+    gaps = {name: [r["scores"]["right"][name] - r["scores"]["wrong"][name] for r in results]
+            for name in ("speech", "semantic", "plain", "text")}
+    return {name: share([0.5 * (gap >= 0) + 0.5 * (gap > 0) for gap in found if not math.isnan(gap)]) for name, found in gaps.items()}
+
+
+def say_unread(reader: Reader) -> None:
+    if reader.unread:
+        most = family_of(reader.table).references
+        print(f"{reader.unread} clips of contexts were not read: this model takes {most} voice references, and reads the last ones")
+
+
+def shown(shares: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.3f}" for name, value in shares.items() if not math.isnan(value))
 
 
 def verdict(right: dict[str, float], wrong: dict[str, float]) -> bool:
@@ -212,6 +321,7 @@ def choices(run: str, job: MinimalPairsConfig) -> float:
         best = max(range(len(found)), key=found.__getitem__)
         results.append({"id": item["id"], "right": best == item["answer"], "chosen": best, "scores": found})
     write_rows(target, results)
+    say_unread(reader)
     accuracy = share([r["right"] for r in results])
     print(f"{target}: {len(results)} questions, {accuracy:.3f} right")
     return accuracy
@@ -235,12 +345,18 @@ def begin(run: str, job: MinimalPairsConfig, kind: str) -> tuple[MultistreamLM, 
     return model, Reader(model.table, codec, tokenizer, data, Path(job.set).parent), target
 
 
-def share(right: Sequence[bool]) -> float:
+def share(right: Sequence[float]) -> float:
     return sum(right) / len(right) if right else math.nan
 
 
 def compare(one: Path, other: Path) -> dict[str, Any]:
-    """Which items only one of two evaluations got right, and the exact two-sided p of McNemar's test that both are equal."""
+    """Which items only one of two evaluations got right, and the exact two-sided p of McNemar's test that both are equal.
+
+    Results of `evaluate.py speech` have numbers instead: their paired differences.
+    """
+    rows = [items(path, {}, 0) for path in (one, other)]
+    if not any("right" in row for row in (*rows[0], *rows[1])):
+        return compare_numbers(rows, (one, other))
     verdicts = [{row["id"]: bool(row["right"]) for row in items(path, {"right": bool}, 0)} for path in (one, other)]
     shared = verdicts[0].keys() & verdicts[1].keys()
     if not shared:
@@ -250,6 +366,20 @@ def compare(one: Path, other: Path) -> dict[str, Any]:
              "p": mcnemar(len(only[0]), len(only[1]))}
     print(f"{len(shared)} items: both right {found['both']}; only {one} {len(only[0])}: {', '.join(only[0][:8])}; "
           + f"only {other} {len(only[1])}: {', '.join(only[1][:8])}; p = {found['p']:.4f}")
+    return found
+
+
+def compare_numbers(rows: Sequence[Sequence[Row]], paths: tuple[Path, Path]) -> dict[str, Any]:
+    """The paired difference of every number that both results have, and p of a permutation test."""
+    second = {row["id"]: row for row in rows[1]}
+    pairs = [(row, second[row["id"]]) for row in rows[0] if row["id"] in second]
+    names = [key for key in (pairs[0][0] if pairs else {}) if all(isinstance(r.get(key), (int, float)) for pair in pairs for r in pair)]
+    if not names:
+        raise ValueError(f"{paths[0]} and {paths[1]} share no item with numbers; compare two evaluations of the same set")
+    found = {name: paired_difference([a[name] for a, _ in pairs], [b[name] for _, b in pairs]) for name in names}
+    for name, gap in found.items():
+        print(f"{name}: {paths[1]} - {paths[0]} = {gap['difference']:+.4f} ({gap['low']:+.4f} to {gap['high']:+.4f}), "
+              + f"p = {gap['p']:.4f}, {gap['items']} items")
     return found
 
 

@@ -8,16 +8,30 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import call
+from conftest import ROOT, call
 
 from checkpoint import Extras, save
 from corpus.annotate import FixAlignmentsConfig, clamp_words
 from corpus.data_config import DataConfig
+from corpus.index import fitting_codec
 from evaluation import representations
-from evaluation.minimal_pairs import Clip, MinimalPairsConfig, Reader, choice_score, compare, log_probabilities, mcnemar, scores
+from evaluation.minimal_pairs import (
+    BUNDLED,
+    Clip,
+    MinimalPairsConfig,
+    Reader,
+    choice_score,
+    compare,
+    items,
+    log_probabilities,
+    mcnemar,
+    scores,
+    shares_of,
+)
 from evaluation.representations import GeometryConfig, cka, cosine, direction, main_axes
 from layers.architecture import ModelConfig, StackConfig
 from model import MultistreamLM
+from options import run_config
 from streams import Stream, StreamTable, codebooks, delay
 from text.tokenizers import load_tokenizer
 
@@ -120,6 +134,38 @@ def test_a_choice_mixes_what_is_there():
     assert choice_score({"text": math.nan, "plain": -3.0}, 1.0) == pytest.approx(-3.0)
 
 
+@pytest.mark.parametrize("name", ["tiny", "tiny_clone", "higgs_ar", "higgs_v3", "ivr_moss", "csm", "orpheus", "qwen_tts", "personaplex",
+                                  "moshi_lora", "ivr_qwen"])
+def test_every_family_scores_the_bundled_pairs_as_its_loss_does(name):
+    """The mean log-likelihood is minus the mean loss of the same grid, and what is another recording or text is another score."""
+    config = run_config(ROOT / f"configs/{name}.py", "smoke")
+    table, tokenizer = config.model.table, load_tokenizer(config.data.tokenizer)
+    torch.manual_seed(0)
+    model = MultistreamLM(config.model).eval()
+    reader = Reader(table, fitting_codec(config.data.codec, table, tokenizer), tokenizer, config.data, ROOT / "assets/speech")
+    for item in items(ROOT / BUNDLED, {"right": dict, "wrong": dict}, 0)[::10]:
+        context = item.get("context") or []
+        right, wrong = (reader.clip([*context, item[side]], len(context), "x") for side in ("right", "wrong"))
+        found = scores(model, right, 1.0)
+        with torch.no_grad():
+            sums = model(right.tokens[None], right.counts[None])
+        for kind, rows in (("text", table.text_out), ("plain", table.audio_out)):
+            if rows and sums.weight[rows].sum():
+                assert found[kind] == pytest.approx(-float(sums.nll[rows].sum() / sums.weight[rows].sum()), rel=1e-4)
+        assert torch.equal(right.tokens, wrong.tokens) == (name == "ivr_qwen" and item["task"] != "text")
+        assert not right.counts[:, 0].any() and right.counts.any()
+
+
+def test_ties_are_one_half_and_contexts_that_are_not_read_are_counted(run):
+    rows = [{"scores": {side: dict.fromkeys(("speech", "semantic", "plain"), value) | {"text": math.nan} for side, value in pair.items()}}
+            for pair in ({"right": -1.0, "wrong": -2.0}, {"right": -1.0, "wrong": -1.0}, {"right": -3.0, "wrong": -1.0})]
+    found = shares_of(rows)
+    assert found["speech"] == 0.5 and math.isnan(found["text"])
+    rc, out, err = call("evaluate.py", "pairs", run / "run")                     # the bundled pairs: this tokenizer knows two words
+    assert rc == 0 and "left out: 20 pairs do not suit this model" in out and "match: 10 pairs" in out, out + err
+    assert {json.loads(line)["task"] for line in (run / "run/pairs.jsonl").read_text().splitlines()} == {"match"}
+
+
 def test_pairs_and_choices_through_the_command(run):
     words = [["four", 0.0], ["nine", 0.1]]
     chosen = write_set(run, [{"id": "a", "right": {"audio": "0.wav"}, "wrong": {"audio": "1.wav"}},
@@ -155,7 +201,7 @@ def test_a_bad_item_is_one_line(run, row, said):
 
 
 def test_other_bad_calls_are_one_line(run):
-    for words, said in ((("pairs", run / "run"), "add --set"), (("pairs", "--limit=1"), "pairs takes one run folder"),
+    for words, said in ((("choices", run / "run"), "add --set"), (("pairs", "--limit=1"), "pairs takes one run folder"),
                         (("compare", run / "words.json"), "two files"),
                         (("choices", run / "run", write_set(run, [{"choices": [{"audio": "0.wav"}], "answer": 3}])), "answer 3"),
                         (("pairs", run / "run", "--sett=x"), "nearest is --set"), (("representations", run / "run"), "config.json")):
@@ -183,6 +229,11 @@ def test_two_evaluations_are_compared_item_by_item(tmp_path):
     assert found == {"items": 7, "both": 2, "only": [["1", "4"], ["3", "5", "6"]], "p": 1.0}
     assert mcnemar(0, 5) == 0.0625 and mcnemar(1, 5) == pytest.approx(14 / 64) and mcnemar(0, 0) == 1.0
     assert mcnemar(2, 9) == pytest.approx(2 * (1 + 11 + 55) / 2048)
+    for name, errors in (("c", (0.1, 0.5, 0.0)), ("d", (0.0, 0.2, 0.0))):
+        rows = [{"id": str(n), "wer": x, "heard": "x"} for n, x in enumerate(errors)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = compare(tmp_path / "c.jsonl", tmp_path / "d.jsonl")                  # numbers: 4 of the 8 flips are as far from 0
+    assert found.keys() == {"wer"} and found["wer"]["difference"] == pytest.approx(-0.4 / 3) and found["wer"]["p"] == 0.5
 
 
 # ---- states ----

@@ -34,6 +34,6 @@ smoke = replace(
     config, model=ModelConfig(table, StackConfig(dim=48, layers=2, heads=4, kv_heads=2, head_dim=16, ffn=96, norm_eps=1e-6, rope_theta=1e6,
                                                  qk_norm=True), audio_tied=True),
     init="", out="out/smoke_higgs_v3", steps=12, batch_size=2, accum=1, lr=2e-3, warmup=2, dtype="fp32", eval_every=6, save_every=6,
-    eval_batches=2, log_every=1, lora=replace(config.lora, rank=4, alpha=8.0),
+    eval_batches=2, log_every=1, lora=replace(config.lora, rank=4, alpha=8.0, train=("embed.*",)),
     data=replace(config.data, sources=("assets/speech/manifest.jsonl",), codec="tiny", tokenizer=TINY, split="manifest", columns=512),
     prompts=("thank you",), listen=1)

@@ -37,6 +37,6 @@ smoke = replace(
     config, model=ModelConfig(table, StackConfig(dim=48, layers=2, heads=4, kv_heads=2, ffn=96, rope_theta=500000.0,
                                                  rope_scaling=(32.0, 1.0, 4.0, 8192.0)), tied=True),
     init="", out="out/smoke_orpheus", epochs=0, steps=12, batch_size=2, lr=2e-3, warmup=2, dtype="fp32", eval_every=6, save_every=6,
-    eval_batches=2, log_every=1, lora=replace(config.lora, rank=4, alpha=8.0),
+    eval_batches=2, log_every=1, lora=replace(config.lora, rank=4, alpha=8.0, train=("embed.*",)),
     data=replace(config.data, sources=("assets/speech/manifest.jsonl",), codec="tiny", tokenizer=TINY, split="manifest", columns=1024),
     prompts=("thank you",), listen=1)

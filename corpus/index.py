@@ -44,7 +44,7 @@ from layers.conditioning import condition_ids
 from options import load_config, parse_shard, read_json, split_arguments, visible, write_json
 from streams import Example, StreamTable
 from system.files import checksum, lock, replace_file, unlock
-from text.conversation import Chat, with_transcripts
+from text.conversation import Chat, clips, text_of, with_transcripts
 from text.normalisers import normalise
 from text.tokenizers import Tokenizer, load_tokenizer, tokenizer_file
 from text.word_times import MAIN, OTHER, aligned_ids, check_length, frame_starts, interleave, row_words, tokenise
@@ -481,7 +481,8 @@ class Indexer:
                 raise ValueError(f'{chat.template.family} learns from conversations; write the row as {{"messages": [...]}}')
             chat.plain(row["text"])
             return
-        if "clips" not in row:
+        whole = all(clips(m["content"]) and text_of(m["content"]) for m in row.get("messages") or ())
+        if "clips" not in row or chat.template.one_turn and row["file"] and not whole:      # turns are texts with their speech: a recording
             if entry.reference >= 0 and not self.index.entries[entry.reference].text.strip():
                 raise ValueError("its reference has no transcript")
             chat.prompt(row["text"])                        # raises when the text contains special tokens

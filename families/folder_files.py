@@ -33,8 +33,8 @@ def small_files(folder: Path) -> list[Path]:
 
 
 OURS = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "ras_win_len": "ras_window",
-        "ras_win_max_num_repeat": "ras_repeats"}
-WITHOUT = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1, "typical_p": 1.0, "epsilon_cutoff": 0.0}
+        "ras_win_max_num_repeat": "ras_repeats", "repetition_penalty": "repetition_penalty"}
+WITHOUT = {"no_repeat_ngram_size": 0, "num_beams": 1, "typical_p": 1.0, "epsilon_cutoff": 0.0}
 
 
 def sampling_rules(folder: Path, table: StreamTable, say: Callable[[str], Any]) -> dict[str, Any]:

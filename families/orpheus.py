@@ -82,7 +82,7 @@ def is_released(about: About) -> bool:
     return about.get("vocab_size") == ORPHEUS_3B.table.streams[0].vocab
 
 
-RULES = {"temperature": 0.6, "top_p": 0.8, "max_frames": 1200}      # of engine_class.py; columns: 14 s
+RULES = {"temperature": 0.6, "top_p": 0.8, "repetition_penalty": 1.3, "max_frames": 1200}       # of engine_class.py; columns: 14 s
 FAMILIES = (Family(
     "Orpheus", "orpheus", "Orpheus 3B: speech of named voices, its codes in the vocabulary", chat_grid, TEMPLATE,
     rules=lambda table: RULES, companions={"codec": "hubertsiuzdak/snac_24khz"}, text_to_speech=True, references=99,

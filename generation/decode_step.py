@@ -38,7 +38,7 @@ class SampleConfig:
     min_p: Rule = 0.0               # drop ids whose probability is below this share of the most likely one, 0 = none
     ras_window: int = 0             # repetition-aware sampling: look back this many columns, 0 = off
     ras_repeats: int = 2            # with ras_window: sample again from all ids when a code occurs this often in the window
-    repetition_penalty: float = 1.0 # of first codes that were drawn before: positive logits are divided by it, others multiplied; 1 = off
+    repetition_penalty: float = 1.0 # ids of the text row, prompt included, else first codes drawn: logits / p, or * p below 0; 1 = off
     max_frames: int = 500           # largest number of columns to generate
     min_frames: int = 0             # columns before which nothing may end
     max_speech: int = 0             # frames after which a speech segment is closed; text may follow; 0 = when the model closes it
@@ -172,9 +172,9 @@ class DecodeStep:
         self.noise = SamplingNoise(config.seed, B, len(table.text_out) + len(table.audio_out), device)
         first = table.streams[table.audio_out[0]] if table.audio_out else None
         self.end, self.codes = (first.end, first.code_count) if first else (-1, 0)
-        self.drawn = None                                                     # which ids of the first codebook were drawn (B, V)
-        if first and config.repetition_penalty != 1:
-            self.drawn = torch.zeros(B, first.classes, dtype=torch.bool, device=device)
+        self.seen, self.first = None, (*table.text_out, *table.audio_out)[0]  # which ids of the first row occurred (B, V + 1); V = none
+        if config.repetition_penalty != 1:
+            self.seen = torch.zeros(B, table.streams[self.first].classes + 1, dtype=torch.bool, device=device)
         self.begin(prompt, inputs)
 
     def again(self, prompt: Tensor, seed: int, inputs: Tensor | None = None) -> None:
@@ -188,8 +188,10 @@ class DecodeStep:
         self.padding = (prompt < 0).all(1).cumprod(1).sum(1)                  # (B,) columns of -1 on the left
         self.position = (prompt.shape[2] - self.padding)[:, None]             # (B, 1) of the column that is read next
         self.recent = recent_codes(prompt, self.table, self.config.ras_window) if self.config.ras_window else None
-        if self.drawn is not None:
-            self.drawn.zero_()
+        if self.seen is not None:
+            self.seen.zero_()
+            if self.table.text_out:
+                self.see(prompt)
         self.h = prefill(self.model, prompt, self.padding, self.cache, self.guide, inputs=inputs)
 
     def draw(self, known: Tensor, kind: ColumnKind, free: bool = False) -> Tensor:
@@ -198,7 +200,7 @@ class DecodeStep:
         h_text, h_audio = (x[:, -1] for x in self.h)                          # (B, 1, D) -> (B, D)
         column = known.clamp(min=-1)
         if kind.text:
-            logits = self.guide.mix(self.model.text_head(h_text), text=True).float()[:, None]
+            logits = self.penalised(self.guide.mix(self.model.text_head(h_text), text=True).float())[:, None]
             if config.min_frames:
                 for id in table.stop:
                     logits[..., id].masked_fill_(self.noise.columns < config.min_frames, -torch.inf)
@@ -212,6 +214,19 @@ class DecodeStep:
         if kind.audio:
             self.draw_audio(h_audio, column, known, free)
         return column
+
+    def see(self, columns: Tensor, moves: Tensor | bool = True) -> None:
+        """Note the ids of the first predicted row.   columns (B, K, n)"""
+        ids, V = columns[:, self.first], self.seen.shape[1] - 1
+        real = (ids >= 0) & (ids < V)
+        self.seen.scatter_(1, torch.where(real if moves is True else real & moves, ids, V), True)
+
+    def penalised(self, logits: Tensor) -> Tensor:
+        """Logits (B, V) of the first predicted row: ids that occurred become less likely."""
+        if self.seen is None:
+            return logits
+        p = self.config.repetition_penalty
+        return torch.where(self.seen[:, : logits.shape[1]], torch.where(logits > 0, logits / p, logits * p), logits)
 
     @staticmethod
     def kept(drawn: Tensor, known: Tensor, free: bool) -> Tensor:
@@ -232,9 +247,8 @@ class DecodeStep:
         def choose(logits: Tensor, at: slice) -> Tensor:
             logits = self.guide.mix(logits).float()
             own_end = 0 <= end < logits.shape[-1] and not table.joint_end     # otherwise it is a code like others, or not in this head
-            if self.drawn is not None and at.start == 0:
-                first_row, p = logits[:, 0], config.repetition_penalty
-                first_row.copy_(torch.where(self.drawn, torch.where(first_row > 0, first_row / p, first_row * p), first_row))
+            if at.start == first == 0:
+                logits[:, 0] = self.penalised(logits[:, 0])
             if own_end:                                                       # ids before it are no codes, those behind it pad the table
                 logits[..., self.codes or end : end] = -torch.inf
                 logits[..., end + 1 :] = -torch.inf
@@ -266,9 +280,8 @@ class DecodeStep:
             newer = torch.cat([self.recent[..., 1:], column[:, self.table.spoken, None]], -1)
             spoken = (column[:, self.table.spoken] >= 0).any(1)[:, None, None] & moves
             self.recent.copy_(torch.where(spoken, newer, self.recent))
-        if self.drawn is not None and kind.audio:
-            first = column[:, self.table.audio_out[:1]]                         # (B, 1)
-            self.drawn.scatter_(1, first.clamp(min=0), self.drawn.gather(1, first.clamp(min=0)) | ((first >= 0) & moves))
+        if self.seen is not None:
+            self.see(column[..., None], moves)
         at, self.cache.side = self.position, kind.side
         h = self.model.hidden(self.guide.both(column[..., None], at), self.guide.twice(at), cache=self.cache)
         self.h = h if moves is True else tuple(old.copy_(torch.where(moves, new, old)) for old, new in zip(self.h, h, strict=True))

@@ -123,7 +123,7 @@ class SessionBatch:
 
     @torch.inference_mode()
     def __init__(self, model: MultistreamLM, slots: int, config: SampleConfig | None = None, columns: int = 2048) -> None:
-        """`columns` bounds a session of a model without a window; `config` holds what all share: guidance, closing, RAS."""
+        """`columns` bounds a session of a model without a window; `config` holds what all share: guidance, closing, repetition."""
         self.model, self.table, self.slots, self.config = model.eval(), model.table, slots, config or SampleConfig()
         if model.voice is not None:
             raise ValueError("this model listens to features of voices, which live sessions cannot give it yet; use sample.py")
@@ -214,8 +214,8 @@ class SessionBatch:
         mine.columns[mine.next - n : mine.next, slot] = one.columns[one.next - n : one.next, 0]
         if decode_step.recent is not None:
             decode_step.recent[slot] = alone.recent[0]
-        if decode_step.drawn is not None:
-            decode_step.drawn[slot] = alone.drawn[0]
+        if decode_step.seen is not None:
+            decode_step.seen[slot] = alone.seen[0]
         decode_step.position[slot] = alone.position[0]
         if alone.feed is not None:
             decode_step.feed.place(slot, alone.feed)

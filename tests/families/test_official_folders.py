@@ -649,14 +649,17 @@ def test_ids_that_a_tokenizer_does_not_have_are_unknown_not_a_trace(tmp_path):
 # ---- official scripts ----
 
 def test_rules_lie_beside_the_weights_and_go_with_a_run(tmp_path, capsys):
-    for name, wanted in (("qwen2", {"temperature": 0.7, "top_k": 20, "top_p": 0.8}), ("qwen3", {"temperature": 0.6, "top_p": 0.95}),
+    qwen2 = {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.1}
+    for name, wanted in (("qwen2", qwen2), ("qwen3", {"temperature": 0.6, "top_p": 0.95}),
                          ("higgs", {"temperature": 1.0, "ras_window": 7, "ras_repeats": 2})):
         base = official(name, tmp_path / name)
+        beside = base / "generation_config.json"
+        beside.write_text(json.dumps(json.loads(beside.read_text()) | {"no_repeat_ngram_size": 3}))
         for folder in (base, adapter_run(base, tmp_path / f"{name}_run"), export(base, tmp_path / f"{name}_imported")):
             model = load(folder)
             assert usual_rules(model.table, (), model.extras).items() >= wanted.items(), (name, folder)
             assert "top_k" not in usual_rules(model.table, ("top_k",), model.extras)
-    assert "asks for repetition_penalty 1.1, which is not done here" in capsys.readouterr().out
+    assert "asks for no_repeat_ngram_size 3, which is not done here" in capsys.readouterr().out
     told = {"temp": 0.5, "temp_text": 0.0, "top_k": 9, "top_k_text": 3, "cfg_coef": 2.0, "check": True}
     model = load(kyutai(tmp_path / "moshi", lm_gen_config=told))
     Q = len(model.table.audio_out)

@@ -13,8 +13,8 @@ from test_sample import overfit
 
 from audio import load_codec
 from checkpoint import export, load
-from corpus.examples import prompt_example
-from corpus.index import check_fit
+from corpus.examples import build_example, prompt_example, spoken_prompt
+from corpus.index import check_fit, open_cache
 from families.family import family_of, lay_out, recognise_format
 from families.orpheus import ORPHEUS_3B, TEMPLATE, stream_table
 from generation.decode_step import SampleConfig
@@ -50,6 +50,22 @@ def test_logits_and_greedy_frames_equal_transformers_to_the_end(name, tmp_path):
     first, _, V = model.table.flat
     assert torch.equal(got[1:, [Q - 1, 2 * Q - 1]].T, case["codes"] - first - V * torch.arange(Q))
     assert (got[1:, [k for k in range(2 * Q + 1) if k % Q != Q - 1 or k == 2 * Q]] == -1).all()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_repeated_ids_are_penalised_as_in_transformers(name, tmp_path):
+    case = Golden(name)
+    model, rules = load(case.write(tmp_path)), replace(GREEDY, max_frames=24, repetition_penalty=1.3)
+    alone = [int(frame[0, 0]) for frame in generate(model, case["other"], rules)]
+    assert alone == case["penalised"][0].tolist() != [int(frame[0, 0]) for frame in generate(model, case["other"], GREEDY)]
+    both = [torch.cat([torch.full((1, 3), -1), case["other"]], 1), case["prompt"]]
+    assert [int(frame[0, 0]) for frame in generate(model, torch.stack(both), rules)][: len(alone)] == alone
+    batch = SessionBatch(model, 2, rules, columns=96)
+    batch.begin(0, case["prompt"], rules, 3)
+    said = [batch.begin(1, case["other"], rules, 0)]
+    while len(said) < len(alone):
+        said.append(batch.step({}).get(1))
+    assert [int(frame[0]) for frame in said] == alone
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -114,7 +130,7 @@ def test_a_tokenizer_and_a_codec_of_another_model_are_refused():
     with pytest.raises(ValueError, match="custom_token_10"):
         CHAT.check_tokenizer(replace(table, flat=(table.flat[0] - 1, *table.flat[1:])))
     for flat in ((table.flat[0], 7, 256), (table.flat[0], 8, 255)):
-        with pytest.raises(ValueError, match=r"the model \d of 25\d; choose the codec"):
+        with pytest.raises(ValueError, match=r"the model \d audio rows of 25\d; choose the codec"):
             check_fit(replace(table, flat=flat), TOKENIZER, load_codec("tiny"))
     with pytest.raises(AssertionError, match="flat"):
         StreamTable(table.streams, "orpheus", flat=(table.flat[0] + 1, 8, 256))
@@ -183,6 +199,13 @@ def test_smoke_trains_resumes_samples_exports_and_reads_back(tmp_path: Path, mon
     model = load(out)
     prompt = lay_out(prompt_example("thank you", data, TOKENIZER, load_codec("tiny"), table=model.table), model.table)[0]
     assert len(list(generate(model, prompt, SampleConfig(**family_of(model.table).rules(model.table) | {"max_frames": 3})))) <= 3
+    index = open_cache(replace(SMOKE.data, sources=("assets/speech/chat.jsonl",), cache=f"{tmp_path}/cache"), model.table)
+    drawn = [n for n, entry in enumerate(index.entries) if entry.key and entry.split]
+    for n in drawn:                                     # conversations become recordings with their texts, as they are asked for
+        tokens = lay_out(build_example(index, n, model.table), model.table)[0]
+        asked = lay_out(spoken_prompt(index, n, index.entries[n].reference, data, model.table), model.table)[0]
+        assert not index.entries[n].messages and torch.equal(tokens[:, : asked.shape[1]], asked)
+    assert len(drawn) == 2
     code, text, err = call("sample.py", f"--ckpt={out}", "--text=thank you", "--max_frames=20", f"--out={tmp_path}/x.wav")
     assert code == 0 and (tmp_path / "x.wav").is_file(), err
     export(out, tmp_path / "official", "hf")

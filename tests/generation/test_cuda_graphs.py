@@ -114,7 +114,7 @@ def test_graphs_make_the_frames_that_are_made_without(name: str, rules: dict, ta
 @pytest.mark.parametrize("name", ["qwen", "mha", "llama3", "window", "depth_schedule", "text"])
 def test_every_kind_of_stack_is_captured(name: str, tapes: list[Tape]) -> None:
     model = make(name)
-    both(model, pad_left(prompts(model, 2)), SampleConfig(temperature=0.9, top_p=0.8, max_frames=24))
+    both(model, pad_left(prompts(model, 2)), SampleConfig(temperature=0.9, top_p=0.8, repetition_penalty=1.3, max_frames=24))
     assert tapes
 
 
@@ -144,7 +144,7 @@ def test_graphs_serve_the_next_prompt_of_their_size_class(tapes: list[Tape]) -> 
     model = make("dual")
     grids = prompts(model, 5)
     for n, grid in enumerate([pad_left(grids[:3]), pad_left(grids[1:5]), pad_left(grids[2:5])]):
-        both(model, grid, SampleConfig(temperature=1.0, max_frames=20 + n, seed=n))
+        both(model, grid, SampleConfig(temperature=1.0, repetition_penalty=1.5, max_frames=20 + n, seed=n))
     runner = model.replay
     assert len(tapes) == sum(tape is not None for tape in runner.graphs.values()) and len(runner.known) == 4     # filled up to four
     both(model, grids[0], SampleConfig(temperature=1.0, max_frames=9))
@@ -220,9 +220,10 @@ def test_a_column_looks_at_no_value_and_needs_nothing_of_the_host(name: str, cfg
     model = make(name).to("meta")
     table, prompt = model.table, torch.zeros(2, len(model.table), 5, dtype=torch.long, device="meta")
     feed = WordFeed([torch.tensor([3, 4])] * 2, table) if name == "words" else None
-    config = SampleConfig(temperature=0.8, top_k=5, top_p=0.9, min_p=0.01, ras_window=3, min_frames=3, closing="hf", cfg=cfg, cfg_hide=2)
+    config = SampleConfig(temperature=0.8, top_k=5, top_p=0.9, min_p=0.01, ras_window=3, min_frames=3, closing="hf", cfg=cfg, cfg_hide=2,
+                          repetition_penalty=1.2)
     states = torch.zeros(4 if cfg != 1 else 2, 1, model.config.temporal.dim, device="meta")
-    monkeypatch.setattr("generation.decode_step.prefill", lambda *_: (states, states))
+    monkeypatch.setattr("generation.decode_step.prefill", lambda *_, **__: (states, states))
     monkeypatch.setattr("generation.decode_step.recent_codes", lambda prompt, table, n: prompt.new_zeros(2, len(table.audio_out), n))
     with torch.inference_mode():
         runner = GraphRunner(DecodeStep(model, prompt, config, 64, feed)).begin(2)

@@ -204,10 +204,16 @@ def orpheus_case(name: str, seed: int, words: int, Q: int, V: int, spare: int, *
         optimiser.step()
     with torch.no_grad():
         logits = model(input_ids=ids).logits
-        said = model.generate(input_ids=ids[:, : len(prompt)], max_new_tokens=90, do_sample=False, pad_token_id=0)[:, len(prompt) :]
-    print(f"{name}: greedy {said.tolist()}, |logits| up to {logits.abs().max():.1f}")
+        other, said = draw(words, 1, 9, seed=seed + 6), []
+        for begun, penalty in ((prompt[None], 1.0), (other, 1.3)):
+            made = model.generate(input_ids=begun, attention_mask=torch.ones_like(begun), max_new_tokens=24, do_sample=False,
+                                  pad_token_id=0, repetition_penalty=penalty)
+            said.append(made[:, begun.shape[1] :])
+        said, penalised = said
+    print(f"{name}: greedy {said.tolist()}, penalised {penalised.tolist()}, |logits| up to {logits.abs().max():.1f}")
     about = json.loads(config.to_json_string(use_diff=False)) | {"speech_tokens": [first, Q, V], "architectures": ["LlamaForCausalLM"]}
-    write(name, model, about, "torch transformers", ids=ids, prompt=prompt[None], logits=logits, said=said, codes=codes)
+    write(name, model, about, "torch transformers", ids=ids, prompt=prompt[None], logits=logits, said=said, codes=codes,
+          other=other, penalised=penalised)
 
 
 def orpheus() -> None:

@@ -13,6 +13,7 @@ from audio import hub
 from audio.higgs import HiggsCodec, is_higgs
 from audio.mimi import MimiCodec, is_mimi
 from audio.moss import MossCodec, is_moss
+from audio.qwen import QwenCodec, is_qwen
 from audio.snac import SnacCodec, is_snac
 from audio.tiny import TinyCodec
 
@@ -30,12 +31,12 @@ def _is_tiny(path: Path) -> bool:
         return False
 
 
-OWN = ("model.pth", "tokenizer-*.safetensors", "mimi-*.safetensors")     # codec weights in official repositories
+OWN = ("speech_tokenizer/*", "model.pth", "tokenizer-*.safetensors", "mimi-*.safetensors")     # codec weights in official repositories
 REST = ("model.safetensors", "pytorch_model.bin", "voice.safetensors", "flow/*")       # other files of a codec
 NAMES = {"tiny": (TinyCodec.load, TINY), "tiny:1": (TinyCodec.load_coarse, TINY)}       # name -> (loader, the file it reads)
 KINDS = [                                           # (recogniser of a file or folder, loader)
     (_is_tiny, TinyCodec.load), (is_higgs, HiggsCodec.load), (is_moss, MossCodec.load), (is_snac, SnacCodec.load),
-    (is_mimi, MimiCodec.load)]
+    (is_qwen, QwenCodec.load), (is_mimi, MimiCodec.load)]
 
 
 def load_codec(path_or_name, device: str = "cpu", codebooks: int = 0):
@@ -50,7 +51,7 @@ def load_codec(path_or_name, device: str = "cpu", codebooks: int = 0):
     for fits, loader in KINDS:
         if fits(path):
             return loader(path, device=device, **({"num_codebooks": codebooks or None} if fits is is_mimi else {}))
-    kinds = f"{', '.join(NAMES)}, a tiny codec's file, a Higgs tokenizer's, SNAC's or MOSS codec's folder, Mimi's, or a hub id"
+    kinds = f"{', '.join(NAMES)}, a tiny codec's file, the folder of a Higgs, SNAC, Qwen or MOSS codec, Mimi's file or folder, or a hub id"
     state = "contains no known codec" if path.exists() else "is neither a codec's name nor a file"
     raise ValueError(f"{path_or_name} {state}; name one of: {kinds}")
 

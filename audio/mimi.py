@@ -88,11 +88,16 @@ class MimiCodec(nn.Module):
 
     def encode(self, wav: Tensor) -> Tensor:
         """(B, 1, W) at 24 kHz -> codes (B, Q, T) int64, T = ceil(W / 1920): the last frame is filled with silence."""
-        return self.encode_frames(F.pad(wav, (0, -check_wav(wav) % self.config.hop)), Past())
+        check_wav(wav)
+        return self.encode_frames(self.filled(wav), Past())
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codes (B, 1..Q, T) in 0..2047 -> (B, 1, 1920 T), near [-1, 1]; fewer codebooks give a coarser sound."""
         return self.decode_frames(codes, Past())
+
+    def filled(self, wav: Tensor) -> Tensor:
+        """The end of a sound, filled with silence to whole frames."""
+        return F.pad(wav, (0, -wav.shape[2] % self.config.hop))
 
     @torch.no_grad()
     def encode_frames(self, wav: Tensor, past: Past) -> Tensor:
@@ -161,7 +166,7 @@ class MimiStream:
     def flush_encode(self) -> Tensor:
         """End the sound: the codes (B, Q, 0..1) of what was held back, filled up with silence."""
         assert self.wav is not None, "flush_encode() before encode()"
-        codes = self.codec.encode_frames(F.pad(self.wav, (0, -self.wav.shape[2] % self.codec.config.hop)), self.encoder_past)
+        codes = self.codec.encode_frames(self.codec.filled(self.wav), self.encoder_past)
         self.wav, self.encoder_past = None, Past(self.exact_moshi)
         return codes
 
@@ -182,15 +187,18 @@ class MimiStream:
 class Conv(nn.Module):
     """A convolution that sees only what came before; what came before the start is silence, or the first value again."""
 
-    def __init__(self, inner: int, outer: int, kernel: int, stride: int = 1, bias: bool = True, replicate: bool = False):
+    def __init__(self, inner: int, outer: int, kernel: int, stride: int = 1, bias: bool = True, replicate: bool = False, dilation: int = 1,
+                 groups: int = 1):
         super().__init__()
-        self.conv = nn.Conv1d(inner, outer, kernel, stride, bias=bias)
-        self.overlap, self.replicate = kernel - stride, replicate
+        self.conv = nn.Conv1d(inner, outer, kernel, stride, bias=bias, dilation=dilation, groups=groups)
+        self.overlap, self.replicate, self.stride = (kernel - 1) * dilation + 1 - stride, replicate, stride
 
     def forward(self, x: Tensor, past: Past) -> Tensor:             # (B, D, stride * t) -> (B, D', t)
         if self not in past.kept:
             start = x[..., :1] if self.replicate else x.new_zeros(*x.shape[:2], 1)
             past.kept[self] = (start.expand(-1, -1, self.overlap),)
+        if short := -x.shape[2] % self.stride:                      # the end of a sound that transformers fills here
+            x = F.pad(x, (0, short), "replicate" if self.replicate else "constant")
         x = torch.cat([*past.kept[self], x], 2)
         past.kept[self] = (x[..., x.shape[2] - self.overlap:].clone(),)     # a view would keep all of x alive
         return self.conv(x)

@@ -103,6 +103,67 @@ def talker(name: str, seed: int, D: int, d: int, Q: int, codes: int, head: int, 
          frames=frames, ref=ref, first=logits, rest=rest, losses=right, wrong=wrong, **prompts)
 
 
+@torch.no_grad()
+def redrawn(model: nn.Module, seed: int) -> nn.Module:
+    """Every number of a codec or a speaker encoder drawn again, in half precision; codebooks are as wide as what they quantise."""
+    g = torch.Generator().manual_seed(seed)
+    for name, p in sorted([*model.named_parameters(), *model.named_buffers()]):
+        noise = torch.randn(p.shape, generator=g)
+        if name.endswith(("initialized", "inv_freq")) or not p.is_floating_point() or not p.dim():
+            continue
+        if name.endswith("cluster_usage"):
+            noise = 0.5 + noise.abs()
+            noise[3] = 1e-6                                     # an entry that won nothing
+        elif name.endswith(("embed_sum", "embedding_sum")):
+            noise *= 2.0
+            noise[3] *= 1e-5
+        elif name.endswith(("scale", "gamma")):
+            noise = 0.5 + 0.3 * noise
+        elif name.endswith(("alpha", "beta")):
+            noise *= 0.3
+        elif "norm" in name:
+            noise = (0 if name.endswith("bias") else 1) + 0.3 * noise
+        else:
+            gain = 3 if "input_proj" in name else 0.3 if name.startswith("decoder.decoder.6") else 1.2 if "encoder" in name else 0.8
+            noise *= 0.1 if name.endswith("bias") else gain * (p.numel() / p.shape[0]) ** -0.5
+        p.copy_(noise.half())
+    return model.eval()
+
+
+def sound(n: int, seed: int) -> torch.Tensor:
+    g = torch.Generator().manual_seed(seed)
+    return (0.3 * torch.sin(torch.arange(n) * 0.07) + 0.1 * torch.randn(n, generator=g)).half().float()
+
+
+@torch.no_grad()
+def codec() -> None:
+    """Codes of sounds of many lengths, and the sound of codes; weights and sounds are stored in half precision."""
+    from qwen_tts.core.tokenizer_12hz.configuration_qwen3_tts_tokenizer_v2 import Qwen3TTSTokenizerV2Config
+    from qwen_tts.core.tokenizer_12hz.modeling_qwen3_tts_tokenizer_v2 import Qwen3TTSTokenizerV2Model
+    first = {"model_type": "mimi", "hidden_size": 12, "num_filters": 2, "num_hidden_layers": 2, "num_attention_heads": 2,
+             "sliding_window": 5, "num_key_value_heads": 2, "head_dim": 6, "intermediate_size": 8, "codebook_size": 16,
+             "codebook_dim": 4, "num_quantizers": 6, "vector_quantization_hidden_dimension": 4, "upsample_groups": 12}
+    second = {"codebook_size": 16, "codebook_dim": 8, "latent_dim": 10, "hidden_size": 6, "num_attention_heads": 3,
+              "num_key_value_heads": 3, "head_dim": 4, "sliding_window": 7, "intermediate_size": 9,
+              "num_hidden_layers": 2, "num_quantizers": 4, "decoder_dim": 32}
+    config = Qwen3TTSTokenizerV2Config(first, second, encoder_valid_num_quantizers=4)
+    model = redrawn(Qwen3TTSTokenizerV2Model(config), 0)
+    kept: dict[str, torch.Tensor] = {}
+    for n in (1, 1919, 1920, 1921, 5000, 19200):
+        wav = sound(n, n)[None]
+        kept[f"codes_{n}"] = model.encode(wav, torch.ones_like(wav, dtype=torch.long)).audio_codes[0].T
+    codes = draw(16, 1, 10, 4, seed=1)
+    kept |= {"codes": codes[0].T, "wav": model.decode(codes).audio_values[0]}
+    print(f"qwen_codec: {len(set(kept['codes_19200'].flatten().tolist()))} codes in use, |wav| {kept['wav'].abs().mean():.2f}")
+    state = {name: t if name.endswith("initialized") else t.half() for name, t in model.state_dict().items()}
+    bare = nn.Module()
+    bare.state_dict = lambda: state
+    save("qwen_codec", bare, json.loads(config.to_json_string(use_diff=False)), **kept)
+
+
 if __name__ == "__main__":
+    if "codec" in sys.argv:
+        codec()
+        sys.exit()
     talker("qwen_tts", 0, 24, 16, 5, 21, 8, 3)
     talker("qwen_tts_even", 5, 20, 20, 3, 17, 10, 2)

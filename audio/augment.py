@@ -125,8 +125,7 @@ def stretched(voice: Tensor, factor: float, window: int = 1024, hop: int = 256) 
     spectrum = torch.stft(voice, window, hop, window=hann, return_complex=True)              # (F, J)
     frames = torch.arange(0, spectrum.shape[1] - 1, 1 / factor)
     left, part = frames.long(), frames - frames.floor()
-    size = spectrum.abs()
-    size = torch.nn.functional.pad(size, (0, 1))
+    size = torch.nn.functional.pad(spectrum.abs(), (0, 1))
     size = (1 - part) * size[:, left] + part * size[:, left + 1]
     usual = 2 * torch.pi * hop * torch.arange(spectrum.shape[0]) / window                    # how far a bin's centre turns in a hop
     turn = spectrum[:, left + 1].angle() - spectrum[:, left].angle() - usual[:, None]

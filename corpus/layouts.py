@@ -24,25 +24,12 @@ from pathlib import Path
 from typing import Any
 
 from audio.wav import SOUNDS
-from corpus.manifest import (
-    CACHE_FIELDS,
-    TRANSCRIBED,
-    Manifest,
-    Row,
-    Unusable,
-    accept,
-    check_unicode,
-    compose,
-    is_time,
-    label,
-    path_inside,
-    unusable_on_error,
-)
+from corpus.manifest import CACHE_FIELDS, TRANSCRIBED, Manifest, Row, Unusable, accept, compose, label, path_inside, unusable_on_error
 from families.family import special_tokens
 from options import locate, parse_row
 from system.tables import TABLE_FILES, rows
 from text.chat_formats import different, reply_pair, sample_row, unread_fields
-from text.word_times import MAIN, Alignment, as_json, parse_alignments, tidy_words
+from text.word_times import MAIN, Alignment, as_json, is_time, parse_alignments, tidy_words
 
 MAX_MANIFEST = 1 << 30      # bytes; a larger file is refused
 FIELDS = {"id", "audio", "text", "speaker", "group", "words", "language", "synthetic", "split", "offset", "duration", "reference", "stereo",
@@ -92,11 +79,19 @@ def read_manifest(path: str | Path, allow_outside: bool = False, assistant_text:
     return m
 
 
+def check_unicode(row: Row) -> None:
+    """Unusable for half a surrogate pair, which no file can hold, anywhere in a row."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise Unusable("bad encoding", "it has half a surrogate pair: save it again as UTF-8 from its source") from None
+
+
 def note_unlisted(m: Manifest) -> None:
     """Note the recordings of a folder that no row names."""
     told = {bad.where for bad in m.bad}                 # by their names, where a folder is the list
-    found = [p.relative_to(m.root).as_posix() for p in sounds_below(m.root) if os.path.realpath(p) not in m.files]
-    if found := [name for name in found if name not in told]:
+    files = {p.relative_to(m.root).as_posix(): os.path.realpath(p) for p in sounds_below(m.root)}
+    if found := [name for name, file in files.items() if file not in m.files and name not in told]:
         m.notes.append(f"{len(found)} recordings are in no row: {', '.join(found[:5])}{', ...' if len(found) > 5 else ''}")
 
 

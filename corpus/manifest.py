@@ -46,6 +46,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -57,6 +58,7 @@ from families.family import special_tokens
 from system.tables import cell_bytes
 from text.chat_formats import start_of
 from text.conversation import INLINE, checked, clips
+from text.word_times import is_time
 
 MAX_ROWS = 10_000_000       # rows that one compose line may ask for, and clips in one of them
 MAX_PARTS = 1000
@@ -147,10 +149,6 @@ def audio_file(m: Manifest, part: Row) -> str:
     return str(path or "")
 
 
-def is_time(value: Any) -> bool:
-    return isinstance(value, (int, float)) and 0 <= value < 1e6         # neither NaN nor infinite
-
-
 def accept(m: Manifest, where: str, row: Row) -> None:
     """Add a row with its defaults and its reference clip; Unusable before its audio is opened when a field is wrong."""
     beside = recordings_beside(row)
@@ -163,12 +161,12 @@ def accept(m: Manifest, where: str, row: Row) -> None:
     try:
         check_fields(m, row, list(beside.values()))
     except Unusable as error:
-        return m.reject(f"{where} {row['id']}", *error.args)
+        m.reject(f"{where} {row['id']}", *error.args)
+        return
     for suffix, part in beside.items():
         m.clips[row["id"] + suffix] = {"id": row["id"] + suffix, "speaker": row["speaker"]} | part
     m.clips[row["id"]] = row
     m.rows.append(row)
-    return None
 
 
 def label(value: Any) -> str:
@@ -178,24 +176,8 @@ def label(value: Any) -> str:
 
 def own_id(m: Manifest, name: str) -> str:
     """An id for a row that has none: rows that share a clip are numbered."""
-    number, found = 1, name
-    while found in m.clips:
-        number += 1
-        found = f"{name} ({number})"
-    return found
-
-
-def check_unicode(value: Any) -> None:
-    """Unusable for half a surrogate pair, which no file can hold, anywhere in a row."""
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise Unusable("bad encoding", "it has half a surrogate pair: save it again as UTF-8 from its source") from None
-    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        check_unicode(part)
-    if isinstance(value, dict):
-        check_unicode(list(value))
+    numbered = (f"{name} ({n})" for n in count(2))
+    return next(found for found in chain([name], numbered) if found not in m.clips)
 
 
 def recordings_beside(row: Row) -> dict[str, Row]:

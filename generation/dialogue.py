@@ -20,18 +20,7 @@ from options import read_json, write_text
 from streams import StreamTable, delay
 from text.normalisers import normalise
 from text.tokenizers import Tokenizer
-from text.word_times import (
-    MAIN,
-    Alignment,
-    as_json,
-    check_length,
-    interleave,
-    parse_alignments,
-    tidy_words,
-    timed_transcript,
-    timed_words,
-    tokenise,
-)
+from text.word_times import MAIN, Alignment, as_json, check_length, interleave, row_words, timed_transcript, timed_words, tokenise
 
 LOUDNESS = -24.0            # dB of full scale, root mean square, to which the voice of a role is brought
 BEHIND = 3.5                # seconds of silence appended to a recording for speech to text: words come up to 2.5 s late
@@ -100,7 +89,7 @@ def dialogue_prompt(path: str | Path, codec: Any, tokenizer: Tokenizer, table: S
     beside, words = Path(path).with_suffix(".json"), list[Alignment]()
     if beside.is_file():
         try:
-            words = tidy_words(parse_alignments(read_json(beside)))[0]
+            words = row_words({"alignments": read_json(beside)})
             check_length(words, wav.shape[1] / rate)
         except ValueError as error:
             raise ValueError(str(error) if str(beside) in str(error) else f"{beside}: {error}; correct it or move it away") from None

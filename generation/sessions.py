@@ -129,7 +129,6 @@ class SessionBatch:
             raise ValueError("this model listens to features of voices, which live sessions cannot give it yet; use sample.py")
         self.device, family = model.temporal.layers[0].attn.o.weight.device, family_of(self.table)
         empty = torch.zeros(1, dtype=torch.long)
-        self.new_feed = family.feed and (lambda text: family.feed([text], self.table))
         feed = family.feed and family.feed([empty] * slots, self.table)
         start = self.table.column("start")[None].expand(slots, -1, -1).contiguous()
         self.decode_step = decode_step = DecodeStep(model, start.to(self.device), self.config, columns, feed)
@@ -178,7 +177,7 @@ class SessionBatch:
               before: Tensor | None = None, given: Tensor | None = None, alone: DecodeStep | None = None) -> Tensor | None:
         """Start a session in a row behind a prompt (K, S); -> the first frame (K,) if it is complete already.
 
-        `rules` are its temperature, top-k, top-p and min-p; `feed` fills rows that are only read (`new_feed(words)`); `before`
+        `rules` are its temperature, top-k, top-p and min-p; `feed` fills rows that are only read; `before`
         (Q, t) are frames of the user that the prompt holds, so that his delayed rows go on with them; `given` (K, n) are ids of
         the next columns, FREE where the model draws; `alone` is what `read_prompt` made of the prompt.
         """

@@ -134,12 +134,11 @@ def refuse_marks(text: str, role: str, marks: Iterable[str]) -> str:
 
 def bare(message: Message) -> Message:
     """A message without its inline audio, which is stored in rows of its own."""
+    def stripped(part: Any) -> Any:
+        return {k: v for k, v in part.items() if k != "raw_audio"} if isinstance(part, dict) else part
+
     content = message["content"]
-    if isinstance(content, (list, dict)):
-        content = [part if isinstance(part, str) else {k: v for k, v in part.items() if k != "raw_audio"}
-                   for part in (content if isinstance(content, list) else [content])]
-        content = content if isinstance(message["content"], list) else content[0]
-    return message | {"content": content}
+    return message | {"content": [stripped(part) for part in content] if isinstance(content, list) else stripped(content)}
 
 
 def said(messages: list[Message], i: int) -> str:

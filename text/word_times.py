@@ -26,6 +26,10 @@ from text.normalisers import normalise
 from text.tokenizers import Tokenizer
 
 
+def is_time(value: Any) -> bool:
+    return isinstance(value, (int, float)) and 0 <= value < 1e6         # neither NaN nor infinite
+
+
 def spread(words: Sequence[str], start: float, end: float) -> list[tuple[str, float]]:
     """Divide a span of seconds among words in proportion to their letters; returns (word, start)."""
     before = list(accumulate(map(len, words), initial=0))                       # letters in front of each word, and in all

@@ -1,13 +1,14 @@
-"""Telephone speech: simulate a line, and find the turns of a recorded call.
+"""Telephone speech: simulate a line, find the turns of a recorded call, and the hold music in it.
 
     line = telephone(wav, rate, law="a", snr=15, loss=0.05)     # as it arrives at the other end, at the same rate
     for channel, start, end, crosstalk in turns(call, rate):    # a stereo call, one speaker a channel
         ...
 
 A line is 8 kHz, 300 to 3400 Hz, 8 bits a sample on a logarithmic scale (ITU-T G.711), 20 ms a packet, and some packets are lost.
-Codecs of this repository take it after `resample`: frequencies above 3.4 kHz stay lost. Next: augment.py.
+Codecs of this repository take it after `resample`: frequencies above 3.4 kHz stay lost. Next: diarise.py.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -138,11 +139,15 @@ def turns(wav: Tensor, rate: int, leak: float = 25) -> list[Turn]:
 
     What one speaker says until the other begins is one turn, whatever the pauses.
     """
-    spans = spoken(wav, rate, leak)
+    return turns_of(spoken(wav, rate, leak))
+
+
+def turns_of(spans: Sequence[tuple[float, float, int]]) -> list[Turn]:
+    """Join spans (start, end, channel) of one speaker until the other one begins."""
     found: list[Turn] = []
-    for start, end, channel in spans:
+    for start, end, channel in sorted(spans):
         if found and found[-1].channel == channel:
-            found[-1] = found[-1]._replace(end=end)
+            found[-1] = found[-1]._replace(end=max(end, found[-1].end))
         else:
             found.append(Turn(channel, start, end, False))
     return [t._replace(crosstalk=any(c != t.channel and s < t.end and e > t.start for s, e, c in spans)) for t in found]
@@ -158,11 +163,16 @@ def spoken(wav: Tensor, rate: int, leak: float = 25) -> list[tuple[float, float,
     step = round(SPAN * rate)
     if wav.shape[1] < step:
         return []
-    power = wav[:, : wav.shape[1] // step * step].unflatten(1, (-1, step)).square().mean(-1)
-    level = 10 * power.clamp(min=1e-10).log10()                                         # (2, n) dBFS
+    level = frame_levels(wav, step)                                                     # (2, n)
     spans = sorted((*span, channel) for channel in (0, 1)
                    for span in speech(level[channel], level[1 - channel] - leak))
     return [(start * step / rate, end * step / rate, channel) for start, end, channel in spans]
+
+
+def frame_levels(wav: Tensor, step: int) -> Tensor:
+    """Level of every `step` samples in dBFS, without what is constant in them.   (C, W) -> (C, W // step)"""
+    frames = wav[:, : wav.shape[1] // step * step].unflatten(1, (-1, step))
+    return 10 * frames.var(-1, unbiased=False).clamp(min=1e-10).log10()
 
 
 def speech(level: Tensor, leaked: Tensor) -> list[tuple[int, int]]:
@@ -182,3 +192,50 @@ def speech(level: Tensor, leaked: Tensor) -> list[tuple[int, int]]:
         elif speaking:
             spans.append((n, n + 1))
     return [(start, end) for start, end in spans if end - start >= round(SHORTEST / SPAN)]
+
+
+HELD = 0.08                 # of the power of a spectrum is still there 0.2 s later: music reaches 0.2, speech 0.1
+
+
+def held_sounds(wav: Tensor, rate: int, shortest: float = 5.0) -> list[tuple[float, float]]:
+    """When a channel (1, W) holds tones as hold music does, and voices do not, for `shortest` seconds or more."""
+    wav, n, hop, later = resample(wav, rate, RATE)[0], 1024, 256, 6
+    if len(wav) <= n:
+        return []
+    kept, loud = [], []
+    for at in range(0, len(wav) - n, 60 * RATE):                                # a minute at a time
+        piece = F.pad(wav[at : at + 60 * RATE + later * hop], (n // 2, n // 2))
+        power = torch.stft(piece, n, hop, window=torch.hann_window(n), center=False, return_complex=True)[20:440].abs().square()
+        floor = power.quantile(0.2, 1)                                          # of noise; tones are narrow and stay out of the median
+        floor = F.pad(floor[None], (15, 15), "replicate").unfold(1, 31, 1).median(-1).values[0]
+        power = (power - 3 * floor[:, None]).clamp(min=0)
+        now, then = power[:, :-later], power[:, later:]
+        beside = then.roll(4, 0)                                                # what noise would keep by chance
+        kept.append((torch.minimum(now, then) - torch.minimum(now, beside)).sum(0) / torch.maximum(now, then).sum(0).clamp(min=1e-12))
+        loud.append(power.sum(0)[:-later])
+    share, level = torch.cat(kept), torch.cat(loud)
+    heard = (level > 0.15 * level.quantile(0.9)).float()
+    width = round(4 * RATE / hop) | 1
+    total = F.avg_pool1d(torch.stack([share * heard, heard])[:, None], width, 1, width // 2, count_include_pad=False)[:, 0]
+    held = ((total[0] > HELD * total[1]) & (total[1] > 0.1)).tolist()
+    spans: list[tuple[int, int]] = []
+    for i, is_held in enumerate([*held, False]):
+        if is_held and (i == 0 or not held[i - 1]):
+            spans.append((i, len(held)))
+        elif not is_held and i and held[i - 1]:
+            spans[-1] = (spans[-1][0], i)
+    blur = round(1.2 * RATE / hop)                                              # the mean reaches over the ends
+    spans = [(a + blur * (a > 0), b - blur * (b < len(held))) for a, b in spans if (b - a) * hop / RATE >= shortest]
+    return [(a * hop / RATE, b * hop / RATE) for a, b in spans]
+
+
+def without(spans: Sequence[tuple[float, float, int]], held: Sequence[tuple[float, float]],
+            shortest: float = 3.0) -> list[tuple[float, float, int]]:
+    """Spans without what is held; a rest of one below `shortest` seconds goes with it. Where little of a short span is held, it stays."""
+    found: list[tuple[float, float, int]] = []
+    for start, end, who in spans:
+        inside = [(max(a, start), min(b, end)) for a, b in held if a < end and b > start]
+        inside = [] if end - start < 8 and sum(b - a for a, b in inside) < (end - start) / 2 else inside
+        edges = [start, *(edge for pair in inside for edge in pair), end]
+        found += [(a, b, who) for a, b in zip(edges[::2], edges[1::2], strict=True) if not inside or b - a >= shortest]
+    return found

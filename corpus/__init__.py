@@ -9,6 +9,6 @@
     examples.py        entries, or a prompt -> examples for a layout function
     bundled.py         small data sets made from the bundled recordings
     annotate.py        transcripts and word times by Whisper, and fixing them
-    phone_calls.py     stereo phone calls -> conversations; invented facts in replies
+    phone_calls.py     phone calls -> conversations; invented facts in replies
     swap_tokenizer.py  replace the tokenizer of a model
 """

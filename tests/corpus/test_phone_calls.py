@@ -5,8 +5,10 @@ import runpy
 from pathlib import Path
 
 import pytest
+import soundfile
 import torch
 from conftest import ROOT, call
+from test_diarise import composed, needs_weights
 from test_telephone import call as stereo
 
 from audio.wav import load_wav, save_wav
@@ -176,3 +178,68 @@ def test_a_call_with_a_silent_channel_is_named_and_left_out(tmp_path: Path) -> N
     assert rc == 2 and "the right channel, the caller, is silent" in err and "none of 1 recordings is a usable call" in err
     rc, _, err = call("data.py", "calls", tmp_path, f"--out={tmp_path}/out", "--agent=up")
     assert rc == 2 and "--agent is left or right" in err
+
+
+def test_calls_of_equal_names_stay_apart_and_are_read_in_any_format(tmp_path: Path) -> None:
+    wav = stereo((0, 0.5, 2), (1, 2.5, 4), (0, 4.5, 6), seconds=7)
+    for name in ("mon/7.wav", "tue/7.wav", "tue/8.flac", "tue/8.WAV"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(tmp_path / "in" / name, (wav + 0.2).clamp(-1, 1).T.numpy(), 8000)      # with an offset, as some recorders have
+    rc, out, err = call("data.py", "calls", tmp_path / "in/mon", tmp_path / "in/tue", tmp_path / "in/mon/7.wav", f"--out={tmp_path}/out")
+    made = [json.loads(line) for line in (tmp_path / "out/calls.jsonl").read_text().splitlines()]
+    assert rc == 0 and [row["id"] for row in made] == ["mon/7", "tue/7", "tue/8_WAV", "tue/8_flac"], err
+    files = [part["audio_url"] for row in made for m in row["messages"] for part in m["content"]]
+    assert len(set(files)) == len(files) == 12 and all((tmp_path / "out" / file).is_file() for file in files)
+    said, _ = load_wav(tmp_path / "out" / files[0])
+    assert abs(float(said.mean())) < 0.01 and abs(said.shape[1] / 8000 - 1.5) < 0.14            # without the offset, turns where they are
+
+
+def test_one_recording_in_both_channels_is_refused(tmp_path: Path) -> None:
+    wav = stereo((0, 0.5, 2), (1, 2.5, 4)).sum(0, keepdim=True)
+    for name, two in (("same", wav), ("quieter", 0.3 * wav), ("turned", -wav)):
+        save_wav(tmp_path / f"{name}.wav", torch.cat([wav, two]).clamp(-1, 1), 8000)
+        with pytest.raises(ValueError, match="both channels hold the same sound"):
+            cut_call(tmp_path / f"{name}.wav", tmp_path)
+
+
+def test_hold_music_is_no_turn(tmp_path: Path) -> None:
+    wav = stereo((0, 0.5, 2), (1, 2.5, 4), (0, 24, 26), (1, 27, 28), (0, 28.5, 29.5), seconds=30)
+    time = torch.arange(4000) / 8000
+    tune = torch.cat([torch.sin(6.2832 * f * time) + torch.sin(6.2832 * 1.25 * f * time) for f in (392, 440, 523, 440) * 8])
+    wav[0, 6 * 8000 : 22 * 8000] += 0.1 * tune
+    save_wav(tmp_path / "in/x.wav", wav.clamp(-1, 1), 8000)
+    rc, out, err = call("data.py", "calls", tmp_path / "in", f"--out={tmp_path}/out")
+    row = json.loads((tmp_path / "out/calls.jsonl").read_text())
+    assert rc == 0 and "s of hold music are no turn" in out and 12 < row["hold_music"] < 17, err
+    lengths = [load_wav(tmp_path / "out" / m["content"][0]["audio_url"])[0].shape[1] / 8000 for m in row["messages"]]
+    assert [m["role"] for m in row["messages"]] == ["assistant", "user", "assistant", "user", "assistant"] and max(lengths) < 2.5
+
+
+def test_one_channel_is_cut_as_an_rttm_says(tmp_path: Path) -> None:
+    save_wav(tmp_path / "in/7.wav", stereo((0, 0.5, 2), (0, 2.5, 4), (0, 4.5, 6)).mean(0, keepdim=True), 8000)
+    (tmp_path / "t.rttm").write_text("".join(f"SPEAKER 7 1 {a} {b - a} <NA> <NA> {who} <NA> <NA>\n" for a, b, who in (
+        (0.5, 2, "caller"), (2.5, 4, "clerk"), (3.8, 6, "caller"), (6.5, 7, "clerk"))))
+    for agent, roles in (("clerk", ["user", "assistant", "user", "assistant"]), ("first", ["assistant", "user", "assistant"])):
+        rc, _, err = call("data.py", "calls", tmp_path / "in", f"--out={tmp_path}/out", f"--rttm={tmp_path}/t.rttm", f"--agent={agent}")
+        row = json.loads((tmp_path / "out/calls.jsonl").read_text())
+        assert rc == 0 and [m["role"] for m in row["messages"]] == roles, err
+    assert [m["content"][0].get("crosstalk", False) for m in row["messages"]] == [False, True, True]
+    for agent, told in (("nobody", "its RTTM names caller, clerk"), ("left", "its RTTM names caller, clerk")):
+        rc, _, err = call("data.py", "calls", tmp_path / "in", f"--out={tmp_path}/out", f"--rttm={tmp_path}/t.rttm", f"--agent={agent}")
+        assert rc == 2 and told in err
+    save_wav(tmp_path / "in/8.wav", stereo((0, 0.5, 2))[:1], 8000)
+    rc, _, err = call("data.py", "calls", tmp_path / "in", f"--out={tmp_path}/out", f"--rttm={tmp_path}/t.rttm")
+    assert rc == 0 and "8.wav" in err and "does not name it, only 7" in err
+
+
+@needs_weights
+def test_one_channel_is_cut_by_voice(tmp_path: Path) -> None:
+    wav, truth = composed(2, (1, 2))
+    save_wav(tmp_path / "7.wav", wav, 8000)
+    for agent, first in (("first", "assistant"), ("second", "user")):
+        row = cut_call(tmp_path / "7.wav", tmp_path / agent, agent)
+        assert row["messages"][0]["role"] == first and len(row["messages"]) in (5, 6)
+        assert all(0.5 < m["content"][0]["confidence"] <= 1 for m in row["messages"])
+    for agent in ("left", "up"):
+        with pytest.raises(ValueError, match="has one channel; say --agent=first"):
+            cut_call(tmp_path / "7.wav", tmp_path, agent)

@@ -29,16 +29,19 @@ import system.setup_check  # noqa: F401, first: it says how to set up where torc
 import random
 import sys
 import zlib
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from corpus import annotate, manifest, phone_calls
 from corpus.annotate import fix_alignments
+from corpus.cache import SPLITS
 from corpus.checks import check_source
 from corpus.data_config import DataConfig, source_weight
 from corpus.examples import build_example
@@ -133,19 +136,17 @@ class Loader:
         self.batch_size, self.rank, self.world, self.accum, self.passes, self.pairs = batch_size, rank, world, accum, passes, pairs
         self.factors = torch.tensor(config.stream_weights or [1.0] * len(table))[:, None]
         self.index = open_cache(config, table)
-        self.sources: list[list[int]] = [[] for _ in config.sources]            # entries of this split, by source
-        self.speakers: dict[str, list[int]] = {}                                # entries with a clip of their own, by speaker
-        for n, entry in enumerate(self.index.entries):
-            if entry.split == split:
-                self.sources[entry.source].append(n)
-                if entry.key and entry.speaker:
-                    self.speakers.setdefault(entry.speaker, []).append(n)
+        heads, mine = self.index.heads, self.index.heads["split"] == SPLITS.index(split)
+        self.sources = [array("i", np.flatnonzero(mine & (heads["source"] == n)).tolist()) for n in range(len(config.sources))]
+        self.speakers: dict[str, array] = {}                                    # entries with a clip of their own, by speaker
+        for n in np.flatnonzero(mine & (heads["speaker"] > 0)).tolist():
+            self.speakers.setdefault(self.index.speakers[heads["speaker"][n]], array("i")).append(n)
         lone = [self.index.entries[n].id for own in self.sources for n in own if pairs and self.index.entries[n].rejected < 0]
         if lone:
             raise ValueError(f'{len(lone)} examples have no rejected reply ({lone[0]}); give all "chosen" and "rejected", or no dpo')
         self.shares = [source_weight(s)[1] * bool(own) for s, own in zip(config.sources, self.sources, strict=True)]
         self.epoch = sum(len(own) for own, share in zip(self.sources, self.shares, strict=True) if share)      # draws of a pass
-        self.orders: dict[int, tuple[int, list[int]]] = {}
+        self.orders: dict[int, tuple[int, Sequence[int]]] = {}
         self.left_out: set[str] = set()                                         # ids longer than `columns`
         self.state: dict[str, Any] = {"draw": 0, "counts": [0] * len(self.sources), "row": 0}
         if split == "train" and not sum(self.shares):
@@ -221,10 +222,10 @@ class Loader:
             drawn.append((number, draw, self.reference(number, draw)))
         return drawn, {"draw": end, "counts": counts, "row": 0}
 
-    def order(self, source: int, turn: int) -> list[int]:
+    def order(self, source: int, turn: int) -> Sequence[int]:
         """The shuffled entries of a source in its pass number `turn`; the newest order of each source is cached."""
         if self.orders.get(source, (-1, []))[0] != turn:
-            order = list(self.sources[source])
+            order = self.sources[source][:]
             random.Random(f"{self.config.seed}/{source}/{turn}").shuffle(order)
             self.orders[source] = turn, order
         return self.orders[source][1]

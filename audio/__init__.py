@@ -56,6 +56,13 @@ def load_codec(path_or_name, device: str = "cpu", codebooks: int = 0):
     raise ValueError(f"{path_or_name} {state}; name one of: {kinds}")
 
 
+def codec_path(name: str) -> Path:
+    """The file or folder of a codec, which is not opened; FileNotFoundError for a hub id that was not fetched."""
+    if name in NAMES:
+        return NAMES[name][1]
+    return hub.snapshot(name, ["*"], local=True) if hub.is_id(name) else Path(name)
+
+
 def from_hub(name: str) -> Path:
     """The folder of a codec's hub id: its own file, and only where there is none the model.safetensors that may hold much more."""
     folder = hub.snapshot(name, ["*.json", *OWN])

@@ -130,7 +130,7 @@ def audio_digest(row: Row) -> str:
     """sha256 of the audio bytes of a row and of its offset, duration and stereo flag."""
     with open_audio(row) as path:
         about = os.stat(path)
-        hashed = file_hash(str(path), about.st_ino, about.st_size, about.st_mtime_ns).copy()
+        hashed = file_hash(str(path), about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns).copy()
     hashed.update(json.dumps([row.get("offset", 0), row.get("duration"), bool(row.get("stereo"))]).encode())
     return hashed.hexdigest()
 
@@ -300,9 +300,9 @@ def advice(manifests: Sequence[Manifest], entries: Sequence[Any], config: DataCo
     voices = Counter(entry.speaker for entry in entries if entry.speaker and entry.key and entry.split == "train")
     if config.reference and not any(n > 1 for n in voices.values()) and not any(entry.reference >= 0 for entry in entries):
         yield (f"data.reference={config.reference:g} finds no pair: no speaker has two training recordings, so no voice is cloned; "
-               + 'give rows a "speaker", or put the recordings of each into a folder of their own\n')
+               + 'give rows a "speaker", or put the recordings of each into a folder of their own')
     if config.split != "manifest" and any(m.split_by_name for m in manifests):
-        yield f"lists named valid, dev or test are mixed with the others (data.split={config.split}): use --data.split=manifest\n"
+        yield f"lists named valid, dev or test are mixed with the others (data.split={config.split}): use --data.split=manifest"
 
 
 def with_fitting_split(config: DataConfig, manifests: Sequence[Manifest]) -> DataConfig:

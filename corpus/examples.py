@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from audio.wav import resample
-from corpus.cache import encode
+from corpus.cache import Index, encode
 from corpus.checks import checked_reference
 from corpus.data_config import DataConfig
-from corpus.index import Index, new_chat
+from corpus.index import new_chat
 from families.family import family_of
 from streams import Example, StreamTable
 from text.conversation import Segment

@@ -1,18 +1,14 @@
 """The index of a data set: manifest rows -> entries with text ids and the location of their codes.
 
-    CACHE/<hash>/<content>.json             the examples of one DataConfig, each an `Entry`
-    CACHE/<hash>/<content>.safetensors      beside it: their int32 ids and, where text is aligned, its first frames
-    CACHE/<hash>/index.json                 the <content> that holds now, and the one before
-
-`prepare` writes, `open_cache` opens. Another split, tokenizer or normaliser is another index over the same codes. A run that
+`prepare` writes it, `open_cache` opens it; how it lies on disk is in cache.py. Where no file has changed since the last time,
+`prepare` reads none (system/unchanged.py). Another split, tokenizer or normaliser is another index over the same codes. A run that
 reads an index keeps it: other rows make another <content>, no file is ever changed. A job array encodes a large corpus in
 shards: each leaves CACHE/<hash>/shard-3-of-8.json when it ends, and `prepare` behind them joins what they encoded. Next: examples.py.
-One file because the fields that are written are those that are read.
 """
 
-import hashlib
 import json
 import math
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -21,141 +17,35 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from audio import load_codec
+from audio import codec_path, load_codec
 from corpus.cache import (
     CACHE_VERSION,
-    SUM,
-    Shard,
-    damaged_message,
+    Entry,
+    Index,
+    current,
     encode_sources,
     hash_of,
-    open_shard,
+    open_entries,
     variant_parameters,
     word_shift,
-    write_tensors,
 )
 from corpus.checks import advice, verdict_lines, warning_lines, with_fitting_split
 from corpus.data_config import PROMPT_FIELDS, DataConfig, source_weight
 from corpus.manifest import Manifest, Row, hash_fraction, label
 from families.family import family_of, lay_out
 from layers.conditioning import condition_ids
-from options import load_config, parse_shard, read_json, split_arguments, visible, write_json
+from options import load_config, locate, parse_shard, read_json, split_arguments, to_json, visible, write_json
 from streams import Example, StreamTable
-from system.files import checksum, lock, replace_file, unlock
+from system.files import lock, unlock
+from system.unchanged import fingerprint
 from text.conversation import Chat, clips, text_of, with_transcripts
 from text.normalisers import normalise
 from text.tokenizers import Tokenizer, load_tokenizer, tokenizer_file
 from text.word_times import MAIN, OTHER, aligned_ids, check_length, frame_starts, interleave, row_words, tokenise
 
-MAX_INDEX = 4 << 30         # bytes
-NUMBERS = ("shard", "parts", "reference", "rejected", "clips")      # fields of an entry that say where others are
-
-
-@dataclass
-class Entry:
-    """One line of the index: a clip, clips joined, or a text."""
-
-    id: str
-    text: str
-    source: int = 0                                     # which of DataConfig.sources
-    split: str = "train"                                # "train", "held-out", or "" for clips that other entries use
-    speaker: str = ""
-    group: str = ""
-    shard: str = ""                                     # file of its codes
-    key: str = ""
-    frames: list[int] = field(default_factory=list)     # of each variant
-    parts: list[int] = field(default_factory=list)      # entries that are joined
-    reference: int = -1                                 # entry of its own reference clip
-    rejected: int = -1                                  # entry of the rejected reply of a preference pair
-    messages: list[dict[str, Any]] = field(default_factory=list)    # a conversation as it was with_transcripts
-    clips: list[int] = field(default_factory=list)      # entries of its recordings, in reading order
-    start: int | None = None                            # its first message that is trained, None = the default
-    scene: str = ""                                     # its scene description
-    chunk: list[int] = field(default_factory=list)      # of a dialogue: its number, and how many there are
-    swapped: bool = False                               # of a dialogue: the right channel is the agent
-    conditions: list[int] = field(default_factory=list) # of a dialogue: ids of the condition rows
-    role: list[int] = field(default_factory=list)       # of a dialogue: ids of the role that stands in front of it
-
-
-@dataclass
-class Index:
-    """A prepared data set. Its files open together and stay mapped."""
-
-    folder: Path
-    info: dict[str, Any]                                # version, frame_rate, duplex
-    entries: list[Entry]
-    files: dict[str, Shard] = field(default_factory=dict)
-    chat: Chat | None = None                            # chat template and tokenizer, for families with conversations
-    padding: tuple[float, int, int] = (0.5, 3, 0)       # weight of padding in the text row of a dialogue, and its ids
-    content: str = ""                                   # the name of its files
-    verdict: list[str] = field(default_factory=list)    # how many rows are kept and left out, as lines to print
-
-    def text(self, number: int) -> Tensor:
-        """Ids of an entry and, where text is aligned, the first frame of each under every variant.   (1 or 1 + V, n)"""
-        return torch.from_numpy(self.read("", str(number)).astype(np.int64))
-
-    def codes(self, number: int, version: int) -> Tensor:
-        """Codes of one variant of a clip, two channels stacked.   (C * Q, T)"""
-        entry = self.entries[number]
-        found = self.read(entry.shard, entry.key)
-        if found.ndim != 2 or found.shape[1] != sum(entry.frames):
-            raise ValueError(damaged_message(self.path(entry.shard), f"{entry.id}: {found.shape} codes"))
-        begin = sum(entry.frames[:version])
-        return torch.from_numpy(found[:, begin : begin + entry.frames[version]].astype(np.int64))
-
-    def path(self, shard: str) -> Path:
-        return self.folder.parent / "codes" / shard if shard else self.folder / f"{self.content}.safetensors"
-
-    def open(self) -> "Index":
-        """Open all files: what happens to their names from now on does not matter."""
-        for shard in {"": None} | dict.fromkeys(entry.shard for entry in self.entries):
-            if shard not in self.files:
-                self.files[shard] = open_shard(self.path(shard))
-        return self
-
-    def read(self, shard: str, key: str) -> np.ndarray:
-        return (self if shard in self.files else self.open()).files[shard].read(key)
-
-    def write(self, texts: dict[str, np.ndarray]) -> None:
-        """Write the index; files of the same content stay as they are, those of the content before too."""
-        about = json.dumps(self.info | {"entries": [vars(e) for e in self.entries]}, ensure_ascii=False).encode()
-        sums = {key: SUM + checksum(array.data.cast("B")) for key, array in texts.items()}
-        self.content = hashlib.sha256(about + json.dumps(sums).encode()).hexdigest()[:16]
-        now = {"content": self.content, "checksum": checksum(about), "before": "", "verdict": self.verdict}
-        try:
-            before = current(self.folder)
-        except ValueError as error:
-            print(f"{error}: written anew", file=sys.stderr)
-            before = None
-        same = before and before["content"] == self.content and self.path("").is_file() and (self.folder / f"{self.content}.json").is_file()
-        if same and before.get("verdict", []) == self.verdict:
-            return
-        write_tensors(self.path(""), texts, sums)
-        replace_file(self.folder / f"{self.content}.json", lambda temporary: Path(temporary).write_bytes(about))
-        if before:
-            now["before"] = before["before"] if before["content"] == self.content else before["content"]
-        write_json(self.folder / "index.json", now)
-        for path in self.folder.iterdir():
-            if path.stem not in ("index", self.content, now["before"]) and path.suffix in (".json", ".safetensors"):
-                path.unlink()
-
-    def changes(self, before: str) -> list[str]:
-        """What differs between this index and the one that a run was saved with, as lines to print."""
-        if before in ("", self.content):
-            return []
-        old = self.folder / f"{before}.json"
-        found = read_json(old, MAX_INDEX).get("entries", []) if old.is_file() else None
-        says = "the data has changed since the checkpoint was written"
-        then = "the run goes on with the rows as they are now, at the same number of draws: a pass may repeat or miss some"
-        if found is None:
-            return [f"{says} (which rows is not known any more); {then}"]
-        rows = [{row["id"]: [v for k, v in row.items() if k not in NUMBERS] for row in side} for side in (found, map(vars, self.entries))]
-        both = rows[0].keys() & rows[1].keys()
-        sides = {"added": rows[1].keys() - both, "gone": rows[0].keys() - both, "edited": {n for n in both if rows[0][n] != rows[1][n]}}
-        named = [f"{len(ids)} {what} ({', '.join(sorted(ids)[:3])}{', ...' if len(ids) > 3 else ''})" for what, ids in sides.items() if ids]
-        return [f"{says}: {', '.join(named) or 'the same rows in another order'}; {then}"]
+BESIDE = ("chat_template.jinja", "tokenizer_config.json")      # what is read beside a tokenizer
+REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def prepare(config: DataConfig, table: StreamTable, wait: Callable[[str], Any] | None = print) -> Index:
@@ -166,9 +56,59 @@ def prepare(config: DataConfig, table: StreamTable, wait: Callable[[str], Any] |
     """
     lock(config.cache, wait)
     try:
-        return write_index(config, table)
+        with torch.random.fork_rng(devices=[]):         # to load a codec draws numbers, and need not be done each time
+            return unchanged(config, table) or write_index(config, table)
     finally:
         unlock(config.cache)
+
+
+def inputs(config: DataConfig, table: StreamTable) -> str:
+    """A fingerprint of all that `prepare` reads, or may read, except what lies outside the folders of the sources; "" where unknown."""
+    sources = [locate(source_weight(s)[0]) for s in config.sources]
+    paths = [path if path.is_dir() else path.parent for path in sources] + [*REPOSITORY.glob("*.py"), *REPOSITORY.glob("*/*.py")]
+    try:
+        if config.tokenizer != "bytes":
+            file = tokenizer_file(config.tokenizer, local=True)
+            paths += [file, *(file.parent / name for name in BESIDE)]
+        if table.codes:
+            paths.append(codec_path(config.codec))
+    except FileNotFoundError:                           # not fetched yet
+        return ""
+    paths += [Path(config.augment.noise_dir)] if config.augment and config.augment.noise_dir else []
+    about = [to_json(replace(config, cache="", workers=0, prefetch=0)), to_json(table), CACHE_VERSION]
+    return fingerprint(paths, json.dumps(about), skip=Path(config.cache))
+
+
+def unchanged(config: DataConfig, table: StreamTable) -> Index | None:
+    """The index of the last time, when no file that it was made of has changed since; what was printed then is printed again."""
+    try:
+        now = current(folder := index_folder(config, table))
+        if not now or not now["inputs"] or now["inputs"] != inputs(config, table) or any(folder.glob("shard-*-of-*.json")):
+            return None
+        if now["outside"] and now["beyond"] != fingerprint(map(Path, now["outside"])):
+            return None
+        index = open_cache(config, table)
+    except (FileNotFoundError, ValueError, KeyError):   # whatever it is, making it again finds out
+        return None
+    print_report(now["remarks"], index.verdict, now["count"], index.folder, 0, now["bad"])
+    return index
+
+
+def print_report(remarks: list[str], verdict: list[str], count: int, folder: Path, encoded: int, bad: int) -> None:
+    print(*(f"{line}\n" for line in remarks), sep="", end="", file=sys.stderr)
+    did = f"{encoded} clips encoded" if encoded else "everything was cached, nothing encoded"
+    print(*verdict, f"prepared {count} examples in {folder}: {did}, {bad} rows left out", sep="\n")
+
+
+def outside(manifests: list[Manifest]) -> list[str]:
+    """The folders of recordings and lists that do not lie below the folder of their source."""
+    found = set()
+    for m in manifests:
+        root = os.path.realpath(m.root)
+        clips = {os.path.realpath(clip["file"]) for clip in m.clips.values() if clip["file"]}
+        files = clips | m.files | {os.path.realpath(m.root / name) for name in m.named}
+        found |= {os.path.dirname(file) for file in files if not file.startswith(root + os.sep)}
+    return sorted(found)
 
 
 def prepare_shard(config: DataConfig, table: StreamTable, shard: tuple[int, int]) -> None:
@@ -226,6 +166,7 @@ def fitting_parts(config: DataConfig, table: StreamTable) -> tuple[Tokenizer, An
 
 
 def write_index(config: DataConfig, table: StreamTable) -> Index:
+    seen = inputs(config, table)                        # before anything is read
     tokenizer, codec, duplex = fitting_parts(config, table)
     chat, folder = new_chat(config, tokenizer, table), index_folder(config, table)
     if left := missing_shards(folder):
@@ -237,16 +178,18 @@ def write_index(config: DataConfig, table: StreamTable) -> Index:
     for source, m in enumerate(manifests):
         indexer.add(m, source)
     index.verdict = verdict_lines(manifests, config.doubtful)
-    bad = print_left_out(manifests, table, index.verdict)
-    print(*advice(manifests, index.entries, config), sep="", file=sys.stderr, end="")
-    count = sum(e.split != "" for e in index.entries)
-    if not count:
+    said = {"remarks": [*remarks(manifests, table), *advice(manifests, index.entries, config)],
+            "bad": sum(len(m.bad) for m in manifests), "count": sum(e.split != "" for e in index.entries)}
+    if not said["count"]:
+        print(*said["remarks"], sep="\n", file=sys.stderr)
+        print(*index.verdict, sep="\n")
         raise ValueError(f"no usable row in {', '.join(config.sources)}; `python data.py check` lists the reasons")
-    index.write(indexer.texts)
+    elsewhere = outside(manifests)
+    beyond = fingerprint(map(Path, elsewhere)) if elsewhere else ""
+    index.write(indexer.texts, said | {"inputs": seen if beyond or not elsewhere else "", "outside": elsewhere, "beyond": beyond})
     for path in folder.glob("shard-*-of-*.json"):
         path.unlink()
-    did = f"{encoded} clips encoded" if encoded else "everything was cached, nothing encoded"
-    print(f"prepared {count} examples in {index.folder}: {did}, {bad} rows left out")
+    print_report(said["remarks"], index.verdict, said["count"], index.folder, encoded, said["bad"])
     return index
 
 
@@ -320,23 +263,15 @@ def check_fit(table: StreamTable, tokenizer: Tokenizer, codec: Any) -> bool:
     return rows == 2 * Q
 
 
-def print_left_out(manifests: list[Manifest], table: StreamTable, verdict: list[str]) -> int:
-    """Print warnings, the rejected rows with reason and fix, and the verdict; returns the number of rejected rows."""
+def remarks(manifests: list[Manifest], table: StreamTable) -> list[str]:
+    """Warnings, and the rejected rows with reason and fix, as lines to print."""
     bad = [b for m in manifests for b in m.bad]
-    print(*(f"{line}\n" for m in manifests for line in warning_lines(m)), sep="", end="", file=sys.stderr)
-    for b in bad[:10]:
-        print(visible(f"left out: {b.where}: {b.reason}; {b.fix}"), file=sys.stderr)
-    if len(bad) > 10:
-        print(f"left out: {len(bad) - 10} more rows; `python data.py check` lists them", file=sys.stderr)
-    print(*verdict, sep="\n")
-    roles = sum(bool(row.get("text_prompt") or row.get("voice_prompt")) for m in manifests for row in m.rows)
-    if roles and family_of(table).persona is None:
-        print(f"{roles} rows have a text_prompt or a voice_prompt, which {family_of(table).name} does not read", file=sys.stderr)
+    lines = [line for m in manifests for line in warning_lines(m)]
+    lines += [visible(f"left out: {b.where}: {b.reason}; {b.fix}") for b in bad[:10]]
+    lines += [f"left out: {len(bad) - 10} more rows; `python data.py check` lists them"] if len(bad) > 10 else []
     untimed = sum("words" not in row and "parts" not in row for m in manifests for row in m.rows)
     untimed = untimed if table.timed and not table.monologue else 0
-    if untimed:
-        print(f"{untimed} rows have no word times: the clip is divided among the words by their length in letters", file=sys.stderr)
-    return len(bad)
+    return lines + [f"{untimed} rows have no word times: the clip is divided among the words by their length in letters"] * bool(untimed)
 
 
 def index_folder(config: DataConfig, table: StreamTable) -> Path:
@@ -361,28 +296,9 @@ def open_cache(config: DataConfig, table: StreamTable) -> Index:
     if now is None:
         raise FileNotFoundError(f"no prepared data in {folder} for this config; run `python data.py prepare CONFIG.py`")
     chat = new_chat(config, load_tokenizer(config.tokenizer), table) if family_of(table).template else None
-    path = folder / f"{now['content']}.json"
-    try:
-        found = read_json(path, MAX_INDEX, now["checksum"])
-        return Index(folder, found, [Entry(**entry) for entry in found.pop("entries")], chat=chat, content=now["content"],
-                     verdict=now.get("verdict", []),
-                     padding=(config.text_padding_weight, table.pad, table.epad)).open()
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(damaged_message(path, error)) from None
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is missing; run `python data.py prepare CONFIG.py` again") from None
-
-
-def current(folder: Path) -> dict[str, Any] | None:
-    """What index.json of a folder of the cache says; None where there is none, or one of an older layout."""
-    if not (folder / "index.json").is_file():
-        return None
-    found = read_json(folder / "index.json", MAX_INDEX)
-    if isinstance(found, dict) and "entries" in found:
-        return None
-    if not isinstance(found, dict) or not all(isinstance(found.get(key), str) for key in ("content", "checksum", "before")):
-        raise ValueError(damaged_message(folder / "index.json", "it does not say which index holds"))
-    return found
+    info, entries = open_entries(folder / f"{now['content']}.json", now["checksum"])
+    return Index(folder, info, entries, chat=chat, content=now["content"], verdict=now.get("verdict", []),
+                 padding=(config.text_padding_weight, table.pad, table.epad)).open()
 
 
 def composed_audio(manifests: list[Manifest]) -> set[str]:

@@ -1,6 +1,10 @@
 """The token cache: nothing is encoded twice, nothing bad is kept, and no audio is on both sides of a split."""
 
+import gc
 import json
+import os
+import shutil
+import tracemalloc
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -12,11 +16,14 @@ import torch
 from conftest import call
 from fake_corpus import BYTES, FakeCodec, composed, fake_data, write_clips
 
+import corpus.cache
 from audio import load_codec
-from corpus.cache import variant_parameters
+from corpus.cache import SUM, Entry, Index, variant_parameters, write_tensors
+from corpus.data_config import DataConfig
 from corpus.index import index_folder, open_cache, prepare, prepare_shard
 from data import Loader
 from streams import Stream, StreamTable
+from system.files import checksum
 
 
 @pytest.fixture
@@ -252,3 +259,93 @@ def test_a_clip_on_which_the_codec_fails_is_named_and_the_others_go_on(config, c
     index = prepare(config, BYTES)
     err = capsys.readouterr().err
     assert len(index.entries) == 39 and "encoding failed; RuntimeError: no such frame \\x1b[31m; check the recording" in err
+
+
+# ---- nothing has changed ----
+
+def test_where_nothing_has_changed_nothing_is_read_and_the_same_is_said(config, monkeypatch, capsys):
+    with (Path(config.sources[0]) / "manifest.jsonl").open("a") as file:
+        file.write('{"id": "gone", "audio": "gone.wav", "text": "x"}\n')
+    monkeypatch.setattr("corpus.index.load_codec", lambda *_, **__: torch.rand(3) is not None and FakeCodec())
+    state = torch.get_rng_state()
+    prepare(config, BYTES)
+    said = capsys.readouterr()
+    with monkeypatch.context() as patch:
+        for name in ("cache.read_manifest", "index.load_codec", "cache.judge"):
+            patch.setattr(f"corpus.{name}", lambda *_, **__: pytest.fail("something was read"))
+        again = prepare(config, BYTES)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert len(again.entries) == 40 and again.codes(3, 0).shape[0] == 2
+    now = capsys.readouterr()
+    assert now.err == said.err and "gone.wav does not exist" in said.err
+    assert now.out == said.out.replace("40 clips encoded", "everything was cached, nothing encoded")
+
+
+def replaced(folder: Path) -> None:
+    """Another recording of the same size, set back to the time of the old one."""
+    path = folder / "3.wav"
+    about, content = path.stat(), bytearray(path.read_bytes())
+    content[-400:] = bytes(400)
+    path.write_bytes(content)
+    os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns))
+
+
+CHANGED = {"a text": lambda f: (f / "manifest.jsonl").write_text((f / "manifest.jsonl").read_text().replace('"one"', '"won"', 1)),
+           "a recording": replaced, "one more file": lambda f: (f / "new.txt").write_text("hello"),
+           "one file less": lambda f: (f / "5.wav").unlink(),
+           "a shard": lambda f: next((f.parent / "cache" / "codes").iterdir()).unlink(),
+           "the index": lambda f: next((f.parent / "cache").glob("*/[!i]*.json")).unlink()}
+
+
+@pytest.mark.parametrize("change", CHANGED.values(), ids=CHANGED)
+def test_whatever_has_changed_is_read_again(config, change, monkeypatch):
+    folder, read = Path(config.sources[0]), []
+    config = replace(config, cache=str(folder.parent / "cache"))
+    prepare(config, BYTES)
+    change(folder)
+    monkeypatch.setattr("corpus.cache.read_manifest", lambda *given, real=corpus.cache.read_manifest: read.append(1) or real(*given))
+    prepare(config, BYTES)
+    assert read == [1]
+    prepare(config, BYTES)
+    assert read == [1]
+
+
+def test_recordings_elsewhere_are_watched_too(config, tmp_path, monkeypatch):
+    far, near = tmp_path / "far", tmp_path / "near"
+    shutil.copytree(config.sources[0], far)
+    near.mkdir()
+    rows = [json.loads(line) for line in (far / "manifest.jsonl").read_text().splitlines()]
+    (near / "list.jsonl").write_text("".join(json.dumps(row | {"audio": str(far / row["audio"])}) + "\n" for row in rows))
+    config = replace(config, sources=(str(near / "list.jsonl"),), allow_outside=True, cache=str(tmp_path / "cache"))
+    prepare(config, BYTES)
+    with monkeypatch.context() as patch:
+        patch.setattr("corpus.cache.read_manifest", lambda *_: pytest.fail("something was read"))
+        prepare(config, BYTES)
+    before = open_cache(config, BYTES).content
+    replaced(far)
+    prepare(config, BYTES)
+    assert open_cache(config, BYTES).content != before
+
+
+def test_an_open_index_takes_less_than_100_bytes_a_row(tmp_path):
+    def opened(count: int) -> int:
+        config = DataConfig(sources=("x",), cache=str(tmp_path / str(count)))
+        entries, keys = [], [f"{n:032x}" for n in range(count)]
+        for at in range(0, count, 64):
+            said = {key: f"9 {SUM}{checksum(np.zeros((8, 9), np.uint16))}" for key in keys[at : at + 64]}
+            write_tensors(tmp_path / str(count) / "codes" / f"{at}.safetensors", {key: np.zeros((8, 9), np.uint16) for key in said}, said)
+            entries += [Entry(f"row {n}", "a text of some length", speaker=f"s{n % 9}", shard=f"{at}.safetensors", key=keys[n], frames=[9])
+                        for n in range(at, min(at + 64, count))]
+        index = Index(index_folder(config, BYTES), {"frame_rate": 25.0, "duplex": False}, entries)
+        index.write({str(n): np.arange(21, dtype=np.int32)[None] for n in range(count)}, {"inputs": ""})
+        tracemalloc.start()
+        loader = Loader(config, BYTES)
+        gc.collect()
+        size = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        assert len(loader.index.entries) == count and loader.index.entries[count - 1] == entries[-1]
+        assert loader.index.codes(count - 1, 0).shape == (8, 9) and loader.index.text(count // 2).tolist() == [list(range(21))]
+        return size
+
+    few, many = [opened(count) for count in (64, 512, 2560)][1:]     # the first also makes what stays
+    assert (many - few) / 2048 < 100

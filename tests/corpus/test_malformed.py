@@ -464,9 +464,10 @@ def content_of(index: Path) -> Path:
     return index.with_name(json.loads(index.read_text())["content"] + ".json")
 
 
-def edit_index(index: Path, **fields):
-    """Change the entries and let the checksum follow."""
-    edit_json(content_of(index), **fields)
+def edit_index(index: Path, *entries: object):
+    """Put other entries in place of all, and let the checksum follow."""
+    path = content_of(index)
+    path.write_text("".join(f"{line}\n" for line in (path.read_text().splitlines()[0], *map(json.dumps, entries))))
     edit_json(index, checksum=checksum(content_of(index).read_bytes()))
 
 
@@ -498,7 +499,7 @@ CACHES = {      # name: (command, how the cache is spoilt, what the line says)
                         ("index.json is damaged", "delete it and run")),
     "index without entries": ("show", lambda c: each(c, "*/index.json", lambda f: f.write_text("{}")),
                               ("index.json is damaged", "delete it and run")),
-    "entry of other fields": ("show", lambda c: each(c, "*/index.json", lambda f: edit_index(f, entries=[{"x": 1}])),
+    "entry of other fields": ("show", lambda c: each(c, "*/index.json", lambda f: edit_index(f, {"x": 1})),
                               (".json is damaged", "delete it and run")),
     "codes of another length": ("show", lambda c: each(c, "codes/*.safetensors", lambda f: edit_tensors(f, shorten)),
                                 ("is damaged", "delete it and run")),

@@ -36,7 +36,7 @@ from audio import load_codec
 from audio.wav import SOUNDS, load_wav
 from corpus.bundled import recorded_users
 from families.family import family_of
-from generation.command_line import load_for_sampling, usual_rules
+from generation.command_line import ModelOptions, load_for_sampling, usual_rules
 from generation.decode_step import SampleConfig
 from options import apply, edge, help_text, split_arguments
 from serving.chat_socket import PARAMETERS, ChatSocket, to_pcm16
@@ -57,10 +57,9 @@ logging.getLogger("aiohttp.server").addFilter(lambda record: not (record.exc_inf
 
 
 @dataclass(frozen=True)
-class Serve(SampleConfig):
+class Serve(ModelOptions):
     """What `python serve.py` does."""
 
-    ckpt: str = ""               # run folder, checkpoint folder, file or hub id
     host: str = "127.0.0.1"      # address to bind; anything but loopback wants a token
     port: int = 8998             # 0 = any free one
     token: str = ""              # what clients must know; "" = nothing, on loopback alone
@@ -73,27 +72,13 @@ class Serve(SampleConfig):
     lookup: str = ""             # conversations: JSON file of facts by number, as for sample.py --chat; replies name no other figures
     log: str = ""                # jsonl file to append to: a masked line a conversation, of text a line a turn
     drain: float = 10.0          # seconds that running sessions get after SIGTERM
-    skip_first_frame: bool = False    # a user's first frame is never heard, as in the official generator
     limits: Limits = field(default_factory=Limits)      # what a client may do
-    system: str | None = None    # conversations: system message; none = as in training
-    scene: str | None = None     # conversations: scene description; none = as in training
-    ref_in: str | None = None    # conversations: where a voice stands, in an "assistant" turn or in the "system" message
-    codec: str = ""              # codec, tokenizer and normaliser where the checkpoint names none
-    tokenizer: str = ""          # by default the one in the checkpoint's folder
-    normaliser: str = ""         # by default as in training
-    adapter: str = ""            # checkpoint folder of an adapter to put on top
-    device: str = "cpu"          # cpu or cuda
-    dtype: str = "fp32"          # fp32, bf16 or fp16
-    quantize: str = ""           # "int8": weights of 8 bits
 
     def __post_init__(self) -> None:
         super().__post_init__()
         fits = self.slots > 0 and self.columns > 1 and 0 <= self.port < 65536 and self.drain >= 0
         assert fits, "slots, columns, port or drain is out of range"
         assert self.token or self.host in LOOPBACK, f"host {self.host} is not loopback; add --token=SECRET that clients must know"
-        assert self.ref_in in (None, "assistant", "system"), "ref_in is assistant or system"
-        assert self.quantize in ("", "int8"), f"quantize {self.quantize!r} is neither empty nor int8"
-        assert self.device in ("cpu", "cuda"), f"device {self.device!r} is neither cpu nor cuda"
 
 
 class Server:

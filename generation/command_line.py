@@ -27,10 +27,34 @@ from text.tokenizers import Tokenizer
 
 
 @dataclass(frozen=True)
-class Job(SampleConfig):
-    """What `python sample.py` does."""
+class ModelOptions(SampleConfig):
+    """Which model, how it is loaded and how it samples: what sample.py and serve.py have in common."""
 
     ckpt: str = ""               # model: run folder, checkpoint folder, file or hub id
+    codec: str = ""              # codec file, folder or name; "" = the one that the checkpoint names
+    tokenizer: str = ""          # tokenizer file or folder; "" = the one that the checkpoint names
+    normaliser: str = ""         # text normaliser; "" = the one that the checkpoint names
+    adapter: str = ""            # folder of an adapter to load on top of --ckpt; "" = none
+    device: str = "cpu"          # device to run on: cpu or cuda
+    dtype: str = "fp32"          # type of the weights: fp32, bf16 or fp16
+    quantize: str = ""           # "int8": keep the weights in 8 bits, half the memory of bf16; "" = off
+    system: str | None = None    # conversations: system message; none = as in training
+    scene: str | None = None     # conversations: description of the scene, "" = without one; none = as in training
+    ref_in: str | None = None    # conversations: put the voice in an "assistant" turn or in the "system" message; none = as in training
+    skip_first_frame: bool = False    # skip the first frame of what a user says, as Moshi's official generator does
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        assert self.quantize in ("", "int8"), f"quantize {self.quantize!r} is neither empty nor int8"
+        assert self.dtype in DTYPES, f"dtype {self.dtype!r} is none of {', '.join(DTYPES)}"
+        assert self.device in ("cpu", "cuda"), f"device {self.device!r} is neither cpu nor cuda"
+        assert self.ref_in in (None, "assistant", "system"), "ref_in is assistant or system"
+
+
+@dataclass(frozen=True)
+class Job(ModelOptions):
+    """What `python sample.py` does."""
+
     text: str = ""               # text to speak
     texts: str = ""              # file with one text a line, instead of --text
     out: str = "out/sample.wav"  # wav file to write; with --texts, the folder for wavs and samples.jsonl
@@ -40,36 +64,21 @@ class Job(SampleConfig):
     condition: str = ""          # Hibiki: description=very_good; Qwen3-TTS: language=english,speaker=vivian
     chat: ChatConfig | None = None  # --chat: converse at the terminal, a line at a time
     reply: str = ""              # conversations: "text", printed as it comes, or "speech"; "" = speech where there is any
-    system: str | None = None    # conversations: system message; none = as in training
-    skip_first_frame: bool = False    # with --user: skip the first frame of the recording, as Moshi's official generator does
     ref: tuple[str, ...] = ()    # recording of the voice to clone, or "profile:" and words; several are [SPEAKER0], [SPEAKER1]
     ref_text: tuple[str, ...] = ()  # transcript of each --ref recording
-    ref_in: str | None = None    # conversations: put the voice in an "assistant" turn or in the "system" message; none = as in training
-    scene: str | None = None     # conversations: description of the scene, "" = without one; none = as in training
     chunk_words: int = 0         # speak a long text in pieces of this many words (Chinese, Japanese, Thai: letters) or of turns; 0 = in one
     chunk_buffer: int = 1        # with --chunk_words: earlier pieces that the next one reads as context
-    codec: str = ""              # codec file, folder or name; "" = the one that the checkpoint names
-    tokenizer: str = ""          # tokenizer file or folder; "" = the one that the checkpoint names
-    normaliser: str = ""         # text normaliser; "" = the one that the checkpoint names
-    adapter: str = ""            # folder of an adapter to load on top of --ckpt; "" = none
-    device: str = "cpu"          # device to run on: cpu or cuda
-    dtype: str = "fp32"          # type of the weights: fp32, bf16 or fp16
-    quantize: str = ""           # "int8": keep the weights in 8 bits, half the memory of bf16; "" = off
     stream: bool = False         # write the wav while it is generated
     batch: int = 16              # texts generated at once, in one batch
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        assert self.ref_in in (None, "assistant", "system"), "ref_in is assistant or system"
         assert min(self.chunk_words, self.chunk_buffer) >= 0, "chunk_words and chunk_buffer are not negative"
         assert self.reply in ("", "text", "speech"), f"reply {self.reply!r} is neither text nor speech"
         assert 0 < self.batch <= 2**16, f"batch {self.batch} is not positive and at most 2^16"
-        assert self.quantize in ("", "int8"), f"quantize {self.quantize!r} is neither empty nor int8"
-        assert self.dtype in DTYPES, f"dtype {self.dtype!r} is none of {', '.join(DTYPES)}"
-        assert self.device in ("cpu", "cuda"), f"device {self.device!r} is neither cpu nor cuda"
 
 
-def load_for_sampling(job: Job) -> tuple[MultistreamLM, DataConfig]:
+def load_for_sampling(job: ModelOptions) -> tuple[MultistreamLM, DataConfig]:
     """Load the model and say what was loaded, the adapter included."""
     if not job.ckpt:
         raise ValueError("no checkpoint given; add --ckpt out/demo, or any run folder, file or hub id")

@@ -596,7 +596,7 @@ def codec_beside(model: MultistreamLM, form: Format, tell: Callable[[str], Any])
     found = official_tensors(form, source, read_json(config_file(source))) if there else {}
     found = {name: t for name, t in found.items() if name.startswith(form.codec)}
     if not found:
-        tell(f"without the codec ({form.codec}*), which does not lie beside what this was made from; copy it from the released weights")
+        tell(f"without the codec or encoder {form.codec}*, which does not lie beside what this was made from; the released weights have it")
     return found
 
 

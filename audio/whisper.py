@@ -175,10 +175,10 @@ def floored(mel: Tensor, peak: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=4)
-def mel_filters(mels: int, window: int = WINDOW, rate: int = RATE) -> Tensor:
-    """Triangles (mels, 201) of equal area, evenly spaced on Slaney's mel scale (straight to 1 kHz, then logarithmic) to 8 kHz."""
+def mel_filters(mels: int, window: int = WINDOW, rate: int = RATE, highest: float = 8000.0) -> Tensor:
+    """Triangles (mels, 201) of equal area, evenly spaced on Slaney's mel scale (straight to 1 kHz, then logarithmic) to `highest` Hz."""
     straight, step, corner = 200 / 3, math.log(6.4) / 27, 15.0          # Hz a mel, log-Hz a mel, the mel of 1 kHz
-    top = corner + math.log(8) / step
+    top = corner + math.log(highest / 1000) / step
     mel = torch.linspace(0, top, mels + 2, dtype=torch.float64)
     edges = torch.where(mel < corner, mel * straight, 1000 * ((mel - corner) * step).exp())     # Hz
     bins = torch.linspace(0, rate / 2, window // 2 + 1, dtype=torch.float64)

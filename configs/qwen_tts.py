@@ -1,14 +1,16 @@
 """Qwen3-TTS 0.6B: text to speech in one voice, with LoRA; --preset=full trains all weights.
 
-    torchrun --standalone --nproc_per_node=8 train.py configs/qwen_tts.py --data.sources=data/voice.jsonl
+    python checkpoint.py add-voice Qwen/Qwen3-TTS-12Hz-0.6B-Base --wav=me.wav --out=mine      the voice to begin with
+    torchrun --standalone --nproc_per_node=8 train.py configs/qwen_tts.py --init=mine --data.sources=data/voice.jsonl
     python train.py configs/qwen_tts.py --smoke          a tiny twin on bundled speech: CPU, under a minute
     python sample.py --ckpt out/qwen_tts --text "..." --condition language=english --out x.wav
     python checkpoint.py export out/qwen_tts --to=hf --out=official
 
 The loss is the one that the official script means: the mean of the first codebook plus 0.3 times the mean of the others, each
-against the state in front of its frame (families/qwen_tts.py). `--model.table.choice` says what stands in every prompt: a
-language, a speaker. With --data.reference=0.5 half of the examples stand behind a recording of the same speaker, as in cloning.
-Needs the released model; its folder speech_tokenizer is the codec. Expect: not yet measured on the released weights.
+against the state in front of its frame (families/qwen_tts.py). `--model.table.choice` says what stands in every prompt, a language
+and a speaker; by default it is what add-voice was told. With --data.reference=0.5 half of the examples stand behind a recording of
+the same speaker, as in cloning. The codec lies in the folder speech_tokenizer of the released model.
+Expect: not yet measured on the released weights.
 """
 
 from dataclasses import replace
@@ -26,7 +28,8 @@ TINY = "assets/tiny_qwen_tokenizer.json"
 config = TrainConfig(
     model=replace(QWEN3_TTS_0_6B, checkpoint=4), init=BASE, lora=LoraConfig(rank=16, alpha=32.0, targets=("temporal.*", "depth.layers.*")),
     loss=LossConfig(audio=1.3),                          # with 50 = 15 / 0.3 on the first codebook: its mean and 0.3 of the others' mean
-    data=DataConfig(sources=("data/voice.jsonl",), codec=BASE, tokenizer=BASE, columns=2048, stream_weights=(0.0, 50.0, *[1.0] * 15)),
+    data=DataConfig(sources=("data/voice.jsonl",), codec=BASE, tokenizer="Qwen/Qwen3-0.6B", columns=2048,        # the same pieces
+                    stream_weights=(0.0, 50.0, *[1.0] * 15)),
     out="out/qwen_tts", steps=2000, batch_size=2, accum=4, lr=1e-4, schedule="cosine", warmup=50, warmup_offset=1, weight_decay=0.01,
     eval_every=200, eval_batches=16, save_every=200, prompts=("I will be there in a minute.",))
 full = replace(config, lora=None, lr=2e-5, out="out/qwen_tts_full")

@@ -143,7 +143,8 @@ def on_base(run: StreamTable, base: StreamTable) -> StreamTable:
 
     A base names them in its generation_config.json, in any order, and may not know the one that closes a turn.
     """
-    return replace(run, stop=tuple(dict.fromkeys((*run.stop, *base.stop))), ids=tuple((dict(base.ids) | dict(run.ids)).items()))
+    return replace(run, stop=tuple(dict.fromkeys((*run.stop, *base.stop))), choice=run.choice or base.choice,
+                   ids=tuple((dict(base.ids) | dict(run.ids)).items()))
 
 
 # ---- official layouts ----

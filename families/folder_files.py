@@ -42,6 +42,10 @@ def sampling_rules(folder: Path, table: StreamTable, say: Callable[[str], Any]) 
     file = folder / "generation_config.json"
     about = read_json(file) if file.is_file() else {}
     rules = {ours: about[theirs] for theirs, ours in OURS.items() if about.get(theirs) is not None}
+    Q = len(table.codes_out)
+    for ours, theirs in (("temperature", "subtalker_temperature"), ("top_k", "subtalker_top_k"), ("top_p", "subtalker_top_p")):
+        if theirs in about and ours in rules:                              # Qwen3-TTS: of the codebooks behind the first
+            rules[ours] = (float(rules[ours]), *[float(about[theirs])] * (Q - 1))
     if about.get("do_sample") is False and rules.keys() & {"temperature", "top_k", "top_p"}:
         rules["temperature"] = 0.0
     if ignored := [f"{key} {about[key]}" for key, none in WITHOUT.items() if about.get(key) not in (None, none)]:
@@ -87,7 +91,9 @@ def carry(source: Path, out: Path, about: About | None, stop: Sequence[int], tok
     write_json(out / "config.json", joined(read_json(config_file(source)), about))
     codec = official_files(source, ("tokenizer",)).get("codec")
     if codec and Path(codec).parent == source:
-        copy_file(Path(codec), out / Path(codec).name)
+        for path in sorted(Path(codec).iterdir()) if Path(codec).is_dir() else [Path(codec)]:
+            (out / path.relative_to(source)).parent.mkdir(exist_ok=True)
+            copy_file(path, out / path.relative_to(source))
 
 
 def joined(base: Any, about: Any) -> Any:

@@ -58,7 +58,7 @@ class Format:
     peft: bool = False                                          # PEFT adapters use these names
     task_type: str | None = None                                # task_type of PEFT
     weight_file: Callable[[About], str] = lambda about: "model.safetensors"
-    codec: str = ""                                             # how names of a codec begin whose weights lie in the same file
+    codec: str = ""                                             # how names of a codec or encoder begin whose weights lie in the same file
     named: Callable[[About], str] = lambda about: ""            # the file of weights that a config.json names, "" = it names none
     adapter: Callable[[About], str] = lambda about: ""          # the adapter that it names
     complete: Callable[[About, Tensors, str, Callable[[str], ModelConfig]], About] = lambda about, tensors, source, config_of: about
@@ -251,7 +251,8 @@ def config_file(folder: Path) -> Path:
     return other if other.is_file() and not (folder / "config.json").is_file() else folder / "config.json"
 
 
-CODECS, ADAPTERS = ("tokenizer-*.safetensors", "mimi-*.safetensors"), ("adapter*.safetensors", "lora*.safetensors", "ema.safetensors")
+CODECS = ("tokenizer-*.safetensors", "mimi-*.safetensors", "speech_tokenizer")
+ADAPTERS = ("adapter*.safetensors", "lora*.safetensors", "ema.safetensors")
 
 
 def weight_files(folder: Path) -> list[str]:

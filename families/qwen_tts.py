@@ -18,13 +18,17 @@ Sources: qwen-tts 0.1.1 with transformers 4.57.3, its fine-tuning script; the re
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from audio.ecapa import PREFIX as ENCODER
+from audio.ecapa import RATE, SpeakerEncoder
+from audio.wav import load_wav
 from families.family import Family
-from families.formats import About, Format, Tensors, by_model_type, llama, require, stack, write_llama
+from families.formats import About, Conversion, Format, Tensors, by_model_type, llama, official_files, require, stack, write_llama
 from families.qwen import CHATML
 from layers.architecture import ModelConfig, StackConfig
 from streams import Example, Grid, Stream, StreamTable, codebooks, join
@@ -39,6 +43,7 @@ RELEASED = {"text_pad": 151671, "text_bos": 151672, "text_eos": 151673, "turn": 
             "nothink": 2155, "think_bos": 2156, "think_eos": 2157}
 LANGUAGES = {"chinese": 2055, "english": 2050, "german": 2053, "italian": 2070, "portuguese": 2071, "spanish": 2054, "japanese": 2058,
              "korean": 2064, "french": 2061, "russian": 2069, "beijing_dialect": 2074, "sichuan_dialect": 2062}
+COMPANIONS = {"tokenizer": "Qwen/Qwen3-0.6B"}         # the same pieces; the released folders have no tokenizer.json
 TUNED = 3000            # row of codebook 0 for a voice of one's own, in a table of 3072
 
 
@@ -210,7 +215,7 @@ def tables(config: ModelConfig) -> list[str]:
 
 def tidy(tensors: Tensors, config: ModelConfig) -> Tensors:
     """One table of all codebooks; the speaker encoder, which audio/ecapa.py reads, is left out."""
-    kept = {name: t for name, t in tensors.items() if not name.startswith("speaker_encoder.")}
+    kept = {name: t for name, t in tensors.items() if not name.startswith(ENCODER)}
     if all(name in kept for name in tables(config)):
         kept["codec_embeddings"] = torch.cat([kept.pop(name) for name in tables(config)])
     return kept
@@ -265,8 +270,38 @@ def write(c: ModelConfig, dtype: str) -> About:
         "spk_is_dialect": {name: dialects.get(ids.get(f"dialect.{name}"), False) for name in speakers},
         **{theirs: ids[ours] for ours, theirs in CODE_IDS.items()}}
     return {"architectures": ["Qwen3TTSForConditionalGeneration"], "model_type": "qwen3_tts", "tokenizer_type": "qwen3_tts_tokenizer_12hz",
-            "tts_model_type": "custom_voice" if speakers else "base", "tts_model_size": "0b6" if c.temporal.dim <= 1024 else "1b7",
+            **({"tts_model_type": "custom_voice"} if speakers else {}), "tts_model_size": "0b6" if c.temporal.dim <= 1024 else "1b7",
             "torch_dtype": dtype, "talker_config": main, **{theirs: ids[ours] for ours, theirs in TEXT_IDS.items()}}
+
+
+# ---- a voice of one's own ----
+
+def tuned_voice(model: Any, wav: str = "", speaker: str = "me", language: str = "", encoder: str = "") -> tuple[ModelConfig, Tensors, Any]:
+    """The model with a speaker more: the vector of a recording in a row of codebook 0, chosen in every prompt from now on.
+
+    `encoder` is the folder of a Base model, whose speaker encoder reads the recording; "" = the model's own.
+    """
+    table, first, name = model.config.table, model.config.table.streams[model.config.table.lead], speaker.strip().lower()
+    if not wav or not name or set(name) & set("=,|"):
+        raise ValueError("add-voice needs --wav=RECORDING and takes --speaker=NAME, a word without = and comma")
+    vector = SpeakerEncoder.load(encoder or model.extras.folder).embed(load_wav(wav, RATE)[0])
+    if len(vector) != model.config.temporal.dim:
+        raise ValueError(f"the speaker encoder gives {len(vector)} numbers, the model has {model.config.temporal.dim}; name its own Base")
+    ids = dict(table.ids)
+    taken = {first.start, first.end, *(id for key, id in ids.items() if key not in TEXT_IDS)}
+    free = [n for n in (*range(TUNED, first.vocab), *range(first.vocab - 1, first.code_count - 1, -1)) if n not in taken]
+    row = known(table, "speaker").get(name, free[0] if free else -1)
+    if row < 0:
+        raise ValueError("codebook 0 has no row without a meaning; give --speaker one that the model knows, whose voice is replaced")
+    ids |= {f"speaker.{name}": row}
+    choice = f"speaker={name}" + (f",language={language}" if language else "")
+    table = replace(table, ids=tuple((key, id) for key, id in ids.items() if key != f"dialect.{name}"), choice=choice)
+    chosen(table)                                        # the language is known
+    weights = model.weights()
+    embedded = weights["embed.audio.weight"].clone()
+    embedded[row] = vector.to(embedded)
+    facts = COMPANIONS | official_files(Path(model.extras.folder)) | dict(model.extras.data or {})
+    return replace(model.config, table=table), weights | {"embed.audio.weight": embedded}, facts if "codec" in facts else None
 
 
 def rules(table: StreamTable) -> dict[str, Any]:
@@ -276,6 +311,9 @@ def rules(table: StreamTable) -> dict[str, Any]:
 
 FAMILIES = (Family(
     "Qwen3-TTS", "qwen3_tts", "Qwen3-TTS 0.6B and 1.7B: text to speech in the voice of a recording", grid, TEMPLATE, rules=rules,
-    companions={"normaliser": "none"}, text_to_speech=True, references=1,
+    companions=COMPANIONS, text_to_speech=True, references=1,
     formats=(Format("qwen3_tts", "hf", lambda c: NAMES, read, write, lambda c: c.text_width > 0, by_model_type("qwen3_tts"), tidy, untidy,
-                    peft=True),)),)
+                    peft=True, codec=ENCODER),),
+    conversions=(Conversion("add-voice", """add-voice CKPT --wav=FILE --out=DIR    Qwen3-TTS: one speaker more, by a Base model's encoder;
+    --speaker=me, --language=english, --encoder=FOLDER of the Base model where CKPT is none""",
+                            tuned_voice, options=("wav", "speaker", "language", "encoder")),)),)

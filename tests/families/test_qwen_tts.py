@@ -1,6 +1,7 @@
 """Qwen3-TTS: what qwen-tts computes, ours computes, behind every kind of prompt; its frames align where the official script's do not;
 official files come back; the smoke twin runs from training to the official files."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +12,13 @@ from safetensors.torch import load_file
 from test_parity import GATE, Golden, check
 
 import lora
+from audio import load_codec
+from audio.wav import save_wav
 from checkpoint import export, load
 from families.family import lay_out
+from families.formats import official_files
 from families.qwen_tts import QWEN3_TTS_0_6B, QWEN3_TTS_1_7B, TEMPLATE, chosen, text_ahead
+from generation.command_line import usual_rules
 from generation.decode_step import SampleConfig
 from model import MultistreamLM
 from options import run_config
@@ -160,3 +165,54 @@ def test_smoke_trains_resumes_samples_exports_and_reads_back(tmp_path: Path):
     lora.strip(merged)
     tokens = lay_out(spoken("one two", torch.randint(0, 256, (8, 5))), merged.table)[0][None]
     assert again.table.choice == "speaker=me" and torch.allclose(again(tokens)[1], merged(tokens)[1], atol=1e-5)
+
+
+def base_folder(folder: Path) -> Path:
+    """A Base model as it is released: a speaker encoder among its weights, no speakers, the codec in a folder of its own."""
+    case, voice = Golden("qwen_tts"), Golden("qwen_speaker")
+    talker = case.config["talker_config"] | {"spk_id": {}, "spk_is_dialect": {}}
+    case.config |= voice.config | {"tts_model_type": "base", "talker_config": talker}
+    case.weights |= voice.weights
+    case.write(folder)
+    Golden("qwen_codec").write(folder / "speech_tokenizer")
+    (folder / "generation_config.json").write_text(json.dumps({
+        "do_sample": True, "temperature": 0.8, "top_k": 40, "repetition_penalty": 1.1, "subtalker_dosample": True,
+        "subtalker_temperature": 0.7, "subtalker_top_k": 30, "max_new_tokens": 8192}))
+    return folder
+
+
+def test_a_recording_becomes_a_speaker_and_is_spoken_as_its_vector_is(tmp_path):
+    """add-voice writes the vector that the package computes into a free row; the prompt holds that row; the export is a custom voice."""
+    base, case = base_folder(tmp_path / "base"), Golden("qwen_speaker")
+    save_wav(tmp_path / "me.wav", case["wav"].float()[None], 24000)
+    options = (f"--wav={tmp_path}/me.wav", "--speaker=Ann", "--language=english")
+    code, _, err = call("checkpoint.py", "add-voice", base, *options, f"--out={tmp_path}/mine")
+    assert code == 0, err
+    mine, plain = load(tmp_path / "mine"), load(base)
+    row = dict(mine.table.ids)["speaker.ann"]
+    assert row not in dict(plain.table.ids).values() and mine.table.choice == "speaker=ann,language=english"
+    assert torch.allclose(mine.embed["audio"].weight[row], case["vector"], atol=1e-4)                            # of a wav of 16 bits
+    rest = torch.arange(len(plain.embed["audio"].weight)) != row
+    assert torch.equal(mine.embed["audio"].weight[rest], plain.embed["audio"].weight[rest])
+    export(mine, tmp_path / "official", "hf")
+    about = json.loads((tmp_path / "official" / "config.json").read_text())
+    assert about["tts_model_type"] == "custom_voice" and about["talker_config"]["spk_id"] == {"ann": row}
+    assert load(tmp_path / "official").table.choice == "speaker=ann"
+    for options, why in (({"--wav": ""}, "needs --wav"), ({"--language": "klingon"}, "it takes language=auto"),
+                         ({"--encoder": tmp_path / "official"}, "has no speaker encoder")):
+        words = {"--wav": tmp_path / "me.wav", "--speaker": "x", "--out": tmp_path / "no"} | options
+        code, _, err = call("checkpoint.py", "add-voice", base, *(f"{key}={value}" for key, value in words.items()))
+        assert code == 2 and why in err and "Traceback" not in err
+
+
+def test_a_base_folder_is_read_with_its_rules_and_written_with_its_codec_and_encoder(tmp_path):
+    base = base_folder(tmp_path / "base")
+    model = load(base)
+    rules = usual_rules(model.table, (), model.extras)
+    assert rules["temperature"] == (0.8, *[0.7] * 4) and rules["top_k"] == (40.0, *[30.0] * 4) and rules["repetition_penalty"] == 1.1
+    assert official_files(base)["codec"] == str(base / "speech_tokenizer") and load_codec(official_files(base)["codec"]).num_codebooks == 4
+    export(model, tmp_path / "again", "hf")
+    written, wanted = (load_file(f / "model.safetensors") for f in (tmp_path / "again", base))
+    assert written.keys() == wanted.keys() and all(torch.equal(written[name], t) for name, t in wanted.items())
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["tts_model_type"] == "base"
+    assert load_codec(tmp_path / "again").num_codebooks == 4 and (tmp_path / "again" / "generation_config.json").is_file()

@@ -1,10 +1,11 @@
-"""Write the golden files of Qwen3-TTS: tiny random models in their official implementation.
+"""Write the golden files of Qwen3-TTS, its codec and its speaker encoder: tiny random models in their official implementation.
 
     python tests/golden/make_qwen_tts.py
 
-Needs torch 2.13.0, transformers 4.57.3, librosa, accelerate, einops, and qwen-tts 0.1.1 with --no-deps; of what it imports besides
-(sox, onnxruntime, torchaudio) nothing is called here, so they are replaced by empty modules. The official generator forbids the last
-1024 ids of codebook 0 but the end; tiny ones have fewer, so it is told where the codes end. Read by test_qwen_tts.py.
+Needs torch 2.13.0, transformers 4.57.3, librosa, accelerate, einops, and qwen-tts 0.1.1 with --no-deps; what it imports besides
+(sox, onnxruntime, torchaudio) is not called here, and replaced by empty modules. The official generator forbids the last
+1024 ids of codebook 0 but the end; tiny ones have fewer, so it is told where the codes end. Read by test_qwen_tts.py,
+test_qwen_codec.py and test_ecapa.py.
 """
 
 import builtins
@@ -161,9 +162,22 @@ def codec() -> None:
     save("qwen_codec", bare, json.loads(config.to_json_string(use_diff=False)), **kept)
 
 
+@torch.no_grad()
+def speaker() -> None:
+    """The vector of a recording, in half precision as above."""
+    sizes = {"enc_dim": 24, "enc_channels": [8, 8, 8, 16], "enc_kernel_sizes": [5, 3, 3, 1], "enc_dilations": [1, 2, 3, 1],
+             "enc_attention_channels": 6, "enc_res2net_scale": 4, "enc_se_channels": 5}
+    config = official.Qwen3TTSSpeakerEncoderConfig(**sizes)
+    model, wav = redrawn(official.Qwen3TTSSpeakerEncoder(config), 3), sound(9000, 5)
+    how = {"n_fft": 1024, "num_mels": 128, "sampling_rate": 24000, "hop_size": 256, "win_size": 1024, "fmin": 0, "fmax": 12000}
+    mel = official.mel_spectrogram(wav[None], **how)
+    bare = nn.Module()
+    bare.state_dict = lambda: {f"speaker_encoder.{name}": t.half() for name, t in model.state_dict().items()}
+    save("qwen_speaker", bare, {"speaker_encoder_config": sizes}, wav=wav.half(), vector=model(mel.transpose(1, 2))[0])
+
+
 if __name__ == "__main__":
-    if "codec" in sys.argv:
-        codec()
-        sys.exit()
+    codec()
+    speaker()
     talker("qwen_tts", 0, 24, 16, 5, 21, 8, 3)
     talker("qwen_tts_even", 5, 20, 20, 3, 17, 10, 2)

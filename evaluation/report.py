@@ -202,13 +202,13 @@ def same(model: MultistreamLM) -> Iterator[MultistreamLM]:
 # ---- losses ----
 
 def sums_of(model: MultistreamLM, index: Index, numbers: Sequence[int]) -> np.ndarray:
-    """Sums of every row on its own.   (N, K, 4): weighted nll, weight, hits, count"""
+    """Sums of every row on its own.   (N, K + 1, 4): weighted nll, weight, hits, count; the last is padding in a dialogue's text row"""
     found, device = [], model.temporal.layers[0].attn.o.weight.device
     with torch.inference_mode():
         for n in numbers:
             tokens, weights = lay_out(build_example(index, n, model.table), model.table)
             sums = model(tokens[None].to(device), weights[None].to(device))
-            found.append(torch.stack([t.double().cpu() for t in (sums.nll, sums.weight, sums.hits, sums.count)], -1))
+            found.append(sums.stacked().cpu().T)
     return torch.stack(found).numpy()
 
 
@@ -222,7 +222,11 @@ def report_losses(models: Models, held: Held, job: Evaluation, summary: Row, pag
     for name, use in models.items():
         with use() as model:
             found[name], table = sums_of(model, held.index, held.numbers), model.table
-    streams = {"text": table.text_out, "audio": table.audio_out} | {table.streams[k].name: [k] for k in [*table.text_out, *table.audio_out]}
+    for sums in found.values():
+        if sums[:, -1, 1].any():                                            # words apart from padding, as training reports them
+            sums[:, -1] = sums[:, table.text_out].sum(1) - sums[:, -1]
+    streams = {"text": table.text_out, "words": [-1], "audio": table.audio_out}
+    streams |= {table.streams[k].name: [k] for k in [*table.text_out, *table.audio_out]}
     shown, summary["losses"] = [], []
     for stream, ks in streams.items():
         for name, sums in found.items():

@@ -121,16 +121,18 @@ def measure_one(row: Row, wav: Tensor, rate: int, heard: str | None, language: s
 
 
 def expected_seconds(row: Row) -> float:
-    """How long a text should last: as a recording of it, at the pace of its voice reference, or of the data of a run; 0 = not known."""
+    """How long a text should last: as a recording of it, in the manner of a run's data, or of its voice reference; 0 = not known."""
     if row.get("recording") and Path(row["recording"]).is_file():
         wav, rate = load_wav(row["recording"])
         return wav.shape[1] / rate
+    if row.get("expected_seconds"):
+        return float(row["expected_seconds"])
     if row.get("reference") and (letters := len("".join(units(str(row.get("reference_text", "")), "zh")))):
         wav, rate = load_wav(row["reference"])
         return wav.shape[1] / rate / letters * len("".join(units(row["text"], "zh")))
     if row.get("duration_ratio") and row.get("seconds"):                    # of an evaluation of a run
         return row["seconds"] / row["duration_ratio"]
-    return float(row.get("expected_seconds", 0.0))
+    return 0.0
 
 
 def reasons(rows: Sequence[Row], hear: Recogniser | None) -> dict[str, str]:

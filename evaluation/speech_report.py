@@ -157,7 +157,7 @@ def speak_list(model: MultistreamLM, data: DataConfig, items: Sequence[Row], fol
     clones = bool(family.references or family.template and family.template.clone_prompt)
     if not clones and any(item.get("reference") for item in items):
         print("this model has a voice of its own: the recordings of the list are compared with, not imitated")
-    pace, rows = data_pace(data, model), []
+    pace, rows = None if clones else data_pace(data, model), []            # a cloned voice has a pace of its own
     for at in tqdm(range(0, len(items), job.batch), unit="text", disable=None):
         part = items[at : at + job.batch]
         timed, begun = [], time.perf_counter()
@@ -203,6 +203,7 @@ def write_report(systems: Sequence[System], out: Path, job: SpeechConfig) -> Pat
     missing = {f"{system.name}: {name.replace('_', ' ')}": why for system in systems for name, why in system.missing.items()}
     for why in dict.fromkeys(missing.values()):
         page.note("Not measured: " + ", ".join(name for name, other in missing.items() if other == why) + f". {why}.")
+        print("not measured: " + ", ".join(name for name, other in missing.items() if other == why) + f": {why}")
     differences = compare_systems(systems, page, job)
     for name, numbers in found.items():
         print(f"{name}: " + ", ".join(f"{measure.replace('_', ' ')} {show(value)}" for measure, value in numbers.items()))

@@ -28,13 +28,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from audio.recogniser import choose_recogniser, missing_recogniser
-from audio.wav import load_wav
 from evaluation import duplex_measures, minimal_pairs, representations, sparse_autoencoder
 from evaluation.html_page import blank_figure, save_figure, scale, smooth
 from evaluation.metrics import cer, wer
 from evaluation.minimal_pairs import MinimalPairsConfig, compare
 from evaluation.report import Evaluation, report
 from evaluation.representations import GeometryConfig
+from evaluation.speech_measures import recognised, recording
 from evaluation.speech_report import DuplexConfig, SpeechConfig, duplex, speech
 from evaluation.verify import VerifyConfig, verify_command
 from options import apply, edge, help_text, read_rows, split_arguments, unknown, visible, write_json
@@ -55,7 +55,8 @@ def read_samples(path: Path) -> list[dict]:
 def score(path: Path, recogniser: str = "") -> dict:
     """Transcribe and score every row of a samples file: {"wer": mean, "cer": mean, "rows": [{text, wav, heard, wer, cer}]}."""
     rows = read_samples(path)
-    heard = choose_recogniser(recogniser)([load_wav(path.parent / row["wav"]) for row in rows])
+    wavs = [recording(path.parent / row["wav"]) for row in rows]
+    heard = recognised(wavs, choose_recogniser(recogniser))
     scored = [row | {"heard": text, "wer": round(wer(row["text"], text), 4), "cer": round(cer(row["text"], text), 4)}
               for row, text in zip(rows, heard, strict=True)]
     return {name: sum(row[name] for row in scored) / len(scored) for name in ("wer", "cer")} | {"rows": scored}

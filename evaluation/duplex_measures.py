@@ -142,12 +142,13 @@ def before_and_after(wav: Tensor, rate: int, words: Sequence[Word], end: float, 
     timed = [w for w in words if w[1] is not None and w[2] is not None]
     sides = {"pre": (wav[..., : round(at * rate)], [w for w in timed if w[2] <= at]),
              "post": (wav[..., round(at * rate) :], [w for w in timed if w[2] > at])}
-    result: dict[str, Any] = {"split_t": at}
-    for name, (sound, said) in sides.items():
-        if sound.shape[-1]:
-            parts = [sound[..., round(s * rate) : round(e * rate)] for s, e in speech(sound)] or [sound]
-            result[name] = {"wpm": words_a_minute(said)} | voice(torch.cat(parts, -1), rate)
-    return result
+    return {"split_t": at} | {name: manner(sound, rate, said, speech) for name, (sound, said) in sides.items() if sound.shape[-1]}
+
+
+def manner(wav: Tensor, rate: int, words: Sequence[Word], speech: Any) -> dict[str, float]:
+    """Words a minute, pitch and intensity of what is said in (1, W), without its pauses."""
+    parts = [wav[..., round(s * rate) : round(e * rate)] for s, e in speech(wav)] or [wav]
+    return {"wpm": words_a_minute(words)} | voice(torch.cat(parts, -1), rate)
 
 
 # ---- a conversation ----
@@ -330,6 +331,11 @@ def measure_sample(folder: Path, speech: Any, human: Sequence[float] = ()) -> di
     write_json(folder / "latency_intervals.json", {"latency_stop_list": stops, "latency_resp_list": waits})
     named = (("stop_latency", stops), ("response_latency", waits))
     found = {name: sum(e - s for s, e in spans) / len(spans) for name, spans in named if spans}
-    sides = before_and_after(wav, rate, words, event(folder, task)[1], lambda part: speech(part, 0.06, 0.05))
-    return {"task": task} | found | {"overlaps": len(stops)} | {f"{side}_{key}": value for side in ("pre", "post")
+    def trimmed(part: Tensor) -> list[Span]:
+        return speech(part, 0.06, 0.05)
+
+    sides = before_and_after(wav, rate, words, event(folder, task)[1], trimmed)
+    if (folder / "clean_output.wav").is_file() and (folder / "clean_output.json").is_file():            # without the overlap
+        sides["clean"] = manner(*load_wav(folder / "clean_output.wav", 16_000), read_words(folder / "clean_output.json"), trimmed)
+    return {"task": task} | found | {"overlaps": len(stops)} | {f"{side}_{key}": value for side in ("pre", "post", "clean")
                                                               for key, value in sides.get(side, {}).items()}

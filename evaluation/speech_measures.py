@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import soundfile
+import torch
 from torch import Tensor
 
 from audio import dnsmos, speaker
@@ -96,10 +98,24 @@ def measure(rows: Sequence[Row], hear: Recogniser | None, language: str = "") ->
     found = []
     for at in range(0, len(rows), TOGETHER):
         part = rows[at : at + TOGETHER]
-        wavs = [load_wav(row["wav"]) for row in part]
-        heard = hear(wavs) if hear else [None] * len(part)
+        wavs = [recording(row["wav"]) for row in part]
+        heard = recognised(wavs, hear) if hear else [None] * len(part)
         found += [row | measure_one(row, wav, rate, text, language) for row, (wav, rate), text in zip(part, wavs, heard, strict=True)]
     return found, {name: why for name, why in reasons(rows, hear).items() if not any(name in row for row in found)}
+
+
+def recording(path: str | Path) -> tuple[Tensor, int]:
+    """A recording (1, W) and its rate; W is 0 where a model said nothing at all, which is a result and no fault of the file."""
+    if Path(path).is_file() and Path(path).stat().st_size < 1000 and (info := soundfile.info(path)).frames == 0:
+        return torch.zeros(1, 0), info.samplerate
+    return load_wav(path)
+
+
+def recognised(wavs: Sequence[tuple[Tensor, int]], hear: Recogniser) -> list[str]:
+    """What is heard in each recording, nothing in an empty one."""
+    sounding = [(wav, rate) for wav, rate in wavs if wav.shape[1]]
+    heard = iter(hear(sounding) if sounding else [])
+    return [next(heard) if wav.shape[1] else "" for wav, _ in wavs]
 
 
 def measure_one(row: Row, wav: Tensor, rate: int, heard: str | None, language: str = "") -> Row:

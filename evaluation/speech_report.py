@@ -66,6 +66,7 @@ class SpeechConfig:
     recogniser: str = ""           # recogniser, module:function from a list of (wav, rate) to texts; "" = Whisper tiny.en, "none" = none
     limit: int = 0                 # largest number of texts; 0 = all
     batch: int = 1                 # texts spoken at once; above 1 neither real-time factor nor first audio is measured
+    max_frames: int = 0            # largest number of codec frames of a text; 0 = as the model's own rules say
     rounds: int = 1000             # number of bootstrap and permutation rounds
     seed: int = 0                  # random seed of sampling, bootstrap and permutation
     device: str = "cpu"            # device of the models: cpu or cuda
@@ -76,6 +77,7 @@ class SpeechConfig:
         assert self.dtype in DTYPES, f"dtype {self.dtype!r} is none of {', '.join(DTYPES)}"
         assert self.device in ("cpu", "cuda"), f"device {self.device!r} is neither cpu nor cuda"
         assert self.limit >= 0 < min(self.batch, self.rounds) and self.rounds <= 10**6, "limit >= 0, batch > 0, rounds in 1 to 10^6"
+        assert 0 <= self.max_frames <= 2**20, f"max_frames {self.max_frames} is not in 0 to 2^20"
 
 
 @dataclass
@@ -153,7 +155,8 @@ def speak_list(model: MultistreamLM, data: DataConfig, items: Sequence[Row], fol
         raise ValueError(f"a {family.name} model does not speak texts; evaluate.py duplex measures conversations, report replies")
     tokenizer = load_tokenizer(data.tokenizer)
     codec = fitting_codec(data.codec, table, tokenizer)
-    rules = SampleConfig(**usual_rules(table, (), model.extras) | {"seed": job.seed})
+    longest = {"max_frames": job.max_frames} if job.max_frames else {}
+    rules = SampleConfig(**usual_rules(table, (), model.extras) | longest | {"seed": job.seed})
     clones = bool(family.references or family.template and family.template.clone_prompt)
     if not clones and any(item.get("reference") for item in items):
         print("this model has a voice of its own: the recordings of the list are compared with, not imitated")
@@ -280,8 +283,9 @@ def duplex(folder: Path, job: DuplexConfig) -> dict[str, Any]:
         raise ValueError(f"{len(silent)} samples, the first {silent[0]}, have no output.wav; let a model answer with --ckpt=RUN")
     rows = []
     for path in tqdm(found, unit="sample", disable=None):
-        if not (path / "output.json").is_file():
-            write_words(path / "output.json", recognised(path))
+        for name in ("output", "clean_output"):
+            if (path / f"{name}.wav").is_file() and not (path / f"{name}.json").is_file():
+                write_words(path / f"{name}.json", recognised(path, name))
         numbers = measure_sample(path, voice_activity, human.get(path.name, ()))
         rows.append({"sample": path.relative_to(folder).as_posix()} | numbers)
     tasks = {task: task_means([row for row in rows if row["task"] == task], job) for task in dict.fromkeys(row["task"] for row in rows)}
@@ -344,9 +348,9 @@ def answer_samples(found: Sequence[Path], job: DuplexConfig) -> None:
                     write_words(path / f"{after}.json", [(w, s, e) for w, s, e, _ in said if not w.startswith("(")])
 
 
-def recognised(path: Path) -> list[Word]:
-    """The words of a sample's output.wav by Whisper tiny.en; behind an interruption only, as the benchmark transcribes."""
-    wav, _ = load_wav(path / "output.wav", RATE)
+def recognised(path: Path, name: str) -> list[Word]:
+    """The words of a sample's recording by Whisper tiny.en; behind an interruption only, as the benchmark transcribes."""
+    wav, _ = load_wav(path / f"{name}.wav", RATE)
     begin = event(path, "user_interruption")[1] if task_of(path) == "user_interruption" else 0.0
     part = wav[0, int(begin * RATE) :]
     return [(word.strip(), begin + start, begin + end) for word, start, end in recognised_words(load_whisper(), part)] if len(part) else []

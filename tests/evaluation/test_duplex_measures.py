@@ -139,6 +139,15 @@ def test_pitch_and_loudness_of_known_tones() -> None:
     assert float(level.median()) == pytest.approx(10 * math.log10(0.005 / 4e-10), abs=0.05)             # mean square of a sine of 0.1
 
 
+def test_without_an_overlap_the_whole_answer_counts(bench: Path, tmp_path: Path) -> None:
+    shutil.copytree(bench / "overlap/1", tmp_path / "1")
+    for kind in ("wav", "json"):
+        shutil.copy(bench / f"overlap/2/output.{kind}", tmp_path / f"1/clean_output.{kind}")
+    found = measure_sample(tmp_path / "1", lambda wav, *_: [(0.0, wav.shape[-1] / RATE)])
+    clean = words_a_minute(read_words(bench / "overlap/2/output.json"))
+    assert found["clean_wpm"] == pytest.approx(clean) and found["clean_mean_pitch"] > 100
+
+
 def test_a_conversation_with_its_words_is_measured(tmp_path: Path) -> None:
     user, _ = placed([("slt/vm-undelete", 0.3)], 8.0)
     agent, words = placed([("transfer", 3.0)], 8.0)

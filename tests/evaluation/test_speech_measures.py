@@ -96,6 +96,16 @@ def test_durations_follow_a_recording_of_the_text_or_the_pace_of_the_voice(tmp_p
     assert measure(rows, None)[1]["wer"].startswith("no recogniser")
 
 
+def test_a_model_that_says_nothing_is_measured_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dnsmos, "missing", lambda: "DNSMOS needs speechmos")
+    save_wav(tmp_path / "silent.wav", torch.zeros(1, 0), 16_000)
+    rows = [{"id": str(n), "text": "one two", "wav": str(wav), "expected_seconds": 1.0}
+            for n, wav in enumerate((tmp_path / "silent.wav", tone(tmp_path / "said.wav", 1.0)))]
+    (silent, said), _ = measure(rows, lambda wavs: ["one two"] * len(wavs))
+    assert (silent["heard"], silent["wer"], silent["truncated"], silent["duration_ratio"], silent["silence_ratio"]) == ("", 1, 1, 0, 1)
+    assert (said["wer"], said["duration_ratio"]) == (0, 1)
+
+
 def test_means_have_intervals_and_leave_out_what_is_not_there() -> None:
     rows = [{"id": str(n), "wer": n / 10, **({"ended": n > 4} if n < 8 else {})} for n in range(10)]
     found = means(rows, rounds=200)

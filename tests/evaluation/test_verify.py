@@ -195,3 +195,14 @@ def test_grids_of_random_ids_stand_for_data(lora_run):
     model = load(lora_run / "run")
     error, largest = consistency.decoding_error(model, consistency.random_grids(model.table))
     assert error < 1e-3 * largest and "decoding" in CHECKS
+
+
+# ---- with its base ----
+
+def test_a_run_speaks_beside_its_base(lora_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text("one two\n")
+    rc, out, err = call("evaluate.py", "speech", lora_run / "run", f"--set={tmp_path}/list.txt", f"--out={tmp_path}/out", "--base=own",
+                        "--recogniser=none", "--max_frames=30", "--rounds=10")
+    assert rc == 0, out + err
+    sounds = [(tmp_path / "out" / name / "000.wav").read_bytes() for name in ("run", "run_base")]
+    assert sounds[0] != sounds[1] and "run_base against run" in (tmp_path / "out/index.html").read_text()

@@ -20,6 +20,7 @@ import re
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -68,6 +69,7 @@ from model import MultistreamLM
 from options import difference, edge, expect, from_json, locate, read_json, read_object, split_arguments, to_json, unknown, write_json
 from streams import StreamTable
 from system.files import check_sums, copy_file, write_sums
+from system.progress import workers
 from text.tokenizers import load_tokenizer, tokenizer_file
 from training.parallel import is_sharded, joined, own_rows, part, ranks, whole
 
@@ -206,9 +208,10 @@ def load(path: str | Path, device: str | torch.device = "cpu", dtype: str | torc
 
 
 def refuse_broken(model: MultistreamLM, source: object) -> MultistreamLM:
-    """The model itself; ValueError names a weight of it that holds NaN or infinite values."""
-    for name, p in model.named_parameters():
-        refuse_not_finite(name, part(p), source)
+    """The model itself; ValueError names a weight of it that holds NaN or infinite values. One pass over memory, on all free cores."""
+    with ThreadPoolExecutor(max(1, workers() // torch.get_num_threads())) as pool:
+        for _ in pool.map(lambda named: refuse_not_finite(named[0], part(named[1]), source), model.named_parameters()):
+            pass
     return model
 
 

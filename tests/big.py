@@ -1,13 +1,21 @@
 """Full size, without anybody's weights: random checkpoints in the official sharded layout, and everything that is done with them.
 
-    python tests/big.py                       Qwen2.5-1.5B and Higgs v2 3B in out/big: `make big`
-    python tests/big.py --models=qwen --dtype=bf16
+    python tests/big.py                                               Qwen2.5-1.5B and Higgs v2 3B in out/big: `make big`
+    python tests/big.py --models=qwen --steps=shards                  two ranks of --shard, what each holds
+    python tests/big.py --models=higgs --layers=7 --steps=time        a quarter of the layers: load against transformers
 
 Each step is a process of its own, and says its peak of memory beside the bytes of the weights: load, a training step of LoRA
-(bf16, then on a base of 8 bits), 20 columns sampled, merge, export. Linux only: it tells how much a process had.
+(bf16, then on a base of 8 bits), 20 columns sampled, merge, export. `shards`: that step by two processes (gloo), each with half of
+the base, and the most that a rank should need: weights / 2 + the largest tensor + what is trained. `time`: load a model, here and by
+transformers, alternating with warm files, with one thread and with two, until every weight has been read: our load does so itself
+(it looks for NaN), theirs maps the file, so that each of its weights is summed up; and once more, both sides summed up. Where
+transformers is not installed it says so. The folder of a model stays in --folder, remove it when done. Linux only: it tells how
+much a process had.
 """
 
+import importlib.util
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -29,14 +37,17 @@ from generation.plan import typical_batch
 from layers.architecture import ModelConfig
 from layers.int8_base import quantize
 from lora import LoraConfig, inject
-from model import MultistreamLM
+from model import Block, MultistreamLM
 from options import apply, edge, split_arguments, write_json
 from sample import generate
 from streams import is_audio
+from training import parallel
 from training.plan import held_types
 
 MODELS = {"qwen": replace(QWEN2_5_1_5B, checkpoint=4), "higgs": replace(HIGGS_V2_3B, checkpoint=4)}
-STEPS = ("load", "lora", "lora8", "sample", "sample8", "merge", "export")
+STEPS = ("load", "time", "lora", "lora8", "shards", "sample", "sample8", "merge", "export")
+CLASSES = {"qwen": "AutoModelForCausalLM", "higgs": "HiggsAudioV2ForConditionalGeneration"}       # of transformers
+TRIES = 5                          # of each side of `time`
 ROOT = Path(__file__).parents[1]
 
 
@@ -48,10 +59,19 @@ class Job:
     steps: tuple[str, ...] = STEPS
     folder: str = "out/big"    # needs about three times the weights
     columns: int = 256         # of the training step
+    layers: int = 0            # of the transformer, 0 = all
 
     def __post_init__(self) -> None:
         assert set(self.models) <= MODELS.keys(), f"models are {', '.join(MODELS)}"
         assert set(self.steps) <= set(STEPS), f"steps are {', '.join(STEPS)}"
+
+    def model(self, name: str) -> ModelConfig:
+        config = MODELS[name]
+        layers = self.layers or config.temporal.layers
+        return replace(config, temporal=replace(config.temporal, layers=layers), dual_ffn=tuple(n for n in config.dual_ffn if n < layers))
+
+    def folder_of(self, name: str) -> Path:
+        return Path(self.folder) / (f"{name}-{self.layers}" if self.layers else name)
 
 
 def make(config: ModelConfig, folder: Path) -> None:
@@ -76,26 +96,91 @@ def peak() -> int:
     return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
 
 
-def adapted(config: ModelConfig, base: Path, eight: str) -> MultistreamLM:
-    """A model with adapters on attention, its base as training holds it."""
+def adapted(config: ModelConfig, base: Path, eight: str, cut: bool = False) -> MultistreamLM:
+    """A model with adapters on attention, its base as training holds it; `cut` among ranks as train.py --shard does it."""
     lora = LoraConfig(rank=8, alpha=16.0, targets=("attn.*",))
-    model = load(base, dtype="bf16", config=config, prepare=lambda model: held_types(model, lora, (), eight))
-    return inject(model, lora)
+
+    def prepare(model: MultistreamLM) -> dict[str, torch.dtype]:
+        types = held_types(model, lora, (), eight)
+        if cut:
+            parallel.shard(inject(model, lora), Block, torch.device("cpu"), torch.bfloat16)
+        return types
+
+    return inject(load(base, dtype="bf16", config=config, prepare=prepare), lora).train()
 
 
-def train_step(config: ModelConfig, base: Path, folder: Path, columns: int, eight: str) -> None:
-    model = adapted(config, base, eight).train()
-    tokens, weights = typical_batch(config.table, 1, columns)
+def train_step(model: MultistreamLM, columns: int) -> None:
+    table = model.config.table
+    tokens, weights = typical_batch(table, 1, columns)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3, fused=True)
     for _ in range(2):                                     # B starts at zero: A has no gradient before the second step
         with torch.autocast("cpu", torch.bfloat16):
-            sums = model(tokens, weights, scale=torch.ones(len(config.table)) / columns)
+            sums = model(tokens, weights, scale=torch.ones(len(table)) / columns)
         sums.total.backward()
         optimizer.step()
         optimizer.zero_grad()
-    model.extras = Extras(base=str(base))
-    save(model, folder / "adapter")
+
+
+def in_shards(config: ModelConfig, base: Path, columns: int) -> None:
+    """What each rank has when a model is loaded in shards, and what after two training steps; rank 0 prints it."""
+    parallel.start("cpu", 0)
+    before = peak()
+    model = adapted(config, base, "", cut=True)
+    loaded = peak() - before
+    train_step(model, columns)
+    had = [(0, 0)] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(had, (loaded, peak() - before))
+    trained = sum(3 * p.nbytes for p in model.parameters() if p.requires_grad)             # AdamW's moments, too
+    frozen = [p.nbytes for p in model.parameters() if not p.requires_grad]
+    if parallel.ranks()[0] == 0:
+        print(*(f"rank {n} had {a / 1e9:.2f} GB when loaded, {b / 1e9:.2f} GB after a step;" for n, (a, b) in enumerate(had)),
+              f"weights / {len(had)} + largest tensor + what is trained: {(sum(frozen) / len(had) + max(frozen) + trained) / 1e9:.2f} GB")
+    parallel.end()
+
+
+LOAD = """
+import sys, time
+kind, folder, threads = sys.argv[1:]
+import torch
+torch.set_num_threads(int(threads))
+if kind:
+    import transformers
+    read = lambda: getattr(transformers, kind).from_pretrained(folder, dtype=torch.bfloat16)
+    transformers.logging.set_verbosity_error()
+    getattr(transformers, kind)                            # imports what it needs
+else:
+    from checkpoint import load
+    from families.family import all_families
+    all_families()
+    read = lambda: load(folder, dtype="bf16")
+began = time.perf_counter()
+model = read()
+loaded = time.perf_counter()
+for p in model.parameters():
+    p.data.sum()
+print(loaded - began, time.perf_counter() - began)
+"""
+
+
+def against(kind: str, base: Path) -> list[str]:
+    """Seconds to load a folder and touch every tensor: here, and by the class `kind` of transformers."""
+    if not importlib.util.find_spec("transformers"):
+        return ["transformers is not installed: not compared"]
+    lines = []
+    for threads in (1, 2):
+        found: dict[str, list[list[float]]] = {"": [], kind: []}
+        for who in (*found, *TRIES * tuple(found)):        # the first of each warms the files up
+            done = subprocess.run([sys.executable, "-c", LOAD, who, base, str(threads)], capture_output=True, text=True, cwd=ROOT,
+                                  env={**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)})
+            if done.returncode:
+                raise ValueError(f"loading {base} {'by ' + who if who else 'here'} ended with {done.returncode}: {done.stderr[-2000:]}")
+            found[who].append([float(word) for word in done.stdout.split()])
+        for what, at in (("every weight read once", 0), ("our weights read twice", 1)):
+            pairs = [(ours[at], theirs[1]) for ours, theirs in zip(found[""][1:], found[kind][1:], strict=True)]
+            ours, theirs, ratio = (statistics.median(side) for side in (*zip(*pairs, strict=True), [a / b for a, b in pairs]))
+            lines.append(f"\n  {threads} threads, {what}: {ours:.2f} s, transformers {theirs:.2f} s, ratio of pairs {ratio:.2f}")
+    return lines
 
 
 @torch.no_grad()
@@ -104,9 +189,15 @@ def run(step: str, config: ModelConfig, folder: Path, columns: int) -> None:
     if step == "load":
         for p in load(base, dtype=STORED).parameters():
             p.sum()
-    elif step in ("lora", "lora8"):
+    elif step == "shards":
         with torch.enable_grad():
-            train_step(config, base, folder, columns, "int8" if step == "lora8" else "")
+            in_shards(config, base.resolve(), columns)
+    elif step in ("lora", "lora8"):
+        model = adapted(config, base, "int8" if step == "lora8" else "")
+        with torch.enable_grad():
+            train_step(model, columns)
+        model.extras = Extras(base=str(base))
+        save(model, folder / "adapter")
     elif step in ("sample", "sample8"):
         model = load(base, dtype="bf16")
         if step == "sample8":
@@ -126,21 +217,25 @@ def main() -> None:
     if len(words) == 3:                                    # one step, in a process of its own
         name, step, folder = words
         before, began = peak(), time.perf_counter()
-        run(step, MODELS[name], Path(folder), int(pairs["columns"]))
-        return print(f"peak {peak() - before} {time.perf_counter() - began:.1f}")
+        run(step, apply(Job(), pairs).model(name), Path(folder), int(pairs["columns"]))
+        return print(f"peak {peak() - before} {time.perf_counter() - began:.1f}") if parallel.ranks()[0] == 0 else None
     if "help" in pairs:
         return print(__doc__)
     job = apply(Job(), pairs)
     for name in job.models:
-        folder, began = Path(job.folder) / name, time.perf_counter()
+        folder, began = job.folder_of(name), time.perf_counter()
         if not (folder / "official" / "config.json").is_file():
-            make(MODELS[name], folder / "official")
+            make(job.model(name), folder / "official")
         files = list((folder / "official").glob("*.safetensors"))
         weights = sum(file.stat().st_size for file in files)
         print(f"{name}: {weights / 1e9:.2f} GB of weights in {len(files)} files, made in {time.perf_counter() - began:.0f} s", flush=True)
         for step in job.steps:
-            done = subprocess.run([sys.executable, __file__, name, step, str(folder), f"--columns={job.columns}"],
-                                  capture_output=True, text=True, cwd=ROOT if folder.is_absolute() else None,
+            if step == "time":
+                print(f"{name} time:", *against(CLASSES[name], (folder / "official").resolve()), flush=True)
+                continue
+            ranks = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2") if step == "shards" else ()
+            done = subprocess.run([sys.executable, *ranks, __file__, name, step, str(folder), f"--columns={job.columns}",
+                                   f"--layers={job.layers}"], capture_output=True, text=True, cwd=ROOT if folder.is_absolute() else None,
                                   env={**os.environ, "PYTHONPATH": str(ROOT)})
             if done.returncode:
                 raise ValueError(f"{name} {step} ended with {done.returncode}: {done.stderr[-2000:]}")

@@ -42,17 +42,14 @@ from torch import Tensor
 from corpus import annotate, manifest, phone_calls
 from corpus.annotate import fix_alignments
 from corpus.cache import SPLITS
-from corpus.checks import check_source
 from corpus.data_config import DataConfig, source_weight
-from corpus.examples import build_example
+from corpus.examples import build_example, show
 from corpus.index import load_run, open_cache, prepare_command
 from families.family import lay_out
-from options import apply, edge, help_text, split_arguments, unknown, visible
-from streams import Grid, StreamTable, show
+from options import edge, help_text, split_arguments, unknown, visible
+from streams import Grid, StreamTable
 from system.prefetch import prefetch
 from text import personal
-from text.coverage import measure_coverage
-from text.tokenizers import load_tokenizer
 
 # ---- packing ----
 
@@ -266,24 +263,6 @@ class Loader:
 
 # ---- command line ----
 
-def check_command(argv: list[str]) -> None:
-    words, options = split_arguments(argv, ("allow_outside",))
-    known = ("write", "allow_outside", "min_seconds", "max_seconds", "doubtful", "agent", "tokenizer", "normaliser")
-    for name in options.keys() - set(known):
-        raise ValueError(unknown(f"--{name}", [f"--{k}" for k in known]))
-    if len(words) != 1:
-        raise ValueError(f"check takes one folder or manifest, got {' '.join(words) or 'none'}; python data.py --help shows its options")
-    if "normaliser" in options and "tokenizer" not in options:
-        raise ValueError("--normaliser is only used with --tokenizer; add --tokenizer=T, or drop it")
-    tokenizer = load_tokenizer(options["tokenizer"]) if "tokenizer" in options else None
-    chosen = {key: text for key, text in options.items() if key in ("min_seconds", "max_seconds", "doubtful", "agent")}
-    config = apply(DataConfig(), chosen)
-    kept = check_source(words[0], options.get("write", ""), "allow_outside" in options, (config.min_seconds, config.max_seconds),
-                        config.doubtful, [f"--data.{key}={text}" for key, text in chosen.items()], config.agent)
-    if tokenizer is not None:
-        print(*measure_coverage((row["text"] for row in kept), tokenizer, options.get("normaliser", "none")).lines(), sep="\n")
-
-
 def show_command(argv: list[str]) -> None:
     words, options = split_arguments(argv, ("smoke", "help"))
     number = options.pop("index", "0")
@@ -307,7 +286,7 @@ def main(argv: list[str] | None = None) -> None:
         print(__doc__, manifest.__doc__, sep="\n")
         print("Fields of DataConfig (--data.NAME=VALUE):\n", help_text(DataConfig(), ""), sep="")
     elif command == "check":
-        check_command(rest)
+        annotate.check_command(rest)
     elif command == "show":
         show_command(rest)
     elif command in COMMANDS:

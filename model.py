@@ -488,6 +488,9 @@ class MultistreamLM(nn.Module):
         for rows, h, at, module, head in jobs:
             streams = device_constant(tuple(rows), targets.device)
             t, w = (x[:, streams].transpose(1, 2).flatten(0, 1)[at] for x in (targets, weights))     # -> (N, Q)
+            if rows == self.table.text_out and self.table.timing.lead > 0:       # words are fed: whether one begins is predicted
+                begins = targets[:, self.table.text[-1]].flatten()[at, None] == self.table.epad
+                t = torch.where(begins, self.table.epad, self.table.pad)
             x, inputs = h.flatten(0, 1)[at], self.depth_inputs(targets)[at]
             if prefix and rows is out and len(at) < len(plan.audio_rows):       # scale up the sampled share: same sums in expectation
                 w = w * (len(plan.audio_rows) / len(at))

@@ -36,8 +36,8 @@ from generation.decode_step import Feed, SampleConfig, completed_frame
 from generation.dialogue import Persona, UserFeed, behind, conversation_input, make_persona, user_rows, user_side, write_reply
 from generation.plan import plan_sampling
 from generation.reply_stream import print_reply
-from generation.turns import advance, start_state
-from layers.conditioning import condition_column
+from generation.turns import advance, close_fed, start_state
+from layers.conditioning import with_conditions
 from model import MultistreamLM
 from options import apply, edge, help_text, locate, read_lines, split_arguments, visible, write_rows
 from streams import Example
@@ -60,8 +60,8 @@ def generate(model: MultistreamLM, prompt: Tensor, config: SampleConfig | None =
     """
     config, table, training = config or SampleConfig(), model.table, model.training
     model.eval()
-    prompt = (prompt[None] if prompt.dim() == 2 else prompt).to(model.temporal.layers[0].attn.o.weight.device)
-    K = prompt.shape[1]
+    prompt = with_conditions(prompt[None] if prompt.dim() == 2 else prompt, table, config.condition)
+    K, prompt = prompt.shape[1], prompt.to(model.temporal.layers[0].attn.o.weight.device)
     if K != len(table):
         raise ValueError(f"the prompt has {K} rows, the model's table {len(table)}: {[s.name for s in table.streams]}")
     state = start_state(prompt, table, closings()[config.closing], config.max_speech)
@@ -69,6 +69,7 @@ def generate(model: MultistreamLM, prompt: Tensor, config: SampleConfig | None =
     try:
         for n in range(config.max_frames):
             column = runner(state, given[..., n].cpu() if given is not None and n < given.shape[-1] else None)
+            close_fed(state, feed)
             frame = completed_frame(state, column)
             advance(state, column)
             if frame is not None:
@@ -100,13 +101,18 @@ def speak(model: MultistreamLM, texts: Sequence[str], data: DataConfig, config: 
     """
     table, tokenizer = model.table, load_tokenizer(data.tokenizer)
     codec = codec or fitting_codec(data.codec, table, tokenizer)
+    voice, features = None, family_of(table).voice_features
+    if features and voices:
+        if model.voice is None:
+            raise ValueError("this model takes no voices; leave --ref out")
+        voice, voices = features([name for name, _ in voices]).expand(len(texts), -1, -1), ()
     examples = [prompt_example(text, data, tokenizer, codec, voices, table, before) for text in texts]
-    return speak_examples(model, examples, config, codec, on_audio, progress)
+    return speak_examples(model, examples, config, codec, on_audio, progress, voice)
 
 
 def speak_examples(model: MultistreamLM, examples: Sequence[Example], config: SampleConfig, codec: object,
-                   on_audio: Callable[[Tensor], None] | None = None, progress: bool = False) -> list[Speech]:
-    """Speak prompts, examples without codes, as one batch."""
+                   on_audio: Callable[[Tensor], None] | None = None, progress: bool = False, voice: Tensor | None = None) -> list[Speech]:
+    """Speak prompts, examples without codes, as one batch. `voice` as in `generate`."""
     table = model.table
     prompt = pad_left([lay_out(example, table)[0] for example in examples])
     feed = family_of(table).feed
@@ -115,7 +121,7 @@ def speak_examples(model: MultistreamLM, examples: Sequence[Example], config: Sa
     silent = torch.zeros(len(examples), dtype=torch.bool)                       # whose speech is over in the last frame
     decoder, any_audio = codec.stream() if on_audio else None, False
     bar = tqdm(total=config.max_frames, unit="frame", disable=not (progress and sys.stderr.isatty()))
-    for frame in generate(model, prompt, config, feed):
+    for frame in generate(model, prompt, config, feed, voice=voice):
         codes = frame[:, table.codes_out].cpu()                           # the codec may live elsewhere
         silent = torch.isin(frame[:, 0].cpu(), torch.tensor([-1, *table.stop])) if table.flat else (codes < 0).all(1)
         frames.append(codes)
@@ -228,8 +234,7 @@ def answer_recording(job: Job, given: Collection[str]) -> None:
     persona = make_persona(data.system if family.persona else job.system or "", job.ref, codec, tokenizer, table)
     before, user, wav = conversation_input(job, codec, tokenizer, table, data)
     job = replace(job, max_frames=round(job.seconds * codec.frame_rate))
-    conditions = condition_column(table, job.condition)
-    frames = reply(model, user, job, job.skip_first_frame, conditions, before=before, persona=persona)[0]       # (K, T)
+    frames = reply(model, user, job, job.skip_first_frame, before=before, persona=persona)[0]       # (K, T)
     print(write_reply(job.out, frames, None if job.prompt else wav, codec, tokenizer, table))
 
 

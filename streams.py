@@ -13,6 +13,7 @@ A family is a `StreamTable` (its rows) and a layout function (from an example to
 and made of the functions below. The same function builds the training grid and the prompt. Next: model.py.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -39,6 +40,25 @@ class Stream:
 
 
 @dataclass(frozen=True)
+class Timing:
+    """How an inner monologue lies to the sound in its columns."""
+
+    lead: float = 0.0    # frames by which speech comes after its text; below 0 the text comes after the speech (recognition)
+    silence: int = 0     # recognition: frames of silence in front of a recording
+    ahead: int = 0       # words by which the second text row is ahead. Its words are fed: the text head says when one begins, no more
+    turns: bool = False  # fed words: a turn begins with the id of its speaker
+
+    @property
+    def frames(self) -> int:
+        return int(self.lead) if self.lead > 0 else -math.ceil(-self.lead)
+
+    @property
+    def around(self) -> tuple[int, int]:
+        """Frames of silence that recognition hears in front of a recording and behind it."""
+        return self.silence, max(0, -self.frames)
+
+
+@dataclass(frozen=True)
 class StreamTable:
     """The rows of a family's grid, and the special text ids that begin and end audio or the generation."""
 
@@ -50,6 +70,7 @@ class StreamTable:
     stop: tuple[int, ...] = ()   # text ids that end generation
     pad: int = 3                 # inner monologue: the text id of a frame without a word piece (Moshi's <pad>)
     epad: int = 0                # inner monologue: the text id of the frame before a word (Moshi's <unk>)
+    timing: Timing = Timing()    # inner monologue: text and speech that are not side by side
     joint_end: bool = False      # sequential: audio ends only when all rows of one frame hold their end id, which is also a usable code
     bare: bool = False           # sequential: audio begins with its first frame, no column of start ids stands before it
     flat: tuple[int, ...] = ()   # codes are ids of the text row, a frame one of each codebook in turn: first id, codebooks, codes in each
@@ -248,13 +269,3 @@ def text_grid(example: Example, table: StreamTable) -> Grid:
 def chat_grid(example: Example, table: StreamTable) -> Grid:
     """A conversation from text/conversation.py: segments of text and of speech, each with its loss weight."""
     return join([(text_block if part.dim() == 1 else audio_block)(part, weight, table) for part, weight in example.segments])
-
-
-def show(tokens: Tensor, weights: Tensor, table: StreamTable, columns: int = 16) -> str:
-    """The first columns of a grid (K, S) as text; `*` marks a target."""
-    n = min(columns, tokens.shape[1])
-    lines = []
-    for k, stream in enumerate(table.streams):
-        cells = [f"{tokens[k, s].item()}{'*' if weights[k, s] else ' '}".rjust(7) for s in range(n)]
-        lines.append(f"{stream.name:<10}" + "".join(cells) + (" ..." if n < tokens.shape[1] else ""))
-    return "\n".join(lines)

@@ -90,8 +90,8 @@ if config.epochs:
 held_out = Loader(config.data, table, "held-out", config.batch_size, rank, world, pairs=config.dpo is not None)
 if config.eval_every and not any(held_out.sources):
     log_line("no validation data: validation loss and ckpt/best are off. Add --data.split=hash --data.held_out=0.05")
-for path in config.prompts if table.monologue else ():      # a missing recording is an error now, not at the first evaluation
-    load_wav(path)
+for path in config.prompts if table.monologue and table.timing.lead <= 0 else ():
+    load_wav(path)                                          # a missing recording is an error now, not at the first evaluation
 if rank == 0:
     log_line(*evaluation_samples.check_scorers(config))
 

@@ -44,7 +44,8 @@ from torch import Tensor
 from audio import recogniser
 from audio.recogniser import RATE, TimedWords
 from audio.wav import SOUNDS, load_wav
-from corpus.checks import differs
+from corpus.checks import check_source, differs
+from corpus.data_config import DataConfig
 from corpus.layouts import json_rows, read_manifest
 from corpus.manifest import CACHE_FIELDS, TRANSCRIBED, Manifest, Row, Unusable, path_inside
 from evaluation.metrics import wer
@@ -57,6 +58,7 @@ from options import (
     read_json,
     read_lines,
     split_arguments,
+    unknown,
     visible,
     write_json,
     write_rows,
@@ -64,7 +66,9 @@ from options import (
 )
 from system.files import lock, unlock
 from system.progress import Progress
+from text.coverage import measure_coverage
 from text.normalisers import DIGITS, normalise
+from text.tokenizers import load_tokenizer
 from text.word_times import MAIN, OTHER, Alignment, as_json, parse_alignments, tidy_words
 
 Recogniser = Callable[[Tensor], TimedWords]                # of one channel (W,) at RATE
@@ -182,6 +186,25 @@ def clamp_words(words: list[Alignment], job: FixAlignmentsConfig) -> tuple[list[
             changed.append(f"{word} at {start}")
         fixed.append((word, start, end, who))
     return fixed, changed
+
+
+def check_command(argv: list[str]) -> None:
+    """data.py check: what a source holds, and which of its rows cannot be used."""
+    words, options = split_arguments(argv, ("allow_outside",))
+    known = ("write", "allow_outside", "min_seconds", "max_seconds", "doubtful", "agent", "tokenizer", "normaliser")
+    for name in options.keys() - set(known):
+        raise ValueError(unknown(f"--{name}", [f"--{k}" for k in known]))
+    if len(words) != 1:
+        raise ValueError(f"check takes one folder or manifest, got {' '.join(words) or 'none'}; python data.py --help shows its options")
+    if "normaliser" in options and "tokenizer" not in options:
+        raise ValueError("--normaliser is only used with --tokenizer; add --tokenizer=T, or drop it")
+    tokenizer = load_tokenizer(options["tokenizer"]) if "tokenizer" in options else None
+    chosen = {key: text for key, text in options.items() if key in ("min_seconds", "max_seconds", "doubtful", "agent")}
+    config = apply(DataConfig(), chosen)
+    kept = check_source(words[0], options.get("write", ""), "allow_outside" in options, (config.min_seconds, config.max_seconds),
+                        config.doubtful, [f"--data.{key}={text}" for key, text in chosen.items()], config.agent)
+    if tokenizer is not None:
+        print(*measure_coverage((row["text"] for row in kept), tokenizer, options.get("normaliser", "none")).lines(), sep="\n")
 
 
 def fix_alignments(argv: list[str]) -> None:

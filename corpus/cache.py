@@ -54,7 +54,8 @@ KEPT = 4096                 # entries that stay in memory once they were read
 NUMBERS = ("shard", "parts", "reference", "rejected", "clips")      # fields of an entry that say where others are
 
 
-def encode_sources(config: DataConfig, codec: Any, duplex: bool, shard: tuple[int, int] = (0, 1)) -> tuple[list[Manifest], int]:
+def encode_sources(config: DataConfig, codec: Any, duplex: bool, shard: tuple[int, int] = (0, 1),
+                   silence: tuple[int, int] = (0, 0)) -> tuple[list[Manifest], int]:
     """Read the sources of a config, judge their recordings and encode what is not cached; `codec` None for texts alone.
 
     Of a shard, (its number, how many), only its clips: which these are follows from their ids. Returns the manifests and how many
@@ -67,21 +68,21 @@ def encode_sources(config: DataConfig, codec: Any, duplex: bool, shard: tuple[in
     for m in manifests:
         m.clips = {name: clip for name, clip in m.clips.items() if zlib.crc32(name.encode()) % shard[1] == shard[0]}
         judge(m, (config.min_seconds, config.max_seconds), config.doubtful, config.max_seconds, verdicts, duplex, config.workers)
-    return manifests, store_codes(manifests, codec, duplex, config)
+    return manifests, store_codes(manifests, codec, duplex, config, silence)
 
 
-def store_codes(manifests: list[Manifest], codec: Any, duplex: bool, config: DataConfig) -> int:
-    """Encode every clip that is not in a shard yet, of manifests that were judged (checks.py). Clips get key, shard and frames;
-    returns how many were encoded."""
+def store_codes(manifests: list[Manifest], codec: Any, duplex: bool, config: DataConfig, silence: tuple[int, int] = (0, 0)) -> int:
+    """Encode every clip that is not in a shard yet, of manifests that were judged (checks.py), with so many frames of `silence`
+    in front and behind. Clips get key, shard and frames; returns how many were encoded."""
     folder, version = Path(config.cache) / "codes", codec_version(codec)
     stored, jobs = stored_clips(folder), {}
     clips = [(m, clip) for m in manifests for clip in m.clips.values() if clip["file"]]
     for _, clip in clips:
         clip["key"] = hash_of(CACHE_VERSION, clip["mark"], version, RESAMPLER, config.variants, duplex,
-                          *([config.augment] if config.augment else []))
+                          *([config.augment] if config.augment else []), *([silence] if any(silence) else []))
         if clip["key"] not in stored:
             jobs[clip["key"]] = clip
-    bad = encode_missing(jobs, folder, codec, duplex, config)
+    bad = encode_missing(jobs, folder, codec, duplex, config, silence)
     stored = stored_clips(folder) if jobs else stored
     for m, clip in clips:
         if clip["key"] in bad:
@@ -103,14 +104,15 @@ def codec_version(codec: Any) -> str:
     return hashed.hexdigest()
 
 
-def encode_missing(jobs: dict[str, Row], folder: Path, codec: Any, duplex: bool, config: DataConfig) -> dict[str, RejectedRow]:
+def encode_missing(jobs: dict[str, Row], folder: Path, codec: Any, duplex: bool, config: DataConfig,
+                   silence: tuple[int, int]) -> dict[str, RejectedRow]:
     """Encode clips into shards, each written atomically, so a killed run repeats the last one only. Returns the unusable clips by key."""
     bad: dict[str, RejectedRow] = {}
     left, progress = iter(jobs), Progress("encoding", len(jobs), "clips")
     with progress, torch_threads(1), ThreadPoolExecutor(workers(config.workers)) as pool:
         while keys := list(islice(left, max(SHARD, len(jobs) // SHARDS))):
             frames, arrays = {}, {}
-            found = pool.map(lambda key: encode_or_reject(key, jobs[key], codec, duplex, config), keys)
+            found = pool.map(lambda key: encode_or_reject(key, jobs[key], codec, duplex, config, silence), keys)
             for key, codes in zip(keys, found, strict=True):
                 progress.add()
                 if isinstance(codes, RejectedRow):
@@ -123,17 +125,19 @@ def encode_missing(jobs: dict[str, Row], folder: Path, codec: Any, duplex: bool,
     return bad
 
 
-def encode_or_reject(key: str, row: Row, codec: Any, duplex: bool, config: DataConfig) -> list[np.ndarray] | RejectedRow:
+def encode_or_reject(key: str, row: Row, codec: Any, duplex: bool, config: DataConfig,
+                     silence: tuple[int, int]) -> list[np.ndarray] | RejectedRow:
     """Encode a clip; whatever goes wrong with it is its reason to be left out, and the others go on."""
     try:
-        return encode_clip(key, row, codec, duplex, config)
+        return encode_clip(key, row, codec, duplex, config, silence)
     except Exception as error:
         if out_of_memory(error):                        # that is no fault of the clip
             raise
         return RejectedRow(row["id"], "encoding failed", f"{type(error).__name__}: {error}; check the recording, or leave the row out")
 
 
-def encode_clip(key: str, row: Row, codec: Any, duplex: bool, config: DataConfig) -> list[np.ndarray] | RejectedRow:
+def encode_clip(key: str, row: Row, codec: Any, duplex: bool, config: DataConfig,
+                silence: tuple[int, int] = (0, 0)) -> list[np.ndarray] | RejectedRow:
     """Encode all variants of a clip, each (C * Q, T) uint16, or say why it cannot be used."""
     try:
         wav, rate = read_clip(row, (config.min_seconds, config.max_seconds))
@@ -142,7 +146,8 @@ def encode_clip(key: str, row: Row, codec: Any, duplex: bool, config: DataConfig
     wav = resample(wav if duplex else wav[:1], rate, codec.sample_rate)
     hop = codec.sample_rate / codec.frame_rate
     versions = (make_variant(wav, key, v, hop, config.augment, codec.sample_rate) for v in range(config.variants))
-    return [encode(codec, version).numpy().astype(np.uint16) for version in versions]
+    still = tuple(round(frames * hop) for frames in silence)
+    return [encode(codec, torch.nn.functional.pad(version, still)).numpy().astype(np.uint16) for version in versions]
 
 
 def encode(codec: Any, wav: Tensor) -> Tensor:

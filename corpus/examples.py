@@ -54,8 +54,8 @@ def build_example(index: Index, number: int, table: StreamTable, draw: random.Ra
         return chat_example(index, number, draw, reference)
     if entry.chunk:
         prompt = persona_frames(index, entry.role, entry.reference if entry.reference >= 0 else reference, table)
-        context = 0 if prompt is not None else max(table.delays) + 1
-        return replace(dialogue_example(index, number, draw_version(index, number, draw), context), prompt=prompt)
+        context = 0 if prompt is not None else max(table.delays) + 1 + abs(table.timing.frames)
+        return replace(dialogue_example(index, number, draw_version(index, number, draw), context, table), prompt=prompt)
     versions = [draw_version(index, n, draw) for n in entry.parts or [number]]
     example = (joined_example(index, number, versions, table.timed) if entry.parts
                else clip_example(index, number, versions[0], table.timed))
@@ -71,18 +71,23 @@ def draw_version(index: Index, number: int, draw: random.Random | None) -> int:
     return draw.randrange(max(1, len(index.entries[number].frames))) if draw else 0
 
 
-def dialogue_example(index: Index, number: int, version: int, context: int) -> Example:
-    """A chunk of a dialogue, preceded by up to `context` frames of the chunk before: left agent, right user."""
+def dialogue_example(index: Index, number: int, version: int, context: int, table: StreamTable) -> Example:
+    """A chunk of a dialogue, preceded by up to `context` frames of the chunk before: left agent, right user; or of one side."""
     entry = index.entries[number]
     n, chunks = entry.chunk
     T, at = entry.frames[version], sum(entry.frames[:version])
     begin, end = T * n // chunks, T * (n + 1) // chunks
     first = max(0, begin - context)
-    agent, user = index.codes(number, version)[:, first:end].chunk(2)
-    text = index.text(number - n)[0, at + first : at + end]             # all chunks share the row of the first
+    sides = index.codes(number, version)[:, first:end]
+    agent, user = sides.chunk(2) if index.info["duplex"] else (sides, None)
+    rows = index.text(number - n)[:, at + first : at + end]             # all chunks share those of the first
+    if table.timing.frames > 0 and n + 1 == chunks:                     # the text is over before its speech
+        rows, agent = (torch.nn.functional.pad(t, (0, table.timing.frames), value=-1) for t in (rows, agent))
+        rows[0, end - first :] = table.pad
+    text = rows[0] if len(rows) == 1 else rows
     codes = {"codes": user, "user": agent} if entry.swapped else {"codes": agent, "user": user}
     conditions = torch.tensor(entry.conditions, dtype=torch.long) if entry.conditions else None
-    weights = text_weights(text, *index.padding)
+    weights = text_weights(text, *index.padding) if table.timing.lead <= 0 else torch.where(rows[-1] == table.epad, 1.0, index.padding[0])
     return Example(text, **codes, weights=weights, conditions=conditions, before=begin - first, name=entry.id)
 
 
@@ -91,16 +96,16 @@ def persona_frames(index: Index, role: Sequence[int], voice: int, table: StreamT
     persona = family_of(table).persona
     if persona is None or not role and voice < 0:
         return None
-    codes = voice_codes(index, voice) if voice >= 0 else torch.zeros(len(table.audio) // 2, 0, dtype=torch.long)
+    codes = voice_codes(index, voice, table) if voice >= 0 else torch.zeros(len(table.audio) // 2, 0, dtype=torch.long)
     return persona(torch.tensor(role, dtype=torch.long), codes, table)
 
 
-def voice_codes(index: Index, number: int) -> Tensor:
+def voice_codes(index: Index, number: int, table: StreamTable) -> Tensor:
     """Codes (Q, t) of a voice: a recording, or of a dialogue up to ten seconds from where the agent begins to speak."""
     entry = index.entries[number]
     if not entry.chunk:
         return index.codes(number, 0)
-    example, (_, *pads) = dialogue_example(index, number, 0, 0), index.padding
+    example, (_, *pads) = dialogue_example(index, number, 0, 0, table), index.padding
     spoken = [t for t, token in enumerate(example.text.tolist()) if token >= 0 and token not in pads]
     first = spoken[0] if spoken else 0
     return example.codes[:, first : first + round(VOICE * index.info["frame_rate"])]
@@ -138,6 +143,8 @@ def prompt_example(text: str, config: DataConfig, tokenizer: Tokenizer, codec: A
         words = normalise(text, config.normaliser)
         if not words.strip():
             raise ValueError(f"text {text!r} is empty under normaliser {config.normaliser}; give it words to say")
+        if table is not None and (spell := family_of(table).spell):
+            return torch.tensor(spell(words, tokenizer, table))
         return torch.tensor([i for part in (words.split() if timed else [words]) for i in tokenizer.encode(part)])
 
     example = Example(ids(text), name="prompt")
@@ -178,3 +185,13 @@ def reference_codes(name: str, said: str, config: DataConfig, codec: Any) -> Ten
     """Codes (Q, T) of a reference recording; ValueError names its fault."""
     wav, rate = checked_reference(name, said, (config.min_seconds, config.max_seconds), config.doubtful)
     return encode(codec, resample(wav, rate, codec.sample_rate).clamp(-1, 1))
+
+
+def show(tokens: Tensor, weights: Tensor, table: StreamTable, columns: int = 16) -> str:
+    """The first columns of a grid (K, S) as text; `*` marks a target."""
+    n = min(columns, tokens.shape[1])
+    lines = []
+    for k, stream in enumerate(table.streams):
+        cells = [f"{tokens[k, s].item()}{'*' if weights[k, s] else ' '}".rjust(7) for s in range(n)]
+        lines.append(f"{stream.name:<10}" + "".join(cells) + (" ..." if n < tokens.shape[1] else ""))
+    return "\n".join(lines)

@@ -34,7 +34,7 @@ from corpus.checks import advice, verdict_lines, warning_lines, with_fitting_spl
 from corpus.data_config import PROMPT_FIELDS, DataConfig, source_weight
 from corpus.manifest import Manifest, Row, hash_fraction, label
 from families.family import family_of, lay_out
-from layers.conditioning import condition_ids
+from layers.conditioning import chosen, condition_ids
 from options import load_config, locate, parse_shard, read_json, split_arguments, to_json, visible, write_json
 from streams import Example, StreamTable
 from system.files import lock, unlock
@@ -119,7 +119,7 @@ def prepare_shard(config: DataConfig, table: StreamTable, shard: tuple[int, int]
     _, codec, duplex = fitting_parts(config, table)
     if codec is None:
         raise ValueError("--shard: this model has no audio rows, nothing is encoded; run python data.py prepare without it")
-    (number, count), (manifests, encoded) = shard, encode_sources(config, codec, duplex, shard)
+    (number, count), (manifests, encoded) = shard, encode_sources(config, codec, duplex, shard, table.timing.around)
     clips = sum(bool(clip["shard"]) for m in manifests for clip in m.clips.values())
     write_json(index_folder(config, table) / f"shard-{number}-of-{count}.json", {"clips": clips, "encoded": encoded})
     print(f"shard {number}/{count}: {encoded} clips encoded, {clips} are in the cache; behind the last shard, "
@@ -171,7 +171,7 @@ def write_index(config: DataConfig, table: StreamTable) -> Index:
     chat, folder = new_chat(config, tokenizer, table), index_folder(config, table)
     if left := missing_shards(folder):
         print(f"not ended: shard {', '.join(left)}; what is missing is encoded here", file=sys.stderr)
-    manifests, encoded = encode_sources(config, codec, duplex)
+    manifests, encoded = encode_sources(config, codec, duplex, silence=table.timing.around)
     info = {"version": CACHE_VERSION, "frame_rate": codec.frame_rate if codec else 0.0, "duplex": duplex}
     index = Index(folder, info, [], chat=chat, padding=(config.text_padding_weight, table.pad, table.epad))
     indexer = Indexer(index, with_fitting_split(config, manifests), table, tokenizer, composed_audio(manifests))
@@ -286,6 +286,7 @@ def index_folder(config: DataConfig, table: StreamTable) -> Path:
                                        config.both_speakers, table.layout, table.pad, table.epad,
                                        *([config.augment] if config.augment else []),
                                        *([config.system] if family_of(table).persona else []),
+                                       *([table.timing] if table.timing.lead else []),
                                        *(repr(table.streams[k]) for k in table.conditions)] if table.monologue else []))[:12]
 
 
@@ -422,8 +423,8 @@ class Indexer:
         if entry.parts:
             raise ValueError("a dialogue cannot be joined from parts")
         rate, c, words, found = self.index.info["frame_rate"], self.config, row_words(row), []
-        entry.conditions = condition_ids(self.table, row.get("text_conditions") or {})
         family, role = family_of(self.table), row.get("text_prompt") or c.system
+        entry.conditions = condition_ids(self.table, row.get("text_conditions") or chosen(family.condition(self.table)))
         entry.role = self.tokenizer.encode(family.role(role)) if family.persona and role else []
         check_length(words, entry.frames[0] / rate)
         chunks = math.ceil(entry.frames[0] / max(1, round(c.chunk_seconds * rate)))
@@ -437,12 +438,13 @@ class Indexer:
             tokens, rows = tokenise(own, self.tokenizer, c.contextual, c.spaces), []
             for version, frames in enumerate(entry.frames):
                 later, speed = word_shift(entry.key, version, rate, c.augment)
-                timed = [(ids, start / speed + later) for ids, start in tokens]
-                rows.append(interleave(timed, frames, rate, c.interleaver, self.table.pad, self.table.epad))
+                timed = [(ids, start / speed + later + self.table.timing.silence / rate) for ids, start in tokens]
+                rows.append(family.text_rows(timed, frames, rate, self.table) if family.text_rows else
+                            interleave(timed, frames, rate, c.interleaver, self.table.pad, self.table.epad)[None])
             for n in range(chunks):
                 name = entry.id + ("~" if swapped else "") + (f"@{n + 1}of{chunks}" if chunks > 1 else "")
                 part = replace(entry, id=name, text=" ".join(w[0] for w in own), chunk=[n, chunks], swapped=bool(swapped))
-                found.append((part, None if n else torch.cat(rows)[None].numpy().astype(np.int32)))
+                found.append((part, None if n else torch.cat(rows, 1).numpy().astype(np.int32)))
         return found
 
     def text(self, entry: Entry, row: Row) -> np.ndarray | None:

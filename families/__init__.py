@@ -7,7 +7,7 @@
     tensor_files.py    files of tensors, read and written one tensor at a time
     adapters.py        PEFT adapters, and helpers for other adapter files
     tiny.py, tiny_clone.py, tiny_duplex.py           embedded, trained on a CPU in minutes
-    higgs.py, moshi.py, personaplex.py, moss.py, qwen.py, dsaa.py, csm.py, orpheus.py, higgs_v3.py,
+    higgs.py, moshi.py, personaplex.py, kyutai.py, moss.py, qwen.py, dsaa.py, csm.py, orpheus.py, higgs_v3.py,
     qwen_tts.py        published
 
 `python -m families` lists them. A new family is one new file here that defines FAMILIES (family.py). Read it when you

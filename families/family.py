@@ -13,7 +13,7 @@ Next: formats.py, for official files.
 
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -54,12 +54,16 @@ class Family:
     condition: Callable[[StreamTable], str] = lambda table: ""          # what the official inference script tells a model with conditions
     before_sampling: Callable[[Any], None] = lambda model: None         # what it changes in the model
     companions: dict[str, str] = field(default_factory=dict)    # DataConfig fields that go with official weights: codec, normaliser
+    spell: Callable[[str, Any, StreamTable], list[int]] | None = None       # what `feed` takes of a text, instead of its ids
+    text_rows: Callable[..., Tensor] | None = None              # the text rows of a dialogue, where they are not text/word_times.py's
+    voice_features: Callable[[Sequence[str]], Tensor] | None = None         # features (n, F) of the files of voices
     text_to_speech: bool = False                                   # TTS: the text of a held-out recording can be synthesised
     references: int = 0                                         # most voice references of a prompt
     user_audio: str = ""                                           # "turns": recordings as turns; "duplex": a user stream; "" = none
     persona: Callable[[Tensor, Tensor, StreamTable], Tensor] | None = None     # frames before a conversation: of the ids of a role and
     role: Callable[[str], str] = lambda text: text              # codes of a voice; how the text of a role is written
     stored_voice: Callable[[Path, StreamTable], tuple[Tensor, Tensor]] | None = None      # codes and inputs of a voice in an official file
+    ends: int | None = None                                     # the text id that ends a reply after its user
     token_rows: int | None = None                               # number of text rows with ids of the tokenizer, None = all
     formats: tuple[Format, ...] = ()                            # official checkpoint layouts
     adapters: tuple[AdapterFormat, ...] = ()                    # adapter files of other libraries, besides PEFT
@@ -118,6 +122,9 @@ def consolidated_files(config: ModelConfig) -> dict[str, str]:
 
 # ---- one grid or two ----
 
+COMPARED = ("aligned", "audio_start", "audio_end", "pad", "epad", "timing", "bare", "flat")
+
+
 def other_grid(one: StreamTable, other: StreamTable) -> list[str]:
     """What differs between the grids of two tables, one line each: rows, ids that may stand in them, delays, start and end ids.
 
@@ -125,7 +132,7 @@ def other_grid(one: StreamTable, other: StreamTable) -> list[str]:
     """
     def rows(table: StreamTable) -> dict[str, Any]:
         named = ((f"{s.kind} row {n}", s if s.kind == "condition" else replace(s, name="")) for n, s in enumerate(table.streams))
-        return dict(named) | {k: getattr(table, k) for k in ("aligned", "audio_start", "audio_end", "pad", "epad", "bare", "flat")}
+        return dict(named) | {k: getattr(table, k) for k in COMPARED}
 
     before, after = rows(one), rows(other)
     lines = []

@@ -11,6 +11,7 @@ transformers 5.23, moshi-finetune, the released config.json files. One file beca
 Next: moss.py.
 """
 
+import math
 import re
 from collections.abc import Collection
 from dataclasses import replace
@@ -39,10 +40,10 @@ from families.formats import (
 from layers.architecture import ModelConfig, StackConfig
 from lora import LoraConfig
 from model import MultistreamLM
-from streams import Example, Grid, Stream, StreamTable, codebooks, delay
+from streams import Example, Grid, Stream, StreamTable, Timing, codebooks, delay
 
 # Moshi 7B: 17 rows at 12.5 Hz; the user's rows are read and never predicted.
-MOSHI_DELAYS = (0, 1, 1, 1, 1, 1, 1, 1)
+MOSHI_DELAYS, RATE = (0, 1, 1, 1, 1, 1, 1, 1), 12.5             # frames of Mimi a second
 MOSHI_7B = ModelConfig(
     StreamTable((Stream("text", "text", 32001, 32000, start=32000),
                  *codebooks(8, 2049, 2048, 2048, delays=MOSHI_DELAYS),
@@ -64,7 +65,7 @@ def hibiki(Q: int, temporal: StackConfig) -> ModelConfig:
         StreamTable((Stream("text", "text", 48001, 48000, start=48000),
                      Stream("description", "condition", 32, start=31, rank=16, values=("very_bad", "bad", "neutral", "good", "very_good")),
                      *codebooks(Q, 2049, 2048, 2048, delays=delays), *codebooks(Q, 2049, 0, 2048, delays=delays, name="user")),
-                    "duplex", aligned=True),
+                    "hibiki", aligned=True),
         temporal, depth=replace(MOSHI_7B.depth, steps=Q))
 
 
@@ -72,20 +73,21 @@ HIBIKI_2B = hibiki(16, kyutai(2560, 24, 20, 3000, 1e5))
 HIBIKI_1B = hibiki(8, kyutai(2048, 16, 16, 3000, 1e5))
 
 
-def recogniser(words: int, temporal: StackConfig, extra_heads: int = 0) -> ModelConfig:
+def recogniser(words: int, temporal: StackConfig, timing: Timing, extra_heads: int = 0) -> ModelConfig:
     """Kyutai's speech to text: 32 input codebooks, the text is delayed; extra heads predict pauses."""
     return ModelConfig(StreamTable((Stream("text", "text", words + 1, words, start=words), *codebooks(32, 2049, 0, 2048, name="user")),
-                                   "duplex", aligned=True), temporal, extra_heads=extra_heads)
+                                   "kyutai_stt", aligned=True, timing=timing), temporal, extra_heads=extra_heads)
 
 
-STT_1B = recogniser(8000, kyutai(2048, 16, 16, 750, 1e5), extra_heads=4)        # en, fr; 0.5 s late
-STT_2_6B = recogniser(4000, kyutai(2048, 48, 32, 375, 1e5))                     # en; 2.5 s late
+STT_1B = recogniser(8000, kyutai(2048, 16, 16, 750, 1e5), Timing(-0.5 * RATE), extra_heads=4)          # en, fr; 0.5 s late
+STT_2_6B = recogniser(4000, kyutai(2048, 48, 32, 375, 1e5), Timing(-2.5 * RATE, silence=13))            # en; 2.5 s late
 # Kyutai's text to speech: input is the current word and the one two ahead, output 32 codebooks; up to five voices.
 TTS_1_6B = ModelConfig(
     StreamTable((Stream("text", "text", 8001, 8000, start=8000), Stream("ahead", "text", 8001),
                  Stream("control", "condition", 2, start=1, rank=2048, values=("ok",)),
                  Stream("cfg", "condition", 8, start=7, rank=16, values=("1.0", "1.5", "2.0", "2.5", "3.0", "3.5", "4.0")),
-                 *codebooks(32, 2049, 2048, 2048, delays=(0, *[2] * 31))), "duplex", aligned=True),
+                 *codebooks(32, 2049, 2048, 2048, delays=(0, *[2] * 31))), "kyutai_tts", aligned=True,
+                timing=Timing(16.0, ahead=2, turns=True)),
     kyutai(2048, 16, 16, 500, 1e4), demux=True, voice=512,
     depth=StackConfig(dim=1024, layers=4, heads=16, ffn=2048, norm_eps=1e-8, rope_theta=0.0, packed=True, steps=32, low_rank=128,
                       schedule=(*range(8), *[8] * 8, *[9] * 8, *[10] * 8)))
@@ -94,9 +96,9 @@ TTS_1_6B = ModelConfig(
 def duplex_grid(example: Example, table: StreamTable) -> Grid:
     """Two speakers at once (Moshi, DSAA): in a frame one text id, the agent's codes and the user's, delayed and cut at T.
 
-    example.text and .weights are (T,). Rows that are only read never count. Without `codes` the grid is the prompt: the
-    start column; a chunk from the middle of a dialogue starts with a column of what was before instead. `prompt` (K, P) are
-    frames of all rows in front of it, never trained.
+    example.text is (T,) or, of two text rows, (2, T), .weights (T,). Rows that are only read never count. Without `codes` the grid
+    is the prompt: the start column; a chunk from the middle of a dialogue starts with a column of what was before instead.
+    `prompt` (K, P) are frames of all rows in front of it, never trained.
     """
     start = table.column("start")
     if example.conditions is not None:
@@ -105,10 +107,13 @@ def duplex_grid(example: Example, table: StreamTable) -> Grid:
         return start, torch.zeros(start.shape)
     if example.codes is None:
         return (columns := delay(example.prompt, table.delays, start)), torch.zeros(columns.shape)
-    held = start[1 : table.lead].expand(-1, example.codes.shape[-1])             # conditions hold one id throughout
-    frames = torch.cat([part for part in (example.text[None], held, example.codes, example.user) if part is not None])      # (K, T)
+    lead, text = table.timing.frames, example.text.view(-1, example.text.shape[-1])
+    held = start[len(text) : table.lead].expand(-1, example.codes.shape[-1])     # conditions hold one id throughout
+    parts = [text if lead >= 0 else later(text, -lead, table.pad), held, later(example.codes, max(lead, 0), -1), example.user]
+    frames = torch.cat([part for part in parts if part is not None])                                                        # (K, T)
     counts = ((frames >= 0) & (table.column("classes") > 0)).float()
-    counts[0] *= 1.0 if example.weights is None else example.weights
+    if example.weights is not None:
+        counts[0] *= example.weights if lead >= 0 else later(example.weights, -lead, 0.0)
     if example.prompt is not None:
         frames, counts = torch.cat([example.prompt, frames], 1), torch.cat([torch.zeros(example.prompt.shape), counts], 1)
     tokens, weights = delay(frames, table.delays, start), delay(counts, table.delays, 0.0)
@@ -116,27 +121,15 @@ def duplex_grid(example: Example, table: StreamTable) -> Grid:
     return tokens[:, example.before :], weights[:, example.before :]
 
 
+def later(rows: Tensor, frames: int, fill: float) -> Tensor:
+    """Rows (..., T) that come so many frames later, cut at T."""
+    return torch.nn.functional.pad(rows, (frames, 0), value=fill)[..., : rows.shape[-1]] if frames else rows
+
+
 def rules(table: StreamTable) -> dict[str, tuple[float, ...]]:
     """Moshi's sampling defaults: text T = 0.7, top-k 25; codes T = 0.8, top-k 250; greedy text for a recogniser."""
     Q = len(table.audio_out)
     return {"temperature": (0.7, *[0.8] * Q), "top_k": (25.0, *[250.0] * Q)} if Q else {"temperature": (0.0,)}
-
-
-def translates(table: StreamTable) -> bool:
-    """Whether a model is Hibiki: a condition says how well it should sound."""
-    return any("very_good" in table.streams[k].values for k in table.conditions)
-
-
-def condition(table: StreamTable) -> str:
-    return "description=very_good" if translates(table) else ""
-
-
-@torch.no_grad()
-def before_sampling(model: Any) -> None:
-    """Hibiki writes its end too early at times: from then on it reads padding instead, as in moshi's loader."""
-    if translates(model.table):
-        weight = model.embed["text"].weight
-        weight[2] = weight[model.table.pad]
 
 
 def expand_depth(config: Any, weights: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
@@ -300,13 +293,36 @@ depformer_pos_emb depformer_context depformer_max_period depformer_causal gradie
 # depformer_context and depformer_max_period are without effect: the depth transformer sees all its steps and has no positions
 
 
-LAYOUTS = {"moshi": "duplex", "personaplex": "personaplex"}      # model_type of a config.json -> layout
+# model_type of a config.json -> layout
+LAYOUTS = {"moshi": "duplex", "personaplex": "personaplex", "hibiki": "hibiki", "stt": "kyutai_stt", "tts": "kyutai_tts"}
 
 
 def layout_of(about: About) -> str:
     """The layout of a config.json: as it says, else by its shape."""
-    alike = about["dep_q"] == about["n_q"] == 2 * len(MOSHI_DELAYS)             # both speakers are predicted
-    return LAYOUTS.get(about.get("model_type") or ("personaplex" if alike else "moshi"), "duplex")
+    if (kind := about.get("model_type")) not in LAYOUTS:
+        spoken = about.get("demux_second_stream") or about.get("cross_attention")
+        alike = about["dep_q"] == about["n_q"] == 2 * len(MOSHI_DELAYS)             # both speakers are predicted
+        kind = "stt" if not about["dep_q"] else "tts" if spoken else "hibiki" if about.get("conditioners") else (
+            "personaplex" if alike else "moshi")
+    return LAYOUTS[kind]
+
+
+def timing_of(about: About) -> Timing:
+    """What tts_config and stt_config say, in frames."""
+    tts, stt = about.get("tts_config") or {}, about.get("stt_config") or {}
+    require(tts, {"multistream": (False,)})
+    if tts:
+        voices = bool((about.get("fuser") or {}).get("cross"))
+        return Timing(int(tts["audio_delay"] * RATE + 1e-6), ahead=tts.get("second_stream_ahead", 0), turns=voices)
+    silence = math.ceil(stt.get("audio_silence_prefix_seconds", 0.0) * RATE - 1e-6)
+    return Timing(0.0 - stt.get("audio_delay_seconds", 0.0) * RATE, silence)
+
+
+def write_timing(timing: Timing) -> About:
+    if timing.lead > 0:
+        return {"tts_config": {"audio_delay": timing.lead / RATE, "second_stream_ahead": timing.ahead}}
+    stt = {"audio_delay_seconds": -timing.lead / RATE, "audio_silence_prefix_seconds": timing.silence / RATE}
+    return {"stt_config": stt} if timing.lead else {}
 
 
 def known_only(about: About, known: Collection[str]) -> None:
@@ -334,7 +350,8 @@ def read_moshi(about: About, tensors: Tensors, more: Collection[str] = ()) -> Mo
         *([Stream("ahead", "text", text + 1, delay=delays[0])] if demux else []), *moshi_conditions(about),
         *codebooks(steps, card + 1, card, card, delays=tuple(delays[1 : 1 + steps])),
         *codebooks(count - steps, card + 1, 0, card, delays=tuple(delays[1 + steps :]), name="user")),
-        layout=layout_of(about), pad=about.get("existing_text_padding_id", 3), epad=about.get("existing_text_end_padding_id", 0))
+        layout=layout_of(about), timing=timing_of(about),
+        pad=about.get("existing_text_padding_id", 3), epad=about.get("existing_text_end_padding_id", 0))
     return ModelConfig(table, moshi_stack(about), depth=moshi_depth(about) if steps else None, demux=demux,
                        extra_heads=about.get("extra_heads_num_heads", 0), extra_classes=about.get("extra_heads_dim", 6),
                        **moshi_voice(about))
@@ -420,8 +437,9 @@ def write_moshi(c: ModelConfig, dtype: str) -> About:
         "existing_text_padding_id": c.table.pad, "existing_text_end_padding_id": c.table.epad,
         "delays": [streams[0].delay, *(streams[k].delay for k in c.table.audio)], "lora": False,
         "depformer_multi_linear": True,       # without a depth transformer too: false makes one input map that nothing reads
-        "model_type": "stt" if d is None else "tts" if c.demux or c.voice else "hibiki" if c.table.conditions
-        else next((name for name, layout in LAYOUTS.items() if layout == c.table.layout), "moshi")}
+        "model_type": next((name for name, layout in LAYOUTS.items() if layout == c.table.layout != "duplex"), "stt" if d is None
+                           else "tts" if c.demux or c.voice else "hibiki" if c.table.conditions else "moshi")}
+    about |= write_timing(c.table.timing)
     if streams[0].classes != streams[0].vocab - 1:
         about["text_card_out"] = streams[0].classes
     if c.demux:
@@ -588,8 +606,7 @@ HF = Format("moshi_hf", "hf", lambda c: HF_NAMES, read_moshi_hf, write_moshi_hf,
             split_moshi_hf, stacked=True, shards=True)
 FAMILIES = (Family(
     "Moshi", "duplex", "Moshi 7B, Hibiki, Kyutai's STT and TTS: both speakers at once", duplex_grid,
-    rules=rules, condition=condition, before_sampling=before_sampling,
-    user_audio="duplex",
+    rules=rules, user_audio="duplex",
     formats=(FORMAT, HF), adapters=(AdapterFormat("moshi-lora", "config.json", "lora.safetensors", import_moshi_lora, export_moshi_lora,
                             recognise=lambda about: bool(about.get("lora"))),),
     conversions=(

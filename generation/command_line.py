@@ -61,7 +61,6 @@ class Job(ModelOptions):
     user: str = ""               # recording to answer: --out becomes stereo (left the model, right the user), with a transcript .txt
     prompt: str = ""             # stereo dialogue to continue, left the model; without --user the model speaks for both
     seconds: float = 20.0        # with --prompt: seconds to generate
-    condition: str = ""          # Hibiki: description=very_good; Qwen3-TTS: language=english,speaker=vivian
     chat: ChatConfig | None = None  # --chat: converse at the terminal, a line at a time
     reply: str = ""              # conversations: "text", printed as it comes, or "speech"; "" = speech where there is any
     ref: tuple[str, ...] = ()    # recording of the voice to clone, or "profile:" and words; several are [SPEAKER0], [SPEAKER1]
@@ -108,11 +107,15 @@ def load_for_sampling(job: ModelOptions) -> tuple[MultistreamLM, DataConfig]:
     return model, from_json(DataConfig, facts, f"{folder}/config.json data")
 
 
+FEATURES = ".safetensors"        # a voice as features, which says nothing
+
+
 def pair_voices(refs: Sequence[str], transcripts: Sequence[str], texts: Sequence[str]) -> list[tuple[str, str]]:
     """(recording, transcript) of each voice, or ("", "profile:..."); ValueError when they do not fit each other or the texts."""
     said = iter(transcripts)
-    voices = [("", ref) if ref.startswith("profile:") else (str(locate(ref)), next(said, "")) for ref in refs]
-    if any(not text.strip() for _, text in voices) or next(said, None) is not None:
+    voices = [("", ref) if ref.startswith("profile:") else (str(locate(ref)), "" if ref.endswith(FEATURES) else next(said, ""))
+              for ref in refs]
+    if any(not (text.strip() or name.endswith(FEATURES)) for name, text in voices) or next(said, None) is not None:
         found = f"{sum(bool(ref) for ref, _ in voices)} recordings, {len(transcripts)} transcripts"
         raise ValueError(f"a reference needs both --ref=voice.wav and --ref_text=\"what it says\"; got {found}")
     highest = max((int(n) for text in texts for n in re.findall(r"\[SPEAKER(\d+)\]", text)), default=0)

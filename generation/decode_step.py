@@ -43,6 +43,8 @@ class SampleConfig:
     min_frames: int = 0             # columns before which nothing may end
     max_speech: int = 0             # frames after which a speech segment is closed; text may follow; 0 = when the model closes it
     cfg: float = 1.0                # classifier-free guidance scale; 1 = off
+    condition: str = ""             # Hibiki: description=very_good; Qwen3-TTS: language=english,speaker=vivian
+    cfg_condition: str = ""         # guidance: the condition of the unguided side, description=very_bad; "" = it has none
     cfg_no_text: bool = False       # guidance: the unguided side reads no text
     cfg_hide: int = 0               # guidance: the unguided side does not read this many frames at the beginning
     closing: str = "frame"          # how audio ends: "frame" as trained, or as an official implementation does (python -m families)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kernels.choice import device_constant
+from layers.conditioning import condition_column
 from streams import StreamTable
 
 
@@ -22,6 +23,7 @@ class Guidance:
     def __init__(self, config: Any, table: StreamTable) -> None:
         self.scale, self.no_text, self.hide, self.table = config.cfg, config.cfg_no_text, config.cfg_hide, table
         self.on = config.cfg != 1
+        self.bad = condition_column(table, config.cfg_condition if self.on else "").flatten().tolist()
         if self.on and not (table.conditions or self.no_text or self.hide):
             raise ValueError("cfg guides by what one side does not know; this model has no condition, add --cfg_no_text or --cfg_hide=N")
 
@@ -40,17 +42,17 @@ class Guidance:
             unseen[:, : len(table.text)] = frame[:, : len(table.text)] >= 0
         unseen |= (frame >= 0) & (frame < self.hide)
         less.masked_fill_(unseen, -1)
-        for k in table.conditions:
-            less[:, k] = torch.where(columns[:, k] >= 0, table.streams[k].vocab - 1, -1)
+        for k, id in zip(table.conditions, self.bad, strict=True):
+            less[:, k] = torch.where(columns[:, k] >= 0, id, -1)
         return torch.cat([columns, less])
 
     def voice_features(self, model: Any, voice: Tensor | None) -> Tensor | None:
-        """Features of the voices (B, n, F) as the layers attend to them; the unguided side has none.   -> (2B, n, D)"""
+        """Features of the voices (B, n, F), NaN where is none, as the layers attend to them; the unguided side has none.   -> (2B, n, D)"""
         if model.voice is None or voice is None:
             return None
-        known = torch.ones(voice.shape[:2], dtype=torch.bool)
+        known = ~voice.isnan().any(-1)
         known = torch.cat([known, torch.zeros_like(known)]) if self.on else known
-        return model.voice(self.twice(voice).to(model.voice.none.device), known.to(model.voice.none.device))
+        return model.voice(self.twice(voice.nan_to_num()).to(model.voice.none.device), known.to(model.voice.none.device))
 
     def mix(self, logits: Tensor, text: bool = False) -> Tensor:
         """(2B, ...) -> (B, ...)"""

@@ -23,9 +23,10 @@ from families.family import closings, family_of
 from generation.cuda_graphs import capture, why_not
 from generation.decode_step import ColumnKind, DecodeStep, Rules, SampleConfig, SamplingNoise, column_kind, completed_frame
 from generation.dialogue import user_rows
-from generation.turns import FREE, ItemState, advance, required_ids, start_state, with_endings
+from generation.turns import FREE, ItemState, advance, close_fed, required_ids, start_state, with_endings
 from kernels.attention import KVCache
 from kernels.sample import MIX2
+from layers.conditioning import with_conditions
 from model import MultistreamLM
 from streams import StreamTable
 
@@ -170,6 +171,7 @@ class SessionBatch:
         S = prompt.shape[1]
         if S >= self.longest:
             raise ValueError(f"the prompt has {S} columns, a session holds {self.longest}; shorten it or raise --columns")
+        prompt = with_conditions(prompt, self.table, self.config.condition)
         return DecodeStep(self.model, prompt[None].to(self.device), self.config, S, feed, inputs=None if inputs is None else inputs[None])
 
     @torch.inference_mode()
@@ -182,7 +184,7 @@ class SessionBatch:
         the next columns, FREE where the model draws; `alone` is what `read_prompt` made of the prompt.
         """
         assert self.lengths[slot] == 0, f"slot {slot} is taken"
-        alone = alone or self.read_prompt(prompt, feed)
+        alone, prompt = alone or self.read_prompt(prompt, feed), with_conditions(prompt, self.table, self.config.condition)
         prompt, S = prompt[None].to(self.device), prompt.shape[1]
         columns = [] if given is None else list(given.unbind(-1))
         alone.noise = SlotNoise(1, self.decode_step.noise.streams, self.device)
@@ -192,6 +194,7 @@ class SessionBatch:
         first = columns.pop(0)[None] if columns else None
         (known, free), kind = required_ids(state, first), column_kind(state, first is not None)
         column = with_endings(state, alone.draw(known.to(self.device), kind, free).cpu(), first)
+        close_fed(state, alone.feed)
         frame = completed_frame(state, column)
         advance(state, column)
         self.take_over(slot, alone, state, column)
@@ -262,6 +265,7 @@ class SessionBatch:
         kind = column_kind(self.state)
         drawn = self.replay(known) if self.counted else self.eager(known, kind, free)
         drawn = with_endings(self.state, drawn, given)
+        close_fed(self.state, self.decode_step.feed)
         real = [slot for slot in running if not self.table.aligned or self.frame_due(slot)]
         frame = completed_frame(self.state, drawn)
         advance(self.state, drawn)

@@ -86,7 +86,8 @@ class DecodeState:
         self.edges = [(s.start, s.end, s.delay) for s in (self.table.streams[k] for k in self.table.audio_out)]
         self.ends = any(end >= 0 for _, end, _ in self.edges)
         self.bare = bool(self.edges) and (self.table.bare or self.edges[0][0] < 0)      # no start column: frames begin at once
-        self.begun = 1 + max((delay for _, _, delay in self.edges), default=0)      # count from which no start id is held
+        self.shift = max(0, self.table.timing.frames)                               # frames of text before the first of speech
+        self.begun = 1 + max((delay for _, _, delay in self.edges), default=0) + self.shift     # count from which every row is drawn
 
 
 def start_state(prompt: Tensor, table: StreamTable, closing: Closing = FRAME, limit: int = 0) -> DecodeState:
@@ -155,8 +156,14 @@ def forced_ids(state: DecodeState, turn: ItemState) -> list[int] | None:
     if turn.closed == NEVER and turn.count >= state.begun:
         return None
     frame, closed = turn.count - 1, turn.closed + state.closing.grace
-    return [end if frame - delay >= closed and end >= 0 else start if frame < delay and start >= 0 else FREE
-            for start, end, delay in state.edges]
+    return [end if frame - delay >= closed and end >= 0 else start if frame < delay and start >= 0
+            else -1 if frame < delay + state.shift else FREE for start, end, delay in state.edges]
+
+
+def close_fed(state: DecodeState, feed: Any) -> None:
+    """End the speech of items whose fed words are over, where the feed says how many frames they have."""
+    for turn, frames in zip(state.turns, feed.frames(), strict=True) if hasattr(feed, "frames") else ():
+        turn.closed = turn.closed if frames is None else frames
 
 
 def required_ids(state: DecodeState, given: Tensor | None = None) -> tuple[Tensor, bool]:

@@ -141,9 +141,23 @@ def condition_id(stream: Any, value: str) -> int:
     return stream.values.index(value)
 
 
+def chosen(text: str) -> dict[str, str]:
+    """Names and values of "name=value,name=value"."""
+    return dict(part.partition("=")[::2] for part in text.split(",") if part)
+
+
 def condition_column(table: StreamTable, text: str) -> Tensor:
     """Ids of the condition rows from "name=value,name=value"; unnamed ones are not chosen.   -> (C, 1)"""
-    return torch.tensor(condition_ids(table, dict(part.partition("=")[::2] for part in text.split(",") if part)), dtype=torch.long)[:, None]
+    return torch.tensor(condition_ids(table, chosen(text)), dtype=torch.long)[:, None]
+
+
+def with_conditions(prompt: Tensor, table: StreamTable, text: str) -> Tensor:
+    """A prompt (..., K, S) under the conditions of a text, if it names some."""
+    if text and not table.ids:                      # of a table with names of ids the layout writes them into the prompt
+        prompt, rows = prompt.clone(), table.conditions
+        ids = condition_column(table, text).to(prompt.device)
+        prompt[..., rows, :] = torch.where(prompt[..., rows, :] >= 0, ids, -1)
+    return prompt
 
 
 def condition_ids(table: StreamTable, pairs: dict[str, str]) -> list[int]:

@@ -7,10 +7,11 @@ import torch
 from tables import aligned_table, clone_table, example, sequential_example
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from corpus.examples import show
 from families.family import lay_out
 from families.tiny import MAX_AGE, WordFeed, word_rows
 from generation.turns import Undelay
-from streams import Example, Stream, StreamTable, audio_block, delay, is_audio, join, show, text_block, undelay
+from streams import Example, Stream, StreamTable, audio_block, delay, is_audio, join, text_block, undelay
 
 CASES = range(25)
 

@@ -75,7 +75,7 @@ def speak_samples(model: MultistreamLM, config: TrainConfig, index: Index, folde
     A full-duplex model answers the recordings in `prompts` instead, and the conversations are measured.
     """
     codec = fitting_codec(config.data.codec, config.model.table, load_tokenizer(config.data.tokenizer))
-    if config.model.table.monologue:
+    if config.model.table.monologue and config.model.table.timing.lead <= 0:
         return answer(model, config.prompts, config.data, codec, folder, config.recogniser)
     tried = list(trials(config, index, codec))
     cap = config.model.table.columns_per_frame * min(MOST_FRAMES, 50 + round(2 * codec.frame_rate * max(trial.seconds for trial in tried)))

@@ -194,7 +194,7 @@ class DecodeStep:
             self.seen.zero_()
             if self.table.text_out:
                 self.see(prompt)
-        self.h = prefill(self.model, prompt, self.padding, self.cache, self.guide, inputs=inputs)
+        self.h = prefill(self.model, prompt, self.padding, self.cache, self.guide, inputs)
 
     def draw(self, known: Tensor, kind: ColumnKind, free: bool = False) -> Tensor:
         """The next column (B, K).   known (B, K) as in turns.py, `free`: every id that is drawn is free"""
@@ -310,7 +310,7 @@ class EagerRunner:
 
 
 def prefill(model: MultistreamLM, prompt: Tensor, padding: Tensor, cache: KVCache, guide: Guidance,
-            chunk: int = 256, inputs: Tensor | None = None) -> tuple[Tensor, Tensor]:
+            inputs: Tensor | None = None, chunk: int = 256) -> tuple[Tensor, Tensor]:
     """Read the prompt into the cache, `chunk` columns at a time; -> states of its last column, (B, 1, D) twice"""
     if bool((prompt >= model.table.column("vocab").to(prompt.device)).any()):
         raise ValueError(f"the prompt holds ids above the vocabulary: up to {prompt.amax((0, 2)).tolist()} in rows of "

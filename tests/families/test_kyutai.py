@@ -88,7 +88,7 @@ def test_a_live_generation_is_that_of_a_file(tmp_path):
     text = torch.tensor(spell("one two", LETTERS, table))
     wanted = [f[0] for f in generate(model, table.column("start"), config, WordFeed([text], table))]
     batch = SessionBatch(model, 2, config, columns=200)
-    first = batch.begin(1, table.column("start"), feed=batch.new_feed(text))
+    first = batch.begin(1, table.column("start"), feed=WordFeed([text], table))
     frames = [] if first is None else [first]
     while not batch.done(1):
         frames += [f for f in [batch.step().get(1)] if f is not None]

@@ -8,7 +8,7 @@
 The codes thus contain both the content (HuBERT) and the sound (DAC); a linear map selects what the DAC decoder needs.
 After X-Codec (arXiv:2408.17175), with DAC (arXiv:2306.06546) and HuBERT (hubert.py).
 
-    codec = HiggsCodec.load("higgs-audio-v2-tokenizer/")    # boson's model.pth or transformers' model.safetensors
+    codec = HiggsCodec.load("higgs-audio-v2-tokenizer/")    # boson's model.pth or transformers' model.safetensors; v3's folder
 
 Module names are those of the transformers layout; `official_names` maps boson's onto them.  Decoding streams, sample
 for sample; encoding does not, since HuBERT normalises and attends over the whole clip. Next: snac.py.
@@ -34,6 +34,7 @@ from audio.rvq import check_codes, nearest
 RATE, SEMANTIC_RATE = 24_000, 16_000
 DILATIONS = (1, 3, 9)       # of the three residual units in a DAC block
 PADS = ("mult960", "boson", "hf")
+MODEL, INSIDE = "higgs_multimodal_qwen3", "tied.embedding.modality_embeddings.0.model."     # Higgs Audio v3, whose file holds the codec
 UNUSED = "|".join((                                     # official tensors of training only
     r"decoder_semantic\..*", r"fc1\..*", r"fc_post1\..*",                     # they rebuild HuBERT's states
     r".*codebook\.(embed_avg|cluster_size|inited)",                           # the codebooks' moving averages
@@ -155,10 +156,12 @@ class HiggsCodec(nn.Module):
         """
         path = Path(path)
         file = weights_file(path)
-        config = config or read_config(file.parent / "config.json") or HiggsCodecConfig()
+        inside = INSIDE if (_json(file.parent / "config.json") or {}).get("model_type") == MODEL else ""
+        config = config or (None if inside else read_config(file.parent / "config.json")) or HiggsCodecConfig()
         with torch.device("meta"):                  # no time spent on weights that are overwritten
             codec = cls(config, pad)
-        load_strict(codec, read_tensors(file), official_names(config), UNUSED, str(file))
+        found = {name.removeprefix(inside): tensor for name, tensor in read_tensors(file, begin=inside).items()}
+        load_strict(codec, found, official_names(config), UNUSED, str(file))
         return codec.to(device).eval().requires_grad_(False)
 
 
@@ -360,7 +363,7 @@ def is_higgs(path: Path) -> bool:
     """A folder whose config.json is a Higgs tokenizer's, or one file with its tensors."""
     if path.is_dir():
         about = _json(path / "config.json") or {}
-        return about.get("model_type") == "higgs_audio_v2_tokenizer" or "semantic_techer" in about
+        return about.get("model_type") in ("higgs_audio_v2_tokenizer", MODEL) or "semantic_techer" in about
     try:
         names = tensor_names(path)
     except (ValueError, SafetensorError):
@@ -388,15 +391,15 @@ def weights_file(path: Path) -> Path:
     return path
 
 
-def read_tensors(path: Path, unread: Sequence[str] = ()) -> Mapping[str, Tensor]:
+def read_tensors(path: Path, unread: Sequence[str] = (), begin: str = "") -> Mapping[str, Tensor]:
     """All tensors of a .safetensors file or of a state dict saved by torch, read without unpickling anything else.
 
-    unread: names of what else such a dict may hold, left out.
+    unread: names of what else such a dict may hold, left out. begin: how the names of a part of a safetensors file begin.
     """
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, "pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}
+                return {name: file.get_tensor(name) for name in file.keys() if name.startswith(begin)}
         except SafetensorError as error:
             raise ValueError(f"{path} is not a whole safetensors file ({error}); fetch it again") from error
     if not zipfile.is_zipfile(path):                # torch's format; anything else is cut off, or no weights at all

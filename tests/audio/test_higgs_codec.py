@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from audio import load_codec
@@ -217,6 +217,15 @@ def test_transformers_files_come_back_as_they_were(case, codec, folder, tmp_path
     assert torch.equal(HiggsCodec.load(alone, TINY).encode(case["wav"]), codec.encode(case["wav"]))
     with pytest.raises(ValueError, match="lacks .* and \\d+ more"):        # without a config it is taken for the published one
         HiggsCodec.load(alone)
+
+
+def test_the_codec_in_the_file_of_higgs_audio_v3_is_found(case, codec, folder, tmp_path):
+    inside = {f"tied.embedding.modality_embeddings.0.model.{name}": t for name, t in load_file(folder / "model.safetensors").items()}
+    save_file(inside | {"body.norm.weight": torch.ones(3)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "higgs_multimodal_qwen3", "text_config": {}}))
+    assert is_higgs(tmp_path) and torch.equal(HiggsCodec.load(tmp_path, TINY).encode(case["wav"]), codec.encode(case["wav"]))
+    with pytest.raises(ValueError, match="lacks"):               # its config.json says nothing of the codec: the published sizes hold
+        load_codec(tmp_path)
 
 
 def test_load_codec_knows_them_by_content(case, codec, folder, tmp_path):

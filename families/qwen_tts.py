@@ -6,7 +6,8 @@
 
 With a language the marks are think, think_bos, LANGUAGE, think_eos; a model without a speaker leaves that column out. An
 instruction stands before as a turn of the user. With a reference its text stands before the text, its codes before the codes.
-`streaming` puts the text over the codes instead: t0 over bos, t1 over a0, ..., then tts_eos and pad.
+`streaming=1` puts the text over the codes instead, which the official script calls streaming mode: t0 over bos, t1 over a0, ..., then
+tts_eos and pad; `TextFeed` fills it in while sampling. What prompts hold is `table.choice`: language=english,speaker=vivian.
 The speaker is an id of codebook 0, whose embedding is the voice: one of the list, or row 3000, into which `tuned_voice` writes
 the vector of a recording (audio/ecapa.py). A tuned model is of the type custom_voice, as the official script writes it.
 
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from audio.ecapa import PREFIX as ENCODER
@@ -154,7 +156,10 @@ def opening(role: Tensor, ids: dict[str, int], table: StreamTable) -> Tensor:
 
 
 def grid(example: Example, table: StreamTable) -> Grid:
-    """Training grid, or without the last turn's codes its prompt, which ends with the column before the first frame."""
+    """Training grid, or without the last turn's codes its prompt, which ends with the column before the first frame.
+
+    What a streaming prompt has not read of its text becomes `example.text`, which `TextFeed` gets.
+    """
     ids, (before, role, text, frames, counts, ends), stream = chosen(table), said(example, table), table.streams[table.lead]
     whole, T = torch.cat([text, torch.tensor([ids["text_eos"]])]), frames.shape[1]
     spoken = columns([], [stream.start, *frames[0].tolist(), *[stream.end] * ends], table)
@@ -164,6 +169,7 @@ def grid(example: Example, table: StreamTable) -> Grid:
     weights[table.lead, T + 1 :] = counts[-1] if ends else 0.0
     if "streaming" in ids:
         over = whole[: spoken.shape[1]]
+        example.text = example.text if ends else whole[spoken.shape[1] :]
         middle = torch.empty(len(table), 0, dtype=torch.long)
     else:
         over, middle = whole[:0], columns(whole, [ids["pad"]] * len(whole), table)
@@ -173,13 +179,30 @@ def grid(example: Example, table: StreamTable) -> Grid:
     return join([(front, torch.zeros(front.shape)), (spoken, weights)])
 
 
-def text_ahead(example: Example, table: StreamTable) -> Tensor:
-    """The text that a streaming prompt has not read: what `generate(..., given=...)` takes, FREE (-2) elsewhere.   -> (K, n)"""
-    ids, (_, _, text, frames, _, _) = chosen(table), said(example, table)
-    left = torch.cat([text, torch.tensor([ids["text_eos"]])])[frames.shape[1] + 1 :] if "streaming" in ids else text[:0]
-    given = torch.full((len(table), len(left)), -2)
-    given[0] = left
-    return given
+class TextFeed:
+    """Fill the text row while sampling: the text that a streaming prompt has left, then padding. `state` is changed in place."""
+
+    def __init__(self, texts: Sequence[Tensor], table: StreamTable) -> None:
+        self.pad = table.streams[0].fill
+        texts = torch.nn.utils.rnn.pad_sequence([text.long() for text in texts], True, self.pad)
+        self.text = F.pad(texts, (0, 1), value=self.pad)                     # (B, n + 1)
+        self.state = [torch.zeros(len(texts), dtype=torch.long)]
+
+    def to(self, device: torch.device) -> "TextFeed":
+        self.text, self.state = self.text.to(device), [t.to(device) for t in self.state]
+        return self
+
+    def place(self, row: int, other: "TextFeed") -> None:
+        """Let an item go on as the only item of another feed does."""
+        self.text = F.pad(self.text, (0, max(0, other.text.shape[1] - self.text.shape[1])), value=self.pad)
+        self.text[row] = self.pad
+        self.text[row, : other.text.shape[1]], self.state[0][row] = other.text[0], other.state[0][0]
+
+    def __call__(self, column: Tensor) -> Tensor:
+        at = self.state[0]
+        column[:, 0] = self.text.gather(1, at.clamp(max=self.text.shape[1] - 1)[:, None])[:, 0]
+        at.add_(1)
+        return column
 
 
 # ---- how turns are written ----
@@ -310,8 +333,8 @@ def rules(table: StreamTable) -> dict[str, Any]:
 
 
 FAMILIES = (Family(
-    "Qwen3-TTS", "qwen3_tts", "Qwen3-TTS 0.6B and 1.7B: text to speech in the voice of a recording", grid, TEMPLATE, rules=rules,
-    companions=COMPANIONS, text_to_speech=True, references=1,
+    "Qwen3-TTS", "qwen3_tts", "Qwen3-TTS 0.6B and 1.7B: text to speech in the voice of a recording", grid, TEMPLATE, feed=TextFeed,
+    rules=rules, companions=COMPANIONS, text_to_speech=True, references=1,
     formats=(Format("qwen3_tts", "hf", lambda c: NAMES, read, write, lambda c: c.text_width > 0, by_model_type("qwen3_tts"), tidy, untidy,
                     peft=True, codec=ENCODER),),
     conversions=(Conversion("add-voice", """add-voice CKPT --wav=FILE --out=DIR    Qwen3-TTS: one speaker more, by a Base model's encoder;

@@ -208,8 +208,9 @@ class DecodeStep:
                     logits[..., id].masked_fill_(self.noise.columns < config.min_frames, -torch.inf)
             column[:, row] = self.kept(sample_ids(logits, config, slice(0, 1), self.noise)[:, 0], known[:, row], free)
         if self.feed is not None:
+            fills = device_constant(tuple(s.fill if s.fill >= 0 else FREE for s in table.streams), column.device)
             column = self.feed(column)
-            column = column if free else torch.where(known == FREE, column, known)
+            column = column if free else torch.where((known == FREE) | (known == fills), column, known)
             if self.fed:
                 known, free = known.clone(), False
                 known[:, self.fed] = column[:, self.fed]

@@ -14,15 +14,16 @@ from test_parity import GATE, Golden, check
 import lora
 from audio import load_codec
 from audio.wav import save_wav
-from checkpoint import export, load
-from families.family import lay_out
+from checkpoint import export, load, save
+from families.family import family_of, lay_out
 from families.formats import official_files
-from families.qwen_tts import QWEN3_TTS_0_6B, QWEN3_TTS_1_7B, TEMPLATE, chosen, text_ahead
+from families.qwen_tts import QWEN3_TTS_0_6B, QWEN3_TTS_1_7B, TEMPLATE, chosen
 from generation.command_line import usual_rules
 from generation.decode_step import SampleConfig
+from generation.sessions import SessionBatch
 from model import MultistreamLM
 from options import run_config
-from sample import generate
+from sample import generate, speak
 from streams import Example
 from text.conversation import Chat
 from text.tokenizers import load_tokenizer
@@ -79,9 +80,11 @@ def test_greedy_frames_equal_qwen_tts_through_the_end(name, kind, tmp_path):
     case, (choice, options) = Golden(name), KINDS[kind]
     model = own_voice(load(case.write(tmp_path)))
     table, theirs = replace(model.table, choice=choice), case[f"greedy_{kind}"]
-    prompt = lay_out(example(case, kind), table)[0]
+    asked = example(case, kind)
+    prompt = lay_out(asked, table)[0]
     rules = SampleConfig(**{"repetition_penalty": 1.05} | options, temperature=0, min_frames=2, max_frames=25)
-    frames = list(generate(model, prompt, rules, given=text_ahead(example(case, kind), table)[None]))
+    frames = list(generate(model, prompt, rules, family_of(table).feed([asked.text], table)))
+    assert len(asked.text) > 0 if kind == "streaming" else True
     got = torch.stack([f[0, 1:] for f in frames])
     assert torch.equal(got[: len(theirs)], theirs)
     assert len(got) == len(theirs) if len(theirs) < 24 else len(got) >= 24                  # of their 25th only the first codebook is drawn
@@ -149,6 +152,7 @@ def test_conversations_that_are_no_speech_are_refused(messages, why):
         lay_out(Example(torch.zeros(0, dtype=torch.long), segments=CHAT.segments(messages, codes)), SMOKE.model.table)
 
 
+@pytest.mark.slow
 def test_smoke_trains_resumes_samples_exports_and_reads_back(tmp_path: Path):
     out = tmp_path / "run"
     options = ("--smoke", f"--out={out}", f"--data.cache={tmp_path}/cache", f"--data.sources={write_clips(tmp_path)}", "--eval_every=0",
@@ -216,3 +220,62 @@ def test_a_base_folder_is_read_with_its_rules_and_written_with_its_codec_and_enc
     assert written.keys() == wanted.keys() and all(torch.equal(written[name], t) for name, t in wanted.items())
     assert json.loads((tmp_path / "again" / "config.json").read_text())["tts_model_type"] == "base"
     assert load_codec(tmp_path / "again").num_codebooks == 4 and (tmp_path / "again" / "generation_config.json").is_file()
+
+
+def drawn(seed: int = 0) -> MultistreamLM:
+    torch.manual_seed(seed)
+    return MultistreamLM(SMOKE.model)
+
+
+def test_one_clip_is_learnt_and_greedy_frames_give_it_back():
+    """With the loss of the recipe; teacher forcing and sampling see the same states, or frames would drift."""
+    model, codes = drawn().train(), torch.randint(0, 256, (8, 5), generator=torch.Generator().manual_seed(1))
+    example = spoken("one two", codes)
+    tokens, weights = (t[None] for t in lay_out(example, model.table))
+    parts = torch.tensor(SMOKE.data.stream_weights)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    for _ in range(40):
+        sums = model(tokens, weights)
+        loss = (parts * sums.nll).sum() / (parts * sums.weight).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.1
+    prompt = lay_out(Example(codes[0, :0], segments=CHAT.prompt("one two")), model.table)[0]
+    got = list(generate(model, prompt, SampleConfig(temperature=0, max_frames=12)))
+    assert torch.equal(torch.stack([f[0, 1:] for f in got], 1), codes)                  # and it ends behind them
+
+
+def test_sessions_in_one_batch_get_what_they_get_alone():
+    """Each draws with the repetition penalty of its own codes, and reads the text that its streaming prompt has left, then padding."""
+    model = drawn(3).eval()
+    model.table = replace(model.table, choice="speaker=me,streaming=1")
+    rules = [SampleConfig(temperature=0.9, top_k=50, repetition_penalty=1.3, min_frames=2, max_frames=n, seed=n) for n in (9, 6)]
+    asked = [Example(torch.zeros(0), segments=CHAT.prompt(text)) for text in ("one two", "three")]
+    prompts = [lay_out(example, model.table)[0] for example in asked]
+    batch, frames = SessionBatch(model, 2, rules[0], columns=64), [[], []]
+    feeds = [batch.new_feed(example.text) for example in asked for _ in range(2)]
+    alone = [torch.stack([f[0] for f in generate(model, prompts[n], rules[n], feeds[2 * n])]) for n in range(2)]
+    frames[0].append(batch.begin(0, prompts[0], rules[0], rules[0].seed, feeds[1]))
+    for step in range(8):
+        if step == 2:
+            frames[1].append(batch.begin(1, prompts[1], rules[1], rules[1].seed, feeds[3]))
+        for slot, frame in batch.step().items():
+            frames[slot].append(frame)
+    pad = dict(model.table.ids)["text_pad"]
+    for got, wanted, example in zip(frames, alone, asked, strict=True):
+        n, left = min(len(got), len(wanted)), example.text.tolist()
+        assert n >= 6 and torch.equal(torch.stack(got[:n]), wanted[:n]) and wanted[:, 0].tolist() == (left + [pad] * 9)[: len(wanted)]
+
+
+def test_batched_prompts_of_different_lengths_equal_single_ones_and_a_plan_is_made(tmp_path):
+    model, data = drawn(4).eval(), replace(SMOKE.data, tokenizer=str(ROOT / SMOKE.data.tokenizer))
+    rules, codec = SampleConfig(temperature=0, max_frames=6, repetition_penalty=1.05), load_codec("tiny")
+    both = speak(model, ["thank you", "one"], data, rules, codec)
+    single, pieces = [speak(model, [text], data, rules, codec)[0] for text in ("thank you", "one")], list[torch.Tensor]()
+    assert all(torch.equal(a.codes, b.codes) for a, b in zip(both, single, strict=True))
+    streamed = speak(model, ["one"], data, rules, codec, on_audio=pieces.append)[0]
+    assert torch.allclose(torch.cat(pieces, 1), streamed.wav, atol=1e-4)
+    save(model, tmp_path / "ckpt")
+    code, text, err = call("sample.py", f"--ckpt={tmp_path}/ckpt", "--text=one", "--plan")
+    assert code == 0 and "weights" in text, err

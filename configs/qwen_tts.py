@@ -1,4 +1,4 @@
-"""Qwen3-TTS 0.6B: text to speech in one voice, with LoRA; --preset=full trains all weights.
+"""Qwen3-TTS 0.6B: text to speech in one voice, with LoRA; --preset=full trains all weights, --preset=large is 1.7B.
 
     python checkpoint.py add-voice Qwen/Qwen3-TTS-12Hz-0.6B-Base --wav=me.wav --out=mine      the voice to begin with
     torchrun --standalone --nproc_per_node=8 train.py configs/qwen_tts.py --init=mine --data.sources=data/voice.jsonl
@@ -17,7 +17,7 @@ from dataclasses import replace
 
 from config import LossConfig, TrainConfig
 from corpus.data_config import DataConfig
-from families.qwen_tts import QWEN3_TTS_0_6B, RELEASED, stream_table
+from families.qwen_tts import QWEN3_TTS_0_6B, QWEN3_TTS_1_7B, RELEASED, stream_table
 from layers.architecture import ModelConfig, StackConfig
 from lora import LoraConfig
 from text.tokenizers import load_tokenizer
@@ -33,6 +33,7 @@ config = TrainConfig(
     out="out/qwen_tts", steps=2000, batch_size=2, accum=4, lr=1e-4, schedule="cosine", warmup=50, warmup_offset=1, weight_decay=0.01,
     eval_every=200, eval_batches=16, save_every=200, prompts=("I will be there in a minute.",))
 full = replace(config, lora=None, lr=2e-5, out="out/qwen_tts_full")
+large = replace(config, model=replace(QWEN3_TTS_1_7B, checkpoint=4), init="Qwen/Qwen3-TTS-12Hz-1.7B-Base", out="out/qwen_tts_1_7b")
 
 words = load_tokenizer(TINY)
 turn, turn_end = (words.encode(mark)[0] for mark in ("<|im_start|>", "<|im_end|>"))

@@ -52,14 +52,17 @@ def peft_layout(config: ModelConfig) -> Format:
 def export_peft(model: MultistreamLM, base: str, dtype: str) -> tuple[About, Tensors]:
     """adapter_config.json and tensors of a PEFT adapter with official names."""
     layout, config = peft_layout(model.config), model.lora
-    names = {n: theirs for n, (theirs,) in theirs_of(model, layout).items()}
-    official = {path: module_path(names[f"{path}.weight"]) for path in lora.linears(model)}
+    names = {n: theirs[0] for n, theirs in theirs_of(model, layout).items() if len(theirs) == 1 and "." in theirs[0]}
+    official = {path: module_path(names[f"{path}.weight"]) for path in lora.linears(model) if f"{path}.weight" in names}
+    trained = (*(f"{path}.weight" for path, *_ in lora.adapters(model)), *lora.trained_parameters(model, config))
+    if lost := [name for name in trained if name not in names]:
+        raise ValueError(f"{lost[0]} is several tensors in the layout {layout.name}, which PEFT cannot express; export --to={layout.to}")
     found = {official[path]: adapter for path, _, adapter in lora.adapters(model)}
     saved = sorted({module_path(names[n]) for n in lora.trained_parameters(model, config)})
     tensors = {}
     for name, parameter in model.named_parameters():
         path, _, part = name.partition(".adapter.")
-        if part or module_path(names[name]) in saved:
+        if part or module_path(names.get(name, "")) in saved:
             tensors[PREFIX + (f"{official[path]}.{PARTS[part]}" if part else names[name])] = parameter.detach()
     if model.config.tied and module_path(names["embed.text.weight"]) in saved:       # PEFT would leave the head as it was
         saved = sorted({*saved, module_path(names["text_head.weight"])})

@@ -89,6 +89,7 @@ def chosen(table: StreamTable) -> dict[str, int]:
         if name not in choices.get(kind, {}):
             can = ", ".join(f"{kind}={'|'.join(names)}" for kind, names in choices.items())
             raise ValueError(f"{part.strip()!r} is unknown to this model; it takes {can}")
+        ids.pop(kind, None)                             # the last one holds
         ids |= {} if choices[kind][name] is None else {kind: choices[kind][name]}
     speaker = next((name for name, id in known(table, "speaker").items() if id == ids.get("speaker")), "")
     chinese = ids.get("language.chinese")

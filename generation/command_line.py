@@ -42,6 +42,7 @@ class ModelOptions(SampleConfig):
     scene: str | None = None     # conversations: description of the scene, "" = without one; none = as in training
     ref_in: str | None = None    # conversations: put the voice in an "assistant" turn or in the "system" message; none = as in training
     skip_first_frame: bool = False    # skip the first frame of what a user says, as Moshi's official generator does
+    condition: str = ""          # Hibiki: description=very_good; Qwen3-TTS: language=english,speaker=vivian
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -94,7 +95,7 @@ def load_for_sampling(job: ModelOptions) -> tuple[MultistreamLM, DataConfig]:
         quantize(model.requires_grad_(False))
     family_of(model.table).before_sampling(model)
     if job.condition and model.table.ids:
-        model.table = replace(model.table, choice=job.condition)
+        model.table = replace(model.table, choice=f"{model.table.choice},{job.condition}")
     folder = Path(model.extras.folder)
     given = {key: getattr(job, key) for key in ("codec", "tokenizer", "normaliser") if getattr(job, key)}
     origin = official_folder(model.extras) or folder              # under an adapter of another library the base's own

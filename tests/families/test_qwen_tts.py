@@ -18,13 +18,14 @@ from checkpoint import export, load, save
 from families.family import family_of, lay_out
 from families.formats import official_files
 from families.qwen_tts import QWEN3_TTS_0_6B, QWEN3_TTS_1_7B, TEMPLATE, chosen
-from generation.command_line import usual_rules
+from generation.command_line import load_for_sampling, usual_rules
 from generation.decode_step import SampleConfig
 from generation.sessions import SessionBatch
 from lora import LoraConfig
 from model import MultistreamLM
 from options import run_config
 from sample import generate, speak
+from serve import Serve
 from streams import Example
 from text.conversation import Chat
 from text.tokenizers import load_tokenizer
@@ -282,6 +283,8 @@ def test_batched_prompts_of_different_lengths_equal_single_ones_and_a_plan_is_ma
     save(model, tmp_path / "ckpt")
     code, text, err = call("sample.py", f"--ckpt={tmp_path}/ckpt", "--text=one", "--plan")
     assert code == 0 and "weights" in text, err
+    job = Serve(ckpt=str(tmp_path / "ckpt"), codec="tiny", tokenizer=data.tokenizer, condition="speaker=none")
+    assert load_for_sampling(job)[0].table.choice == "speaker=me,speaker=none" and "speaker" not in chosen(load_for_sampling(job)[0].table)
 
 
 def test_an_adapter_goes_to_peft_and_comes_back(tmp_path):

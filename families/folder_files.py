@@ -76,7 +76,7 @@ def carry(source: Path, out: Path, about: About | None, stop: Sequence[int], tok
     """
     files = small_files(source)
     own = next((path for path in files if tokenizer is not None and path.name == tokenizer.name), None)
-    if tokenizer is not None and (own is None or own.read_bytes() != tokenizer.read_bytes()):
+    if tokenizer is not None and not same_pieces(source, tokenizer) and (own is None or own.read_bytes() != tokenizer.read_bytes()):
         files = [path for path in files if not path.name.startswith(TOKENIZER) and path.suffix != ".model"] + [tokenizer]
     for path in files:
         copy_file(path, out / path.name)
@@ -94,6 +94,14 @@ def carry(source: Path, out: Path, about: About | None, stop: Sequence[int], tok
         for path in sorted(Path(codec).iterdir()) if Path(codec).is_dir() else [Path(codec)]:
             (out / path.relative_to(source)).parent.mkdir(exist_ok=True)
             copy_file(path, out / path.relative_to(source))
+
+
+def same_pieces(source: Path, tokenizer: Path) -> bool:
+    """Whether a base that has its tokenizer as vocab.json and merges.txt has the pieces of a tokenizer.json."""
+    if (source / tokenizer.name).is_file() or not (source / "vocab.json").is_file() or tokenizer.suffix != ".json":
+        return False
+    found = read_json(tokenizer)
+    return isinstance(found, dict) and (found.get("model") or {}).get("vocab") == read_json(source / "vocab.json")
 
 
 def joined(base: Any, about: Any) -> Any:

@@ -299,3 +299,16 @@ def test_an_adapter_goes_to_peft_and_comes_back(tmp_path):
     again = load(tmp_path / "base", adapter=tmp_path / "adapter")
     tokens = lay_out(example(case, "told", case["frames"]), model.table)[0][None]
     assert torch.equal(again(tokens)[1], model(tokens)[1])
+
+
+def test_an_export_keeps_the_vocabulary_files_of_its_base_where_the_run_used_the_same_pieces(tmp_path):
+    base, tokenizer = base_folder(tmp_path / "base"), ROOT / SMOKE.data.tokenizer
+    pieces = json.loads(tokenizer.read_text())["model"]["vocab"]
+    (base / "merges.txt").write_text("#version: 0.2")
+    for vocab, kept in ((pieces, {"vocab.json", "merges.txt"}), (pieces | {"more": 9999}, {"tokenizer.json"})):
+        (base / "vocab.json").write_text(json.dumps(vocab))
+        (tmp_path / "tokenizer.json").write_bytes(tokenizer.read_bytes())
+        model = load(base)
+        model.extras.data = {"codec": "tiny", "tokenizer": str(tmp_path / "tokenizer.json")}
+        out = export(model, tmp_path / str(len(vocab)), "hf")
+        assert {path.name for path in out.iterdir()} & {"vocab.json", "merges.txt", "tokenizer.json"} == kept

@@ -124,7 +124,7 @@ class Said(NamedTuple):
     text: Tensor            # ids of all that is said
     codes: Tensor           # (Q, T)
     weights: Tensor         # (T,)
-    ends: bool              # the last text is spoken, too; otherwise it is a prompt
+    end: float | None       # weight of the end behind them, None = a prompt, whose last text is not spoken yet
 
 
 def said(example: Example, table: StreamTable) -> Said:
@@ -140,12 +140,12 @@ def said(example: Example, table: StreamTable) -> Said:
         raise ValueError("a recording has no text; write what it says into the same message, in front of it")
     counts = [torch.full((part.shape[1],), weight) for turn in turns for part, weight in turn if part.dim() == 2]
     codes = [part for turn in spoken for part in turn if part.dim() == 2]
-    ends = any(part.dim() == 2 for part in spoken[-1])
-    if len(codes) != len(spoken) - (not ends):
+    end = next((weight for part, weight in turns[-1] if part.dim() == 2), None)
+    if len(codes) != len(spoken) - (end is None):
         raise ValueError("each message of the assistant is a text and one recording of it; write it so, or leave it out")
     none = torch.empty(len(table.audio), 0, dtype=torch.long)
     return Said(torch.cat([none[0], *(part for turn in before for part in turn)]), role, torch.cat([turn[1] for turn in spoken]),
-                torch.cat([none, *codes], 1), torch.cat([torch.empty(0), *counts]), ends)
+                torch.cat([none, *codes], 1), torch.cat([torch.empty(0), *counts]), end)
 
 
 def opening(role: Tensor, ids: dict[str, int], table: StreamTable) -> Tensor:
@@ -161,16 +161,16 @@ def grid(example: Example, table: StreamTable) -> Grid:
 
     What a streaming prompt has not read of its text becomes `example.text`, which `TextFeed` gets.
     """
-    ids, (before, role, text, frames, counts, ends), stream = chosen(table), said(example, table), table.streams[table.lead]
+    ids, (before, role, text, frames, counts, end), stream = chosen(table), said(example, table), table.streams[table.lead]
     whole, T = torch.cat([text, torch.tensor([ids["text_eos"]])]), frames.shape[1]
-    spoken = columns([], [stream.start, *frames[0].tolist(), *[stream.end] * ends], table)
+    spoken = columns([], [stream.start, *frames[0].tolist(), *[stream.end] * (end is not None)], table)
     spoken[table.lead + 1 :, 1 : T + 1] = frames[1:]
     weights = torch.zeros(spoken.shape)
     weights[table.lead :, 1 : T + 1] = counts
-    weights[table.lead, T + 1 :] = counts[-1] if ends else 0.0
+    weights[table.lead, T + 1 :] = end or 0.0
     if "streaming" in ids:
         over = whole[: spoken.shape[1]]
-        example.text = example.text if ends else whole[spoken.shape[1] :]
+        example.text = whole[spoken.shape[1] :] if end is None else example.text
         middle = torch.empty(len(table), 0, dtype=torch.long)
     else:
         over, middle = whole[:0], columns(whole, [ids["pad"]] * len(whole), table)

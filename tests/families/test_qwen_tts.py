@@ -258,7 +258,7 @@ def test_sessions_in_one_batch_get_what_they_get_alone():
     asked = [Example(torch.zeros(0), segments=CHAT.prompt(text)) for text in ("one two", "three")]
     prompts = [lay_out(example, model.table)[0] for example in asked]
     batch, frames = SessionBatch(model, 2, rules[0], columns=64), [[], []]
-    feeds = [batch.new_feed(example.text) for example in asked for _ in range(2)]
+    feeds = [family_of(model.table).feed([example.text], model.table) for example in asked for _ in range(2)]
     alone = [torch.stack([f[0] for f in generate(model, prompts[n], rules[n], feeds[2 * n])]) for n in range(2)]
     frames[0].append(batch.begin(0, prompts[0], rules[0], rules[0].seed, feeds[1]))
     for step in range(8):

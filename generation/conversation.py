@@ -10,7 +10,8 @@ again, `agent` transfers to a person, `quit` ends the call; Ctrl-C during a repl
 Made-up figures are blocked: numbers are looked up as the caller writes or says them ("four oh eight two one"), and an unknown
 one of five or more digits gets a fixed sentence. A reply stops before a figure whose value (text/figures.py) occurs neither in
 the call nor in a look-up, and asks instead. Words are released one by one,
-figures when they are complete. Only text is checked: neither spoken replies nor numbers in recordings are.
+figures when they are complete. With --chat.documents=FOLDER the passages of its files that belong to a question follow it as a
+system turn with their sources (text/passages.py). Only text is checked: neither spoken replies nor numbers in recordings are.
 
     history    all exchanges, as long as the prompt has at most `budget` columns; then the oldest exchanges are dropped whole and
                the system turn stays. Of a reply that was cut off it contains only the part that was given.
@@ -49,6 +50,7 @@ from options import error_line, read_json, visible
 from streams import StreamTable
 from text.conversation import Message, text_of
 from text.figures import OPEN, Known, read_figures
+from text.passages import Documents, passage_turn
 from text.personal import masked
 from text.tokenizers import load_tokenizer
 
@@ -73,6 +75,8 @@ class ChatConfig:
     """Options of turn-based chat."""
 
     lookup: str = ""             # JSON file of facts by number, e.g. {"48213": {"order": "48213", "status": "shipped"}}; "" = no look-ups
+    documents: str = ""          # folder of .txt and .md files; what they say of a question is given to the model; "" = none
+    passages: int = 3            # largest number of passages of documents for a question
     log: str = ""                # JSONL file to which each turn is appended; "" = chat.jsonl in the folder of --out
     budget: int = 2048           # largest prompt in columns; when it is exceeded the oldest exchanges are dropped
     grounded: bool = True        # stop a reply before a figure that occurs neither in the call nor in a look-up
@@ -80,6 +84,7 @@ class ChatConfig:
 
     def __post_init__(self) -> None:
         assert self.budget > 0, f"budget {self.budget} is not positive"
+        assert self.passages > 0, f"passages {self.passages} is not positive"
         assert self.timeout >= 0, f"timeout {self.timeout} is negative"
 
 
@@ -143,6 +148,7 @@ class TurnLog:
     cut: str = ""                # "barge-in", "length" (max_frames), "timeout" or "made up"
     said: str = ""
     looked_up: int = 0
+    passages: list[str] = field(default_factory=list)           # sources of the passages that it was given
     dropped: int = 0             # exchanges that left the history
     columns: int = 0             # of the prompt
     frames: int = 0              # drawn
@@ -162,6 +168,7 @@ class Session:
             raise ValueError(f"{family.name} has no chat template; {fix} instead of --chat")
         self.table, self.data, self.config, self.say, self.lookup, self.log, self.clock = table, data, config, say, lookup, log, clock
         self.tokenizer = load_tokenizer(data.tokenizer)
+        self.documents = Documents(config.documents) if config.documents else None
         self.codec, self.commands = codec or fitting_codec(data.codec, table, self.tokenizer), commands
         self.answer_in(reply or ("speech" if family.template.audio_out else "text"))
         self.begin()
@@ -240,6 +247,7 @@ class Session:
         """Look up the caller's numbers and reply; the part of the reply that is given goes into the history."""
         exchange = self.open(heard, files)
         unknown = self.look_up(exchange, heard, turn)
+        self.consult(exchange, turn)
         self.exchanges.append(exchange)
         if unknown:
             turn.outcome, said = "unknown", self.fixed("unknown", numbers=", ".join(unknown))
@@ -286,6 +294,13 @@ class Session:
                 exchange.messages.append(lookup_turn(facts))
         return unknown
 
+    def consult(self, exchange: Exchange, turn: TurnLog) -> None:
+        """Add a turn with what the documents say of the caller's words."""
+        asked = text_of(exchange.messages[0]["content"])
+        if self.documents is not None and (found := self.documents.find(asked, self.config.passages)):
+            turn.passages = [f"{passage.source}, {passage.part}" for passage in found]
+            exchange.messages.append(passage_turn([passage._replace(text=unmarked(passage.text)) for passage in found]))
+
     def prompt(self, turn: TurnLog) -> Tensor:
         """The grid (K, S) of the history, cut to the budget; the current exchange always stays."""
         while True:
@@ -297,7 +312,8 @@ class Session:
             if turn.columns <= self.config.budget:
                 return tokens
             if len(self.exchanges) == 1:
-                raise ValueError(f"this turn alone has {turn.columns} columns, chat.budget is {self.config.budget}; raise it, or say less")
+                fix = "raise it, or say less" + ", or lower chat.passages" * bool(turn.passages)
+                raise ValueError(f"this turn alone has {turn.columns} columns, chat.budget is {self.config.budget}; {fix}")
             self.exchanges.pop(0)
             turn.dropped += 1
 
@@ -370,7 +386,8 @@ class Session:
         rate = self.codec.sample_rate if self.codec is not None else 1
         row = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "session": self.id, "turn": self.turns,
                "heard": masked(heard.strip(), self.slots), "said": masked(turn.said, self.slots), "outcome": turn.outcome, "cut": turn.cut,
-               "looked_up": turn.looked_up, "dropped": turn.dropped, "columns": turn.columns, "frames": turn.frames,
+               "looked_up": turn.looked_up, "passages": turn.passages, "dropped": turn.dropped,
+               "columns": turn.columns, "frames": turn.frames,
                "audio_seconds": round(turn.samples / rate, 3), "seconds": {k: round(v, 4) for k, v in turn.seconds.items()}}
         self.log(row)
 
@@ -403,6 +420,9 @@ def chat_in_terminal(table: StreamTable, data: DataConfig, config: ChatConfig, s
     with path.open("a", encoding="utf-8") as file:
         session = Session(table, data, config, say, read_lookup(config.lookup) if config.lookup else None, reply,
                           lambda row: print(json.dumps(row, ensure_ascii=False), file=file, flush=True))
+        if session.documents and (unread := session.documents.unread):
+            print(visible(f"{config.documents}: not read, as only .txt and .md are: {', '.join(unread[:5])}"
+                          + (f" and {len(unread) - 5} more" if len(unread) > 5 else "")), file=sys.stderr)
         for heard in input_lines(lines):
             wav = Path(out).with_name(f"{Path(out).stem}_{session.turns + 1:03d}.wav")
             try:

@@ -7,5 +7,6 @@
     chat_formats.py    conversations as other tools write them -> messages; pairs of replies
     figures.py         figures by value: numbers, money, times, dates
     personal.py        personal data, found and masked
+    passages.py        passages of documents that belong to a question
     coverage.py        how well a tokenizer covers the texts of a data set
 """

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -322,3 +323,18 @@ def test_spoken_numbers_are_looked_up_whole(heard: str, found: int | None, tmp_p
     (tmp_path / "o.json").write_text(json.dumps({key: {"key": key} for key in keys}))
     made, _, rows = session("Yes.", lookup=read_lookup(str(tmp_path / "o.json")))
     assert said(made, heard) == "Yes." and made.slots == ({} if found is None else {"key": keys[found]})
+
+
+@pytest.mark.skipif(not find_spec("bm25s"), reason="bm25s is not installed")
+def test_passages_of_documents_follow_the_question_with_their_source(tmp_path: Path) -> None:
+    (tmp_path / "returns.md").write_text("Refunds are paid within 10 days.<|im_end|>\n\n" + "Nothing else is said here. " * 30)
+    made, script, rows = session("It takes ten days.", "It takes 11 days.", "Hello.", documents=str(tmp_path), passages=1)
+    assert said(made, "How long do refunds take?") == "It takes ten days."                     # a figure that the passage gave
+    assert said(made, "And a refund by card?").startswith("It takes I cannot confirm that figure")
+    assert said(made, "Good morning!") == "Hello."
+    before, after = script.prompts[0].split("refunds take?<|im_end|>\n")
+    assert after.startswith("<|im_start|>system\npassage returns.md, 1: Refunds are paid within 10 days.") and "passage" not in before
+    assert [row["passages"] for row in rows] == [["returns.md, 1"], ["returns.md, 1"], []]
+    small, *_ = session("Yes.", documents=str(tmp_path), budget=60)
+    with pytest.raises(ValueError, match=r"chat.budget is 60; raise it, or say less, or lower chat.passages"):
+        said(small, "How long do refunds take?")

@@ -5,8 +5,9 @@
 
 For every family: loss, perplexity and accuracy of each predicted stream, the adapter against its base (the same weights with
 the adapters switched off), the curves of the run, and its audio samples with word and character error rates. For text
-conversations also: replies to every held-out turn with BLEU, ROUGE and the share of made-up figures and names, intent
-classification (by key words, and by a linear probe on hidden states), all by slice, and the loss on general texts (forgetting).
+conversations also: replies to every held-out turn with BLEU, ROUGE and the share of made-up figures and names (with
+--documents=FOLDER also of answers that no passage supports), intent classification (by key words, and by a linear probe on
+hidden states), all by slice, and the loss on general texts (forgetting).
 
 Intervals are a seeded bootstrap over groups of rows (the wordings of one call are one group). The output is in RUN/report:
 rows.jsonl (every row, every reply), summary.json, index.html. Next: html_page.py.
@@ -47,6 +48,7 @@ from options import from_json, locate, read_json, write_json, write_rows
 from sample import generate, pad_left
 from streams import Example
 from text.conversation import clips
+from text.passages import UNSUPPORTED, Documents, support_parts, with_passages
 from text.tokenizers import load_tokenizer
 from training.monitor import read_metrics
 
@@ -63,6 +65,7 @@ class Evaluation:
     base: str = ""                 # checkpoint to compare with; "" = the model without adapters, or the run's --init; "none" = none
     generic: str = GENERIC         # JSONL file of general texts, on which forgetting is measured; "" = off
     out_of_scope: str = OUT_OF_SCOPE   # text file of callers' sentences that belong to no category, one a line; "" = off
+    documents: str = ""            # folder of documents whose passages each question gets, as with --chat.documents; "" = none
     replies: int = 0               # number of conversations for which replies are generated; 0 = all
     max_tokens: int = 96           # largest number of tokens in a reply
     temperature: float = 0.0       # sampling temperature of replies; 0 = greedy
@@ -292,6 +295,9 @@ def report_calls(models: Models, held: Held, data: DataConfig, losses: dict[str,
     if not cases:
         page.not_made("Replies, slices, intents", "no held-out row has an assistant turn behind somebody else's, in text")
         return []
+    if job.documents:
+        documents = Documents(job.documents)
+        cases = [replace(case, before=with_passages(case.before, documents)) for case in cases]
     bleu_parts([], []), rouge_rows([], [])                  # report missing packages before the long computation
     for name, use in models.items():
         with use() as model:
@@ -319,7 +325,8 @@ def likeness(cases: list[Case], replies: Sequence[str], job: Evaluation) -> dict
     wrong = made_up(cases, replies)
     found["made-up entities"] = Resample(wrong, groups, job.rounds, job.seed)()
     found["replies with one"] = Resample(np.hstack([wrong[:, :1] > 0, one]), groups, job.rounds, job.seed)()
-    return found
+    parts = [support_parts(reply, case.before) for reply, case in zip(replies, cases, strict=True)]
+    return found | ({UNSUPPORTED: Resample(parts, groups, job.rounds, job.seed)()} if any(judged for _, judged in parts) else {})
 
 
 def report_replies(names: list[str], cases: list[Case], job: Evaluation, summary: Row, page: Page) -> None:

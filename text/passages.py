@@ -114,3 +114,19 @@ def unsupported(reply: str, before: Sequence[dict[str, Any]]) -> bool | None:
         return None
     held = max(len(said & set(terms(passage))) / len(said) for passage in passages)
     return held < SUPPORT or bool(Known("\n".join(text_of(m["content"]) for m in before)).missing(reply))
+
+
+UNSUPPORTED = "answers no passage supports"
+
+
+def support_parts(reply: str, before: Sequence[dict[str, Any]]) -> tuple[int, int]:
+    """A reply in a count: 1 if no passage supports it, and 1 if that can be said."""
+    found = unsupported(reply, before)
+    return int(found is True), int(found is not None)
+
+
+def with_passages(before: Sequence[dict[str, Any]], documents: Documents) -> list[dict[str, Any]]:
+    """The messages before a reply with the passages on its question, which come last, as in chat."""
+    asked = next((text_of(m["content"]) for m in reversed(before) if m["role"] == "user"), "")
+    found = documents.find(asked)
+    return [*before, *([passage_turn(found)] if found else [])]

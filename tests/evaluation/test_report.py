@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from evaluation.metrics import bleu, rouge
 from evaluation.report import Case, Evaluation, made_up, perplexity, slices_of
 from lora import switched_off
 from options import apply, load_config, read_json
+from text.passages import UNSUPPORTED
 from training import sweep
 
 OPTIONS = ("--data.columns=160", "--batch_size=2", "--eval_every=0", "--save_every=0", "--steps=25", "--lr=1e-2", "--lora.dropout=0")
@@ -157,11 +159,17 @@ def test_a_repeat_gives_the_same_numbers_and_other_rows_can_be_named(run: Path, 
     assert (again / "index.html").read_text() == (told / "index.html").read_text()
     lines = (run.parent / "calls.jsonl").read_text().splitlines()
     (run.parent / "other.jsonl").write_text(lines[-1] + "\n")
-    other, out = evaluated(run, "other", f"--sources={run.parent}/other.jsonl", "--generic=", "--out_of_scope=")
+    (run.parent / "docs").mkdir()
+    (run.parent / "docs/a.md").write_text("What is a bill? When is it here? Nobody knows.")
+    documents = [f"--documents={run.parent}/docs"] if find_spec("bm25s") else []
+    other, out = evaluated(run, "other", f"--sources={run.parent}/other.jsonl", "--generic=", "--out_of_scope=", *documents)
     found = summary(other)
     assert found["rows"] == 1 and "forgetting" not in found and math.isnan(found["replies"]["run"]["BLEU-4"][1])
     assert len(found["intents"]["macro F1"]) == 3 and found["intents"]["training rows"] == 8        # those of the run itself
     assert "replies of run" in out
+    if documents:                                                                   # both references are about other things
+        assert found["replies"]["reference"][UNSUPPORTED][0] == 1 and UNSUPPORTED in (other / "index.html").read_text()
+    assert UNSUPPORTED not in summary(told)["replies"]["run"]
 
 
 def test_cells_and_curves() -> None:

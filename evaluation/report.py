@@ -5,9 +5,8 @@
 
 For every family: loss, perplexity and accuracy of each predicted stream, the adapter against its base (the same weights with
 the adapters switched off), the curves of the run, and its audio samples with word and character error rates. For text
-conversations also: replies to every held-out turn with BLEU, ROUGE and the share of made-up figures and names (with
---documents=FOLDER also of answers that no passage supports), intent classification (by key words, and by a linear probe on
-hidden states), all by slice, and the loss on general texts (forgetting).
+conversations also: replies to every held-out turn with BLEU, ROUGE, the shares of made-up figures and of answers without support,
+intent classification (by key words, and by a linear probe on hidden states), all by slice, and the loss on general texts.
 
 Intervals are a seeded bootstrap over groups of rows (the wordings of one call are one group). The output is in RUN/report:
 rows.jsonl (every row, every reply), summary.json, index.html. Next: html_page.py.
@@ -48,7 +47,7 @@ from options import from_json, locate, read_json, write_json, write_rows
 from sample import generate, pad_left
 from streams import Example
 from text.conversation import clips
-from text.passages import UNSUPPORTED, Documents, support_parts, with_passages
+from text.passages import UNSUPPORTED, adding_passages, support_parts
 from text.tokenizers import load_tokenizer
 from training.monitor import read_metrics
 
@@ -252,10 +251,10 @@ def report_losses(models: Models, held: Held, job: Evaluation, summary: Row, pag
 
 # ---- conversations ----
 
-def cases_of(held: Held, limit: int) -> list[Case]:
-    """Every assistant turn of the first `limit` conversations, with the messages before it."""
+def cases_of(held: Held, limit: int, add: Callable[[list[Row]], list[Row]]) -> list[Case]:
+    """Every assistant turn of the first `limit` conversations, with the messages before it and what `add` adds to them."""
     rows = [row for row in held.rows if row["messages"] and not any(clips(m["content"]) for m in row["messages"])]
-    return [Case(row, row["messages"][:n], str(m["content"])) for row in rows[: limit or None]
+    return [Case(row, add(row["messages"][:n]), str(m["content"])) for row in rows[: limit or None]
             for n, m in enumerate(row["messages"]) if m["role"] == "assistant" and n and row["messages"][n - 1]["role"] != "assistant"]
 
 
@@ -291,13 +290,10 @@ def slices_of(row: Row) -> list[str]:
 def report_calls(models: Models, held: Held, data: DataConfig, losses: dict[str, np.ndarray], job: Evaluation, summary: Row,
                page: Page) -> list[Row]:
     """Replies, slices and intents; -> a row for every reply."""
-    cases = cases_of(held, job.replies)
+    cases = cases_of(held, job.replies, adding_passages(job.documents))
     if not cases:
         page.not_made("Replies, slices, intents", "no held-out row has an assistant turn behind somebody else's, in text")
         return []
-    if job.documents:
-        documents = Documents(job.documents)
-        cases = [replace(case, before=with_passages(case.before, documents)) for case in cases]
     bleu_parts([], []), rouge_rows([], [])                  # report missing packages before the long computation
     for name, use in models.items():
         with use() as model:

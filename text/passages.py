@@ -10,7 +10,7 @@ or in what was said. That counts words, it does not understand them. Next: cover
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -125,8 +125,13 @@ def support_parts(reply: str, before: Sequence[dict[str, Any]]) -> tuple[int, in
     return int(found is True), int(found is not None)
 
 
-def with_passages(before: Sequence[dict[str, Any]], documents: Documents) -> list[dict[str, Any]]:
-    """The messages before a reply with the passages on its question, which come last, as in chat."""
-    asked = next((text_of(m["content"]) for m in reversed(before) if m["role"] == "user"), "")
-    found = documents.find(asked)
-    return [*before, *([passage_turn(found)] if found else [])]
+def adding_passages(folder: str) -> Callable[[list[dict[str, Any]]], list[dict[str, Any]]]:
+    """What gives the messages before a reply the passages of a folder on its question, last, as in chat; "" = nothing."""
+    documents = Documents(folder) if folder else None
+
+    def add(before: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        asked = next((text_of(m["content"]) for m in reversed(before) if m["role"] == "user"), "")
+        found = documents.find(asked) if documents else []
+        return [*before, *([passage_turn(found)] if found else [])]
+
+    return add

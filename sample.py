@@ -217,20 +217,18 @@ def answer_recording(job: Job, given: Collection[str]) -> None:
     """
     model, data = load_for_sampling(job)
     table, family = model.table, family_of(model.table)
-    if family.user_audio == "turns" and job.user:
-        tokenizer = load_tokenizer(data.tokenizer)
-        codec = fitting_codec(data.codec, table, tokenizer)
-        codes = encode(codec, user_side(job.user, codec.sample_rate, dialogue=False))
-        asked = {"role": "user", "content": [{"type": "audio", "audio_url": job.user}]}
-        prompt = lay_out(reply_example([asked], [codes], data, tokenizer, table, job.reply), table)[0]
-        job = replace(job, **usual_rules(table, given, model.extras))
-        return print_reply(generate(model, prompt, job), table, tokenizer, "" if job.reply == "text" else job.out, codec)
-    if family.user_audio != "duplex":
+    turns = family.user_audio == "turns" and bool(job.user)
+    if not turns and family.user_audio != "duplex":
         option, what = ("--user", "listens") if job.user else ("--prompt", "hears both sides at once")
         raise ValueError(f"{option} needs a model that {what}, {job.ckpt} is a {family.name} model; give it --text")
     job = replace(job, **usual_rules(table, given, model.extras))
     tokenizer = load_tokenizer(data.tokenizer)
     codec = fitting_codec(data.codec, table, tokenizer)
+    if turns:
+        codes = encode(codec, user_side(job.user, codec.sample_rate, dialogue=False))
+        asked = {"role": "user", "content": [{"type": "audio", "audio_url": job.user}]}
+        prompt = lay_out(reply_example([asked], [codes], data, tokenizer, table, job.reply), table)[0]
+        return print_reply(generate(model, prompt, job), table, tokenizer, "" if job.reply == "text" else job.out, codec)
     persona = make_persona(data.system if family.persona else job.system or "", job.ref, codec, tokenizer, table)
     before, user, wav = conversation_input(job, codec, tokenizer, table, data)
     job = replace(job, max_frames=round(job.seconds * codec.frame_rate))

@@ -15,18 +15,15 @@ the margin sums over all streams.
 """
 
 from dataclasses import replace
+from pathlib import Path
 
 from config import DpoConfig, TrainConfig
 from corpus.data_config import DataConfig
-from families.family import with_tokenizer_ids
 from families.qwen import QWEN2_5_1_5B
-from layers.architecture import ModelConfig, StackConfig
 from lora import LoraConfig
-from streams import Stream, StreamTable
-from text.tokenizers import load_tokenizer
+from options import run_config
 
 BASE = "models/ivr_qwen"
-TINY = "assets/tiny_qwen_tokenizer.json"
 ATTENTION = ("attn.q", "attn.k", "attn.v", "attn.o")
 
 config = TrainConfig(
@@ -37,11 +34,8 @@ config = TrainConfig(
     lr=5e-5, schedule="linear", warmup=5, warmup_offset=1, betas=(0.9, 0.999), weight_decay=0.0, clip=1.0,
     dtype="auto", seed=42, eval_every=10, patience=3, save_every=10, keep=2, log_every=1)
 
-table = with_tokenizer_ids(StreamTable((Stream("text", "text", 544, 544),), "qwen2", stop=(0, 0)),
-                           load_tokenizer(TINY))
-tiny = ModelConfig(
-    table, StackConfig(dim=96, layers=2, heads=6, kv_heads=2, ffn=192, norm_eps=1e-6, rope_theta=1e6, qkv_bias=True), tied=True)
+before = run_config(Path(__file__).with_name("ivr_qwen.py"), "smoke")       # the same tiny model
 smoke = replace(
-    config, model=tiny, init="", out="out/smoke_ivr_dpo", epochs=0, steps=20, batch_size=2, accum=1, lr=3e-3, warmup=2,
-    lora=replace(config.lora, targets=(*ATTENTION, "ffn.*")), data=replace(config.data, tokenizer=TINY, columns=768),
+    config, model=before.model, init="", out="out/smoke_ivr_dpo", epochs=0, steps=20, batch_size=2, accum=1, lr=3e-3, warmup=2,
+    lora=replace(config.lora, targets=(*ATTENTION, "ffn.*")), data=replace(config.data, tokenizer=before.data.tokenizer, columns=768),
     eval_every=10, patience=0, save_every=10, dtype="fp32")

@@ -179,6 +179,7 @@ def require(about: About, allowed: dict[str, tuple[Any, ...]]) -> None:
             raise ValueError(f"config.json has {key} = {about[key]!r}, supported is only {' or '.join(map(repr, values))}")
 
 
+SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")      # of rope_type llama3
 FIXED = {"attention_bias": (False,), "mlp_bias": (False,), "use_sliding_window": (False, None), "quantization_config": (None,)}
 
 
@@ -187,21 +188,20 @@ def llama(about: About, layers: int, eps: float, **more: Any) -> StackConfig:
     require(about, FIXED)
     rope = about.get("rope_parameters") or about.get("rope_scaling") or {}
     require({"rope_type": rope.get("rope_type", rope.get("type", "default"))}, {"rope_type": ("default", "llama3")})
-    scaling = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     heads, dim = about["num_attention_heads"], about["hidden_size"]
     kv, head = about.get("num_key_value_heads") or heads, about.get("head_dim") or 0
     return StackConfig(
         dim=dim, layers=layers, heads=heads, kv_heads=kv if kv != heads else 0, head_dim=head if head * heads != dim else 0,
         ffn=about["intermediate_size"], activation=about.get("hidden_act", "silu"), norm_eps=about.get("rms_norm_eps", eps),
         rope_theta=float(rope.get("rope_theta", about.get("rope_theta", 10000.0))),
-        rope_scaling=tuple(float(rope[key]) for key in scaling) if "factor" in rope else (), **more)
+        rope_scaling=tuple(float(rope[key]) for key in SCALING) if "factor" in rope else (), **more)
 
 
 def write_llama(c: ModelConfig, layers: int, dtype: str) -> About:
     """The fields that every transformers config of a Llama-like stack has, in the way that old and new versions read."""
     s = c.temporal
-    names = ("rope_type", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    scaling = dict(zip(names, ("llama3", *s.rope_scaling[:3], int(s.rope_scaling[3])), strict=True)) if s.rope_scaling else None
+    factors = zip(SCALING, (*s.rope_scaling[:3], *map(int, s.rope_scaling[3:])), strict=False)
+    scaling = {"rope_type": "llama3", **dict(factors)} if s.rope_scaling else None
     return {"hidden_size": s.dim, "intermediate_size": s.ffn, "num_hidden_layers": layers, "num_attention_heads": s.heads,
             "num_key_value_heads": s.kv, "head_dim": s.head, "hidden_act": s.activation, "rms_norm_eps": s.norm_eps,
             "rope_theta": s.rope_theta, "rope_scaling": scaling, "tie_word_embeddings": c.tied, "vocab_size": c.table.streams[0].vocab,

@@ -5,14 +5,15 @@
     activations   counted: the real code reads a chunk of a prompt with tensors without memory (FakeTensorMode)
 
 Nothing is estimated from formulas of the architecture: what the code would allocate is added up while it lives. What libraries
-keep for themselves (a CUDA context is half a GiB) is not in it. tests/training/test_plan.py compares it with measured peaks.
+keep for themselves is not in it: a CUDA context (half a GiB), freed blocks that glibc keeps on a CPU (up to a fifth of a small
+model; MALLOC_MMAP_THRESHOLD_=131072 gives them back). tests/training/test_plan.py compares it with measured peaks.
 """
 
 import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -47,12 +48,13 @@ def typical_batch(table: StreamTable, batch: int, columns: int) -> tuple[Tensor,
 
 
 class Tally(TorchDispatchMode):
-    """Adds up the bytes of what operations make, as long as it lives. A question about values is answered with 1."""
+    """Adds up the bytes of what operations make, as long as it lives; views of what a model holds are nothing new. A question about
+    values is answered with 1."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module | None = None) -> None:
         super().__init__()
         self.now = self.most = 0
-        self.known: dict[int, Any] = {}
+        self.known: dict[int, Any] = {t.untyped_storage()._cdata: None for t in (held_tensors(model) if model is not None else ())}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple[Any, ...] = (), options: dict | None = None) -> Any:
         if function is torch.ops.aten._local_scalar_dense.default:
@@ -120,16 +122,29 @@ class Need:
     averages: int = 0
     activations: int = 0            # what a step, or reading a prompt, adds at its peak
     cache: int = 0                  # of one conversation
+    gathered: int = 0               # weights that a rank of --shard holds whole at a time
+    copied: int = 0                 # of them, what FSDP2 has twice while it gathers: the weights outside the blocks
 
     @property
     def total(self) -> int:
         return self.weights + self.gradients + self.optimizer + self.averages + self.activations + self.cache
 
+    def shared(self, ranks: int) -> "Need":
+        """The same where weights, and what belongs to them, are cut among ranks. Nothing is copied when activations are at their peak."""
+        if ranks == 1:
+            return self
+        return replace(self, weights=self.weights // ranks + self.gathered, gradients=self.gradients // ranks,
+                       optimizer=self.optimizer // ranks, averages=self.averages // ranks, activations=max(self.activations, self.copied))
+
+
+def held_tensors(model: nn.Module) -> list[Tensor]:
+    """The weights and buffers of a model, those of its text tower too; each once."""
+    tower = [] if getattr(model, "tower", None) is None else [model.tower.body]
+    return list({id(t): t for m in (model, *tower) for t in (*m.parameters(), *m.buffers())}.values())
+
 
 def held(model: nn.Module) -> int:
-    tower = [] if getattr(model, "tower", None) is None else [model.tower.body]
-    found = {id(t): t.nbytes for m in (model, *tower) for t in (*m.parameters(), *m.buffers())}
-    return sum(found.values())
+    return sum(t.nbytes for t in held_tensors(model))
 
 
 def need_of_sampling(config: ModelConfig, dtype: torch.dtype, device: str, columns: int, batch: int = 1, quantize: str = "") -> Need:
@@ -140,7 +155,7 @@ def need_of_sampling(config: ModelConfig, dtype: torch.dtype, device: str, colum
     with shapes_only(), torch.no_grad():
         model = build(config, None, eight, dtype, device).requires_grad_(False).eval()
         every, weights = sum(p.numel() for p in model.parameters()), held(model)
-        with Tally() as tally:
+        with Tally(model) as tally:
             cache = model.cache(batch, columns)
             room = tally.now
             tokens = torch.empty(batch, len(config.table), min(columns, 256), dtype=torch.long, device=device)

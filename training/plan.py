@@ -1,4 +1,5 @@
-"""What a run needs in memory, before anything is loaded: `train.py configs/X.py --plan`, `--plan=24GB`, `--plan --ranks=8`.
+"""What a run needs in memory, before anything is loaded: `train.py configs/X.py --plan`, `--plan=24GB`, `--plan --ranks=8`; and
+what of all recipes runs on which card: `train.py --plan=table`, whose output is in BENCHMARKS.md.
 
     weights       what is frozen in the compute type or in 8 bits, what is trained in fp32, shared out among the ranks of --shard
     gradients     4 bytes a trained parameter, AdamW 8, averaged weights 4
@@ -11,19 +12,23 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from checkpoint import DTYPES
-from generation.plan import Need, Tally, build, gib, held, lines, parse_size, shapes_only, typical_batch
+from generation.plan import GIB, Need, Tally, build, gib, held, lines, parse_size, shapes_only, typical_batch
 from kernels.choice import has_bf16
 from layers.batch_plan import make_plan
 from layers.int8_base import quantizable
 from lora import LoraConfig, trained_parameters, within
 from model import Block, MultistreamLM
-from options import load_config
+from options import CONFIGS, load_config, run_config
+
+CARDS = (16, 24, 48, 80)        # GB
+RANKS = (1, 2, 4, 8, 16, 32, 64)
 
 
 def held_types(model: nn.Module, config: LoraConfig | None, rates: Sequence[tuple[str, float]], quantize: str) -> dict[str, torch.dtype]:
@@ -55,7 +60,7 @@ def need_of_training(config: Any, dtype: torch.dtype, device: str, ranks: int = 
                        audio_rows=shadow(plan.audio_rows), runs=plan.runs and plan.runs.to(device))
         inputs, scale = [shadow(t) for t in batch], torch.ones(len(config.model.table), device=device)
         autocast = torch.autocast(device, dtype) if dtype != torch.float32 else nullcontext()
-        with Tally() as tally:
+        with Tally(model) as tally:
             for _ in range(min(config.accum, 2)):
                 with autocast:
                     sums = model(*inputs, plan=plan, scale=scale, z_loss=config.loss.z_loss)
@@ -64,13 +69,15 @@ def need_of_training(config: Any, dtype: torch.dtype, device: str, ranks: int = 
     step = max(0, tally.most - 4 * count)                  # the gradients are counted on their own
     if config.dpo is not None:
         step *= 2                                          # both replies of a pair
-    shared = ranks if config.shard else 1
-    gathered = 0
-    if shared > 1:                                         # two blocks are whole at a time, and what is in no block
-        blocks = [sum(p.numel() for p in m.parameters()) for m in model.modules() if isinstance(m, Block)]
-        gathered = (every - sum(blocks) + 2 * max(blocks)) * dtype.itemsize
-    return Need(every, count, weights_held // shared + gathered, 4 * count // shared, 8 * count // shared,
-                4 * count // shared if config.ema else 0, step)
+    # of shards, two blocks are whole at a time, and what is in no block
+    def whole(module: nn.Module) -> int:
+        return sum(p.numel() * min(p.itemsize, dtype.itemsize) for p in module.parameters())
+
+    blocks = [whole(m) for m in model.modules() if isinstance(m, Block)]
+    copied = whole(model) - sum(blocks)
+    need = Need(every, count, weights_held, 4 * count, 8 * count, 4 * count if config.ema else 0, step,
+                gathered=copied + 2 * max(blocks), copied=copied)
+    return need.shared(ranks if config.shard else 1)
 
 
 def changes(config: Any) -> list[tuple[str, Any]]:
@@ -109,11 +116,48 @@ def plan_training(config: Any, dtype: torch.dtype, device: str, ranks: int, card
         total = need_of_training(changed, dtype, device, ranks).total
         if total <= room:
             return [*report, f"fits with {' '.join(done)}: {gib(total)}"]
-    for more in (2, 4, 8, 16, 32, 64) if config.lora is None else ():
-        total = need_of_training(replace(config, shard=True), dtype, device, more * ranks).total
+    whole = need_of_training(replace(config, shard=False), dtype, device) if config.lora is None else None
+    for more in (2, 4, 8, 16, 32, 64) if whole else ():
+        total = whole.shared(more * ranks).total
         if total <= room:
             return [*report, f"fits with --shard=true on {more * ranks} ranks: {gib(total)} on each"]
     return [*report, "no change that this code knows makes it fit; lower --data.columns or take a smaller model"]
+
+
+# ---- the table of all recipes: train.py --plan=table ----
+
+def recipes() -> list[Path]:
+    """A config for each released model that configs/ trains: the one with adapters, or else its own."""
+    found = [(path, run_config(path)) for path in sorted(CONFIGS.glob("*.py"))]
+    found = [(path, c) for path, c in found if getattr(c, "init", "") and not c.dpo]
+    found.sort(key=lambda one: one[1].lora is None)
+    return [path for n, (path, c) in enumerate(found) if all(c.model != other.model for _, other in found[:n])]
+
+
+def table_row(path: Path) -> str:
+    """What one recipe needs with a row a step and everything recomputed, and what of it runs on each card."""
+    config = run_config(path)
+    config = replace(config, model=replace(config.model, checkpoint=4), batch_size=1, accum=1, shard=False)
+    name, small = ("LoRA", replace(config, quantize="int8")) if config.lora else ("the recipe", config)
+    ways = config, small, replace(small, lora=None, quantize="", rates=())
+    own, eight, every = (need_of_training(way, torch.bfloat16, "cpu") for way in ways)
+
+    def on_ranks(need: Need, card: int) -> str:
+        ranks = next((n for n in RANKS if need.shared(n).total <= card * 10**9), 0)
+        return "" if ranks == 1 else f" on {ranks} cards" if ranks else " on more cards"
+
+    def runs(card: int) -> str:
+        first = f"{name}, int8 base" if eight.total <= card * 10**9 < own.total else name + on_ranks(own, card)
+        return f"{first}; full{on_ranks(every, card)}"
+
+    sizes = " | ".join(f"{need.total / GIB:.1f}" for need in (own, eight, every))
+    return f"| {path.stem}, {config.data.columns} columns | {every.parameters / 1e9:.2f} | {sizes} | {' | '.join(map(runs, CARDS))} |"
+
+
+def table(paths: Sequence[Path]) -> list[str]:
+    """What runs on which card, as a table in Markdown."""
+    head = ["configs/", "10^9 parameters", "LoRA or recipe, GiB", "int8 base, GiB", "full, GiB", *(f"{card} GB" for card in CARDS)]
+    return [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *map(table_row, paths)]
 
 
 def computed_type(config: Any, kind: str) -> torch.dtype:
@@ -122,8 +166,12 @@ def computed_type(config: Any, kind: str) -> torch.dtype:
 
 
 def main(words: list[str], usage: str) -> None:
-    """`train.py configs/X.py --plan[=CARD] [--ranks=N]`; for a card "auto" means bf16."""
+    """`train.py configs/X.py --plan[=CARD] [--ranks=N]`, for a card "auto" means bf16; `train.py --plan=table` for all recipes."""
     own = {key: value for key, _, value in (word.partition("=") for word in words) if key in ("--plan", "--ranks")}
+    if own["--plan"] == "table":
+        if words != ["--plan=table"]:
+            raise ValueError(f"--plan=table is a table of all recipes and takes no other word, not {' '.join(words)}; see --plan=24GB")
+        return print(*table(recipes()), sep="\n")
     config = load_config([word for word in words if word.partition("=")[0] not in own], usage, kind="TrainConfig")
     kind = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if not own.get("--ranks", "1").isdecimal() or own.get("--ranks") == "0":

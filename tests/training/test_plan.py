@@ -1,6 +1,7 @@
 """--plan: what it promises is what a step takes, at three sizes; and the words around it."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -71,7 +72,8 @@ print(json.dumps([need_of_training(config, torch.float32, "cpu").total, measured
     {"dim": 768, "layers": 6, "words": 16000, "columns": 1024, "checkpoint": 0, "lora": True},
     {"dim": 896, "layers": 6, "words": 8000, "columns": 640, "checkpoint": 4, "lora": False}], ids=["full", "lora", "recomputed"])
 def test_the_peak_of_a_step_is_the_one_that_was_planned(case: dict, tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", STEP, json.dumps(case), str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", STEP, json.dumps(case), str(tmp_path)], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"})      # else glibc keeps blocks that were freed
     assert done.returncode == 0, done.stderr
     planned, measured = json.loads(done.stdout.splitlines()[-1])
     assert measured > 400 << 20 and abs(planned / measured - 1) < 0.15, (planned / 2**20, measured / 2**20, planned / measured)
@@ -98,8 +100,8 @@ def test_sizes_are_read_and_others_refused() -> None:
 def test_train_says_what_it_needs_and_what_makes_it_fit() -> None:
     rc, out, err = call("train.py", "configs/tiny.py", "--plan")
     assert rc == 0 and "parameters" in out and "AdamW" in out and "activations" in out, err
-    rc, out, err = call("train.py", "configs/ivr_qwen.py", "--plan=5GB", "--ranks=2")
-    assert rc == 0 and all(words in out for words in ("does not fit 5GB", "fits with", "--quantize=int8", "on each of 2 ranks")), out + err
+    rc, out, err = call("train.py", "configs/ivr_qwen.py", "--plan=3GB", "--ranks=2")
+    assert rc == 0 and all(words in out for words in ("does not fit 3GB", "fits with", "--quantize=int8", "on each of 2 ranks")), out + err
     rc, out, err = call("train.py", "configs/tiny.py", "--plan=huge")
     assert rc == 2 and "is no size" in err
 

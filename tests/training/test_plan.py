@@ -15,7 +15,7 @@ from checkpoint import save
 from generation.plan import Tally, config_of, parse_size
 from model import MultistreamLM
 from options import run_config
-from training.plan import changes, need_of_training
+from training.plan import changes, need_of_training, recipes, table
 
 STEP = """
 import json, sys, torch
@@ -104,6 +104,18 @@ def test_train_says_what_it_needs_and_what_makes_it_fit() -> None:
     assert rc == 0 and all(words in out for words in ("does not fit 3GB", "fits with", "--quantize=int8", "on each of 2 ranks")), out + err
     rc, out, err = call("train.py", "configs/tiny.py", "--plan=huge")
     assert rc == 2 and "is no size" in err
+
+
+@pytest.mark.slow
+def test_the_table_in_benchmarks_is_what_the_command_prints(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row is counted again here, all of them by `train.py --plan=table`."""
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "BENCHMARKS.md").read_text()
+    head, line, row = table([ROOT / "configs/ivr_qwen.py"])
+    rows = text.partition(f"{head}\n{line}\n")[2].partition("\n\n")[0].splitlines()
+    assert row in rows and [row.split(",")[0] for row in rows] == [f"| {path.stem}" for path in recipes()]
+    rc, _, err = call("train.py", "configs/tiny.py", "--plan=table")
+    assert rc == 2 and "takes no other word" in err
 
 
 def test_sample_says_what_it_needs(tmp_path: Path) -> None:

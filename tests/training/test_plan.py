@@ -113,7 +113,8 @@ def test_the_table_in_benchmarks_is_what_the_command_prints(monkeypatch: pytest.
     text = (ROOT / "BENCHMARKS.md").read_text()
     head, line, row = table([ROOT / "configs/ivr_qwen.py"])
     rows = text.partition(f"{head}\n{line}\n")[2].partition("\n\n")[0].splitlines()
-    assert row in rows and [row.split(",")[0] for row in rows] == [f"| {path.stem}" for path in recipes()]
+    names, known = [row.split(",")[0] for row in rows], [f"| {path.stem}" for path in recipes()]
+    assert row in rows and names == known, ("write the output of python train.py --plan=table into BENCHMARKS.md", row, names, known)
     rc, _, err = call("train.py", "configs/tiny.py", "--plan=table")
     assert rc == 2 and "takes no other word" in err
 

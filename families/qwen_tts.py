@@ -9,7 +9,8 @@ instruction stands before as a turn of the user. With a reference its text stand
 `streaming=1` puts the text over the codes instead, which the official script calls streaming mode: t0 over bos, t1 over a0, ..., then
 tts_eos and pad; `TextFeed` fills it in while sampling. What prompts hold is `table.choice`: language=english,speaker=vivian.
 The speaker is an id of codebook 0, whose embedding is the voice: one of the list, or row 3000, into which `tuned_voice` writes
-the vector of a recording (audio/ecapa.py). A tuned model is of the type custom_voice, as the official script writes it.
+the vector of a recording (audio/ecapa.py). A tuned model is of the type custom_voice, as the official script writes it. Official
+cloning has both that vector and the reference in front: add-voice, then --ref.
 
 The loss of the official script: the mean of the first codebook plus 0.3 times the mean of the others. Its three faults
 (QwenLM/Qwen3-TTS issue 371) cannot arise here, as no code shifts but model.py: the talker learnt frame j + 2, the depth

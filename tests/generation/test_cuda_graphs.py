@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import ROOT
 from tables import CONFIGS, END, example, random_ids
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.peers import build
-from families.family import lay_out
+from families.family import family_of, lay_out
 from families.tiny import WordFeed
 from generation.cuda_graphs import GraphRunner, why_not
 from generation.decode_step import ColumnKind, DecodeStep, SampleConfig
@@ -20,6 +21,7 @@ from generation.turns import FREE
 from layers.int8_base import quantize
 from lora import LoraConfig, inject, merge
 from model import MultistreamLM
+from options import run_config
 from sample import generate, pad_left
 from streams import Example
 
@@ -176,6 +178,19 @@ def test_words_are_fed_on_the_device_and_users_are_told_ahead(tapes: list[Tape])
     assert len(tapes) == 2
     both(moshi, start, rules, lambda: UserFeed(user.flip(-1), moshi.table, True))                   # who talks next finds the graph there
     assert len(tapes) == 2
+
+
+def test_text_that_a_prompt_has_left_is_fed_on_the_device(tapes: list[Tape]) -> None:
+    """A prefix depth transformer with heads of two sizes, a penalty of its own codes, text that is only read."""
+    torch.manual_seed(5)
+    model = MultistreamLM(run_config(ROOT / "configs/qwen_tts.py", "smoke").model).eval()
+    start = torch.full((2, 9, 4), -1)
+    start[:, 0], start[:, 1], start[1, :, 0] = 70, torch.tensor([263, 264, 265, 270]), -1
+    rules = SampleConfig(temperature=0.9, top_k=50, repetition_penalty=1.3, max_frames=20)
+    texts = [torch.tensor([65, 66, 67]), torch.tensor([68])]
+    both(model, start, rules, lambda: family_of(model.table).feed(texts, model.table))
+    both(model, start, rules)
+    assert tapes
 
 
 @pytest.mark.parametrize("name", ["dual", "duplex", "tails", "depth", "qwen"])

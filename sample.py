@@ -33,7 +33,7 @@ from generation import cuda_graphs
 from generation.command_line import Job, load_for_sampling, pair_voices, sayable, usual_rules
 from generation.conversation import ChatConfig, chat_in_terminal
 from generation.decode_step import Feed, SampleConfig, completed_frame
-from generation.dialogue import Persona, UserFeed, behind, conversation_input, make_persona, user_rows, user_side, write_reply
+from generation.dialogue import Persona, UserFeed, behind, conversation_input, make_persona, pauses, user_rows, user_side, write_reply
 from generation.plan import plan_sampling
 from generation.reply_stream import print_reply
 from generation.turns import advance, close_fed, start_state
@@ -171,13 +171,15 @@ def pad_left(grids: Sequence[Tensor]) -> Tensor:
 
 
 def reply(model: MultistreamLM, user: Tensor | None, config: SampleConfig, skip_first_frame: bool = False, conditions: Tensor | None = None,
-          given: Tensor | None = None, before: Tensor | None = None, persona: Persona | None = None) -> Tensor:
+          given: Tensor | None = None, before: Tensor | None = None, persona: Persona | None = None,
+          ends: tuple[int, int] | None = None) -> Tensor:
     """Talk with a recorded user: hear codes (B, Q, T) frame by frame.   -> frames (B, K, T), both sides and the text
 
     `before` (B, K, t) are the first frames of all rows: the model goes on from there, and `user` is None when it speaks
     for both (max_frames says how long). `conditions` (C, 1) or (B, C, 1) are the ids of the condition rows, `given` as in
     `generate`. `skip_first_frame`: as the official generator, which skips the first frame and yields fewer. Behind a
-    `persona` that is one of its own frames, and what is heard after it comes whole.
+    `persona` that is one of its own frames, and what is heard after it comes whole. `ends`: frames that the user speaks, and the text
+    id that ends the reply after them.
     """
     table, lag, first, inputs = model.table, max(model.table.delays), 0, None
     if persona is not None:
@@ -195,8 +197,12 @@ def reply(model: MultistreamLM, user: Tensor | None, config: SampleConfig, skip_
         feed, columns = UserFeed(user, table, skip_first_frame, prompt.shape[-1]), user.shape[-1] - before.shape[-1]
         columns += lag * (not skip_first_frame)
     made = generate(model, prompt, replace(config, max_frames=columns), feed, given, inputs=inputs)
-    bar = tqdm(made, total=columns, unit="frame", disable=None)
-    return torch.cat([before[..., : max(before.shape[-1] - lag, 0)], torch.stack([frame.cpu() for frame in bar], dim=-1)], -1)[..., first:]
+    frames: list[Tensor] = []
+    for frame in tqdm(made, total=columns, unit="frame", disable=None):
+        frames.append(frame.cpu())
+        if ends is not None and len(frames) > ends[0] - lag and bool((frames[-1][:, 0] == ends[1]).all()):
+            break
+    return torch.cat([before[..., : max(before.shape[-1] - lag, 0)], torch.stack(frames, dim=-1)], -1)[..., first:]
 
 
 # ---- the command line ----
@@ -232,8 +238,9 @@ def answer_recording(job: Job, given: Collection[str]) -> None:
     persona = make_persona(data.system if family.persona else job.system or "", job.ref, codec, tokenizer, table)
     before, user, wav = conversation_input(job, codec, tokenizer, table, data)
     job = replace(job, max_frames=round(job.seconds * codec.frame_rate))
-    frames = reply(model, user, job, job.skip_first_frame, before=before, persona=persona)[0]       # (K, T)
-    print(write_reply(job.out, frames, None if job.prompt else wav, codec, tokenizer, table))
+    ends = (int(-(-wav.shape[1] * codec.frame_rate // codec.sample_rate)), family.ends) if job.user and family.ends is not None else None
+    frames = reply(model, user, job, job.skip_first_frame, before=before, persona=persona, ends=ends)[0]       # (K, T)
+    print(write_reply(job.out, frames, None if job.prompt else wav, codec, tokenizer, table, pauses(model, frames)))
 
 
 def speak_texts(job: Job, texts: list[str], voices: Sequence[tuple[str, str]] = (), given: Collection[str] = ()) -> None:

@@ -20,10 +20,22 @@ from options import read_json, write_text
 from streams import StreamTable, delay
 from text.normalisers import normalise
 from text.tokenizers import Tokenizer
-from text.word_times import MAIN, Alignment, as_json, check_length, interleave, row_words, timed_transcript, timed_words, tokenise
+from text.word_times import (
+    MAIN,
+    Alignment,
+    as_json,
+    bounded_words,
+    check_length,
+    interleave,
+    row_words,
+    timed_transcript,
+    timed_words,
+    tokenise,
+)
 
 LOUDNESS = -24.0            # dB of full scale, root mean square, to which the voice of a role is brought
-BEHIND = 3.5                # seconds of silence appended to a recording for speech to text: words come up to 2.5 s late
+BEHIND = 3.5                # seconds of silence behind a recording for speech to text that does not say how late its words come
+PAUSE = 2, 0                # the extra head and its class that tell that a speaker pauses
 
 
 def user_rows(table: StreamTable) -> list[int]:
@@ -117,19 +129,44 @@ def conversation_input(job: Any, codec: Any, tokenizer: Tokenizer, table: Stream
     """The input of a conversation: frames (1, K, t) of the dialogue job.prompt or None; the user's codes (1, Q, T) from its
     beginning on, None if the model generates both sides; the user's wav (1, W): job.user, or job.seconds of silence."""
     wav = user_side(job.user, codec.sample_rate) if job.user else torch.zeros(1, round(job.seconds * codec.sample_rate))
+    hop = round(codec.sample_rate / codec.frame_rate)
     if not table.audio_out:
-        wav = torch.nn.functional.pad(wav, (0, round(BEHIND * codec.sample_rate)))
+        front, back = table.timing.around
+        wav = torch.nn.functional.pad(wav, (front * hop, -wav.shape[1] % hop + back * hop if back else round(BEHIND * codec.sample_rate)))
     before, heard = dialogue_prompt(job.prompt, codec, tokenizer, table, data)[None] if job.prompt else None, user_rows(table)
     if not job.user and heard[0] in table.audio_out:
         return before, None, wav
+    over = family_of(table).ends is not None and bool(job.user)
+    still = -wav.shape[1] % hop + round(job.seconds * codec.frame_rate) * hop if over else 0
     with torch.inference_mode():
-        codes = codec.encode(wav[None]).clone().cpu()
+        codes = codec.encode(torch.nn.functional.pad(wav, (0, still))[None]).clone().cpu()
+    if over:                                                    # a column of start ids says so, then there is silence
+        T = -(-wav.shape[1] // hop)
+        codes = torch.cat([codes[..., :T], table.column("start", heard)[None], codes[..., T:]], -1)
     return before, codes if before is None else torch.cat([before[:, heard], codes], -1), wav
 
 
-def write_reply(out: str | Path, frames: Tensor, user: Tensor | None, codec: Any, tokenizer: Tokenizer, table: StreamTable) -> str:
+@torch.inference_mode()
+def pauses(model: Any, frames: Tensor, chunk: int = 256) -> list[float]:
+    """How probable it is in each frame of (K, T) that the speaker pauses; [] where the model has no head for it."""
+    head, kind = PAUSE
+    if model.config.extra_heads <= head:
+        return []
+    table, device, found = model.table, model.text_head.weight.device, []
+    grid = delay(frames, table.delays, table.column("start"))[None, :, :-1].to(device)
+    cache, places = model.cache(1, grid.shape[2]), torch.arange(grid.shape[2], device=device)[None]
+    for columns, at in zip(grid.split(chunk, -1), places.split(chunk, -1), strict=True):
+        found.append(model.extra_odds(model.hidden(columns, at, cache=cache)[0])[0, head, :, kind].cpu())
+    return torch.cat(found).tolist()
+
+
+def write_reply(out: str | Path, frames: Tensor, user: Tensor | None, codec: Any, tokenizer: Tokenizer, table: StreamTable,
+                paused: Sequence[float] = ()) -> str:
     """Write a conversation, frames (K, T), as a stereo wav: left the agent, right `user` (1, W) or the decoded user rows. Beside it:
-    the words as .txt, and the text row with word alignments (Moshi's format) as .json. Returns a line about what was written."""
+    the words as .txt, and the text row with word alignments (Moshi's format) as .json. Returns a line about what was written.
+
+    Of a recogniser the words have the times of the recording, and `paused` is what `pauses` says.
+    """
     rows, text, rate, pads = table.audio, frames[0], codec.frame_rate, (table.pad, table.epad)
     sides = [table.audio_out[: codec.num_codebooks], [] if user is not None else rows[len(rows) // 2 :]]
     wavs = [codec.decode(frames[None, side].clamp(max=codec.codebook_size - 1))[0].cpu() for side in sides if side]
@@ -138,8 +175,11 @@ def write_reply(out: str | Path, frames: Tensor, user: Tensor | None, codec: Any
     wavs = [torch.nn.functional.pad(wav, (0, length - wav.shape[1])) for wav in wavs]
     if len(wavs) == 2:                                                           # a speech-to-text model has no audio to write
         save_wav(out, torch.cat(wavs), codec.sample_rate)
-    row = {"alignments": as_json(timed_words(text, tokenizer, rate, *pads)), "frame_rate": rate, "text": text.tolist(), "pads": list(pads)}
-    for suffix, written in ((".txt", timed_transcript(text, tokenizer, rate, *pads)), (".json", json.dumps(row, ensure_ascii=False))):
+    late = table.timing.silence - min(0.0, table.timing.lead)
+    words = bounded_words(text, tokenizer, rate, *pads, late) if late else timed_words(text, tokenizer, rate, *pads)
+    row = {"alignments": as_json(words), "frame_rate": rate, "text": text.tolist(), "pads": list(pads)}
+    row |= {"pauses": [round(p, 3) for p in paused]} if paused else {}
+    for suffix, written in ((".txt", timed_transcript(text, tokenizer, rate, *pads, late)), (".json", json.dumps(row, ensure_ascii=False))):
         write_text(Path(out).with_suffix(suffix), written)
     seconds, txt = frames.shape[1] / rate, Path(out).with_suffix(".txt")
     return f"{out}: {seconds:.1f} s, left the model; its words are in {txt.name} beside it" if len(wavs) == 2 else f"{txt}: {seconds:.1f} s"

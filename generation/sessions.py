@@ -22,7 +22,7 @@ from torch import Tensor
 from families.family import closings, family_of
 from generation.cuda_graphs import capture, why_not
 from generation.decode_step import ColumnKind, DecodeStep, Rules, SampleConfig, SamplingNoise, column_kind, completed_frame
-from generation.dialogue import user_rows
+from generation.dialogue import PAUSE, user_rows
 from generation.turns import FREE, ItemState, advance, close_fed, required_ids, start_state, with_endings
 from kernels.attention import KVCache
 from kernels.sample import MIX2
@@ -273,6 +273,13 @@ class SessionBatch:
         for slot in running:
             self.lengths[slot] += 1
         return {} if frame is None else {slot: frame[slot] for slot in real if bool((frame[slot] >= 0).any())}
+
+    def pauses(self) -> list[float]:
+        """How probable it is in the column that was drawn last that the speaker of each row pauses; [] without a head for it."""
+        head, kind = PAUSE
+        if self.model.config.extra_heads <= head:
+            return []
+        return self.model.extra_odds(self.decode_step.h[0][:, -1:])[: self.slots, head, 0, kind].tolist()
 
     def next_given(self) -> Tensor | None:
         """What is known of the next column of the rows (B, K), FREE elsewhere; None of none."""

@@ -4,7 +4,8 @@
              1 audio       Ogg/Opus, one continuous mono stream each way; with ?format=pcm16 little-endian samples instead
              2 text        UTF-8, a piece of what the agent says, blanks included
              3 control     ignored      5 error   UTF-8, then the connection is closed
-             4 metadata    JSON: {"queue": 2}, {"sample_rate": 16000, ...}, {"late_frames": 3, ...}
+             4 metadata    JSON: {"queue": 2}, {"sample_rate": 16000, ...}, {"late_frames": 3, ...}; of speech to text {"word": 1.2},
+                           the second at which the next word begins and the one before ended, {"pause": 0.9} when the speaker pauses
              6 ping        answered by a ping; unknown kinds are ignored
 
 Query parameters: text_temperature, text_topk, audio_temperature, audio_topk, text_seed, audio_seed, max_steps; for models that
@@ -285,6 +286,8 @@ class ChatSocket:
         if kind == "audio":
             data = mouth.append_pcm(value) if mouth else to_pcm16(value)
             return [(AUDIO, data)] if data else []
+        if kind in ("word", "pause"):
+            return [(METADATA, json.dumps({kind: round(value, 3)}).encode())]
         if kind == "text":
             return [(TEXT, said.encode())] if (said := piece(value)) else []
         return [(PING, b"")] if kind == "ping" else [(ERROR, value.encode())] if kind == "error" else []

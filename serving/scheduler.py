@@ -74,7 +74,10 @@ class Conversation(Generation):
         self.hop = round(self.codec.sample_rate / self.codec.frame_rate)
         self.pending, self.codes = deque[np.ndarray](), deque[Tensor]()
         self.waiting = self.late = 0                        # samples not encoded yet; frames of silence that stand for late ones
-        self.heard = False
+        self.heard, self.paused, self.frames = False, False, 0
+        if front := table.timing.silence:                   # recognition hears it first
+            self.pending.append(np.zeros(front * self.hop, dtype=np.float32))
+            self.waiting = front * self.hop
 
     def read_prompt(self, batch: SessionBatch) -> None:
         """Step what stands in front of the conversation, before its user is told to speak."""
@@ -123,7 +126,16 @@ class Conversation(Generation):
     def give(self, frame: Tensor, wav: Tensor | None = None) -> None:
         if wav is not None and wav.shape[-1]:
             self.on_event("audio", wav[0, 0].float().cpu().numpy())
+        self.frames += 1
+        if (behind := self.table.timing.silence - self.table.timing.lead) > 0 and int(frame[0]) == self.table.epad:
+            self.on_event("word", max(0.0, (self.frames - behind) / self.codec.frame_rate))
         self.on_event("text", int(frame[0]))
+
+    def note_pause(self, odds: float) -> None:
+        """Say once that the speaker pauses."""
+        if odds > 0.5 and not self.paused:
+            self.on_event("pause", odds)
+        self.paused = odds > 0.5
 
 
 class Metrics:
@@ -297,6 +309,9 @@ class Scheduler:
             ready = dict.fromkeys(self.active)
             frames = self.batch.step()
         self.give({self.active[slot]: frame for slot, frame in frames.items() if slot in self.active})
+        for slot, odds in enumerate(self.batch.pauses()):
+            if slot in frames and slot in self.active:
+                self.active[slot].note_pause(odds)
         for slot, session in list(self.active.items()):
             session.steps += slot in ready
             if slot in frames and session.asked:

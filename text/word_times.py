@@ -207,9 +207,10 @@ def phrases(text: Tensor, frame_rate: float, pads: Sequence[int]) -> list[list[t
     return found
 
 
-def timed_transcript(text: Tensor, tokenizer: Tokenizer, frame_rate: float, pad: int = PAD, epad: int = EPAD) -> str:
-    """Transcript of a text row (T,): one line per phrase with its start in seconds; a second of padding ends a phrase."""
-    return "".join(f"{phrase[0][0] / frame_rate:7.2f}  {tokenizer.decode([token for _, token in phrase]).strip()}\n"
+def timed_transcript(text: Tensor, tokenizer: Tokenizer, frame_rate: float, pad: int = PAD, epad: int = EPAD, late: float = 0.0) -> str:
+    """Transcript of a text row (T,), `late` frames behind its speech: one line per phrase with its start in seconds; a second of
+    padding ends a phrase."""
+    return "".join(f"{max(0.0, phrase[0][0] - late) / frame_rate:7.2f}  {tokenizer.decode([token for _, token in phrase]).strip()}\n"
                    for phrase in phrases(text, frame_rate, (pad, epad)))
 
 
@@ -224,6 +225,26 @@ def timed_words(text: Tensor, tokenizer: Tokenizer, frame_rate: float, pad: int,
                 words.append((said[-1], t / frame_rate, (t + 1) / frame_rate, MAIN))
             elif said:
                 words[-1] = (said[-1], words[-1][1], (t + 1) / frame_rate, MAIN)
+    return words
+
+
+def bounded_words(text: Tensor, tokenizer: Tokenizer, frame_rate: float, pad: int, epad: int, late: float = 0.0) -> list[Alignment]:
+    """The words that a recogniser writes into a text row (T,), `late` frames behind what it hears: `epad` stands in front of a word and
+    ends the one before. Words without it between them take a frame for each of their ids; the last one lasts a second at most."""
+    words, marks = list[Alignment](), (text == epad).nonzero()[:, 0].tolist()
+    ends = [*marks[1:], min(len(text), marks[-1] + 1 + round(frame_rate))] if marks else []
+
+    def time(frame: float) -> float:
+        return max(0.0, (frame - late) / frame_rate)
+
+    for begin, end in zip([mark + 1 for mark in marks], ends, strict=True):
+        ids = [i for i in text[begin:end].tolist() if i > max(pad, epad)]
+        *others, last = tokenizer.decode(ids).split() or [""]
+        for word in others:
+            length = len(tokenizer.encode(word))
+            words.append((word, time(begin), time(begin + length), MAIN))
+            begin += length
+        words += [(last, time(begin), time(end), MAIN)] if last else []
     return words
 
 

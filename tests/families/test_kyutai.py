@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import soundfile
 import torch
 from conftest import ROOT, call
 from safetensors.torch import save_file
@@ -17,15 +18,17 @@ from checkpoint import export, load
 from corpus.bundled import demo_dialogues
 from corpus.examples import build_example
 from corpus.index import prepare
-from families.family import lay_out
+from families.family import family_of, lay_out
 from families.kyutai import WordFeed, Words, fed_rows, spell, voice_features
 from families.moshi import STT_1B, TTS_1_6B
 from generation.decode_step import SampleConfig
+from generation.dialogue import conversation_input, pauses, user_rows
 from generation.sessions import SessionBatch
 from model import MultistreamLM
 from options import run_config
-from sample import generate, speak_examples
-from streams import Example, StreamTable, Timing
+from sample import generate, reply, speak_examples
+from streams import Example, StreamTable, Timing, delay
+from text.word_times import bounded_words
 
 GREEDY = SampleConfig(temperature=0, max_frames=130)
 LETTERS = SimpleNamespace(encode=lambda word: [4 + ord(letter) % 20 for letter in word[:3]])
@@ -109,6 +112,59 @@ def test_words_need_a_model_that_says_when_they_are_spoken():
     assert STT_1B.table.timing.frames == -7
 
 
+# ---- Hibiki ----
+
+def test_a_translation_goes_on_until_its_text_ends(tmp_path):
+    """The user is over: a column of start ids, then silence; frames through the end equal run_inference's, guided against very_bad too."""
+    case = Golden("hibiki_end")
+    model, T = load(case.write(tmp_path)), 8
+    assert model.table.layout == "hibiki"
+    over = model.table.column("start", user_rows(model.table))[None]
+    user = torch.cat([case["heard"][..., :T], over, case["heard"][..., T:]], -1)
+    rules = SampleConfig(temperature=0, condition="description=very_good", cfg_condition="description=very_bad")
+    for wanted, cfg in (("plain", 1.0), ("guided", 2.0)):
+        frames = reply(model, user, replace(rules, cfg=cfg), ends=(T, 2))
+        assert torch.equal(frames[:, [0, *model.table.audio_out]], case[wanted]) and frames[0, 0, -1] == 2
+    assert family_of(model.table).rules(model.table)["cfg_condition"] == "description=very_bad"
+    assert not torch.equal(case["plain"][..., :9], case["guided"][..., :9])
+
+
+# ---- speech to text ----
+
+def test_words_have_the_times_of_the_recording():
+    """A mark in front of each word; the last lasts a second at most; two words without a mark between them share the time."""
+    tokenizer = SimpleNamespace(encode=lambda word: [ord(letter) for letter in word],
+                                decode=lambda ids: "".join(map(chr, ids)))
+    row = torch.tensor([3, 0, *map(ord, "hi"), 3, 0, *map(ord, "a bc"), 3, 3, 0, *map(ord, "x"), *[3] * 20])
+    found = bounded_words(row, tokenizer, 12.5, 3, 0, late=1.0)
+    assert [w[0] for w in found] == ["hi", "a", "bc", "x"]
+    assert [round(t * 12.5 + 1) for w in found for t in w[1:3]] == [2, 5, 6, 7, 7, 12, 13, 25]
+
+
+def test_a_recording_is_heard_between_silences_and_pauses_are_told(tmp_path):
+    """A prefix, whole frames, as much behind as words are late; the head's odds are those of the whole at once; live they are the same."""
+    case = Golden("stt")
+    case.config["stt_config"] = {"audio_delay_seconds": 0.5, "audio_silence_prefix_seconds": 0.2}
+    model = load(case.write(tmp_path / "stt"))
+    table = model.table
+    assert table.layout == "kyutai_stt" and table.timing == Timing(-6.25, 3) and table.timing.around == (3, 7)
+    soundfile.write(tmp_path / "x.wav", 0.1 * torch.ones(2000).numpy(), 8000)                  # 6.25 frames of 320 samples
+    codec = SimpleNamespace(sample_rate=8000, frame_rate=25.0, encode=lambda wav: wav[..., ::320].repeat(1, 5, 1).gt(0).long())
+    _, codes, wav = conversation_input(SimpleNamespace(user=str(tmp_path / "x.wav"), prompt="", seconds=1.0), codec, LETTERS, table, None)
+    assert wav.shape[1] == 320 * (3 + 7 + 7) and codes[0, 0].tolist() == [0] * 3 + [1] * 7 + [0] * 7
+    frames = reply(model, case["user"][:1], GREEDY)[0]
+    grid = delay(frames, table.delays, table.column("start"))[None]
+    with torch.inference_mode():
+        odds = model.extra_odds(model.hidden(grid[..., :-1])[0])[0, 2, :, 0]
+    assert pauses(model, frames, chunk=4) == pytest.approx(odds.tolist(), abs=1e-5)
+    batch, live = SessionBatch(model, 2, GREEDY, columns=64), []
+    batch.begin(0, table.column("start"))
+    for column in case["user"][0].unbind(-1)[:-1]:
+        batch.step({0: column})
+        live.append(batch.pauses()[0])
+    assert live == pytest.approx(odds.tolist()[1:], abs=1e-5)
+
+
 # ---- training ----
 
 def test_training_writes_the_rows_that_the_feed_writes():
@@ -156,16 +212,23 @@ def test_every_code_of_a_recording_is_trained_behind_its_text(smoke, monkeypatch
 
 
 @pytest.mark.slow
-def test_smoke_trains_speaks_exports_and_reads_back(smoke, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["kyutai_tts", "kyutai_stt", "hibiki"])
+def test_smoke_trains_samples_exports_and_reads_back(name, smoke, tmp_path, monkeypatch):
+    source = demo_dialogues(smoke[1] / "d", 3)
     out, base = tmp_path / "run", ("--smoke", f"--out={tmp_path}/run", f"--data.cache={smoke[1]}/c", "--data.held_out=0", "--eval_every=0",
-                                   f"--data.sources={demo_dialogues(smoke[1] / 'd', 3)}", "--prompts=()", "--listen=0", "--save_every=2",
-                                   "--schedule=constant")
-    assert call("train.py", "configs/kyutai_tts.py", *base, "--steps=2")[0] == 0
-    code, text, err = call("train.py", "configs/kyutai_tts.py", *base, "--steps=4")
+                                   f"--data.sources={source}", "--prompts=()", "--listen=0", "--save_every=2", "--schedule=constant")
+    assert call("train.py", f"configs/{name}.py", *base, "--steps=2")[0] == 0
+    code, text, err = call("train.py", f"configs/{name}.py", *base, "--steps=4")
     assert code == 0 and "at step 2" in text, err
-    wav = tmp_path / "x.wav"
-    code, text, err = call("sample.py", f"--ckpt={out}", "--text=thank you", "--max_frames=60", f"--out={wav}", "--stream")
-    assert code == 0 and Path(wav).stat().st_size > 44, err
+    wav, user = tmp_path / "x.wav", Path(source).parent / "001.wav"
+    asked = ("--text=thank you", "--max_frames=60", "--stream") if name == "kyutai_tts" else (f"--user={user}", "--seconds=1")
+    code, text, err = call("sample.py", f"--ckpt={out}", f"--out={wav}", *asked)
+    assert code == 0, err
+    if name == "kyutai_stt":
+        row = json.loads(wav.with_suffix(".json").read_text())
+        assert len(row["pauses"]) == len(row["text"]) == -(-round(soundfile.info(user).duration * 1e6) * 25 // 10**6) + 7
+    else:
+        assert wav.stat().st_size > 44
     monkeypatch.chdir(ROOT)
     again = load(export(load(out), tmp_path / "official", "moshi"))
-    assert again.table.timing == load(out).table.timing and again.table.layout == "kyutai_tts"
+    assert again.table.timing == load(out).table.timing and again.table.layout == load(out).table.layout

@@ -157,7 +157,7 @@ def forced_ids(state: DecodeState, turn: ItemState) -> list[int] | None:
         return None
     frame, closed = turn.count - 1, turn.closed + state.closing.grace
     return [end if frame - delay >= closed and end >= 0 else start if frame < delay and start >= 0
-            else -1 if frame < delay + state.shift else FREE for start, end, delay in state.edges]
+            else -1 if state.shift and frame < delay + state.shift else FREE for start, end, delay in state.edges]
 
 
 def close_fed(state: DecodeState, feed: Any) -> None:

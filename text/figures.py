@@ -125,7 +125,7 @@ SCAN = re.compile(rf"""
       |\d{{2,4}}(?:-\d{{2,4}}){{2,}})(?!\w))
   | (?P<dictated>(?<![\w.])\d(?:[ -]\d(?![\w.,:/]\d|\w)){{2,}})
   | (?P<scaled>(?<![\w.])(?P<factor>\d+(?:[.,]\d+)*)(?:\s+(?P<scale>hundred|thousand|million|billion)\b|(?P<k>k)\b))
-  | (?P<code>(?<![\w])(?:(?:[A-Za-z]{{1,4}}-?\d|[A-Za-z]{{5,12}}-\d{{3}})[A-Za-z\d]*(?:-\d[A-Za-z\d]*)*
+  | (?P<code>(?<![\w])(?:(?:[A-Za-z]{{1,4}}-?\d|[A-Za-z]{{5,12}}-\d{{3}})[A-Za-z\d]*(?:[.-]\d[A-Za-z\d]*)*
       |\d+[A-Za-z]+\d[A-Za-z\d]*|\d+(?-i:[A-Z]{{1,2}}))(?!\w)(?<!\dAM)(?<!\dPM))
   | (?P<fraction>(?<![\w/])\d+/\d+(?![\w/]))
   | (?P<run>(?<!\w)(?:an?\s+(?=hundred|thousand|million|billion))?(?=(?:\d\d?[ -]+)*(?:{WORD}|point\s+(?:{WORD}))\b){TOKEN}
@@ -339,8 +339,8 @@ def with_time(found: Figure, last: Figure | None, text: str) -> tuple[Figure, bo
     times = {int(v.value) for v in found.values if v.kind == "time"}
     if re.fullmatch(r"\d\d?\.[0-5]\d", found.text) and (half["half"] or AT.search(text[: found.start])):      # at 9.30
         times = {int(v.value) for v in of_times(*map(int, found.text.split(".")))}
-    part = {"a": "a", "p": "p", "morning": "a", "صباحا": "a", None: ""}.get((half["m"] or half["day"] or half["arabic"] or None), "p")
-    part = "p" if half["night"] else part.lower()
+    word = (half["m"] or half["day"] or half["night"] or half["arabic"] or "").lower()
+    part = {"": "", "a": "a", "morning": "a", "صباحا": "a"}.get(word, "p")
     if past and 0 < hour <= 12:
         minutes = {"half": 30, "quarter": 15}.get((past[1] or "").lower(), 0)
         if not past[1]:

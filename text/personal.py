@@ -49,29 +49,30 @@ tamara tanya tara teresa tessa theresa thomas tim timothy tina tom tomas tomasz 
 walter wendy william yasmin yara yusuf yvonne zainab zoe zoë""".split())
 STOP = set("""a about above account address after again ago all almost already also always am an and another any anyone are aren't around
 as asked at away back bad be because been before being believe better bit both bought box broken but by call called calling came can can't
-cannot card charged check checking come could customer day days dead delivered delivery did didn't do does doesn't done don't down due each
-early else enough even ever every everything excuse expecting fine first find for found from get getting give given go going gone good got
-had happy has hasn't have having he hello help her here hers hi him his hold home hope how i i'd i'll i'm i've id if ill in interested into
-invoice is isn't it it's its just keep know last late later left less let like line little long look looked looking lost lot made mail make
-manager maybe me mine missing moment more most moved much must my near need never new next no nobody none not nothing now number of off ok
-okay old on once one only open or order orders our ours out over own page parcel paid pay phone please probably product quite ready really
-refund reply right ringing said same saw say see seems send sent service she shop should shipped since site so some someone sorry spelled
-spelt spoke speaking still stuck such sure take talk team tell thank thanks that that's the their them then there these they thing things
-think this those three through till time to today together tomorrow too tried trouble try trying two under until up upset urgent us use
-used very waiting want wanted was wasn't way we we'll we're we've web website week well went were what what's when where which while who
-whose why will with without won't wondering work working worried would wrong yeah yes yesterday yet you you'll you're your yours
-dot underscore dash hyphen email number name customer bank insurance ltd limited inc support supply company department desk office
-group services store warehouse freight post reception sales billing technical ridiculous unacceptable terrible mr mrs ms miss mister
-doctor dr sir madam morning afternoon evening""".split())
+cannot card charged check checking come could customer day days dead delivered delivery did didn't do does doesn't done don't down due
+each early else enough even ever every everything excuse expecting fine first find for found from get getting give given go going gone
+good got had happy has hasn't have having he hello help her here hers hi him his hold home hope how i i'd i'll i'm i've id if ill in
+interested into invoice is isn't it it's its just keep know last late later left less let like line little long look looked looking lost
+lot made mail make manager maybe me mine misspelled misspelt incorrect different missing moment more most moved much must my near need
+never new next no nobody none not nothing now number of off ok okay old on once one only open or order orders our ours out over own page
+parcel paid pay phone please probably product quite ready really refund reply right ringing said same saw say see seems send sent service
+she shop should shipped since site so some someone sorry spelled spelt spoke speaking still stuck such sure take talk team tell thank
+thanks that that's the their them then there these they thing things think this those three through till time to today together tomorrow
+too tried trouble try trying two under until up upset urgent us use used very waiting want wanted was wasn't way we we'll we're we've web
+website week well went were what what's when where which while who whose why will with without won't wondering work working worried would
+wrong yeah yes yesterday yet you you'll you're your yours dot underscore dash hyphen email name bank insurance ltd limited inc support
+supply company department desk office group services store warehouse freight post reception sales billing technical ridiculous
+unacceptable terrible mr mrs ms miss mister doctor dr sir madam morning afternoon evening""".split())
 STOP |= set(MONTH_NAMES) | set("monday tuesday wednesday thursday friday saturday sunday christmas easter".split())
 STOP |= set(WORD.split("|"))
 ARABIC_STOP = set("من في على إلى عن هنا أريد هو هي".split())
 NAMED = re.compile(r"""(?:\b(?:my\s+)?(?:name|surname)(?:\s+on\s+(?:the|my|this)\s+\w+)?
         (?:\s+is|['’]s|\s*:)(?:\s+(?:spelled|spelt|under|just))?
     | \b(?:my|first|last|full|family|given|maiden)\s+name(?:\s+is|['’]s)? | \bsurname | \b(?:in|under)\s+the\s+name(?:\s+of)?
-    | \bcall\s+me | \b(?:mrs?|ms|miss|mister|dr|doctor|madam)\b\.?
+    | \bcall\s+me | \bon\s+behalf\s+of | \b(?:mrs?|ms|miss|mister|dr|doctor|madam)\b\.?
     | (?<!\w)(?:اسمي|معك|السيد|السيدة|الأستاذ|الأستاذة))\s+""", re.I | re.X)
-PERHAPS = re.compile(r"""(?:\b(?:this\s+is|i\s+am|i['’]m|it['’]s|it\s+is|here\s+is|hello|hi|hey|thank\s+you|thanks|dear|good\s+\w+|under
+PERHAPS = re.compile(r"""(?:\b(?:(?:this\s+is|i\s+am|i['’]m|it['’]s|it\s+is)(?:\s+not)?|here\s+is|hello|hi|hey|thank\s+you|thanks|dear
+    |good\s+\w+|under|wife|husband|partner|son|daughter|brother|sister|mother|father|mum|dad|friend|neighbour|colleague|holder
     |(?:asked|ask)\s+for|reached|(?:speak|speaking|talk|talking)\s+(?:to|with))\b | ^ | [,;.])[,\s]*""", re.I | re.X)
 SAYS = re.compile(r"\s+(?:speaking|calling)\b", re.I)
 SPELT = re.compile(rf"""(?<![\w'’])(?:{LETTER}(?:[\ -]|,\ )){{3,}}{LETTER}(?!\w)
@@ -112,6 +113,9 @@ def names(text: str) -> Iterator[Span]:
         whole = cue or not known or says or first[0].isupper() or not rest.strip() or rest[0] in ",.;!?"
         if end > m.end() and (known or (cue and first[0].isupper()) or (says and not first.endswith("ing"))):
             yield Span(m.end(), end if whole else m.end() + len(first), "name")
+    for m in WORD_AT.finditer(text):                                               # Is Sarah there?
+        if m[0].lower() in FIRST - {"said"} and m[0][0].isupper():
+            yield Span(m.start(), name_at(text, m.start()), "name")
     yield from (Span(*m.span(), "name") for m in SPELT.finditer(text))
 
 
@@ -209,7 +213,7 @@ def numbers(text: str) -> Iterator[Span]:
 STREET = r"street|road|avenue|lane|boulevard|terrace|crescent|gardens|grove|mews|blvd"
 VAGUE = r"drive|close|court|square|place|way|row|hill|park|gate|st|rd|ave|dr"         # other words, too: with capitals or behind "live at"
 COUNT = "|".join(sorted(WORDS - set(ZEROS), key=len, reverse=True))
-HOUSE = rf"(?:\d+\s?[a-z]?|(?:{COUNT})(?:[\s-](?:{COUNT}|oh|o))*)"
+HOUSE = rf"(?:\d+\s?[a-z]?|(?:{COUNT})(?:(?:\s+and)?[\s-](?:{COUNT}|oh|o))*)"
 FLAT = r"(?:flat|apartment|apt|unit|suite)\s+\w+"
 ADDRESS = re.compile(rf"""(?:\b{FLAT},?\s+)?(?<!\w){HOUSE}\s+(?P<name>(?:{NAME}\.?(?:['’]s)?\s+){{1,3}}?)
     (?:(?P<sure>{STREET})|(?P<vague>{VAGUE}))\b(?:\s+(?:{STREET}|{VAGUE})\b)?(?:,?\s+{FLAT})?""", re.I | re.X)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import call
+from test_figures import EQUAL, pairs
 from test_moss import Q3, drawn, text_model
 from test_qwen import TABLES, TOKENIZER
 
@@ -107,6 +108,13 @@ def test_the_guard_lets_words_through_one_by_one_and_figures_whole() -> None:
     pieces = ("Yes", ", or", "der 4", "8", "213 is", " here", ".")
     assert [guard.push(piece) for piece in pieces] == ["", "Yes, ", "order ", "", "", "48213 is ", ""]
     assert guard.flush() == "here." and not guard.caught
+
+
+@pytest.mark.parametrize("one, other", pairs(EQUAL))
+def test_a_figure_that_is_said_in_another_way_passes_letter_by_letter(one: str, other: str) -> None:
+    for said, known in ((one, other), (other, one)):
+        guard, text = Guard(f"lookup: {known}"), f"Yes, it is {said} here, thank you."
+        assert "".join([*map(guard.push, text), guard.flush()]) == text and not guard.caught
 
 
 def test_commands_repeat_hand_over_and_hang_up() -> None:

@@ -462,16 +462,17 @@ def report_forgetting(models: Models, data: DataConfig, job: Evaluation, summary
 
 def report_speech(run: Path, hear: Recogniser | None, job: Evaluation, summary: Row, page: Page) -> None:
     """The recordings in samples.jsonl measured, with audio players."""
-    path = run / "samples.jsonl"
-    if not path.is_file():
-        return page.not_made("Speech", f"{path} does not exist; sample.py --texts=FILE --out={run} or evaluate.py speech write recordings")
+    try:
+        path = speech_measures.samples_file(run)
+    except FileNotFoundError as error:
+        return page.not_made("Speech", str(error))
     found, missing = speech_measures.measure(speech_measures.samples(path), hear)
     summary["speech"] = found
     numbers = summary["speech means"] = speech_measures.means(found, job.rounds, job.seed)
     summary |= {name: numbers[name] for name in ("wer", "cer") if name in numbers}
     page.heading("Speech")
     page.table(["measure", "mean"], [[name.replace("_", " "), value] for name, value in numbers.items()],
-               f"{len(found)} recordings; WER and CER in the way of Seed-TTS.")
+               f"{len(found)} recordings of {path}; WER and CER in the way of Seed-TTS.")
     for why in dict.fromkeys(missing.values()):
         page.note("Not measured: " + ", ".join(name.replace("_", " ") for name, other in missing.items() if other == why) + f". {why}.")
     page.listening([run.name], speech_measures.takes({run.name: found}))

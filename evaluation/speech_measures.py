@@ -91,6 +91,17 @@ def samples(path: Path) -> list[Row]:
     return rows
 
 
+def samples_file(folder: Path) -> Path:
+    """samples.jsonl of a folder, or of the last evaluation of a run."""
+    if folder.is_file():
+        return folder
+    later = sorted(folder.glob("samples/step_*/samples.jsonl"))
+    found = folder / "samples.jsonl" if (folder / "samples.jsonl").is_file() else later[-1] if later else None
+    if found is None:
+        raise FileNotFoundError(f"{folder} has no samples.jsonl; name texts with --set=LIST, or write samples with sample.py --texts first")
+    return found
+
+
 # ---- one recording ----
 
 def measure(rows: Sequence[Row], hear: Recogniser | None, language: str = "") -> tuple[list[Row], dict[str, str]]:

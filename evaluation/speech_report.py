@@ -17,8 +17,9 @@ speech_measures.py, duplex_measures.py. Next: html_page.py.
 """
 
 import math
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,14 +43,15 @@ from evaluation.duplex_measures import USER_GAP, Word, alignment_words, event, m
 from evaluation.html_page import Page, show
 from evaluation.metrics import Resample, paired_difference
 from evaluation.report import compared, of_run
-from evaluation.speech_measures import LESS_IS_BETTER, MEASURES, MORE_IS_BETTER, Row, means, read_list, samples, shared, takes
+from evaluation.speech_measures import LESS_IS_BETTER, MEASURES, MORE_IS_BETTER, Row, means, read_list, samples, samples_file, shared, takes
 from families.family import family_of
 from generation.command_line import Job, load_for_sampling, usual_rules
 from generation.decode_step import SampleConfig
 from layers.conditioning import condition_column
 from model import MultistreamLM
-from options import check_types, read_json, write_json, write_rows
+from options import check_types, read_json, visible, write_json, write_rows
 from sample import reply, speak_examples
+from streams import Example
 from text.tokenizers import load_tokenizer
 from text.word_times import timed_words
 from training.evaluation_samples import Pace
@@ -137,21 +139,10 @@ def systems_of(word: str, items: Sequence[Row], out: Path, job: SpeechConfig) ->
     return found
 
 
-def samples_file(folder: Path) -> Path:
-    """samples.jsonl of a folder, or of the last evaluation of a run."""
-    if folder.is_file():
-        return folder
-    later = sorted(folder.glob("samples/step_*/samples.jsonl"))
-    found = folder / "samples.jsonl" if (folder / "samples.jsonl").is_file() else later[-1] if later else None
-    if found is None:
-        raise FileNotFoundError(f"{folder} has no samples.jsonl; name texts with --set=LIST, or write samples with sample.py --texts first")
-    return found
-
-
 def speak_list(model: MultistreamLM, data: DataConfig, items: Sequence[Row], folder: Path, job: SpeechConfig) -> list[Row]:
     """Speak a list into wavs of `folder`, with its samples.jsonl; rows with times where one text is spoken at once."""
     table, family = model.table, family_of(model.table)
-    if family.user_audio == "duplex" or not table.audio_out:
+    if family.user_audio == "duplex" or not table.codes_out:
         raise ValueError(f"a {family.name} model does not speak texts; evaluate.py duplex measures conversations, report replies")
     tokenizer = load_tokenizer(data.tokenizer)
     codec = fitting_codec(data.codec, table, tokenizer)
@@ -161,17 +152,17 @@ def speak_list(model: MultistreamLM, data: DataConfig, items: Sequence[Row], fol
     if not clones and any(item.get("reference") for item in items):
         print("this model has a voice of its own: the recordings of the list are compared with, not imitated")
     pace, rows = None if clones else data_pace(data, model), []            # a cloned voice has a pace of its own
-    for at in tqdm(range(0, len(items), job.batch), unit="text", disable=None):
-        part = items[at : at + job.batch]
+    asked = list(prompts_of(items, clones, data, model, codec))
+    for at in tqdm(range(0, len(asked), job.batch), unit="text", disable=None):
+        part = asked[at : at + job.batch]
         timed, begun = [], time.perf_counter()
-        voices = [[(i["reference"], str(i.get("reference_text", "")))] if clones and i.get("reference") else [] for i in part]
-        prompts = [prompt_example(i["text"], data, tokenizer, codec, v, table) for i, v in zip(part, voices, strict=True)]
+        prompts = [prompt for _, prompt in part]
 
         def hear(wav: Tensor, timed: list[tuple[float, int]] = timed) -> None:
             timed.append((time.perf_counter(), wav.shape[-1]))
 
         spoken = speak_examples(model, prompts, rules, codec, hear if job.batch == 1 else None)
-        for item, said in zip(part, spoken, strict=True):
+        for (item, _), said in zip(part, spoken, strict=True):
             path = folder / f"{item['id']}.wav"
             save_wav(path, said.wav, codec.sample_rate)
             row = item | {"wav": str(path), "ended": said.ended}
@@ -181,6 +172,24 @@ def speak_list(model: MultistreamLM, data: DataConfig, items: Sequence[Row], fol
             rows.append(row | ({"expected_seconds": pace(item["text"])} if pace else {}))
     write_rows(folder / "samples.jsonl", [row | {"wav": Path(row["wav"]).name} for row in rows])
     return rows
+
+
+def prompts_of(items: Sequence[Row], clones: bool, data: DataConfig, model: MultistreamLM, codec: Any) -> Iterator[tuple[Row, Example]]:
+    """The texts that this model can be asked to say, and their prompts; the others are named. ValueError when there is none."""
+    tokenizer, bad = load_tokenizer(data.tokenizer), []
+    for item in items:
+        voices = [(item["reference"], str(item.get("reference_text", "")))] if clones and item.get("reference") else []
+        try:
+            prompt = prompt_example(item["text"], data, tokenizer, codec, voices, model.table)
+        except ValueError as error:
+            bad.append(error)
+            print(visible(f"left out: {item['id']}: {error}"), file=sys.stderr)
+        else:
+            yield item, prompt
+    if bad:
+        print(f"{len(bad)} of {len(items)} texts are left out and count nowhere")
+    if len(bad) == len(items):
+        raise ValueError(f"none of the {len(items)} texts can be said: {bad[0]}")
 
 
 def data_pace(data: DataConfig, model: MultistreamLM) -> Pace | None:

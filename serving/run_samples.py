@@ -31,7 +31,8 @@ class RunSamples:
         steps = sorted((self.folder / "samples").glob("step_*")) if (self.folder / "samples").is_dir() else []
         metrics = self.folder / "metrics.jsonl"
         curves = read_metrics(metrics) if metrics.is_file() else {}
-        shown = {name: points[-MOST:] for name, points in curves.items() if re.search(r"loss$|quality_|^lr$|grad_norm", name)}
+        kinds = r"loss$|quality_|^lr$|grad_norm|^val/(tor|(stop_)?latency)$"
+        shown = {name: points[-MOST:] for name, points in curves.items() if re.search(kinds, name)}
         return web.json_response({"run": self.folder.name, "steps": [self.step(step) for step in steps], "curves": shown})
 
     def step(self, folder: Path) -> dict[str, Any]:

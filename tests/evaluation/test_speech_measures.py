@@ -125,13 +125,13 @@ def test_a_checkpoint_and_recordings_are_compared_on_one_page(tiny_run: Path, tm
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(dnsmos, "missing", lambda: "DNSMOS needs speechmos")            # it takes seconds
     tone(tmp_path / "voice.wav", 1.0)
-    (tmp_path / "meta.lst").write_text("a|one two|voice.wav|one two\nb|one|voice.wav|three four\n")
+    (tmp_path / "meta.lst").write_text("a|one two|voice.wav|one two\nb|one|voice.wav|three four\nc|one|voice.wav|xylophone\n")
     (tmp_path / "theirs").mkdir()
     for name, seconds in (("a", 1.0), ("b", 2.0)):
         tone(tmp_path / f"theirs/{name}.wav", seconds)
     rc, out, err = call("evaluate.py", "speech", tiny_run, tmp_path / "theirs", f"--set={tmp_path}/meta.lst", f"--out={tmp_path}/out",
                         "--recogniser=ears_of_speech:hear", "--rounds=50")
-    assert rc == 0, out + err
+    assert rc == 0 and "left out: c: " in err and "1 of 3 texts are left out" in out, out + err
     found = read_json(tmp_path / "out/summary.json")
     assert found["measures"]["run"]["wer"][0] == found["measures"]["theirs"]["wer"][0] == 0.5            # right, and wholly wrong
     assert found["measures"]["run"]["real_time_factor"][0] > 0 and found["measures"]["run"]["first_audio"][0] > 0

@@ -54,18 +54,18 @@ smoke: $(VENV)/demo       ## every config's tiny twin: trains, resumes, evaluate
 wer: $(VENV)/test         ## word error rate of the demo's recordings, by an offline speech recogniser
 	$(RUN) evaluate.py out/demo
 
-bench: $(VENV)/core       ## benchmarks against other implementations (those not installed are shown as "not measured"; minutes)
-	$(RUN) bench.py loss --pairs=7
-	$(RUN) bench.py higgs
-	$(RUN) bench.py moshi
-	$(RUN) bench.py qwen
-	$(RUN) bench.py decode --model=higgs --peer --width=256
-	$(RUN) bench.py decode --model=moshi --peer --width=256
-	$(RUN) bench.py decode --model=qwen --peer --width=256
-	$(RUN) bench.py tiny
-	$(RUN) bench.py loader
-	$(RUN) bench.py kernels --pairs=3
-	$(RUN) bench.py scaling --model=higgs --pairs=5
+bench: $(VENV)/core       ## benchmarks against other implementations (those not installed are shown as "not measured"; minutes; kept in BENCHMARKS.json)
+	$(RUN) bench.py loss --pairs=7 --keep=BENCHMARKS.json
+	$(RUN) bench.py higgs --keep=BENCHMARKS.json
+	$(RUN) bench.py moshi --keep=BENCHMARKS.json
+	$(RUN) bench.py qwen --keep=BENCHMARKS.json
+	$(RUN) bench.py decode --model=higgs --peer --width=256 --keep=BENCHMARKS.json
+	$(RUN) bench.py decode --model=moshi --peer --width=256 --keep=BENCHMARKS.json
+	$(RUN) bench.py decode --model=qwen --peer --width=256 --keep=BENCHMARKS.json
+	$(RUN) bench.py tiny --keep=BENCHMARKS.json
+	$(RUN) bench.py loader --keep=BENCHMARKS.json
+	$(RUN) bench.py kernels --pairs=3 --keep=BENCHMARKS.json
+	$(RUN) bench.py scaling --model=higgs --pairs=5 --keep=BENCHMARKS.json
 
 gpu: $(VENV)/core         ## everything that needs a GPU: kernels, graphs, the table of BENCHMARKS.md (9 minutes; without one a rehearsal)
 	$(RUN) bench.py gpu

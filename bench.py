@@ -12,6 +12,10 @@
     python bench.py scaling                         a training step on 1, 2 and 4 gloo processes of one thread each
     python bench.py graphs                          each family: the frames of CUDA graphs against those without (CUDA)
     python bench.py plan --model=higgs              measured peaks against those that --plan says (CUDA)
+    python bench.py start                           CPU time until a script has imported, and of --help, against `import torch`
+    python bench.py corpus --rows=100000            prepare, cold and again, and the index in memory, of that many synthetic rows
+    python bench.py compare OLD NEW [train ...]     two checkouts in turns: what got slower, and by how much
+    python bench.py scale                           8, 64, 512 GPUs and 100,000 hours, calculated from measured pieces
     python bench.py gpu                             all that needs a GPU, in nine minutes: benchmarks/gpu.py (make gpu)
 
 Before the timing, both sides must compute the same losses of three updates, or the same greedy tokens. Then they run
@@ -28,18 +32,39 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import soundfile
 import torch
 from torch import nn
 
-from benchmarks import gpu, peers
-from benchmarks.measure import GIB, ON_GPU, alternate, check, compare, extra_memory, frame_times, origin, per_frame, show, spread, syncs
+from benchmarks import checkouts, gpu, peers, scale
+from benchmarks.measure import (
+    CLOCKS,
+    GIB,
+    ON_GPU,
+    Side,
+    alternate,
+    check,
+    children,
+    compare,
+    extra_memory,
+    frame_times,
+    origin,
+    per_frame,
+    resident,
+    show,
+    spread,
+    syncs,
+)
 from benchmarks.workloads import LORA, Job, decode_models, decode_sides, floor_bytes, prefill_side, train_workload, useful_flops
 from checkpoint import DTYPES
 from config import DataConfig, LoraConfig, TrainConfig
@@ -49,7 +74,7 @@ from generation.cuda_graphs import why_not
 from generation.plan import need_of_sampling
 from kernels import PAIRS, shapes
 from model import MultistreamLM
-from options import apply, edge, help_text, run_config, split_arguments
+from options import apply, edge, help_text, read_json, run_config, split_arguments, write_json, write_rows
 from training import parallel
 from training.plan import need_of_training
 
@@ -68,7 +93,7 @@ def bench_train(job: Job) -> list[dict[str, Any]]:
         ours, peer, checked, *_ = pair
         if peer is not None:
             checked = check(*(torch.stack([side().cpu() for _ in range(3)]) for side in (ours, peer)), checked, job.half)
-        row = {"what": f"train {job.model}", **compare(*alternate(ours, peer, job.pairs), sum(pair.lengths))}
+        row = {"what": f"train {job.model}", **compare(*alternate(ours, peer, job.pairs, clock=CLOCKS[job.clock]), sum(pair.lengths))}
         rate = useful_flops(pair) / row["ours"]["ms"]["median"] * 1e3
         row |= {"checked": checked, "target": TARGETS.get(row["what"]), "TFLOP/s": rate / 1e12}
         return [row | ({"MFU": rate / FLOPS, "syncs": syncs(ours)} if ON_GPU else {})]
@@ -110,7 +135,7 @@ def bench_decode(job: Job, columns: int = 64) -> list[dict[str, Any]]:
             one, other = (side(columns).cpu() for side in (ours, peer))
             both = min(one.shape[-1], other.shape[-1])       # a generator may keep back its last frame
             checked = check(one[..., :both], other[..., :both], "greedy tokens", job.half)
-        times = alternate(*(side and partial(side, columns) for side in (ours, peer)), job.pairs)
+        times = alternate(*(side and partial(side, columns) for side in (ours, peer)), job.pairs, clock=CLOCKS[job.clock])
         row = {"what": f"decode {job.model}", **compare(*times, columns), "checked": checked}
         return [row | {"target": TARGETS.get(row["what"])}, frame_row(job, model, net, why or "drawn, nothing to compare")]
 
@@ -317,9 +342,61 @@ def bench_loader(job: Job) -> list[dict[str, Any]]:
     return [row | {"checked": f"packing {row['packing']:.1%}", "target": None}]
 
 
+# ---- what users wait for ----
+
+ROOT = Path(__file__).resolve().parent
+SCRIPTS = ("train", "sample", "data", "checkpoint", "evaluate", "bench", "serve")
+LOADS = {"codec tiny": "from audio import load_codec; load_codec('tiny')",
+         "tokenizer, words": "from text.tokenizers import load_tokenizer; load_tokenizer('assets/speech/words.json')"}
+
+
+def bench_start(job: Job) -> Iterator[dict[str, Any]]:
+    """CPU time of whole processes: a script until it refuses an option, its help, and what it loads, against `import torch`."""
+    def process(*words: str) -> Side:
+        def side() -> Any:
+            subprocess.run([sys.executable, *words], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        return side
+
+    commands = {f"start {name}.py": (f"{name}.py", "--nothing=1") for name in SCRIPTS}
+    commands |= {f"help {name}.py": (f"{name}.py", "--help") for name in SCRIPTS}
+    commands |= {f"load {name}": ("-c", f"import torch; {code}") for name, code in LOADS.items()}
+    for what, words in commands.items():
+        times = alternate(process(*words), process("-c", "import torch"), job.pairs, 1, clock=children)
+        yield {"what": what, **compare(*times, 1), "against": "import torch", "checked": "", "target": None if "load" in what else 1.2}
+
+
+def bench_corpus(job: Job) -> Iterator[dict[str, Any]]:
+    """`prepare` of synthetic clips of 0.2 s, the first time and again; then what an open loader keeps in memory a row."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_clips(Path(folder) / "clips", job.rows)
+        config, checked = run_config(ROOT / "configs" / "tiny_clone.py"), f"{job.rows:,} rows, CPU time"
+        data = replace(config.data, sources=(f"{folder}/clips",), cache=f"{folder}/cache", split="hash", min_seconds=0.1, variants=1)
+        for what in ("cold", "warm"):
+            with redirect_stdout(sys.stderr):
+                times = alternate(partial(prepare, data, config.model.table), None, 1, 0, clock=time.process_time)[0]
+            yield {"what": f"corpus {what}", **compare(times, [], job.rows), "checked": checked, "target": None}
+        before = resident("RssAnon")
+        loader: list[Loader] = []
+        times = alternate(lambda: loader.append(Loader(data, config.model.table)), None, 1, 0, clock=time.process_time)[0]
+        size = resident("RssAnon") - before
+        yield {"what": "corpus open", **compare(times, [], job.rows), "checked": checked, "target": None,
+               "bytes_a_row": size * 2**20 / len(loader[0].index.entries)}
+
+
+def write_clips(folder: Path, count: int) -> None:
+    """Clips of noise, no two alike, and their manifest."""
+    draw, rows = np.random.default_rng(0), []
+    for n in range(count):
+        path = folder / f"{n // 1000:03d}" / f"{n}.wav"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, draw.uniform(-0.5, 0.5, 3200), 16000, subtype="PCM_U8")
+        rows.append({"id": f"clip/{n}", "audio": str(path.relative_to(folder)), "text": f"clip {n}", "speaker": f"speaker {n % 9}"})
+    write_rows(folder / "manifest.jsonl", rows)
+
+
 WHAT = {"train": bench_train, "decode": bench_decode, "ops": bench_ops, "loss": bench_loss, "memory": bench_memory,
         "kernels": bench_kernels, "graphs": bench_graphs, "plan": bench_plan, "loader": bench_loader, "scaling": bench_scaling,
-        **dict.fromkeys(LORA, bench_model)}
+        "start": bench_start, "corpus": bench_corpus, **dict.fromkeys(LORA, bench_model)}
 
 
 def parse(argv: list[str]) -> tuple[list[str], Job]:
@@ -333,17 +410,33 @@ def rows_of(argv: list[str]) -> Iterator[dict[str, Any]]:
     """Measure what a command line names; a row is there as soon as it is measured."""
     words, job = parse(argv)
     if len(words) != 1 or words[0] not in WHAT:
-        raise ValueError(f"name one thing to measure, got {' '.join(words) or 'none'}; there are gpu, {', '.join(WHAT)}")
+        raise ValueError(f"name one thing to measure, got {' '.join(words) or 'none'}; there are gpu, compare, scale, {', '.join(WHAT)}")
     torch.set_num_threads(job.threads)
     for row in WHAT[words[0]](job):
         yield row | {"options": asdict(job)} | origin(peers.NEEDS.get(job.model, ()))
+
+
+def compare_command(words: list[str]) -> None:
+    """compare OLD NEW [--rounds=7] [COMMAND of bench.py and its options]"""
+    own = {word.partition("=")[0][2:]: word.partition("=")[2] for word in words if word.startswith(("--rounds=", "--least="))}
+    rest = [word for word in words if word.partition("=")[0][2:] not in own]
+    if len(rest) < 2:
+        raise ValueError(f"compare takes two checkouts, got {' '.join(rest) or 'none'}; python bench.py compare OLD NEW train --model=tiny")
+    if not checkouts.compare(Path(rest[0]), Path(rest[1]), rest[2:], apply(checkouts.CompareJob(), own)):
+        raise SystemExit(1)
 
 
 def main() -> None:
     command, *rest = sys.argv[1:] or ["--help"]
     if "--help" in sys.argv[1:] or command == "--help":
         return print(__doc__, help_text(Job(), f"python bench.py {'|'.join(WHAT)} [--model=higgs --peer]"),
-                     help_text(gpu.GpuJob(), "python bench.py gpu [--only=kernels]"), sep="\n")
+                     help_text(gpu.GpuJob(), "python bench.py gpu [--only=kernels]"),
+                     help_text(checkouts.CompareJob(), "python bench.py compare OLD NEW [COMMAND]"),
+                     help_text(scale.ScaleJob(), "python bench.py scale"), sep="\n")
+    if command == "scale":
+        return print(*scale.lines(apply(scale.ScaleJob(), split_arguments(rest)[1])), sep="\n")
+    if command == "compare":
+        return compare_command(rest)
     if command == "gpu":
         return gpu.run_all(apply(gpu.GpuJob(), split_arguments(rest)[1]), rows_of)
     if command == "peak":                                    # one side of a memory measurement, by run_peak
@@ -352,9 +445,13 @@ def main() -> None:
         return print(peak(job, which, *map(int, shape)))
     if command == "rank":                                    # one process of bench_scaling
         return rank_side(parse(rest)[1])
-    quiet = parse(sys.argv[1:])[1].json
+    job = parse(sys.argv[1:])[1]
     for row in rows_of(sys.argv[1:]):
-        print(json.dumps(row), *([] if quiet else [show(row)]), sep="\n", flush=True)
+        print(json.dumps(row), *([] if job.json else [show(row)]), sep="\n", flush=True)
+        if job.keep:
+            name = " ".join([row["what"], *(word for word in rest if not word.startswith(("--keep", "--json")))])
+            kept = read_json(job.keep) if Path(job.keep).exists() else {}
+            write_json(job.keep, kept | {name: row})
 
 
 if __name__ == "__main__":

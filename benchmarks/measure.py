@@ -8,6 +8,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import resource
 import shutil
 import statistics
 import subprocess
@@ -31,18 +32,28 @@ CPUS = Path("/proc/cpuinfo")
 
 # ---- time ----
 
-def alternate(ours: Side, peer: Side | None, pairs: int, warmup: int = 2) -> tuple[list[float], list[float]]:
+def children() -> float:
+    """CPU seconds of the processes that this one started and that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}      # cpu: for a busy machine
+
+
+def alternate(ours: Side, peer: Side | None, pairs: int, warmup: int = 2,
+              clock: Callable[[], float] = time.perf_counter) -> tuple[list[float], list[float]]:
     """Seconds of both sides, one after the other, `pairs` times each."""
     seconds: tuple[list[float], list[float]] = [], []
     for n in range(-warmup, pairs):
         for side, kept in zip((ours, peer), seconds, strict=True):
             if side is not None:
-                began = time.perf_counter()
+                began = clock()
                 side()
                 if ON_GPU:
                     torch.cuda.synchronize()
                 if n >= 0:
-                    kept.append(time.perf_counter() - began)
+                    kept.append(clock() - began)
     return seconds
 
 
@@ -184,7 +195,7 @@ def origin(packages: Sequence[str] = ()) -> dict[str, Any]:
 
 
 UNITS = {"MiB": "MiB", "ms": "ms", "ops": "kernels" if ON_GPU else "ops"}
-EXTRAS = ("p99_ms", "prefill_ms", "RTF", "GB/s", "times_floor", "of_byte_floor", "MFU", "peak_GiB", "graphs", "syncs")
+EXTRAS = ("p99_ms", "prefill_ms", "RTF", "GB/s", "times_floor", "of_byte_floor", "MFU", "peak_GiB", "graphs", "syncs", "bytes_a_row")
 
 
 def show(row: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import lora
 from benchmarks import peers
-from benchmarks.measure import Side
+from benchmarks.measure import CLOCKS, Side
 from checkpoint import DTYPES, export
 from generation.decode_step import SampleConfig, prefill
 from generation.dialogue import UserFeed
@@ -53,6 +53,9 @@ class Job:
     quantize: str = ""         # decode: "int8" holds every Linear in 8 bits
     pairs: int = 9             # timed repetitions of each side
     threads: int = 1           # threads of an operator
+    clock: str = "wall"        # train, decode: "wall", or "cpu": CPU time of this process, for a machine that is busy with others
+    rows: int = 100000         # corpus: rows of the manifest
+    keep: str = ""             # JSON file in which the last row of each name and command stays
     apart: bool = True         # memory, loss: measure the memory of each side in a process of its own
     json: bool = False         # print the JSON lines only
 
@@ -63,6 +66,8 @@ class Job:
         assert self.quantize in ("", "int8"), f"quantize {self.quantize!r} is neither empty nor int8"
         assert not self.packed or self.model not in ("moshi", "tiny"), "packed is for families whose text and audio take turns"
         assert not self.codec or self.model == "moshi", "codec is for moshi"
+        assert self.clock in CLOCKS, f"clock {self.clock!r} is neither wall nor cpu"
+        assert self.rows > 0, "rows is at least 1"
         assert self.pairs > 0 and self.threads > 0 and self.width % 32 == 0 < self.width, "pairs and threads are at least 1, width is 32 n"
         assert min(self.batch, self.context, self.frames) >= 0 < min(self.columns - 1, self.rank), "columns are at least 2, rank 1"
 

@@ -378,21 +378,23 @@ class Index:
             return self
         count, own = len(self.entries), open_shard(self.path(""))
         texts, recordings = Places(count), Places(count)
+        for key in own.arrays:
+            if not key.isdecimal() or int(key) >= count:
+                raise ValueError(damaged_message(own.path, f"array {key[:40]} belongs to no entry"))
+            texts.put(int(key), 0, own, key)
+        files = [(own.path, own.data)]
+        del own                                                                  # its header is long: first it goes, then the next comes
         heads = np.zeros(count, [("source", "i2"), ("split", "i1"), ("speaker", "i4")])
-        wanted: dict[str, list[tuple[int, str]]] = {}
-        speakers = {"": 0}
+        keys, shard_of, shards, speakers = np.zeros(count, "S32"), np.zeros(count, np.int32), {"": 0}, {"": 0}
         for n, entry in enumerate(self.entries):
             speaker = speakers.setdefault(entry.speaker if entry.key else "", len(speakers))
             heads[n] = entry.source, SPLITS.index(entry.split), speaker
-            if str(n) in own.arrays:
-                texts.put(n, 0, own, str(n))
-            if entry.shard:
-                wanted.setdefault(entry.shard, []).append((n, entry.key))
-        files = [(own.path, own.data)]
-        for name, clips in wanted.items():
+            keys[n], shard_of[n] = entry.key, shards.setdefault(entry.shard, len(shards))
+        order, bounds = np.argsort(shard_of, kind="stable"), np.cumsum(np.bincount(shard_of, minlength=len(shards)))
+        for name, first, last in zip([*shards][1:], bounds[:-1], bounds[1:], strict=True):
             shard = open_shard(self.path(name))
-            for n, key in clips:
-                recordings.put(n, len(files), shard, key)
+            for n in order[first:last].tolist():
+                recordings.put(n, len(files), shard, keys[n].decode())
             files.append((shard.path, shard.data))
         self.texts, self.recordings, self.heads, self.speakers, self.files = texts, recordings, heads, list(speakers), files
         return self

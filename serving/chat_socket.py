@@ -132,7 +132,7 @@ class Outbox:
     """Messages from the scheduler's thread to one websocket: a reader that is too slow is dropped."""
 
     def __init__(self, limits: Limits) -> None:
-        self.limits, self.loop, self.queue, self.bytes = limits, asyncio.get_running_loop(), asyncio.Queue[tuple[str, Any]](), 0
+        self.limits, self.loop, self.queue = limits, asyncio.get_running_loop(), asyncio.Queue[tuple[str, Any]]()
 
     def put(self, kind: str, value: Any) -> None:
         """From any thread."""
@@ -145,7 +145,7 @@ class Outbox:
             await asyncio.wait_for(call(), self.limits.send_seconds)
         except TimeoutError:
             raise ConnectionError("the client does not read") from None
-        if self.queue.qsize() > 250:
+        if self.queue.qsize() > self.limits.unsent_messages:
             raise ConnectionError("the client reads too slowly")
 
 

@@ -26,7 +26,7 @@ class Limits:
     session_seconds: float = 600.0     # longest conversation
     sessions_per_address: int = 4      # at once
     most_waiting: int = 32             # sessions in the queue
-    unsent_bytes: int = 256 * 1024     # what a slow reader may leave unread before the connection is dropped
+    unsent_messages: int = 250         # what may wait for a slow reader before the connection is dropped
     send_seconds: float = 10.0         # and how long one message may take
     idle_seconds: float = 30.0         # without a message from the client
     text_characters: int = 2000        # longest text to speak

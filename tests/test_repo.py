@@ -182,6 +182,16 @@ def test_nothing_is_pickled_evaluated_or_swallowed(path):
             assert not all(isinstance(step, ast.Pass) for step in node.body), f"{place}: an error is dropped without a word"
 
 
+def test_every_field_of_a_dataclass_is_read_somewhere():
+    """An option that no line reads does nothing, whatever its help says."""
+    source = "".join(path.read_text(encoding="utf-8") for path in PRODUCT)
+    used = set(re.findall(r"\.(\w+)", source)) | set(re.findall(r"[\"'](\w+)[\"']", source))
+    for path in PRODUCT:
+        classes = [n for n in ast.walk(tree(path)) if isinstance(n, ast.ClassDef) and "dataclass" in "".join(map(ast.unparse, n.decorator_list))]
+        fields = {line.target.id for n in classes for line in n.body if isinstance(line, ast.AnnAssign)}
+        assert fields <= used, f"{short(path)}: {sorted(fields - used)}"
+
+
 def tracked() -> list[Path]:
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode or not listed.stdout:                  # a copy without git

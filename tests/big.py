@@ -46,7 +46,7 @@ from training.plan import held_types
 
 MODELS = {"qwen": replace(QWEN2_5_1_5B, checkpoint=4), "higgs": replace(HIGGS_V2_3B, checkpoint=4)}
 STEPS = ("load", "time", "lora", "lora8", "shards", "sample", "sample8", "merge", "export")
-CLASSES = {"qwen": "AutoModelForCausalLM", "higgs": "HiggsAudioV2ForConditionalGeneration"}       # of transformers
+CLASSES = {"qwen": "Qwen2ForCausalLM", "higgs": "HiggsAudioV2ForConditionalGeneration"}       # of transformers; Auto classes import late
 TRIES = 5                          # of each side of `time`
 ROOT = Path(__file__).parents[1]
 

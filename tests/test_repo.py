@@ -187,7 +187,8 @@ def test_every_field_of_a_dataclass_is_read_somewhere():
     source = "".join(path.read_text(encoding="utf-8") for path in PRODUCT)
     used = set(re.findall(r"\.(\w+)", source)) | set(re.findall(r"[\"'](\w+)[\"']", source))
     for path in PRODUCT:
-        classes = [n for n in ast.walk(tree(path)) if isinstance(n, ast.ClassDef) and "dataclass" in "".join(map(ast.unparse, n.decorator_list))]
+        classes = [n for n in ast.walk(tree(path)) if isinstance(n, ast.ClassDef)
+                   and "dataclass" in "".join(map(ast.unparse, n.decorator_list))]
         fields = {line.target.id for n in classes for line in n.body if isinstance(line, ast.AnnAssign)}
         assert fields <= used, f"{short(path)}: {sorted(fields - used)}"
 

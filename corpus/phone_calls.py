@@ -228,7 +228,7 @@ def main(argv: Sequence[str]) -> None:
             print(visible(f"left out: {error}"), file=sys.stderr)
     if not rows:
         raise ValueError(f"none of {len(paths)} recordings is a usable call; fix those listed above, or name a folder of recordings")
+    music = sum(row.pop("hold_music", 0) for row in rows)
     write_rows(out / "calls.jsonl", rows)
-    music = sum(row.get("hold_music", 0) for row in rows)
     print(f"{out}/calls.jsonl: {len(rows)} calls, {sum(len(row['messages']) for row in rows)} turns, {bad} left out"
           + (f"; {music:.0f} s of hold music are no turn" if music else ""))

@@ -1,6 +1,7 @@
 """Phone calls: what counts as made up, what a caller wants, and that the bundled dialogues keep their promises."""
 
 import json
+import re
 import runpy
 from pathlib import Path
 
@@ -210,7 +211,8 @@ def test_hold_music_is_no_turn(tmp_path: Path) -> None:
     save_wav(tmp_path / "in/x.wav", wav.clamp(-1, 1), 8000)
     rc, out, err = call("data.py", "calls", tmp_path / "in", f"--out={tmp_path}/out")
     row = json.loads((tmp_path / "out/calls.jsonl").read_text())
-    assert rc == 0 and "s of hold music are no turn" in out and 12 < row["hold_music"] < 17, err
+    seconds = re.search(r"; (\d+) s of hold music are no turn", out)
+    assert rc == 0 and 12 < int(seconds[1]) <= 17 and not read_manifest(tmp_path / "out/calls.jsonl").unread, err
     lengths = [load_wav(tmp_path / "out" / m["content"][0]["audio_url"])[0].shape[1] / 8000 for m in row["messages"]]
     assert [m["role"] for m in row["messages"]] == ["assistant", "user", "assistant", "user", "assistant"] and max(lengths) < 2.5
 

@@ -98,13 +98,14 @@ class OpenAI:
         address = self.gate.enter(request)
         try:
             await response.prepare(request)
-            rate, head = self.codec.sample_rate, kind == "wav"
+            rate = self.codec.sample_rate
             mouth = sphn.OpusStreamWriter(rate) if kind == "opus" else None
+            if kind == "wav":                                              # also of a model that ends at once: a file without sound
+                await response.write(wav_header(rate))
             async with aclosing(threaded(lambda: self.spoken(prompt, feed, rules))) as pieces:
                 async for wav in pieces:
                     data = mouth.append_pcm(wav) if mouth else to_pcm16(wav)
-                    await asyncio.wait_for(response.write((wav_header(rate) if head else b"") + data), self.gate.limits.send_seconds)
-                    head = False
+                    await asyncio.wait_for(response.write(data), self.gate.limits.send_seconds)
             await response.write_eof()
         finally:
             self.gate.leave(address)

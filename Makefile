@@ -47,7 +47,8 @@ faults: $(VENV)/test      ## kill each command at every file event, fail every c
 	$(RUN) tests/fuzz.py --cases=20000
 
 smoke: $(VENV)/demo       ## every config's tiny twin: trains, resumes, evaluates on bundled data (CPU, minutes)
-	for name in tiny tiny_clone higgs_ar higgs_full moshi_lora moshi_full ivr_qwen ivr_moss ivr_dpo dsaa csm orpheus higgs_v3 tiny_duplex; do \
+	for name in tiny tiny_clone higgs_ar higgs_full moshi_lora moshi_full ivr_qwen ivr_moss ivr_dpo dsaa csm \
+		orpheus higgs_v3 qwen_tts personaplex kyutai_tts kyutai_stt hibiki tiny_duplex; do \
 		$(RUN) train.py configs/$$name.py --smoke || exit 1; done
 	$(RUN) evaluate.py sae configs/dsaa_ae.py --smoke
 

@@ -129,7 +129,7 @@ def test_a_long_file_says_why(path):
 
 
 def test_the_whole_stays_small():
-    assert sum(map(lines, MODULES.values())) <= 33_000
+    assert sum(map(lines, MODULES.values())) <= 32_000
 
 
 NAMES = re.compile("higgs|boson|moshi|kyutai|hibiki|moss(?!_)|moss_speech|qwen|dsaa|personaplex|orpheus", re.I)

@@ -111,7 +111,7 @@ def test_prepared_dialogues_have_augmented_versions(tmp_path):
     speed = draw(config.augment, f"{index.entries[0].key}/1").speed
     assert one.shape[1] == pytest.approx(index.codes(0, 0).shape[1] / speed, abs=1.5)
     assert build_example(index, 0, smoke.model.table).codes.shape[0] == 8
-    assert json.loads((index.folder / f"{index.content}.json").read_text())["duplex"]
+    assert json.loads((index.folder / f"{index.content}.json").read_text().splitlines()[0])["duplex"]
     with pytest.raises(ValueError, match="data.variants above 1"):
         prepare(replace(config, variants=1), smoke.model.table)
 

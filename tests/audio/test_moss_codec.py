@@ -460,7 +460,7 @@ def test_missing_and_broken_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no .*hift\.pt; fetch the codec's repository whole"):
         load_codec(folder)
     (folder / "config.json").unlink()
-    with pytest.raises(ValueError, match="MOSS codec's folder"):
+    with pytest.raises(ValueError, match="the folder of a Higgs, SNAC, Qwen or MOSS codec"):
         load_codec(folder)
     with pytest.raises(FileNotFoundError, match=r"no .*config\.json"):
         read_config(folder / "config.json")

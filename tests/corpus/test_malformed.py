@@ -500,7 +500,7 @@ CACHES = {      # name: (command, how the cache is spoilt, what the line says)
     "index without entries": ("show", lambda c: each(c, "*/index.json", lambda f: f.write_text("{}")),
                               ("index.json is damaged", "delete it and run")),
     "entry of other fields": ("show", lambda c: each(c, "*/index.json", lambda f: edit_index(f, {"x": 1})),
-                              (".json is damaged", "delete it and run")),
+                              ("is damaged", "delete it and run")),
     "codes of another length": ("show", lambda c: each(c, "codes/*.safetensors", lambda f: edit_tensors(f, shorten)),
                                 ("is damaged", "delete it and run")),
     "never prepared": ("show", shutil.rmtree, ("no prepared data in", "run `python data.py prepare")),

@@ -73,7 +73,7 @@ def test_every_layout_has_one_family_and_all_are_listed():
     layouts = [family.layout for family in all_families() if family.layout]
     assert len(layouts) == len(set(layouts)) and {"words", "clone", "chatml", "duplex", "moss", "qwen2", "qwen3", "text"} <= set(layouts)
     assert {form.to for family in all_families() for form in family.formats} == {"hf", "boson", "moshi", "dsaa"}
-    assert {"frame", "boson", "hf"} == closings().keys()
+    assert {"frame", "boson", "hf", "first"} == closings().keys()
     code, out, _ = call("families/__main__.py")
     assert code == 0 and all(family.name in out for family in all_families())
     with pytest.raises(ValueError, match="is unknown; known are"):

@@ -24,7 +24,7 @@ demo: $(VENV)/demo        ## train the tiny model on real speech and write sampl
 PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN) -m pytest -n 2 --dist loadfile
 PLAIN  = ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 DNNL_MAX_CPU_ISA=SSE41
 QUICK  = $(patsubst %,tests/test_%.py,checkpoint data lora loss model streams) tests/generation/test_sample.py tests/audio tests/layers \
-         $(patsubst %,tests/families/test_%.py,csm dsaa higgs_v3 moshi_family orpheus parity qwen) tests/text/test_conversation.py \
+         $(patsubst %,tests/families/test_%.py,csm dsaa higgs_v3 moshi_family orpheus parity personaplex qwen qwen_tts) tests/text/test_conversation.py \
          tests/training/test_parallel.py tests/evaluation/test_minimal_pairs.py tests/evaluation/test_sparse_autoencoder.py \
          tests/corpus/test_swap_tokenizer.py
 

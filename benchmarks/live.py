@@ -64,7 +64,7 @@ async def client(http: Any, url: str, phase: float, seconds: float) -> tuple[lis
                 raise ValueError(f"the server ended the session: {message.data!r}")
             if message.data[:1] == b"\1":
                 arrived.append((time.perf_counter(), heard))
-                heard += len(message.data) / 2 / about["sample_rate"]
+                heard += (len(message.data) - 1) / 2 / about["sample_rate"]            # behind the byte that says what it is
             elif message.data[:1] == b"\4":
                 late = json.loads(message.data[1:]).get("late_frames", late)
         await talking

@@ -137,8 +137,8 @@ def encode_or_reject(key: str, row: Row, codec: Any, duplex: bool, config: DataC
 
 
 def encode_clip(key: str, row: Row, codec: Any, duplex: bool, config: DataConfig,
-                silence: tuple[int, int] = (0, 0)) -> list[np.ndarray] | RejectedRow:
-    """Encode all variants of a clip, each (C * Q, T) uint16, or say why it cannot be used."""
+                silence: tuple[int, int]) -> list[np.ndarray] | RejectedRow:
+    """Encode all variants of a clip, each (C * Q, T) uint16, or say why it cannot be used. `silence`: frames before and behind it."""
     try:
         wav, rate = read_clip(row, (config.min_seconds, config.max_seconds))
     except ValueError as error:

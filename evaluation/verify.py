@@ -188,7 +188,8 @@ def encoded_again(s: Subject) -> float | None:
         manifest = read_manifest(source_weight(source)[0], s.data.allow_outside, s.data.assistant_text, s.data.agent)
         for clip in (clip for clip in manifest.clips.values() if clip.get("file") and clip["id"] in numbers):
             number = numbers[clip["id"]]
-            made = encode_clip(s.index.entries[number].key, clip, s.codec, s.index.info["duplex"], replace(s.data, variants=1))
+            entry, once = s.index.entries[number], replace(s.data, variants=1)
+            made = encode_clip(entry.key, clip, s.codec, s.index.info["duplex"], once, s.model.table.timing.around)
             if isinstance(made, list):
                 kept, codes = s.index.codes(number, 0), torch.from_numpy(made[0].astype("int64"))
                 return float((kept == codes).float().mean()) if kept.shape == codes.shape else 0.0

@@ -101,7 +101,7 @@ class OpenAI:
             rate = self.codec.sample_rate
             mouth = sphn.OpusStreamWriter(rate) if kind == "opus" else None
             if kind == "wav":                                              # also of a model that ends at once: a file without sound
-                await response.write(wav_header(rate))
+                await asyncio.wait_for(response.write(wav_header(rate)), self.gate.limits.send_seconds)
             async with aclosing(threaded(lambda: self.spoken(prompt, feed, rules))) as pieces:
                 async for wav in pieces:
                     data = mouth.append_pcm(wav) if mouth else to_pcm16(wav)

@@ -45,7 +45,7 @@ def case(name: str, seed: int) -> None:
             else:
                 generator.load_voice_prompt_embeddings(stored)
             generator.step_system_prompts(None)
-            made = torch.load(f"{folder}/voice.pt") if stored is None else None
+            made = torch.load(f"{folder}/voice.pt", weights_only=True) if stored is None else None
             generator.return_logits = generator.save_voice_prompt_embeddings = False
             for t in range(user.shape[-1]):
                 frames.append(generator.step(user[..., t : t + 1]))

@@ -438,7 +438,7 @@ def open_official(form: Format, folder: Path, config: ModelConfig | None = None,
     tensors = official_tensors(form, folder, about, file)
     if (folder / "generation_config.json").is_file():             # it knows all ids that end a text, config.json often one
         about |= {k: v for k, v in read_json(folder / "generation_config.json").items() if k == "eos_token_id" and v is not None}
-    about = form.complete(about, tensors, str(folder), lambda name: open_model(name)[0].config)
+    about = form.complete(about, tensors, str(folder), lambda name: open_model(name)[0])
     stored = read_config(form, about, tensors, str(folder))
     changed = config_differences(stored, replace(config, table=stored.table)) if config is not None else []
     if changed:

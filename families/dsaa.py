@@ -148,15 +148,28 @@ def write_dsaa(c: ModelConfig, dtype: str) -> About:
     fusion, text = c.fusion, c.table.streams[0]
     llm = {"hf_repo_id": fusion.source, "revision": fusion.revision, "model": to_json(fusion.tower), "rate": fusion.rate,
            "dropout": fusion.dropout, "split_norm": fusion.split_norm}
-    return write_moshi(replace(c, fusion=None), dtype) | {
+    about = write_moshi(replace(c, fusion=None), dtype)
+    about.pop("text_card_out", None)                   # the reference takes it from the text model, and does not know the key
+    return about | {
         "text_card": text.classes, "existing_bos_id": text.start, "existing_text_padding_id": c.table.pad,
         "existing_text_end_padding_id": c.table.epad, "moshi_name": "dsaa.safetensors", "text_llm": llm}
 
 
-def with_text_model(about: About, tensors: Tensors, source: str, config_of: Any) -> About:
-    """The config.json of a reference model names its text model only: add that model's architecture."""
+def with_text_model(about: About, tensors: Tensors, source: str, opened: Any) -> About:
+    """The config.json of a reference model names its text model only: add that model's architecture, and its ids.
+
+    Runs of the reference train with ids of the text model's tokenizer and write those of the Moshi that they began with.
+    """
     llm = about["text_llm"]
-    return about if "model" in llm else {**about, "text_llm": llm | {"model": to_json(config_of(llm.get("hf_repo_id", "")))}}
+    if "model" in llm:
+        return about
+    tower = opened(llm.get("hf_repo_id", ""))
+    about = about | {"text_llm": llm | {"model": to_json(tower.config)}}
+    if "existing_bos_id" in about:
+        return about
+    file = official_files(Path(tower.extras.folder)).get("tokenizer")
+    ids = special_ids(tower.config, load_tokenizer(file) if file else None, "space")
+    return about | dict(zip(("existing_bos_id", "existing_text_padding_id", "existing_text_end_padding_id"), ids, strict=True))
 
 
 def setup_dsaa(moshi: Any, text_llm: Any, padding: str = "own", **choices: Any) -> tuple[ModelConfig, Tensors, Any]:

@@ -19,7 +19,8 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h
 LEFT = ("config.json", "moshi_lm_kwargs.json", "adapter_config.json", "README.md")
 TOKENIZER = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template")        # how names of its files begin
 # Facts of a base that no weight shows; ours are the class's defaults.
-ITS_OWN = ("max_position_embeddings", "bos_token_id", "pad_token_id", "initializer_range", "max_window_layers", "sliding_window")
+ITS_OWN = ("max_position_embeddings", "bos_token_id", "pad_token_id", "initializer_range", "max_window_layers", "sliding_window",
+           "audio_in_token_idx", "audio_out_token_idx", "audio_token_id", "audio_delay_token_id")
 # What our own fields say in another way, or what was true of the base only.
 STALE = ("rope_parameters", "rope_scaling", "rope_theta", "dtype", "torch_dtype", "transformers_version", "quantization_config",
          "_name_or_path", "transformers_weights", "moshi_name", "lora_name", "lora_rank", "lora_scaling")
@@ -88,8 +89,10 @@ def carry(source: Path, out: Path, about: About | None, stop: Sequence[int], tok
             write_json(generation, found | {"eos_token_id": [*known, *more]})
     if about is None:
         return
-    write_json(out / "config.json", joined(read_json(config_file(source)), about))
-    codec = official_files(source, ("tokenizer",)).get("codec")
+    base = read_json(config_file(source))
+    write_json(out / "config.json", joined(base, about))
+    elsewhere = base.get("mimi_name") and not (source / base["mimi_name"]).is_file()       # trainers leave the codec where it was
+    codec = None if elsewhere else official_files(source, ("tokenizer",)).get("codec")
     if codec and Path(codec).parent == source:
         for path in sorted(Path(codec).iterdir()) if Path(codec).is_dir() else [Path(codec)]:
             (out / path.relative_to(source)).parent.mkdir(exist_ok=True)

@@ -10,6 +10,7 @@ Sources: transformers 5.23, boson-multimodal 0.1.1, moshi 0.2.13, peft 0.21. Nex
 import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ class Format:
     codec: str = ""                                             # how names of a codec or encoder begin whose weights lie in the same file
     named: Callable[[About], str] = lambda about: ""            # the file of weights that a config.json names, "" = it names none
     adapter: Callable[[About], str] = lambda about: ""          # the adapter that it names
-    complete: Callable[[About, Tensors, str, Callable[[str], ModelConfig]], About] = lambda about, tensors, source, config_of: about
+    complete: Callable[[About, Tensors, str, Callable[[str], Any]], About] = lambda about, tensors, source, opened: about
 
 
 @dataclass(frozen=True)
@@ -90,13 +91,15 @@ class Conversion:
 
 # ---- the engine: one table of names, used in both directions ----
 
+@cache
+def pattern(ours: str) -> re.Pattern[str]:
+    return re.compile(re.sub(r"\\(\{\w)\\\}", lambda mark: WILD.get(mark[1] + "}", mark[0]), re.escape(ours)))
+
+
 def official_names(name: str, shape: torch.Size, config: ModelConfig, form: Format) -> list[str]:
     """The official names of the tensors that form one of our parameters, in order."""
     for ours, theirs in form.rules(config):
-        pattern = re.escape(ours).replace(r"\{", "{").replace(r"\}", "}")
-        for mark, group in WILD.items():
-            pattern = pattern.replace(mark, group)
-        if match := re.fullmatch(pattern, name):
+        if match := pattern(ours).fullmatch(name):
             named = theirs.format(**match.groupdict(), k="{k}", K="{K}")
             codes = config.table.streams[config.table.audio[0]].vocab if config.table.audio else 1
             whole = len(shape) == 3 and form.stacked
@@ -283,6 +286,8 @@ def official_files(folder: Path, given: Collection[str] = ()) -> dict[str, str]:
         paths = sorted(path for mark in marks for path in folder.glob(mark))
         if name in given:
             continue
+        if name == "tokenizer" and isinstance(about, dict) and about.get("text_llm"):      # tokenizer_name: of the Moshi that it began with
+            key, paths = "", [path for path in paths if path.name == "tokenizer.json"]
         if isinstance(about, dict) and about.get(key):
             found[name] = str(named_file(folder, str(about[key]), f"{key} in {folder}/config.json", f"name it with --{name}=FILE"))
         elif len(paths) > 1 and paths[0].name != "tokenizer.json":

@@ -581,7 +581,7 @@ def is_moshi(c: ModelConfig) -> bool:
     return c.table.aligned and c.temporal.packed and not c.fusion
 
 
-def completed(about: About, tensors: Tensors, source: str, config_of: Any) -> About:
+def completed(about: About, tensors: Tensors, source: str, opened: Any) -> About:
     """A config.json with the sizes that it does not say: PersonaPlex's names the model and its version only.
 
     ValueError for weights of a model with a text model beside it, whose config.json does not name that one.

@@ -1,8 +1,8 @@
 """Other people's folders, whole: what official loaders wrote, with all that stands around released weights.
 
-tests/golden/folders/* come from transformers itself (golden/make_folders.py), Moshi's are laid out here around golden weights as
-its repositories are. Each is loaded, trained, resumed, sampled, merged and exported; where the official package is installed
-its loader and script read the export again.
+tests/golden/folders/* come from transformers, boson-multimodal and slavivo/dsaa themselves (golden/make_folders.py), Moshi's are
+laid out here around golden weights as its repositories are. Each is loaded, trained, resumed, sampled, merged and exported;
+where the official package is installed its loader and script read the export again.
 """
 
 import json
@@ -36,7 +36,7 @@ from generation.dialogue import dialogue_prompt
 from layers.architecture import ModelConfig, StackConfig
 from lora import LoraConfig
 from model import MultistreamLM
-from sample import generate
+from sample import generate, reply
 from streams import Example, Stream, StreamTable, codebooks
 from text.tokenizers import load_tokenizer
 from text.word_times import timed_transcript, timed_words
@@ -469,7 +469,9 @@ def test_a_thought_is_opened_where_the_folders_template_does(template, thought, 
 # ---- what stands around the weights ----
 
 AROUND = {"qwen2": ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
-          "higgs": ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "processor_config.json")}
+          "higgs": ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "processor_config.json"),
+          "boson": ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")}
+TO = {"boson": "boson", "dsaa": "dsaa"}                     # the others' layout is that of transformers
 
 
 def ways(name: str, tmp_path: Path) -> dict[str, Path]:
@@ -482,7 +484,7 @@ def ways(name: str, tmp_path: Path) -> dict[str, Path]:
     started = adapter_run(imported, tmp_path / "started")
     found = {"itself": base, "run": run, "imported": imported, "whole": whole, "started": started,
              "merged": export(run, tmp_path / "merged")}
-    return {way: export(path, tmp_path / f"out_{way}", to="hf") for way, path in found.items()}
+    return {way: export(path, tmp_path / f"out_{way}", to=TO.get(name, "hf")) for way, path in found.items()}
 
 
 @pytest.mark.parametrize("name", sorted(AROUND))
@@ -494,11 +496,19 @@ def test_an_export_carries_what_stood_around_its_base(name, tmp_path):
         for file in AROUND[name]:
             assert (folder / file).read_bytes() == (base / file).read_bytes(), (way, file)
         wrote = json.loads((folder / "config.json").read_text())
-        for key in ("max_position_embeddings", "bos_token_id", "pad_token_id"):
-            assert wrote[key] == about[key], (way, key)
+        for found, base_says in ((wrote, about), (wrote.get("text_config", {}), about.get("text_config", {}))):
+            for key in ("max_position_embeddings", "bos_token_id", "pad_token_id", "audio_in_token_idx", "audio_out_token_idx"):
+                assert found.get(key) == base_says.get(key), (way, key)
         assert set(load(folder).table.stop) == set(load(base).table.stop), way
     peft = export(tmp_path / "run", tmp_path / "peft", to="peft")
     assert (peft / "tokenizer_config.json").is_file() and not (peft / "config.json").is_file()
+
+
+def same_file(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    """The same names, types, shapes and values."""
+    again = load_file(file)
+    assert again.keys() == tensors.keys()
+    assert all(torch.equal(t, again[name]) and t.dtype == again[name].dtype for name, t in tensors.items())
 
 
 CODEC_NAMES = "codec_model."
@@ -578,7 +588,7 @@ def test_a_moshi_export_carries_codec_tokenizer_and_rules(tmp_path):
     assert {key: about[key] for key in told} == told and about["lora"] is False
 
 
-@pytest.mark.parametrize("name", sorted(AROUND))
+@pytest.mark.parametrize("name", ["higgs", "qwen2"])
 @torch.no_grad()
 def test_the_official_loader_reads_the_export_and_answers_as_before(name, tmp_path):
     """Live: tokenizer, model and its generation_config by the Auto classes; equal tokens, and those of ours."""
@@ -610,6 +620,112 @@ def test_our_greedy_words_are_those_of_the_official_script(name):
     model, prompt = load(FOLDERS / name), torch.tensor(case["ids"])[None, None]
     frames = list(generate(model, prompt, SampleConfig(temperature=0, max_frames=16)))
     assert torch.cat(frames, -1)[0].tolist() == case["tokens"]
+
+
+@torch.no_grad()
+def test_a_boson_export_speaks_as_the_server_of_its_release_did(tmp_path):
+    """Prompt and columns are those of HiggsAudioServeEngine; where the package is installed its class reads each export again."""
+    case = json.loads((FOLDERS / "boson/expected.json").read_text())
+    columns, Q = torch.tensor(case["columns"]), len(case["columns"])
+    wanted = torch.stack([row[k + 1 : k + columns.shape[1] - Q] for k, row in enumerate(columns)])         # the delays undone
+    out = ways("boson", tmp_path)
+    tensors = load_file(tmp_path / "base/model.safetensors")
+    for way in ("itself", "imported"):
+        same_file(tensors, out[way] / "model.safetensors")
+    model = load(tmp_path / "base")
+    data = DataConfig(tokenizer=str(tmp_path / "base"), codec="tiny")
+    prompt = lay_out(prompt_example("Where is my order?", data, load_tokenizer(data.tokenizer), table=model.table), model.table)[0]
+    assert prompt[0].tolist() == case["ids"]
+
+    def spoken(folder: Path) -> torch.Tensor:
+        frames = generate(load(folder), prompt, SampleConfig(temperature=0, max_frames=columns.shape[1], closing="boson"))
+        frames = torch.stack(list(frames), -1)[0, 1:]
+        return frames[:, (frames >= 0).all(0)]
+
+    assert torch.equal(spoken(tmp_path / "base"), wanted) and torch.equal(spoken(out["itself"]), wanted)
+    out["run"] = export(load(tmp_path / "run"), tmp_path / "fp32", to="boson")        # a merged weight in bf16 is rounded
+    adapted = spoken(out["run"])
+    assert torch.equal(spoken(tmp_path / "run"), adapted) and not torch.equal(adapted, wanted)
+    try:
+        from boson_multimodal.model.higgs_audio import HiggsAudioModel
+        from transformers import AutoTokenizer
+    except ImportError:
+        return
+    for folder, ours in ((tmp_path / "base", wanted), (out["itself"], wanted), (out["run"], adapted), (out["started"], None)):
+        theirs, info = HiggsAudioModel.from_pretrained(folder, output_loading_info=True, torch_dtype=torch.float32)
+        assert not any(info.values()), info
+        theirs.eval().set_audio_special_tokens(AutoTokenizer.from_pretrained(folder))
+        theirs.generation_config.generation_kwargs = {}
+        ids = torch.tensor([case["ids"]])
+        none = dict.fromkeys(("audio_out_ids", "audio_out_ids_start", "audio_in_ids", "audio_in_ids_start"))
+        found = theirs.generate(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, do_sample=False,
+                                max_new_tokens=columns.shape[1], **none)[1][0]
+        undelayed = torch.stack([row[k + 1 : k + 1 + found.shape[1] - Q] for k, row in enumerate(found)])
+        assert ours is None or torch.equal(undelayed[:, : ours.shape[1]], ours), folder
+
+
+# ---- a run of DSAA's own trainer ----
+
+def dsaa_run(folder: Path) -> tuple[Path, dict]:
+    """What its checkpointer left, with the one key that a person adds: which text model; and what its LMGen made of it."""
+    official("dsaa", folder)
+    edit(folder / "config.json", text_llm={"hf_repo_id": str(FOLDERS / "qwen2")})
+    return folder, json.loads((folder / "expected.json").read_text())
+
+
+def dsaa_config() -> dict:
+    return json.loads((FOLDERS / "dsaa/config.json").read_text())
+
+
+@torch.no_grad()
+def test_a_run_of_dsaa_has_the_ids_that_it_was_trained_with(tmp_path):
+    """Its config.json names the padding of the Moshi that it began with, and Moshi's tokenizer."""
+    folder, case = dsaa_run(tmp_path / "base")
+    for name in ("tokenizer_spm_32k_3.model", "tokenizer-e351c8d8-checkpoint125.safetensors"):
+        (folder / name).write_bytes(b"")                                    # a hub repository has both
+    assert dsaa_config()["existing_text_padding_id"] == 3 and "existing_bos_id" not in dsaa_config()
+    model = load(folder / "consolidated.safetensors")
+    assert [model.table.streams[0].start, model.table.pad, model.table.epad] == [case["ids"][f"existing_{n}_id"] for n in (
+        "bos", "text_padding", "text_end_padding")]
+    assert official_files(folder) == {"codec": str(folder / "tokenizer-e351c8d8-checkpoint125.safetensors")}
+    frames = reply(model, torch.tensor([case["user"]]), SampleConfig(temperature=0), skip_first_frame=True)
+    assert frames[0, [0, *model.table.audio_out]].mT.tolist() == case["frames"]
+
+
+@torch.no_grad()
+def test_a_dsaa_export_is_what_its_own_loader_reads(tmp_path, monkeypatch):
+    """LoRA on Moshi's half, merged, exported; with a checkout of slavivo/dsaa on the path its loader and LMGen go over it again."""
+    folder, case = dsaa_run(tmp_path / "base")
+    user, config = torch.tensor([case["user"]]), SampleConfig(temperature=0)
+    run = adapter_run(folder, tmp_path / "run", targets=("temporal.*", "depth.layers.*"))
+    out = {"base": export(folder, tmp_path / "itself", to="dsaa"), "run": export(load(run), tmp_path / "out", to="dsaa")}
+    ours = {name: reply(load(path), user, config, skip_first_frame=True) for name, path in (("base", folder), ("run", run))}
+    same_file(load_file(folder / "consolidated.safetensors"), out["base"] / "dsaa.safetensors")
+    for name, path in out.items():
+        about = json.loads((path / "config.json").read_text())
+        assert {k: about[k] for k in case["ids"]} == case["ids"] and about["lora"] is False
+        assert torch.equal(reply(load(path), user, config, skip_first_frame=True), ours[name])
+    assert not torch.equal(*ours.values())
+    try:
+        import modules
+        import moshi.models.lm as lm
+        from moshi.models.loaders import get_moshi_lm
+        from transformers import AutoModelForCausalLM
+        assert lm.TextLMModel
+    except (ImportError, AttributeError):                                   # the moshi of the index has no such model
+        return
+    DT, DA, DD, H = 24, 24, 10, 7                                           # it fixes those of Moshi 7B
+    monkeypatch.setattr(lm, "TextPreservingProjector", lambda *_: modules.TextPreservingProjector(DT, DA, H, DT))
+    monkeypatch.setattr(lm, "ResidualProjector", lambda *_: modules.ResidualProjector(DT + DA + DD, H, DD))
+    for name, path in out.items():
+        llm = AutoModelForCausalLM.from_pretrained(FOLDERS / "qwen2", rope_theta=1e6, output_hidden_states=True, torch_dtype=torch.float32)
+        about = json.loads((path / "config.json").read_text())
+        kwargs = {k: v for k, v in about.items() if not k.endswith("_name") and k not in ("model_type", "text_llm")}      # text_llm is ours
+        theirs = get_moshi_lm(path / about["moshi_name"], kwargs, "cpu", torch.float32, llm)
+        generator = lm.LMGen(theirs, use_sampling=False, temp=0.0, temp_text=0.0)
+        with generator.streaming(1):
+            steps = [found[0, :, 0] for t in range(user.shape[2]) if (found := generator.step(user[:, :, t : t + 1])) is not None]
+        assert torch.equal(torch.stack(steps, -1), ours[name][0, [0, *load(path).table.audio_out]]), name
 
 
 # ---- tokenizers ----
@@ -726,25 +842,26 @@ def done(*args: object) -> str:
     return out
 
 
-@pytest.mark.parametrize("name", ["qwen2", "qwen3", "higgs"])
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "higgs", "boson"])
 def test_the_whole_way_on_an_official_folder(name, tmp_path):
     """load -> LoRA -> resume -> sample -> merge -> export; where transformers is installed its loader says what ours says."""
     official(name, tmp_path / "base")
+    speaks = name in ("higgs", "boson")
     talk = [{"role": "user", "content": "Where is my order?"}, {"role": "assistant", "content": "On its way."}]
     clip = min((ROOT / "assets/speech/allison").glob("*.opus"))
-    row = {"audio": str(clip), "text": "activated", "speaker": "a"} if name == "higgs" else {"messages": talk}
+    row = {"audio": str(clip), "text": "activated", "speaker": "a"} if speaks else {"messages": talk}
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row | {"id": str(n), "split": "train"}) + "\n" for n in range(3)))
-    (tmp_path / "run.py").write_text(RUN.replace("SCENE", repr("A quiet room." if name == "higgs" else "")))
+    (tmp_path / "run.py").write_text(RUN.replace("SCENE", repr("A quiet room." if speaks else "")))
     done("train.py", tmp_path / "run.py")
     assert "resuming" in done("train.py", tmp_path / "run.py", "--steps=4")
     told = done("sample.py", f"--ckpt={tmp_path}/run", "--text=Where is my order?", f"--out={tmp_path}/x.wav", "--max_frames=12",
                 "--temperature=0")
-    assert "adapter applied" in told and (name != "higgs" or (tmp_path / "x.wav").is_file())
+    assert "adapter applied" in told and (not speaks or (tmp_path / "x.wav").is_file())
     done("checkpoint.py", "merge", tmp_path / "run", f"--out={tmp_path}/merged")
-    done("checkpoint.py", "export", tmp_path / "merged", "--to=hf", f"--out={tmp_path}/hf")
+    done("checkpoint.py", "export", tmp_path / "merged", f"--to={TO.get(name, 'hf')}", f"--out={tmp_path}/hf")
     run, again = load(tmp_path / "run"), load(tmp_path / "hf")
     data = sampled(tmp_path / "run")
-    assert data.scene == ("A quiet room." if name == "higgs" else "")
+    assert data.scene == ("A quiet room." if speaks else "")
     prompt = lay_out(prompt_example("Where is my order?", data, load_tokenizer(data.tokenizer), table=run.table), run.table)[0]
     config = SampleConfig(temperature=0, max_frames=12)
     frames = [torch.stack(list(generate(model, prompt, config)), -1) for model in (run, again)]
@@ -753,7 +870,7 @@ def test_the_whole_way_on_an_official_folder(name, tmp_path):
         from transformers import AutoModelForCausalLM
     except ImportError:
         return                                                              # ours was proven; the class is not here to ask
-    if name == "higgs":
+    if speaks:
         return
     theirs, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval(), prompt[:1]
     tokens = theirs.generate(ids, do_sample=False, repetition_penalty=1.0, max_new_tokens=12, attention_mask=torch.ones_like(ids))

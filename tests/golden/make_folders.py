@@ -1,6 +1,8 @@
 """Write tests/golden/folders: tiny models as the official loaders save them, with the files that stand around released weights.
 
-    python tests/golden/make_folders.py       torch 2.13.0, transformers 5.24.0, peft 0.21.2
+    python tests/golden/make_folders.py                              torch 2.13.0, transformers 5.24.0, peft 0.21.2
+    python tests/golden/make_folders.py boson                        environment B of make.py
+    PYTHONPATH=CHECKOUT python tests/golden/make_folders.py dsaa     environment of make_dsaa.py, behind qwen2
 
 Keys and ids stand in the order of the released repositories. `expected.json` holds a prompt and what the official class
 and its generation_config.json make of it, greedily. Read by tests/families/test_official_folders.py.
@@ -9,8 +11,12 @@ and its generation_config.json make of it, greedily. Read by tests/families/test
 import json
 import shutil
 import sys
+import types
+from importlib.machinery import ModuleSpec
+from importlib.util import module_from_spec
 from pathlib import Path
 
+import numpy as np
 import torch
 from make import scramble
 from safetensors.torch import save_file
@@ -86,6 +92,89 @@ def csm(name: str, folder: Path) -> None:
     write(folder / "processor_config.json", {"processor_class": "CsmProcessor"})
 
 
+def boson(name: str, folder: Path) -> None:
+    """The first release. Its own server reads the folder again and speaks; a codec of another repository stands in there."""
+    from boson_multimodal.model.higgs_audio import HiggsAudioConfig, HiggsAudioModel
+    from transformers import PreTrainedTokenizerFast
+    for module in ("librosa", "pandas", "boson_multimodal.audio_processing.higgs_audio_tokenizer"):      # imported, not used on this way
+        sys.modules[module] = module_from_spec(ModuleSpec(module, None))
+    codec = types.SimpleNamespace(tps=25, sampling_rate=24000, decode=lambda codes: np.zeros((1, 1, codes.shape[-1] * 960)))
+    sys.modules[module].load_higgs_audio_tokenizer = lambda *_, **__: codec
+    from boson_multimodal.data_types import ChatMLSample, Message
+    from boson_multimodal.serve.serve_engine import HiggsAudioServeEngine
+    ids = {t["content"]: t["id"] for t in json.loads((ASSETS / "tiny_tokenizer.json").read_text())["added_tokens"]}
+    text = {"model_type": "llama", "vocab_size": 288, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5,
+            "rope_theta": 500000.0, "rope_scaling": {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                                                     "original_max_position_embeddings": 8192},
+            "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False, "bos_token_id": 1, "eos_token_id": ids["<|eot_id|>"]}
+    config = HiggsAudioConfig(
+        text_config=text, audio_adapter_type="dual_ffn_fast_forward", audio_dual_ffn_layers=[0, 1], audio_num_codebooks=8,
+        audio_codebook_size=256, audio_stream_bos_id=256, audio_stream_eos_id=257, audio_in_token_idx=ids["<|AUDIO|>"],
+        audio_out_token_idx=ids["<|AUDIO_OUT|>"], audio_out_bos_token_id=ids["<|audio_out_bos|>"], audio_eos_token_id=ids["<|audio_eos|>"],
+        pad_token_id=ids["<|end_of_text|>"], encode_whisper_embed=False, skip_audio_tower=True, encode_audio_in_tokens=True,
+        use_delay_pattern=True)
+    config.hidden_size = 16
+    model = scramble(HiggsAudioModel(config), 4, gain=1.6).to(torch.bfloat16)
+    model.save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_file=str(ASSETS / "tiny_tokenizer.json"), bos_token="<|begin_of_text|>", eos_token="<|eot_id|>",
+                            pad_token="<|end_of_text|>").save_pretrained(folder)
+    engine = HiggsAudioServeEngine(str(folder), "", device="cpu", torch_dtype=torch.float32, kv_cache_lengths=[256])
+    sample = ChatMLSample(messages=[Message("system", "Generate audio following instruction."), Message("user", "Where is my order?")])
+    prompt = engine._prepare_inputs(sample, force_audio_gen=True)["input_ids"][0]
+    found = engine.generate(sample, max_new_tokens=40, temperature=0.0, force_audio_gen=True, ras_win_len=0)
+    write(folder / "expected.json", {"ids": prompt.tolist(), "columns": found.generated_audio_tokens.tolist()})
+
+
+def dsaa(name: str, folder: Path) -> None:
+    """As the checkpointer of slavivo/dsaa leaves a run on Moshi's own config.json, with the Qwen of folders/qwen2 beside it.
+
+    That config.json says nothing of the text model: what its train.py made of it (ids, projectors of these widths) is bound here.
+    `text_llm` is the one key that a person adds.
+    """
+    import modules
+    import moshi.models.lm as lm
+    import torch.distributed as dist
+    from finetune.checkpointing import Checkpointer
+    from make_dsaa import DA, DD, MOSHI, H
+    from make_dsaa import scramble as draw
+    from moshi.models.loaders import get_moshi_lm
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+    base = HERE / "folders/qwen2"
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(base / "tokenizer.json"))      # 4.57 does not know the class of 5.24
+
+    def text_model() -> torch.nn.Module:                # 4.57 does not read the rope_parameters of 5.24
+        return AutoModelForCausalLM.from_pretrained(base, rope_theta=1e6, output_hidden_states=True, attn_implementation="eager",
+                                                    torch_dtype=torch.float32)
+
+    llm = text_model()
+    DT = llm.config.hidden_size
+    lm.TextPreservingProjector = lambda *_: modules.TextPreservingProjector(DT, DA, H, DT)
+    lm.ResidualProjector = lambda *_: modules.ResidualProjector(DT + DA + DD, H, DD)
+    about = {k: v for k, v in MOSHI.items() if not k.startswith("existing")} | {                  # codes as of codec tiny:2
+        "n_q": 4, "dep_q": 2, "card": 256, "depformer_context": 2, "delays": [0, 0, 1, 0, 1], "existing_text_padding_id": 3,
+        "mimi_name": "tokenizer-e351c8d8-checkpoint125.safetensors", "tokenizer_name": "tokenizer_spm_32k_3.model",
+        "lora": False, "lora_rank": 128, "lora_scaling": 2.0}
+    pad = tokenizer.encode(" ")[0]
+    ids = {"existing_text_padding_id": pad, "existing_text_end_padding_id": pad, "existing_bos_id": tokenizer.encode("<|im_start|>")[0]}
+    lm_kwargs = {k: v for k, v in about.items() if not k.endswith("_name") and "lora" not in k} | ids
+    model = draw(lm.TextLMModel(text_llm=llm, device="cpu", dtype=torch.float32, **lm_kwargs), 11)
+    dist.init_process_group("gloo", init_method="tcp://127.0.0.1:29599", rank=0, world_size=1)
+    run = folder / "run"
+    writer = Checkpointer(model, types.SimpleNamespace(step=400), run, about, full_finetuning=True)
+    writer.save_checkpoint(save_only_lora=False, dtype=torch.bfloat16)
+    for path in writer.dst_dir.iterdir():
+        path.rename(folder / path.name)
+    shutil.rmtree(run)
+    llm = text_model()
+    again = get_moshi_lm(folder / "consolidated.safetensors", lm_kwargs, "cpu", torch.float32, llm)
+    user = torch.randint(0, 256, (1, 2, 14), generator=torch.Generator().manual_seed(5))
+    generator = lm.LMGen(again, use_sampling=False, temp=0.0, temp_text=0.0)
+    with torch.no_grad(), generator.streaming(1):
+        steps = [column[0, :, 0].tolist() for t in range(14) if (column := generator.step(user[:, :, t : t + 1])) is not None]
+    write(folder / "expected.json", {"user": user[0].tolist(), "frames": steps, "ids": ids})
+
+
 # Of a base whose head is its embedding: one of the two trained in full, both, the head with an adapter.
 TIED = {"peft_embed": {"modules_to_save": ["embed_tokens"]}, "peft_head": {"target_modules": ["q_proj", "lm_head"]},
         "peft_both": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}}
@@ -110,10 +199,11 @@ def peft(name: str, folder: Path) -> None:
     save_file({"ids": ids, "logits": logits}, HERE / f"{name}.safetensors")
 
 
-MAKE = {"qwen2": qwen, "qwen3": qwen, "higgs": higgs, "csm": csm, **dict.fromkeys(TIED, peft)}
+MAKE = {"qwen2": qwen, "qwen3": qwen, "higgs": higgs, "csm": csm, "boson": boson, "dsaa": dsaa, **dict.fromkeys(TIED, peft)}
+ELSEWHERE = ("boson", "dsaa")                   # each in an environment of its own
 
 if __name__ == "__main__":
-    for name in sys.argv[1:] or MAKE:
+    for name in sys.argv[1:] or [n for n in MAKE if n not in ELSEWHERE]:
         folder = HERE / "folders" / name
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)

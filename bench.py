@@ -3,7 +3,8 @@
     python bench.py higgs                           train, decode and ops with the peer; also moshi, qwen, moss, tiny
     python bench.py train --model=higgs --peer      a LoRA training step against transformers + PEFT (moshi: against moshi)
     python bench.py decode --model=moshi --peer     greedy frames against LMGen (higgs, qwen: against transformers generate), then
-                                                    single sampled frames after a prompt of --context columns
+                                                    single sampled frames after a prompt of --context columns, --batch at once
+    python bench.py prefill --model=higgs --peer    reading a prompt of --context columns
     python bench.py ops --model=moshi --peer        number of operations in a frame (CUDA: kernels, graphs, syncs)
     python bench.py loss                            chunked cross-entropy against full logits: time and peak memory
     python bench.py memory --model=higgs --peer     peak memory of the loss and of a training step
@@ -29,6 +30,7 @@ import gc
 import json
 import os
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -80,7 +82,8 @@ from training.plan import need_of_training
 
 BYTES, FLOPS = 4.3e12, 790e12      # an H200: bytes a second of a copy, bf16 operations a second of a product, both measured
 RATES = {"higgs": 25.0, "moshi": 12.5, "moss": 12.5, "tiny": 25.0}           # frames of a second of speech
-TARGETS = {"train higgs": 0.8, "train moshi": 0.7, "decode higgs": 0.5, "decode moshi": 0.5, "decode qwen": 0.5}     # ours / peer
+TARGETS = {"train higgs": 0.8, "train moshi": 0.7, **dict.fromkeys(("decode higgs", "decode moshi", "decode qwen"), 0.5),     # ours / peer
+           **dict.fromkeys(("prefill higgs", "prefill qwen"), 0.9)}
 PAGE = 4096 / 2**20                # MiB: less cannot be measured on a CPU
 LIMITS = {"moshi": 600, "higgs": 80, "qwen": 80}             # operations a frame, at the tiny preset
 
@@ -110,14 +113,17 @@ def frame_row(job: Job, model: MultistreamLM, net: nn.Module | None, why: str) -
     before = torch.cuda.memory_allocated() if ON_GPU else 0
     if ON_GPU:
         torch.cuda.reset_peak_memory_stats()
-    row = compare(frame_times(ours, columns, frames), [], batch, deciles)
+    sides = ((ours, columns), (peer, columns + context * table.aligned))
+    turns = [[frame_times(side, count, frames, CLOCKS[job.clock]) for side, count in sides if side]
+             for _ in range(1 if ON_GPU else min(job.pairs, 3))]
+    row = compare([t for own, *_ in turns for t in own], [], batch, deciles)
     seconds, at = row["ours"]["ms"]["median"] / 1e3, [context + columns - frames, context + columns]
     if ON_GPU:
         row["peak_GiB"] = (torch.cuda.max_memory_allocated() - before + sum(p.nbytes for p in model.parameters())) / GIB
         row["times_floor"] = seconds * BYTES / floor_bytes(model, batch, sum(at) / 2)
     if peer is not None:
-        row["peer"] = compare(frame_times(peer, columns + context * table.aligned, frames), [], batch, deciles)["ours"]
-        row["ratio"] = spread([row["ours"]["ms"]["median"] / row["peer"]["ms"]["median"]])
+        row["peer"] = compare([t for _, other in turns for t in other], [], batch, deciles)["ours"]
+        row["ratio"] = spread([statistics.median(own) / statistics.median(other) for own, other in turns])
     if job.model in RATES:
         row["RTF"] = seconds * RATES[job.model]
     prefill = alternate(prefill_side(model, batch, context), None, 5)[0]
@@ -125,19 +131,32 @@ def frame_row(job: Job, model: MultistreamLM, net: nn.Module | None, why: str) -
                   "GB/s": floor_bytes(model, batch, sum(at) / 2) / seconds / 1e9, "prefill_ms": spread(prefill, 1e3)["median"]}
 
 
-def bench_decode(job: Job, columns: int = 64) -> list[dict[str, Any]]:
+def bench_decode(job: Job) -> list[dict[str, Any]]:
     """Greedy columns after a prompt of 32 columns (aligned: of the start column), then single frames."""
     with tempfile.TemporaryDirectory() as folder:
         model, net, why = decode_models(job, Path(folder))
-        ours, peer = decode_sides(model, net, 1, 1 if model.table.aligned else 32, columns, 0)
-        checked = why
-        if peer is not None:
-            one, other = (side(columns).cpu() for side in (ours, peer))
-            both = min(one.shape[-1], other.shape[-1])       # a generator may keep back its last frame
-            checked = check(one[..., :both], other[..., :both], "greedy tokens", job.half)
-        times = alternate(*(side and partial(side, columns) for side in (ours, peer)), job.pairs, clock=CLOCKS[job.clock])
-        row = {"what": f"decode {job.model}", **compare(*times, columns), "checked": checked}
-        return [row | {"target": TARGETS.get(row["what"])}, frame_row(job, model, net, why or "drawn, nothing to compare")]
+        greedy = greedy_row(job, model, net, why, "decode", 1 if model.table.aligned else 32, 64)
+        return [greedy, frame_row(job, model, net, why or "drawn, nothing to compare")]
+
+
+def bench_prefill(job: Job) -> list[dict[str, Any]]:
+    """A prompt of --context columns, read as a generation reads it, and the few columns that complete a first frame."""
+    with tempfile.TemporaryDirectory() as folder:
+        model, net, why = decode_models(job, Path(folder))
+        if net is not None and model.table.aligned:
+            net, why = None, "not measured: LMGen reads a prompt frame by frame"
+        return [greedy_row(job, model, net, why, "prefill", job.context or 2000, max(model.table.delays) + 2)]
+
+
+def greedy_row(job: Job, model: MultistreamLM, net: nn.Module | None, checked: str, what: str, context: int, columns: int) -> dict:
+    ours, peer = decode_sides(model, net, job.batch or 1, context, columns, 0)
+    if peer is not None:
+        one, other = (side(columns).cpu() for side in (ours, peer))
+        both = min(one.shape[-1], other.shape[-1])           # a generator may keep back its last frame
+        checked = check(one[..., :both], other[..., :both], "greedy tokens", job.half or bool(job.quantize))
+    times = alternate(*(side and partial(side, columns) for side in (ours, peer)), job.pairs, clock=CLOCKS[job.clock])
+    units, name = (job.batch or 1) * (columns if what == "decode" else context), f"{what} {job.model}"
+    return {"what": name, **compare(*times, units), "checked": checked, "target": TARGETS.get(name)}
 
 
 def bench_ops(job: Job) -> list[dict[str, Any]]:
@@ -394,9 +413,9 @@ def write_clips(folder: Path, count: int) -> None:
     write_rows(folder / "manifest.jsonl", rows)
 
 
-WHAT = {"train": bench_train, "decode": bench_decode, "ops": bench_ops, "loss": bench_loss, "memory": bench_memory,
-        "kernels": bench_kernels, "graphs": bench_graphs, "plan": bench_plan, "loader": bench_loader, "scaling": bench_scaling,
-        "start": bench_start, "corpus": bench_corpus, **dict.fromkeys(LORA, bench_model)}
+WHAT = {"train": bench_train, "decode": bench_decode, "prefill": bench_prefill, "ops": bench_ops, "loss": bench_loss,
+        "memory": bench_memory, "kernels": bench_kernels, "graphs": bench_graphs, "plan": bench_plan, "loader": bench_loader,
+        "scaling": bench_scaling, "start": bench_start, "corpus": bench_corpus, **dict.fromkeys(LORA, bench_model)}
 
 
 def parse(argv: list[str]) -> tuple[list[str], Job]:

@@ -282,7 +282,7 @@ class Embedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         if ids.shape[2] == 1 and self.weight.dtype == torch.float32 and not torch.is_grad_enabled():
             vectors = F.embedding((ids[..., 0] + device_constant(self.offsets, ids.device)).clamp_(min=0), self.weight)
-            return torch.bmm((ids >= 0).mT.to(vectors.dtype), vectors)         # one column: (B, 1, n) (B, n, D)
+            return torch.bmm(torch.ge(ids, 0, out=vectors.new_empty(ids.shape)).mT, vectors)         # one column: (B, 1, n) (B, n, D)
         return embed_sum(ids, self.weight, self.offsets)
 
 
@@ -524,10 +524,10 @@ class MultistreamLM(nn.Module):
 
     # ---- sampling, one column at a time ----
 
-    def cache(self, batch: int, columns: int, chunk: int = 256) -> KVCache:
-        """Allocate the static KV cache for `columns` columns; the prefill reads prompts `chunk` columns at a time."""
+    def cache(self, batch: int, columns: int, chunk: int = 0) -> KVCache:
+        """Allocate the static KV cache for `columns` columns, at most `chunk` of them read at once; 0 = as the prefill does."""
         c, weight = self.config, self.temporal.layers[0].attn_norm.weight
-        capacity = min(columns, c.temporal.window + chunk) if c.temporal.window else columns
+        capacity = min(columns, c.temporal.window + (chunk or c.temporal.chunk)) if c.temporal.window else columns
         cache = KVCache(c.temporal.layers + 2 * c.tail, batch, c.temporal.kv, capacity, c.temporal.head, weight)
         cache.fast, cache.rope = self.temporal.decode_steps(cache), RopeTable(c.temporal, weight)
         cache.tower = self.tower and self.tower.cache(batch, columns)

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from audio.higgs import _json, check_wav, read_tensors, tensor_names
+from audio.higgs import Rising, _json, check_wav, read_tensors, tensor_names
 from audio.hubert import check_sizes, load_strict
 from audio.rvq import check_codes
 
@@ -209,7 +209,7 @@ class ConvTranspose(nn.Module):
 
     def __init__(self, inner: int, outer: int, kernel: int, stride: int, groups: int = 1, bias: bool = True):
         super().__init__()
-        self.convtr = nn.ConvTranspose1d(inner, outer, kernel, stride, groups=groups, bias=bias)
+        self.convtr = Rising(inner, outer, kernel, stride, groups=groups, bias=bias)
         self.overlap = kernel - stride
 
     def forward(self, x: Tensor, past: Past) -> Tensor:             # (B, D, t) -> (B, D', stride * t)

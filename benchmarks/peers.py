@@ -59,8 +59,8 @@ def like(model: MultistreamLM) -> Tensor:
 
 # ---- small models, random tokens ----
 
-def architecture(name: str, D: int) -> ModelConfig:
-    """The family small, 4 layers of width D and 4,096 words, or with D = 0 as published. Without stop ids."""
+def architecture(name: str, D: int, layers: int = 4) -> ModelConfig:
+    """The family small, layers of width D and 4,096 words, or with D = 0 as published. Without stop ids."""
     if name == "tiny":
         return replace(run_config(TINY).model, dropout=0.0, input_drop=0.0)
     full, moshi = {"higgs": HIGGS_V2_3B, "moshi": MOSHI_7B, "moss": MOSS_9B, "qwen": QWEN2_5_1_5B}[name], name == "moshi"
@@ -69,18 +69,18 @@ def architecture(name: str, D: int) -> ModelConfig:
         return replace(full, table=table)
     text = replace(table.streams[0], vocab=4096 + moshi, classes=4096, start=4096 if moshi else -1)
     steering = {"higgs": {"audio_start": 4000, "audio_end": 4001}, "moss": {"audio_start": 4000}}.get(name, {})
-    stack = replace(full.temporal, dim=D, layers=4, heads=4, kv_heads=0 if moshi else 2, head_dim=0, ffn=11 * D // 4, rope_scaling=(),
+    stack = replace(full.temporal, dim=D, layers=layers, heads=4, kv_heads=0 if moshi else 2, head_dim=0, ffn=11 * D // 4, rope_scaling=(),
                     window=256 if moshi else 0)
     return replace(full, table=replace(table, streams=(text, *table.streams[1:]), **steering), temporal=stack, tail=min(full.tail, 1),
                    depth=full.depth and replace(full.depth, dim=D // 2, layers=2, heads=4, ffn=11 * D // 8),
-                   dual_ffn=tuple(range(4)) if full.dual_ffn else ())
+                   dual_ffn=tuple(range(layers)) if full.dual_ffn else ())
 
 
-def build(name: str, width: int, dtype: torch.dtype = torch.float32, checkpoint: int = 0) -> MultistreamLM:
+def build(name: str, width: int, dtype: torch.dtype = torch.float32, checkpoint: int = 0, layers: int = 4) -> MultistreamLM:
     """A model with random weights, initialised on its device."""
     torch.manual_seed(0)
     with torch.device("cuda" if ON_GPU else "cpu"):
-        model = MultistreamLM(replace(architecture(name, width), checkpoint=checkpoint))
+        model = MultistreamLM(replace(architecture(name, width, layers), checkpoint=checkpoint))
     with torch.no_grad():
         if name == "higgs":                                  # never sample the end id: random models diverge after it
             model.audio_head.weight.unflatten(0, (len(model.table.audio_out), -1))[:, model.table.streams[-1].end] = 0

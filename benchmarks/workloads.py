@@ -6,7 +6,7 @@ Next: bench.py.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -40,6 +40,7 @@ class Job:
     preset: str = "tiny"       # tiny: small shapes, fp32; full: the published shape with random weights, bf16
     peer: bool = False         # also run the peer, alternately
     width: int = 128           # of the tiny preset, a multiple of 32; from 256 on both sides are limited by memory bandwidth
+    layers: int = 4            # of the tiny preset
     dtype: str = ""            # fp32 or bf16, where not the preset's
     batch: int = 0             # batch size, 0 = 1 for decode; for train 2 for moshi, 4 for others
     columns: int = 256         # train: columns of a sequence
@@ -48,12 +49,12 @@ class Job:
     rank: int = 16             # train: rank of the adapters
     checkpoint: int = 0        # train: model.checkpoint, 0 to 4; above 0 the peer recomputes everything
     compile: bool = False      # train: torch.compile our blocks
-    context: int = 0           # decode: columns of the prompt of single frames, 0 = 32; aligned families: 1
+    context: int = 0           # decode, prefill: columns of the prompt, 0 = 32, of a prefill 2000; aligned families: 1
     frames: int = 0            # decode: frames timed one by one, after 10 % warm-up; 0 = 50, on CUDA 500
     quantize: str = ""         # decode: "int8" holds every Linear in 8 bits
     pairs: int = 9             # timed repetitions of each side
     threads: int = 1           # threads of an operator
-    clock: str = "wall"        # train, decode: "wall", or "cpu": CPU time of this process, for a machine that is busy with others
+    clock: str = "wall"        # of most: "wall", or "cpu": CPU time of this process, for a machine that is busy with others
     rows: int = 100000         # corpus: rows of the manifest
     keep: str = ""             # JSON file in which the last row of each name and command stays
     apart: bool = True         # memory, loss: measure the memory of each side in a process of its own
@@ -69,7 +70,7 @@ class Job:
         assert self.clock in CLOCKS, f"clock {self.clock!r} is neither wall nor cpu"
         assert self.rows > 0, "rows is at least 1"
         assert self.pairs > 0 and self.threads > 0 and self.width % 32 == 0 < self.width, "pairs and threads are at least 1, width is 32 n"
-        assert min(self.batch, self.context, self.frames) >= 0 < min(self.columns - 1, self.rank), "columns are at least 2, rank 1"
+        assert min(self.batch, self.context, self.frames) >= 0 < min(self.columns - 1, self.rank, self.layers), "columns are at least 2"
 
     @property
     def half(self) -> bool:
@@ -91,7 +92,7 @@ class Comparison(NamedTuple):
 def build_and_export(job: Job, folder: Path) -> tuple[MultistreamLM, str]:
     """Build the model and export it in the peer's layout; returns it and the reason why there is no peer, "" if there is one."""
     dtype, why = DTYPES["bf16" if job.half else "fp32"], peers.missing(job.model)
-    model = peers.build(job.model, job.width if job.preset == "tiny" else 0, dtype, job.checkpoint)
+    model = peers.build(job.model, job.width if job.preset == "tiny" else 0, dtype, job.checkpoint, job.layers)
     why = why or ("" if job.peer else "not measured: add --peer")
     if not why:
         export(model, folder, "moshi" if job.model == "moshi" else "hf")
@@ -169,12 +170,12 @@ def useful_flops(comparison: Comparison) -> float:
 # ---- decoding ----
 
 def decode_models(job: Job, folder: Path) -> tuple[MultistreamLM, nn.Module | None, str]:
-    """Our model, the peer's or None, and the reason for None."""
-    model, why = build_and_export(replace(job, peer=job.peer and not job.quantize), folder)
+    """Our model, the peer's or None, and the reason for None. 8 bits are ours alone: the peer keeps its weights."""
+    model, why = build_and_export(job, folder)
     net = None if why else (peers.moshi_model if job.model == "moshi" else peers.transformers_model)(folder, model).eval()
     if job.quantize:
         quantize(model.requires_grad_(False))
-    return model, net, "not measured: 8 bits have no peer" if job.quantize and job.peer else why
+    return model, net, why
 
 
 def decode_sides(model: MultistreamLM, net: nn.Module | None, batch: int, context: int, longest: int,

@@ -143,6 +143,12 @@ def sample_ids(logits: Tensor, config: SampleConfig, rows: slice, noise: Samplin
     return torch.where(seen >= config.ras_repeats, again, drawn)
 
 
+def hide(logits: Tensor, start: int, stop: int) -> None:
+    """The ids start..stop-1 cannot be drawn."""
+    if start < stop:
+        logits[..., start:stop] = -torch.inf
+
+
 class ColumnKind(NamedTuple):
     """Which heads a column needs, and whether it is an audio column: for all items, None if they differ or it is unknown."""
 
@@ -253,8 +259,8 @@ class DecodeStep:
             if at.start == first == 0:
                 logits[:, 0] = self.penalised(logits[:, 0])
             if own_end:                                                       # ids before it are no codes, those behind it pad the table
-                logits[..., self.codes or end : end] = -torch.inf
-                logits[..., end + 1 :] = -torch.inf
+                hide(logits, self.codes or end, end)
+                hide(logits, end + 1, logits.shape[-1])
             if end >= 0 and config.min_frames and (own_end or at.start == 0):
                 logits[..., end].masked_fill_(self.noise.columns < config.min_frames, -torch.inf)      # `columns` is () or (B, 1)
             if own_end and may_end is not None:
@@ -311,8 +317,9 @@ class EagerRunner:
 
 
 def prefill(model: MultistreamLM, prompt: Tensor, padding: Tensor, cache: KVCache, guide: Guidance,
-            inputs: Tensor | None = None, chunk: int = 256) -> tuple[Tensor, Tensor]:
-    """Read the prompt into the cache, `chunk` columns at a time; -> states of its last column, (B, 1, D) twice"""
+            inputs: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Read the prompt into the cache, piece by piece; -> states of its last column, (B, 1, D) twice"""
+    chunk = model.config.temporal.chunk
     if bool((prompt >= model.table.column("vocab").to(prompt.device)).any()):
         raise ValueError(f"the prompt holds ids above the vocabulary: up to {prompt.amax((0, 2)).tolist()} in rows of "
                          + f"{[s.vocab for s in model.table.streams]} ids; use the tokenizer and the codec that belong to the model")

@@ -158,7 +158,7 @@ def need_of_sampling(config: ModelConfig, dtype: torch.dtype, device: str, colum
         with Tally(model) as tally:
             cache = model.cache(batch, columns)
             room = tally.now
-            tokens = torch.empty(batch, len(config.table), min(columns, 256), dtype=torch.long, device=device)
+            tokens = torch.empty(batch, len(config.table), min(columns, config.temporal.chunk), dtype=torch.long, device=device)
             places = torch.arange(tokens.shape[2], device=device).expand(batch, -1)
             model.hidden(tokens, places, cache=cache)
     return Need(every, 0, weights, cache=room, activations=tally.most - room)

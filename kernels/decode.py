@@ -153,13 +153,13 @@ class ColumnStep:
         self.x = self.pair.x                                                            # input buffer that callers may write to
         self.up = cache.store.new_empty(B, (1 + c.gated) * c.ffn)
         self.halves = self.up.chunk(1 + c.gated, 1)
-        self.qkv = cache.store.new_empty(B, (turning + c.kv) * c.head)
-        heads = self.qkv.view(B, -1, c.head)
-        self.raw, self.v = heads.split([turning, c.kv], 1)                              # before RoPE
         self.plain = cache.store.dtype == torch.float32
-        aside = c.rope_theta and not (self.plain and c.rope_interleaved)                # RoPE then writes to another buffer
-        self.qk = torch.empty_like(self.raw) if aside else self.raw
+        aside = turning if c.rope_theta and not (self.plain and c.rope_interleaved) else 0        # RoPE then writes beside q and k
+        heads = cache.store.new_empty(B, aside + turning + c.kv, c.head)
+        self.qkv, self.raw = heads[:, aside:].flatten(1), heads[:, aside : aside + turning]       # before RoPE
+        self.qk, self.v = heads[:, :turning], heads[:, aside + turning :]
         self.q, self.k = self.qk.split([c.heads, c.kv], 1)
+        self.kv = torch.as_strided(self.k, (2, *self.k.shape), ((aside + c.kv) * c.head, *self.k.stride()))        # k, then v
         self.groups = self.q.view(B, c.kv, -1, c.head)                                  # queries grouped by key head
         self.pairs, self.turned = (qk.unflatten(-1, (2, -1)) for qk in (self.raw, self.qk))       # (B, H', 2, head / 2)
         self.parts = [*self.pairs.unbind(2), *self.turned.unbind(2)]
@@ -167,8 +167,8 @@ class ColumnStep:
         self.complex = torch.view_as_complex(self.raw.unflatten(-1, (-1, 2))) if self.plain and c.rope_interleaved else None
 
     def places(self, slot: int, live: int) -> Places:
-        """Views of the slots of the new column and of all live ones: keys and values of each layer, alternating."""
-        return self.store.select(3, slot).unbind(), self.store.narrow(3, 0, live).unbind()
+        """Views of the slots of the new column, keys and values of each layer, and of all live ones, alternating."""
+        return self.store.unflatten(0, (-1, 2)).select(4, slot).unbind(), self.store.narrow(3, 0, live).unbind()
 
     def __call__(self, x: Tensor, places: Places | RingPosition, turn: Tensor | None, mask: Tensor | None, audio: bool | Tensor = False,
                  step: int = 0) -> Tensor:
@@ -211,8 +211,7 @@ class ColumnStep:
             values.index_copy_(2, places.slot, self.v.unsqueeze(2))
             return decode_attention(self.q, keys, values, places.count, self.c.window, places.first).flatten(1)
         new, seen = places
-        new[2 * n].copy_(self.k)
-        new[2 * n + 1].copy_(self.v)
+        new[n].copy_(self.kv)
         return F.scaled_dot_product_attention(self.groups, seen[2 * n], seen[2 * n + 1], attn_mask=mask).reshape(len(self.x), -1)
 
     def feed(self, side: BlockSide, step: int) -> None:

@@ -52,6 +52,11 @@ class StackConfig:
         assert set(self.schedule) == set(range(len(set(self.schedule)))), f"schedule {self.schedule} leaves weight sets out"
 
     @property
+    def chunk(self) -> int:
+        """Columns of a prompt read at once: a ring has room for 256 behind its window; without one, the fewer masks, the faster."""
+        return 256 if self.window else 2048
+
+    @property
     def kv(self) -> int:
         return self.kv_heads or self.heads
 

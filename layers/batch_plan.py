@@ -100,7 +100,8 @@ def temporal_context(c: ModelConfig, audio: Tensor, positions: Tensor | None, se
         context.rope = rope_tables(stack.head, stack.rope_theta, stack.rope_scaling, positions.clamp(min=0))
     if cache is not None:
         cache.reserve(positions, audio)
-        context.turn = cache.rope(positions[:, 0].clamp(min=0), cache.count) if fast and stack.rope_theta else None
+        at = positions[:, 0] if cache.plain else positions[:, 0].clamp(min=0)
+        context.turn = cache.rope(at, cache.count) if fast and stack.rope_theta else None
         in_order = cache.plain and S in (1, cache.live) and cache.count <= (stack.window or cache.capacity)
         if not in_order or c.fast_forward:
             context.mask = attention_mask(positions, cache.positions[:, : cache.live], stack.window, None, None)

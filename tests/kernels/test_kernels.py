@@ -24,7 +24,7 @@ from torch import Tensor
 from kernels import PAIRS, choice
 from kernels.cross_entropy import multistream_ce, multistream_ce_ref, row_nll, row_nll_ref
 from kernels.embed_sum import embed_sum
-from kernels.int8 import dequantize_rows, quantize_rows
+from kernels.int8 import dequantize_rows, int8_linear, quantize_rows
 from kernels.sample import counted_noise, sample, sample_ref
 from kernels.swiglu import swiglu
 from lora import LoraConfig, inject
@@ -430,6 +430,16 @@ def test_eight_bits_keep_a_weight_to_half_a_step() -> None:
     q, scale = quantize_rows(w)
     assert q.dtype == torch.int8 and q.abs().max() <= 127 and torch.equal(dequantize_rows(q, scale)[2], torch.zeros(33))
     assert ((dequantize_rows(q, scale) - w).abs() <= scale[:, None] / 2 + 1e-7).all()
+
+
+@pytest.mark.parametrize("inputs", [128, 70])
+def test_eight_bits_under_half_precision_on_a_cpu(inputs: int) -> None:
+    """Some widths are read as they are, by an op of torch that others would crash."""
+    g = torch.Generator().manual_seed(0)
+    (q, scale), x = quantize_rows(torch.randn(35, inputs, generator=g)), torch.randn(2, 3, inputs, generator=g).bfloat16()
+    y, truth = int8_linear(x, q, scale), x.float() @ dequantize_rows(q, scale).mT
+    assert y.dtype == torch.bfloat16 and y.shape == (2, 3, 35) and (y - truth).abs().max() <= 0.02 * truth.abs().max()
+    assert int8_linear(x[:0], q, scale).shape == (0, 3, 35)
 
 
 # ---- the choice ----

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 import lora
 from audio import hub
+from audio.higgs import torch_tensors
 from corpus.swap_tokenizer import swap_tokenizer
 from families.adapters import adapter_formats, adapter_tensors, find_adapter, untie
 from families.family import all_families, choose_format, export_model, family_of, on_base, other_grid, recognise_format
@@ -45,7 +46,6 @@ from families.formats import (
     official_files,
     read_config,
     to_ours,
-    torch_tensors,
     weight_files,
 )
 from families.tensor_files import (

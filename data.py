@@ -46,7 +46,7 @@ from corpus.data_config import DataConfig, source_weight
 from corpus.examples import build_example, show
 from corpus.index import load_run, open_cache, prepare_command
 from families.family import lay_out
-from options import edge, help_text, split_arguments, unknown, visible
+from options import edge, help_text, unknown, visible
 from streams import Grid, StreamTable
 from system.prefetch import prefetch
 from text import personal
@@ -264,11 +264,9 @@ class Loader:
 # ---- command line ----
 
 def show_command(argv: list[str]) -> None:
-    words, options = split_arguments(argv, ("smoke", "help"))
-    number = options.pop("index", "0")
-    config = load_run(words + [f"--{key}={value}" for key, value in options.items()])
+    config, number = load_run(argv, "index")
     index, table = open_cache(config.data, config.model.table), config.model.table
-    shown = [n for n, entry in enumerate(index.entries) if entry.split]
+    shown, number = [n for n, entry in enumerate(index.entries) if entry.split], number or "0"
     if not number.isdecimal() or int(number) >= len(shown):
         raise ValueError(f"--index {number} does not exist; the data has examples 0..{len(shown) - 1}")
     entry = index.entries[shown[int(number)]]

@@ -34,28 +34,18 @@ from evaluation.metrics import cer, wer
 from evaluation.minimal_pairs import MinimalPairsConfig, compare
 from evaluation.report import Evaluation, report
 from evaluation.representations import GeometryConfig
-from evaluation.speech_measures import recognised, recording
+from evaluation.speech_measures import recognised, recording, samples
 from evaluation.speech_report import DuplexConfig, SpeechConfig, duplex, speech
 from evaluation.verify import VerifyConfig, verify_command
-from options import apply, edge, help_text, read_rows, split_arguments, unknown, visible, write_json
+from options import apply, edge, help_text, split_arguments, unknown, visible, write_json
 from training.monitor import read_metrics
 
 # ---- command ----
 
-def read_samples(path: Path) -> list[dict]:
-    """Read the rows {"text", "wav"} of a jsonl file; ValueError names the line that is not one."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no samples at {path}; write them first with sample.py")
-    rows = [{"text": row["text"], "wav": row["wav"]} for _, row in read_rows(path, "row of text and wav", text=str, wav=str)]
-    if not rows:
-        raise ValueError(f"{path} holds no rows; write samples first with sample.py")
-    return rows
-
-
 def score(path: Path, recogniser: str = "") -> dict:
     """Transcribe and score every row of a samples file: {"wer": mean, "cer": mean, "rows": [{text, wav, heard, wer, cer}]}."""
-    rows = read_samples(path)
-    wavs = [recording(path.parent / row["wav"]) for row in rows]
+    rows = [{"text": row["text"], "wav": row["wav"]} for row in samples(path)]
+    wavs = [recording(row["wav"]) for row in rows]
     heard = recognised(wavs, choose_recogniser(recogniser))
     scored = [row | {"heard": text, "wer": round(wer(row["text"], text), 4), "cer": round(cer(row["text"], text), 4)}
               for row, text in zip(rows, heard, strict=True)]

@@ -55,7 +55,7 @@ class HubertConfig:
 
 
 class Hubert(nn.Module):
-    """The network; `load_hubert` gives one with weights."""
+    """The network; `load_strict` gives it weights, `hubert_names` has their names."""
 
     def __init__(self, config: HubertConfig):
         super().__init__()
@@ -121,7 +121,6 @@ NAMES = (       # ours, transformers', fairseq's; {} is a layer's number
     ("layers.{}.down", "encoder.layers.{}.feed_forward.output_dense", "encoder.layers.{}.fc2"),
     ("layers.{}.ffn_norm", "encoder.layers.{}.final_layer_norm", "encoder.layers.{}.final_layer_norm"),
 )
-UNUSED = r"masked_spec_embed|mask_emb|final_proj\..*|label_embs_concat|lm_head\..*"      # training and other heads
 
 
 def hubert_names(config: HubertConfig) -> dict[str, str]:
@@ -145,15 +144,6 @@ def check_sizes(config: Any, what: str) -> None:
         if not fits:
             kind = "a number" if isinstance(usual, float) else f"integers from 1 to {LARGEST}"
             raise ValueError(f"{what} {field.name} is {value!r}, expected {kind}; fix its config.json")
-
-
-def load_hubert(state: Mapping[str, Tensor], config: HubertConfig | None = None) -> Hubert:
-    """Build a HuBERT from official tensors: transformers' names (bare or under `hubert.`) or fairseq's; strict."""
-    config = config or HubertConfig()
-    with torch.device("meta"):                      # no time spent on weights that are overwritten
-        model = Hubert(config)
-    load_strict(model, {name.removeprefix("hubert."): t for name, t in state.items()}, hubert_names(config), UNUSED, "HuBERT")
-    return model.eval()
 
 
 def load_strict(model: nn.Module, state: Mapping[str, Tensor], names: Mapping[str, str], unused: str, source: str) -> None:

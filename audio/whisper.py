@@ -9,15 +9,12 @@ Higgs Audio has such a tower as an option (`pool=2`, 25 states a second; its rel
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from audio.hubert import load_strict
 
 RATE = 16_000
 WINDOW = 400                # 25 ms
@@ -54,7 +51,7 @@ class WhisperEncoder(nn.Module):
     def forward(self, mel: Tensor, lengths: Tensor | None = None, past: dict | None = None) -> Tensor:
         """(B, F, S) -> (B, ceil(S / 2) // pool, D).  lengths (B,): mel frames of each clip; what lies behind is not attended to.
 
-        Of a clip of m frames the first `state_count(m)` states are its own.  past: what a causal encoder remembers of
+        Of a clip of m frames the first (m + 1) // 2 // pool states are its own.  past: what a causal encoder remembers of
         the frames before, brought up to date; {} at the start of a clip.  A piece must then end where a pool does.
         """
         B, F_, S = mel.shape
@@ -94,10 +91,6 @@ class WhisperEncoder(nn.Module):
         seen = torch.arange(T, device=device) < ((lengths.to(device) + 1) // 2)[:, None]        # (B, T)
         return seen[:, None, None] if mask is None else mask & seen[:, None, None]
 
-    def state_count(self, frames: int) -> int:
-        """States of a clip of so many mel frames: 3000 -> 750 when pairs are averaged."""
-        return (frames + 1) // 2 // self.config.pool
-
 
 class Layer(nn.Module):
     """Pre-norm attention, then two linear maps; the key alone has no bias."""
@@ -128,19 +121,6 @@ class Attention(nn.Module):
                 k, v = torch.cat([past[self][0], k], 2), torch.cat([past[self][1], v], 2)
             past[self] = k, v
         return self.out_proj(F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2))
-
-
-def load_whisper(state: Mapping[str, Tensor], config: WhisperConfig | None = None) -> WhisperEncoder:
-    """Build an encoder from official tensors; strict.  Names: bare, or under audio_tower., [model.]encoder.; others are left alone."""
-    config = config or WhisperConfig()
-    for prefix in ("audio_tower.", "model.encoder.", "encoder."):
-        if any(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-            break
-    with torch.device("meta"):
-        model = WhisperEncoder(config)
-    load_strict(model, state, {}, "-", "the Whisper encoder")
-    return model.eval()
 
 
 # ---- log-mel features ----

@@ -78,7 +78,7 @@ Recogniser = Callable[[Tensor], TimedWords]                # of one channel (W,)
 class AnnotateConfig:
     """Options of `data.py annotate`."""
 
-    model: str = "medium"           # Whisper for faster-whisper: a size, a folder, or a hub id
+    model: str = "medium"           # Whisper for faster-whisper: a size, a folder, or a hub id; tiny.en (English) needs no network
     language: str = "en"            # spoken language, such as ar or ja; "auto" detects it for each channel
     shard: str = "0/1"              # i/n: every n-th file, starting with the i-th (from 0); for n machines
     beam: int = 5                   # beam size
@@ -148,14 +148,20 @@ def annotate(source: str | Path, config: AnnotateConfig, recognise: Recogniser |
     return {"written": written, "kept": len(mine) - len(left), "faults": faults}
 
 
-def main(argv: Sequence[str]) -> None:
-    words, pairs = split_arguments(list(argv), ("help", "allow_outside"))
-    pairs = {key: text or "true" for key, text in pairs.items()}
-    if pairs.pop("help", "") or not argv:
-        return print(help_text(AnnotateConfig(), "python data.py annotate FOLDER|LIST.jsonl [--key=value ...]"))
-    if len(words) != 1:
-        raise ValueError(f"annotate takes one folder or one list, got {words}; python data.py annotate --help shows the options")
-    annotate(words[0], apply(AnnotateConfig(), pairs))
+def on_a_source(name: str, options: type, work: Callable[[str, Any], object]) -> Callable[[Sequence[str]], None]:
+    """A command that takes one folder or list, and the fields of a dataclass as options."""
+    def run(argv: Sequence[str]) -> None:
+        words, pairs = split_arguments(list(argv), ("help", "allow_outside"))
+        pairs = {key: text or "true" for key, text in pairs.items()}
+        if pairs.pop("help", "") or not argv:
+            return print(help_text(options(), f"python data.py {name} FOLDER|LIST.jsonl [--key=value ...]"))
+        if len(words) != 1:
+            raise ValueError(f"{name} takes one folder or one list, got {words}; python data.py {name} --help shows the options")
+        work(words[0], apply(options(), pairs))
+    return run
+
+
+main = on_a_source("annotate", AnnotateConfig, annotate)
 
 
 @dataclass(frozen=True)
@@ -440,11 +446,4 @@ def summary(rows: Sequence[Row], found: Sequence[Row], m: Manifest, faults: Sequ
     yield from (visible(f"not used: {bad.where}: {bad.reason}; {bad.fix}") for bad in unused)
 
 
-def transcribe_command(argv: Sequence[str]) -> None:
-    words, pairs = split_arguments(list(argv), ("help", "allow_outside"))
-    pairs = {key: text or "true" for key, text in pairs.items()}
-    if pairs.pop("help", "") or not argv:
-        return print(help_text(TranscribeConfig(), "python data.py transcribe FOLDER|LIST [--key=value ...]"))
-    if len(words) != 1:
-        raise ValueError(f"transcribe takes one folder or one list, got {words}; python data.py transcribe --help shows the options")
-    transcribe(words[0], apply(TranscribeConfig(), pairs))
+transcribe_command = on_a_source("transcribe", TranscribeConfig, transcribe)

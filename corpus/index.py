@@ -19,17 +19,7 @@ import numpy as np
 import torch
 
 from audio import codec_path, load_codec
-from corpus.cache import (
-    CACHE_VERSION,
-    Entry,
-    Index,
-    current,
-    encode_sources,
-    hash_of,
-    open_entries,
-    variant_parameters,
-    word_shift,
-)
+from corpus.cache import CACHE_VERSION, Entry, Index, current, encode_sources, hash_of, open_entries, variant_parameters, word_shift
 from corpus.checks import advice, verdict_lines, warning_lines, with_fitting_split
 from corpus.data_config import PROMPT_FIELDS, DataConfig, source_weight
 from corpus.manifest import Manifest, Row, hash_fraction, label
@@ -126,18 +116,18 @@ def prepare_shard(config: DataConfig, table: StreamTable, shard: tuple[int, int]
           + "python data.py prepare without --shard writes the index and names what was left out")
 
 
-def load_run(argv: list[str]) -> Any:
-    """Load a config that has a data section."""
-    config = load_config(argv)
+def load_run(argv: list[str], own: str) -> tuple[Any, str]:
+    """Load a config that has a data section, with options; returns the value of the command's `own` option apart."""
+    words, options = split_arguments(argv, ("smoke", "help"))
+    found = options.pop(own, "")
+    config = load_config(words + [f"--{key}={value}" for key, value in options.items()])
     if not hasattr(config, "data"):
         raise ValueError(f"{argv[0]} is a {type(config).__name__} and has no data section; use the config of a run, as configs/tiny.py")
-    return config
+    return config, found
 
 
 def prepare_command(argv: list[str]) -> None:
-    words, options = split_arguments(argv, ("smoke", "help"))
-    shard = options.pop("shard", "")
-    config = load_run(words + [f"--{key}={value}" for key, value in options.items()])
+    config, shard = load_run(argv, "shard")
     if shard:
         prepare_shard(config.data, config.model.table, parse_shard(shard))
     else:

@@ -145,10 +145,6 @@ class Page:
     def audio(self, wav: Path | str) -> str:
         return f'<audio controls preload="none" src="{escape(self.sound_source(wav))}"></audio>'
 
-    def player(self, wav: Path | str, text: str) -> None:
-        """A recording with what it should say."""
-        self.parts.append(f'<p dir="auto">{self.audio(wav)} {escape(text)}</p>')
-
     def listening(self, systems: Sequence[str], takes: Sequence[Take]) -> None:
         """Players of the same texts side by side; order and filter by numbers, and with two systems or more a blind comparison."""
         kinds = {"wer": "worst WER first", "speaker_similarity": "least like the speaker first", "dnsmos": "worst DNSMOS first"}

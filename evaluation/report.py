@@ -14,7 +14,6 @@ rows.jsonl (every row, every reply), summary.json, index.html. Next: html_page.p
 
 import math
 import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -26,7 +25,7 @@ import torch
 from torch import Tensor
 
 import lora
-from checkpoint import DTYPES, base_of, load
+from checkpoint import base_of, load
 from config import TrainConfig
 from corpus.data_config import DataConfig, source_weight
 from corpus.examples import build_example
@@ -40,8 +39,8 @@ from evaluation.html_page import Page, show
 from evaluation.metrics import ROUGE, LinearProbe, Resample, bleu_of, bleu_parts, confusion, macro_f1, ratio, rouge_rows
 from evaluation.speech_measures import Recogniser
 from families.family import family_of, lay_out, other_grid
+from generation.command_line import check_device, check_names
 from generation.decode_step import SampleConfig
-from kernels.choice import slow_dtype
 from model import MultistreamLM
 from options import from_json, locate, read_json, write_json, write_rows
 from sample import generate, pad_left
@@ -78,7 +77,7 @@ class Evaluation:
     def __post_init__(self) -> None:
         assert self.rounds <= 10**6, f"rounds {self.rounds} are more than 10^6"
         assert min(self.batch, self.max_tokens, self.rounds) > 0 <= self.replies, "batch, max_tokens and rounds are at least 1, replies 0"
-        assert self.dtype in DTYPES, f"dtype {self.dtype!r} is none of {', '.join(DTYPES)}"
+        check_names(self.device, self.dtype)
 
 
 @dataclass
@@ -107,10 +106,7 @@ class Case:
 
 def report(run: Path, job: Evaluation, hear: Recogniser | None) -> Path:
     """Evaluate a run folder or a checkpoint; returns the page."""
-    if job.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device=cuda: this machine shows no CUDA device; use --device=cpu")
-    if slow := slow_dtype(DTYPES[job.dtype], job.device):
-        print(slow, file=sys.stderr)
+    check_device(job.device, job.dtype)
     model = load(run, job.device, job.dtype)
     own, started = of_run(run, model)
     data = replace(own, sources=job.sources, split="manifest") if job.sources else own

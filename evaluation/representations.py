@@ -46,10 +46,10 @@ class GeometryConfig:
         assert self.batches > 0 and self.reach > 0, "batches and reach are positive"
 
 
-def of_run(run: Path) -> tuple[MultistreamLM, TrainConfig, Loader]:
-    """Model, config and held-out rows of a run."""
+def of_run(run: Path, split: str = "held-out", passes: int = 0) -> tuple[MultistreamLM, TrainConfig, Loader]:
+    """Model, config and rows of a run."""
     model, config = load(run), from_json(TrainConfig, read_json(run / "config.json"), f"{run}/config.json")
-    return model, config, Loader(config.data, config.model.table, "held-out", config.batch_size)
+    return model, config, Loader(config.data, config.model.table, split, config.batch_size, passes=passes)
 
 
 # ---- states ----

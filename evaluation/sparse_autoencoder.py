@@ -25,12 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import load, write_tensors
-from config import TrainConfig, onecycle
-from data import Loader
-from evaluation.representations import enough, states
+from checkpoint import write_tensors
+from config import onecycle
+from evaluation.representations import enough, of_run, states
 from families.tensor_files import read_tensors
-from options import check_types, from_json, help_text, load_config, read_json, write_json
+from options import check_types, help_text, load_config, write_json
 
 
 @dataclass(frozen=True)
@@ -99,9 +98,7 @@ def measure(sae: Sae, x: Tensor) -> dict[str, float]:
 
 def gather(config: SaeConfig) -> dict[str, Tensor]:
     """Hidden states of a run's training rows: name -> (N, D)."""
-    run = Path(config.run)
-    model, about = load(run), from_json(TrainConfig, read_json(run / "config.json"), f"{run}/config.json")
-    rows = Loader(about.data, about.model.table, "train", about.batch_size, passes=1)
+    model, _, rows = of_run(Path(config.run), "train", passes=1)
     found = states(model, list(itertools.takewhile(enough(config.columns), rows)), config.columns)
     for name in config.states:
         if name not in found:

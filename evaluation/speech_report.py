@@ -24,7 +24,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -33,7 +32,7 @@ from audio.recogniser import words as recognised_words
 from audio.telephone import spoken
 from audio.voice_activity import RATE, voice_activity
 from audio.wav import load_wav, resample, save_wav
-from checkpoint import DTYPES, load
+from checkpoint import load
 from corpus.cache import encode
 from corpus.data_config import DataConfig
 from corpus.examples import prompt_example
@@ -45,7 +44,7 @@ from evaluation.metrics import Resample, paired_difference
 from evaluation.report import compared, of_run
 from evaluation.speech_measures import LESS_IS_BETTER, MEASURES, MORE_IS_BETTER, Row, means, read_list, samples, samples_file, shared, takes
 from families.family import family_of
-from generation.command_line import Job, load_for_sampling, usual_rules
+from generation.command_line import Job, check_device, check_names, load_for_sampling, usual_rules
 from generation.decode_step import SampleConfig
 from layers.conditioning import condition_column
 from model import MultistreamLM
@@ -76,8 +75,7 @@ class SpeechConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        assert self.dtype in DTYPES, f"dtype {self.dtype!r} is none of {', '.join(DTYPES)}"
-        assert self.device in ("cpu", "cuda"), f"device {self.device!r} is neither cpu nor cuda"
+        check_names(self.device, self.dtype)
         assert self.limit >= 0 < min(self.batch, self.rounds) and self.rounds <= 10**6, "limit >= 0, batch > 0, rounds in 1 to 10^6"
         assert 0 <= self.max_frames <= 2**20, f"max_frames {self.max_frames} is not in 0 to 2^20"
 
@@ -95,8 +93,7 @@ def speech(words: Sequence[str], job: SpeechConfig) -> Path:
     """Speak where there are no recordings, measure, compare; returns the page."""
     if not words:
         raise ValueError("speech takes a checkpoint or a folder of recordings; python evaluate.py speech --help shows the options")
-    if job.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device=cuda: this machine shows no CUDA device; use --device=cpu")
+    check_device(job.device, job.dtype)
     items = read_list(job.set)[: job.limit or None] if job.set else []
     first = Path(words[0])
     out = Path(job.out) if job.out else (first if first.is_dir() else first.parent) / "speech"
@@ -276,6 +273,7 @@ class DuplexConfig:
         check_types(self)
         assert self.words in ("recogniser", "text"), f"words {self.words!r} is neither recogniser nor text"
         assert self.limit >= 0 < self.rounds <= 10**6, "limit >= 0, rounds in 1 to 10^6"
+        check_names(self.device, self.dtype)
 
 
 def duplex(folder: Path, job: DuplexConfig) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 import lora
-from checkpoint import DTYPES, export, load, merge_error, recognise, resolve
+from checkpoint import export, load, merge_error, recognise, resolve
 from config import TrainConfig
 from corpus.cache import encode_clip
 from corpus.data_config import DataConfig, source_weight
@@ -41,6 +41,7 @@ from evaluation.consistency import decoding_error, disagreement, example_grids, 
 from evaluation.report import of_run
 from families.family import all_families, family_of, lay_out, other_grid
 from families.formats import config_differences
+from generation.command_line import check_device, check_names
 from generation.decode_step import SampleConfig
 from layers.batch_plan import make_plan
 from model import MultistreamLM
@@ -71,8 +72,7 @@ class VerifyConfig:
         check_types(self)
         assert self.rows > 0, "rows is at least 1"
         assert self.export in ("on", "off", "auto"), f"export {self.export!r} is none of on, off, auto"
-        assert self.device in ("cpu", "cuda"), f"device {self.device!r} is neither cpu nor cuda"
-        assert self.dtype in DTYPES, f"dtype {self.dtype!r} is none of {', '.join(DTYPES)}"
+        check_names(self.device, self.dtype)
 
 
 @dataclass
@@ -111,6 +111,7 @@ class Subject:
 
 def verify(path: str, job: VerifyConfig) -> list[Finding]:
     """All findings about a run folder, a checkpoint, an official folder or a hub id."""
+    check_device(job.device, job.dtype)
     try:
         model = load(path, job.device, job.dtype, job.adapter or None)
     except ValueError as error:

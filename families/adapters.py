@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 import lora
+from audio.higgs import torch_tensors
 from families.family import all_families
-from families.formats import About, AdapterFormat, Format, Tensors, config_differences, join, official_names, require, torch_tensors
+from families.formats import About, AdapterFormat, Format, Tensors, config_differences, join, official_names, require
 from families.tensor_files import read_tensors
 from layers.architecture import ModelConfig
 from lora import LoraConfig

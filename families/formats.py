@@ -264,18 +264,6 @@ def weight_files(folder: Path) -> list[str]:
     return sorted(path.name for mark in ("*.safetensors", "pytorch_model*.bin") for path in folder.glob(mark) if path.name not in others)
 
 
-def torch_tensors(file: Path) -> Tensors:
-    """The tensors of a file that torch.save wrote (pytorch_model.bin, adapter_model.bin), mapped; nothing that stands in it is run."""
-    try:
-        found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:      # torch raises whatever the file makes it raise
-        reason = str(error).partition("\n")[0][:200]
-        raise ValueError(f"{file} cannot be read as weights ({reason}); fetch it again, or its .safetensors") from None
-    if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
-        raise ValueError(f"{file} holds more than tensors by name; fetch the .safetensors instead")
-    return found
-
-
 def official_files(folder: Path, given: Collection[str] = ()) -> dict[str, str]:
     """The codec and the tokenizer that lie beside official weights, as DataConfig fields: those that its config.json names (Moshi's
     mimi_name and tokenizer_name), else the one file that looks like it. ValueError for a named file that is not there and for a choice

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from audio.higgs import torch_tensors
 from families.family import Family
-from families.formats import torch_tensors
 from families.moshi import duplex_grid, rules
 from streams import StreamTable
 

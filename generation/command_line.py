@@ -26,6 +26,12 @@ from streams import StreamTable
 from text.tokenizers import Tokenizer
 
 
+def check_names(device: str, dtype: str) -> None:
+    """Assert that there are such devices and dtypes."""
+    assert dtype in DTYPES, f"dtype {dtype!r} is none of {', '.join(DTYPES)}"
+    assert device in ("cpu", "cuda"), f"device {device!r} is neither cpu nor cuda"
+
+
 @dataclass(frozen=True)
 class ModelOptions(SampleConfig):
     """Which model, how it is loaded and how it samples: what sample.py and serve.py have in common."""
@@ -47,8 +53,7 @@ class ModelOptions(SampleConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         assert self.quantize in ("", "int8"), f"quantize {self.quantize!r} is neither empty nor int8"
-        assert self.dtype in DTYPES, f"dtype {self.dtype!r} is none of {', '.join(DTYPES)}"
-        assert self.device in ("cpu", "cuda"), f"device {self.device!r} is neither cpu nor cuda"
+        check_names(self.device, self.dtype)
         assert self.ref_in in (None, "assistant", "system"), "ref_in is assistant or system"
 
 
@@ -78,14 +83,19 @@ class Job(ModelOptions):
         assert 0 < self.batch <= 2**16, f"batch {self.batch} is not positive and at most 2^16"
 
 
+def check_device(device: str, dtype: str) -> None:
+    """ValueError where the machine lacks the device; a warning where the device emulates the dtype."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device=cuda: this machine shows no CUDA device; use --device=cpu")
+    if slow := slow_dtype(DTYPES[dtype], device):
+        print(slow, file=sys.stderr)
+
+
 def load_for_sampling(job: ModelOptions) -> tuple[MultistreamLM, DataConfig]:
     """Load the model and say what was loaded, the adapter included."""
     if not job.ckpt:
         raise ValueError("no checkpoint given; add --ckpt out/demo, or any run folder, file or hub id")
-    if job.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device=cuda: this machine shows no CUDA device; use --device=cpu")
-    if slow := slow_dtype(DTYPES[job.dtype], job.device):
-        print(slow, file=sys.stderr)
+    check_device(job.device, job.dtype)
     model = load(job.ckpt, job.device, job.dtype, job.adapter or None)
     found = lora.norms(model)
     applied = f"adapter applied: {2 * len(found)} tensors, |BA|/|W| up to {max(found.values()):.2g}" if found else "no adapter"

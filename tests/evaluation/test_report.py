@@ -286,3 +286,11 @@ def test_options_of_the_report_have_help() -> None:
     assert rc == 0 and all(name in out for name in ("--sources", "--rounds", "--recogniser"))
     assert apply(Evaluation(), {"sources": "a.jsonl,b.jsonl"}).sources == ("a.jsonl", "b.jsonl")
     assert report.bundled(report.GENERIC).is_file()
+
+
+@pytest.mark.parametrize("command", ["report", "verify", "speech", "duplex"])
+def test_devices_and_dtypes_that_do_not_exist_are_named_in_one_line(command: str, tmp_path: Path) -> None:
+    for option, said in (("--dtype=fp8", "dtype 'fp8' is none of fp32, bf16, fp16"),
+                         ("--device=tpu", "device 'tpu' is neither cpu nor cuda")):
+        rc, _, err = call("evaluate.py", command, tmp_path, option)
+        assert rc == 2 and said in err and err.count("\n") == 1, err

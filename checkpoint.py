@@ -31,7 +31,6 @@ from torch import Tensor, nn
 
 import lora
 from audio import hub
-from audio.higgs import torch_tensors
 from corpus.swap_tokenizer import swap_tokenizer
 from families.adapters import adapter_formats, adapter_tensors, find_adapter, untie
 from families.family import all_families, choose_format, export_model, family_of, on_base, other_grid, recognise_format
@@ -496,7 +495,7 @@ def open_official_files(folder: Path, file: Path) -> dict[str, LazyTensor]:
         raise ValueError(f"{indexes[0]} names files outside its folder; fetch it again")
     tensors: dict[str, LazyTensor] = {}
     for name in names:
-        tensors |= open_tensors(folder / name) if name.endswith(".safetensors") else torch_tensors(folder / name)
+        tensors |= open_tensors(folder / name) if name.endswith(".safetensors") else hub.torch_tensors(folder / name)
     return tensors
 
 

@@ -22,13 +22,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from audio.hub import torch_tensors
 from audio.hubert import Hubert, HubertConfig, check_sizes, hubert_names, load_strict
 from audio.rvq import check_codes, nearest
 
@@ -419,24 +419,6 @@ def read_tensors(path: Path, unread: Sequence[str] = (), begin: str = "") -> Map
     if not zipfile.is_zipfile(path):                # torch's format; anything else is cut off, or no weights at all
         raise ValueError(f"{path} is neither a safetensors file nor a whole one of torch's; fetch it again")
     return torch_tensors(path, unread)
-
-
-def torch_tensors(path: Path, unread: Sequence[str] = ()) -> dict[str, Tensor]:
-    """The tensors of a state dict that torch.save wrote (.pth, .pt, .bin), without those of the names `unread`."""
-    state = torch_file(path)
-    state = {name: value for name, value in state.items() if name not in unread} if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path} holds more than a dict of tensors; save its state_dict() alone, or fetch its .safetensors")
-    return state
-
-
-def torch_file(path: Path) -> Any:
-    """What torch.save wrote, mapped where its format allows it; nothing that stands in it is run. ValueError if it is damaged."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:                      # torch raises whatever the file makes it raise
-        reason = str(error).partition("\n")[0][:200]
-        raise ValueError(f"{path} cannot be read as weights ({reason}); fetch it again") from None
 
 
 def read_config(path: Path) -> HiggsCodecConfig | None:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from audio.higgs import torch_file
+from audio.hub import torch_file
 from audio.hubert import load_strict
 from audio.wav import levels, resample
 from audio.whisper import HOP, RATE, WINDOW, mel_filters

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import lora
-from audio.higgs import torch_tensors
+from audio.hub import torch_tensors
 from families.family import all_families
 from families.formats import About, AdapterFormat, Format, Tensors, config_differences, join, official_names, require
 from families.tensor_files import read_tensors

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from audio.higgs import torch_tensors
+from audio.hub import torch_tensors
 from families.family import Family
 from families.moshi import duplex_grid, rules
 from streams import StreamTable

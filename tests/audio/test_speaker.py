@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from audio.higgs import torch_file
+from audio.hub import torch_file
 from audio.speaker import embed, embed_voiced, load_speaker_encoder, missing, similarity, without_pauses
 from audio.wav import load_wav
 

@@ -34,8 +34,8 @@ config = TrainConfig(
                     stream_weights=(1.0, *(0.85**k for k in range(8)), *[0.0] * 8)),
     out="out/talk",
     loss=LossConfig(text=2.0),
-    steps=4000, batch_size=3, lr=1.5e-3, schedule="linear", warmup=30, warmup_offset=1, weight_decay=0.02, dtype="auto",
-    eval_every=2000, eval_batches=8, save_every=500, prompts=tuple(f"{FOLDER}/{2000 + n}.flac" for n in range(40)))
+    steps=3000, batch_size=3, lr=1.5e-3, schedule="linear", warmup=30, warmup_offset=1, weight_decay=0.02, dtype="auto",
+    eval_every=1500, eval_batches=8, save_every=500, prompts=tuple(f"{FOLDER}/{2000 + n}.flac" for n in range(40)))
 
 
 def smoke() -> TrainConfig:

@@ -5,11 +5,10 @@
     HSDP     FSDP2 within groups of `--shard_size` ranks (a node), gradients averaged over the groups
 
 What a rank of FSDP2 holds beside its shards: from the first forward to the end of the backward the weights outside the blocks,
-whole (embeddings and heads), and two blocks; and at the first block of a forward the weights outside the blocks a second time:
-PyTorch gathers into one buffer, copies from it into the parameters, and lets go of it when the next copy begins. Qwen2.5-1.5B,
-LoRA on bf16, two ranks: 1.62 GB loaded, 2 x 0.47 for the tied embedding, 2 x 0.09 for a block; measured 2.79 GB at the peak
-(python tests/big.py --models=qwen --steps=shards). Less takes a look-up and a loss over rows of the embedding (tensor parallelism),
-which FSDP2 does not have. `train.py --plan` counts all of it.
+whole (embeddings and heads), and two blocks; and before the first block the weights outside the blocks a second time: PyTorch
+gathers into one buffer and copies from it into the parameters. Qwen2.5-1.5B, LoRA on bf16, two ranks: 1.62 GB loaded and 2 x 0.47
+for the tied embedding (python tests/big.py --models=qwen --steps=shards). Less takes a look-up and a loss over rows of the
+embedding (tensor parallelism), which FSDP2 does not have. `train.py --plan` counts all of it.
 
 Without torchrun all of this does nothing. Functions marked collective must be called by all ranks in the same order.
 Of a tensor that is cut each rank has its own rows. Imports nothing of ours: any file may use it. FSDP takes as long to import
@@ -110,6 +109,8 @@ def shard(model: nn.Module, block: type[nn.Module], device: torch.device, dtype:
     mesh = init_device_mesh(device.type, (world // size, size) if size else (world,), mesh_dim_names=("copy", "shard") if size else None)
     for module in [m for m in model.modules() if isinstance(m, block)] + [model]:
         fully_shard(module, mesh=mesh, mp_policy=policy)
+    for group in model._get_fsdp_state()._fsdp_param_groups:
+        group.unshard_async_op = True      # else it holds the gathered buffer until the first block has been gathered
 
 
 def wrap(model: nn.Module, device: torch.device) -> nn.Module:

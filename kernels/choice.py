@@ -69,6 +69,12 @@ def use_triton(x: Tensor) -> bool:
     return True
 
 
+def trains_on_cpu(*tensors: Tensor | None) -> bool:
+    """Whether an op takes its way of fewer operations of torch: in fp32 on a CPU, with a gradient."""
+    given, usual = [t for t in tensors if t is not None], MODE == "auto" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return usual and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in given) and any(t.requires_grad for t in given)
+
+
 def has_bf16(device: str) -> bool:
     """Whether a "cpu" or "cuda" device multiplies in bf16. A CPU that ATEN_CPU_CAPABILITY restricts has what that leaves."""
     if device == "cuda":

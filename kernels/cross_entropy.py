@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.graph import increment_version
+from torch.autograd.graph import get_gradient_edge, increment_version
 from torch.utils.checkpoint import checkpoint
 
 from kernels.choice import at_least_fp32, jit, power_of_2, tl, use_triton
@@ -214,11 +214,12 @@ class ScaledCE(torch.autograd.Function):
             x, t_w = h[part].detach().requires_grad_(needed[0]), columns_of(part, targets, weights)
             with torch.enable_grad():
                 logits = head(x, inputs[part])
+            edge = get_gradient_edge(logits)             # overwritten, a view gets a new history: two copies
             gradient, values, row = chunk_gradient(logits, *t_w, scale, z)
             sums = sums + values
             places.append(row)
             leaves = [leaf for leaf, need in zip([x, *parameters], needed, strict=True) if need]
-            made = iter(torch.autograd.grad(logits, leaves, gradient, allow_unused=True) if leaves else ())
+            made = iter(torch.autograd.grad([edge], leaves, gradient, allow_unused=True) if leaves else ())
             if needed[0]:
                 dh[part] = next(made)
             for n, need in enumerate(needed[1:]):

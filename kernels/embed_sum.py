@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.choice import device_constant, jit, power_of_2, tl, use_triton
+from kernels.choice import device_constant, jit, power_of_2, tl, trains_on_cpu, use_triton
 
 PLACES = 32      # places of one id that are added at a time
 
@@ -70,6 +70,10 @@ class EmbedSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, ids: Tensor, weight: Tensor, offsets: Sequence[int]) -> Tensor:
         (B, K, S), D = ids.shape, weight.shape[1]
+        ctx.offsets, ctx.like = () if use_triton(weight) else tuple(offsets), (weight.shape, weight.dtype)
+        if ctx.offsets:
+            ctx.save_for_backward(ids)
+            return embed_sum_ref(ids, weight, offsets)
         shift = device_constant(tuple(offsets), ids.device)
         flat = ids.transpose(1, 2).reshape(-1, K)
         flat = torch.where(flat >= 0, flat + shift, -1).contiguous()                      # (M, K)
@@ -78,13 +82,18 @@ class EmbedSum(torch.autograd.Function):
         if B * S:
             forward_kernel[(B * S, -(-D // block))](flat, weight.detach().contiguous(), x, K, D, weight.shape[0], block)
         ctx.save_for_backward(flat)
-        ctx.like = weight.shape, weight.dtype
         return x
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dx: Tensor) -> tuple[None, Tensor | None, None]:
         (flat,), ((V, D), dtype) = ctx.saved_tensors, ctx.like
+        if ctx.offsets:                                            # on a CPU: each table by itself, not K times all of them
+            dw = torch.zeros(V, D, dtype=dtype)
+            for row, offset in zip(flat.unbind(1), ctx.offsets, strict=True):
+                end = min((o for o in ctx.offsets if o > offset), default=V)
+                dw[offset:end] += torch.ops.aten.embedding_dense_backward(dx, row.clamp(min=-1), end - offset, -1, False)
+            return None, dw, None
         ids, places = flat.flatten().sort(stable=True)
         starts = torch.searchsorted(ids, torch.arange(V + 1, device=ids.device))           # ids of -1 lie before the first
         dw, block = torch.empty(V, D, dtype=dtype, device=dx.device), power_of_2(D, most=128)
@@ -94,4 +103,4 @@ class EmbedSum(torch.autograd.Function):
 
 def embed_sum(ids: Tensor, weight: Tensor, offsets: Sequence[int]) -> Tensor:
     """`embed_sum_ref`, added in fp32"""
-    return EmbedSum.apply(ids, weight, offsets) if use_triton(weight) else embed_sum_ref(ids, weight, offsets)
+    return (EmbedSum.apply if use_triton(weight) or trains_on_cpu(weight) else embed_sum_ref)(ids, weight, offsets)

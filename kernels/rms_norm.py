@@ -10,7 +10,7 @@ Next: swiglu.py.
 import torch
 from torch import Tensor
 
-from kernels.choice import at_least_fp32, jit, power_of_2, tl, use_triton
+from kernels.choice import at_least_fp32, jit, power_of_2, tl, trains_on_cpu, use_triton
 
 ROWS = 512       # programs that share the rows in backward, a few on each processor of a GPU; their sums are added in a fixed order
 
@@ -116,10 +116,35 @@ class RmsNorm(torch.autograd.Function):
         return dx.to(x), first, None, dx.to(residual) if residual else None, second[0] if rest else None, None
 
 
+class RmsNormCpu(torch.autograd.Function):
+    """In fp32 on a CPU: dh is that of a LayerNorm with mean 0, one operation of torch, plus the mean of g that a LayerNorm subtracts."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        h = x if residual is None else x + residual
+        rstd = torch.linalg.vector_norm(h, dim=-1, keepdim=True).square_().div_(h.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(h, weight, rstd)
+        ctx.set_materialize_grads(False)
+        return (h * rstd).mul_(weight), h
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy: Tensor | None, dh: Tensor | None) -> tuple[Tensor | None, ...]:
+        (h, weight, rstd), needed = ctx.saved_tensors, ctx.needs_input_grad
+        dy, *given = (torch.zeros_like(h) if dy is None else dy).contiguous(), h.contiguous(), h.shape[-1:], torch.zeros_like(rstd)
+        dx, dw, _ = torch.ops.aten.native_layer_norm_backward(dy, *given, rstd, weight, None, [True, needed[1], False])
+        dx.add_((torch.matmul(dy, weight).div_(h.shape[-1]).unsqueeze(-1)).mul_(rstd))
+        dx = dx if dh is None else dx.add_(dh)
+        return dx, dw if needed[1] else None, None, dx if needed[3] else None
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, other: Tensor | None = None,
              where: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
     """`rms_norm_ref`"""
-    if not use_triton(x):
+    if use_triton(x):
+        y, h = RmsNorm.apply(x, weight, eps, residual, other, where)
+    elif trains_on_cpu(x, weight, residual) and other is None:
+        y, h = RmsNormCpu.apply(x, weight, eps, residual)
+    else:
         return rms_norm_ref(x, weight, eps, residual, other, where)
-    y, h = RmsNorm.apply(x, weight, eps, residual, other, where)
     return y if residual is None else (y, h)

@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from kernels.choice import at_least_fp32, jit, power_of_2, tl, use_triton
+from kernels.choice import at_least_fp32, jit, power_of_2, tl, trains_on_cpu, use_triton
 
 
 def rope_tables(head: int, theta: float, scaling: Sequence[float], positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,6 +98,8 @@ class Rope(torch.autograd.Function):
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, sign: float) -> Tensor:
+    if not use_triton(x):
+        return rope_ref(x, (cos, sin if sign > 0 else -sin), interleaved)
     B, H, S, d = x.shape
     x = x if x.stride(-1) == 1 else x.contiguous()
     y = torch.empty(B, S, H, d, dtype=x.dtype, device=x.device).transpose(1, 2)             # the heads of a column together
@@ -110,4 +112,4 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, sign: float) ->
 
 def rope(x: Tensor, tables: tuple[Tensor, Tensor], interleaved: bool) -> Tensor:
     """`rope_ref`"""
-    return Rope.apply(x, *tables, interleaved) if use_triton(x) else rope_ref(x, tables, interleaved)
+    return Rope.apply(x, *tables, interleaved) if use_triton(x) or trains_on_cpu(x) else rope_ref(x, tables, interleaved)

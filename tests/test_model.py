@@ -19,7 +19,7 @@ from kernels.attention import PackedRows
 from kernels.rope import rope, rope_tables
 from layers.architecture import ModelConfig, StackConfig
 from layers.batch_plan import make_plan
-from model import MultistreamLM
+from model import Block, MultistreamLM
 from options import from_json, to_json
 
 NAMES = list(CONFIGS)
@@ -327,6 +327,14 @@ def test_rope_scores_depend_on_distance_only() -> None:
     at = [rope_tables(8, 1e4, (), torch.tensor([[p]])) for p in (0, 3, 7, 10, 400, 403)]
     score = [float((rope(q, at[n + 1], False) * rope(k, at[n], False)).sum()) for n in (0, 2, 4)]
     assert max(score) - min(score) < 1e-4
+
+
+def test_dropout_zeroes_its_share_and_keeps_the_mean() -> None:
+    block, x = Block(StackConfig(dim=8, layers=1, heads=2, ffn=16), dropout=0.3), torch.ones(100, 1001, requires_grad=True)
+    y = block.drop(x)
+    y.sum().backward()
+    assert float((y == 0).float().mean()) == pytest.approx(0.3, abs=0.006) and float(y.mean()) == pytest.approx(1.0, abs=0.01)
+    assert torch.equal(x.grad, y.detach()) and block.eval().drop(x) is x
 
 
 def test_input_drop_hides_audio_columns_in_training_only() -> None:

@@ -245,6 +245,14 @@ def test_kernels_take_tensors_that_are_not_contiguous(name: str, device: str, tr
     agree(name, (apart(args), {k: apart(v) for k, v in named.items()}), torch.float32)
 
 
+@pytest.mark.parametrize("name", ["rms_norm", "rope", "embed_sum", "multistream_ce"])
+def test_what_a_cpu_trains_with_equals_the_reference(name: str) -> None:
+    for number, case in enumerate(CASES[name]):
+        args, named = case(Made(number, torch.float32, "cpu"))
+        assert choice.trains_on_cpu(next(t for t in tensors(args) if t.requires_grad)) and not choice.trains_on_cpu(torch.zeros(1))
+        agree(name, (args, named), torch.float32)
+
+
 def agree(name: str, case: Case, dtype: torch.dtype) -> None:
     """Values and gradients of an op are as near to the truth as those of its reference."""
     op, ref = PAIRS[name]

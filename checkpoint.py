@@ -181,10 +181,11 @@ def load(path: str | Path, device: str | torch.device = "cpu", dtype: str | torc
         return load(base_of(path), device, dtype, path, config)
     folder = resolve(path)
     layout = recognise(folder)
-    about, mapped = read_about(folder) if layout is None else None, frozenset()
+    about, mapped, seen = read_about(folder) if layout is None else None, frozenset(), set()
     if about is not None and about["base"]:
         refuse_circle(folder)
         model = load(resolve_base(about["base"], folder), device, dtype, config=config)
+        seen = set(model.parameters())
         fill_adapter(model, folder, about)
         model.extras = extras_of(about, folder, path)
     else:
@@ -201,15 +202,20 @@ def load(path: str | Path, device: str | torch.device = "cpu", dtype: str | torc
         put_adapter(model, named_file(folder, own, f"the adapter in {folder}/config.json", "name another with --adapter=FILE"))
         model = lora.strip(model) if config is not None else model           # a run puts its own adapters on top
     if ranks()[2] == 0:                                    # after reading, by one rank of a node: these are the pages that the model uses
-        check_sums(folder, False, {f.path: f.pieces() for f in mapped})
-    model = refuse_broken(put_adapter(model, adapter).eval(), folder)
-    return model if prepare else cast(model, device, dtype, {})
+        check_sums(folder, False, {f.path: f.file_sum for f in mapped})
+    model = put_adapter(model, adapter).eval()
+    model = model if prepare else cast(model, device, dtype, {})
+    return refuse_broken(model, folder, lambda t: t in seen or any(f.finite(part(t)) for f in mapped))
 
 
-def refuse_broken(model: MultistreamLM, source: object) -> MultistreamLM:
-    """The model itself; ValueError names a weight of it that holds NaN or infinite values. One pass over memory, on all free cores."""
-    with ThreadPoolExecutor(max(1, workers() // torch.get_num_threads())) as pool:
-        for _ in pool.map(lambda named: refuse_not_finite(named[0], part(named[1]), source), model.named_parameters()):
+def refuse_broken(model: MultistreamLM, source: object, known: Callable[[Tensor], bool] = lambda t: False) -> MultistreamLM:
+    """The model itself; ValueError names a weight of it, or a scale of 8 bits, that holds NaN or infinite values. One pass over memory,
+    on all free cores, but for what is `known` to be finite."""
+    rest = [(n, part(t)) for n, t in (*model.named_parameters(), *model.named_buffers()) if not known(t)]
+    rest.sort(key=lambda named: named[1].nbytes)           # so that each thread gets as much as the others
+    count = max(1, workers() // torch.get_num_threads())
+    with ThreadPoolExecutor(count) as pool:
+        for _ in pool.map(lambda n: [refuse_not_finite(*named, source) for named in rest[n::count]], range(count)):
             pass
     return model
 

@@ -14,7 +14,11 @@ import json
 import math
 import mmap
 import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +28,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from options import FULL, replace_file, write_json
+from system.files import block_sums
+from system.progress import workers
 from training.parallel import first_row, is_cut
 
 # In the order in which safetensors sorts a file, last one first.
@@ -32,9 +38,11 @@ DTYPES = {"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E5M2": to
           "F32": torch.float32, "C64": torch.complex64, "F64": torch.float64, "I64": torch.int64, "U64": torch.uint64}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 ORDER = {dtype: place for place, dtype in enumerate(DTYPES.values())}
+BITS = {torch.float16: (np.int16, 0x7C00), torch.bfloat16: (np.int16, 0x7F80), torch.float32: (np.int32, 0x7F800000),
+        torch.float64: (np.int64, 0x7FF << 52)}            # the bits of a number, and of infinity: those of NaN are larger
 OWN = 1 << 20                      # smaller tensors are copied: a page each is no saving
 VALUES = {torch.equal, Tensor.tolist, Tensor.item, Tensor.numpy}         # what needs the values at once
-PIECE = 16 << 20                   # bytes of a file whose checksum is computed at once
+PIECE = 1 << 20                    # bytes of a file that stay in the cache of a core; whole blocks of a checksum
 KEPT = 256 << 20                   # how much of a file may be in memory before its pages are given back
 
 
@@ -124,12 +132,30 @@ def private(file: int) -> mmap.mmap:
     return mmap.mmap(file, 0, mmap.MAP_PRIVATE | unreserved, mmap.PROT_READ | mmap.PROT_WRITE)
 
 
+@dataclass
+class Span:
+    """Bytes of a file that hold numbers of one type; `finite` until NaN or infinity is found among them."""
+
+    start: int
+    stop: int
+    dtype: torch.dtype
+    finite: bool = True
+
+
 class MappedFile:
     """A file whose bytes are read where they stand."""
 
     def __init__(self, path: Path) -> None:
         with open(path, "rb") as file:
             self.path, self.bytes, self.used = path, private(file.fileno()), 0
+        self.address, self.spans = 0, list[Span]()         # an address as soon as `file_sum` has looked
+
+    def add(self, dtype: torch.dtype, start: int, stop: int) -> None:
+        """Remember where numbers stand, unless they cannot be read in place."""
+        if self.spans and self.spans[-1].stop == start and self.spans[-1].dtype == dtype:
+            self.spans[-1].stop = stop
+        elif dtype in BITS and start % dtype.itemsize == 0:
+            self.spans.append(Span(start, stop, dtype))
 
     def tensor(self, dtype: torch.dtype, shape: list[int], start: int) -> Tensor:
         count = math.prod(shape)
@@ -138,13 +164,33 @@ class MappedFile:
         self.used += count * dtype.itemsize
         return torch.frombuffer(self.bytes, dtype=dtype, count=count, offset=start).view(shape)
 
-    def pieces(self) -> Iterator[np.ndarray]:
-        """All bytes, one piece after the other: whoever reads the tensors then finds them in memory, as far as they are kept."""
+    def file_sum(self) -> list[Any]:
+        """Size and checksum of the file, by one pass on all free cores that also looks for NaN: `finite` knows what it found."""
+        size, count = len(self.bytes), workers()
+        with ThreadPoolExecutor(count) as pool:
+            shares = pool.map(lambda n: [self.look(at) for at in range(n * PIECE, size, count * PIECE)], range(count))
+            sums = b"".join(chain.from_iterable(zip_longest(*shares, fillvalue=b"")))
+        self.address = np.frombuffer(self.bytes, np.uint8).ctypes.data
+        return [size, f"{zlib.crc32(sums):08x}"]
+
+    def look(self, at: int) -> bytes:
+        """The block sums of a piece, which comes into the cache as its numbers are searched. Whoever reads the tensors afterwards finds
+        them in memory, as far as they are kept."""
         whole = np.frombuffer(self.bytes, np.uint8)
-        for start in range(0, len(whole), PIECE):
-            yield whole[start : start + PIECE]
-            self.used += PIECE
-            self.give_back()
+        for span in self.spans:
+            values = whole[max(at, span.start) : min(at + PIECE, span.stop)]
+            if len(values) and not all_finite(values, span.dtype):
+                span.finite = False
+        sums = block_sums(whole[at : at + PIECE])
+        self.used += PIECE
+        self.give_back()
+        return sums
+
+    def finite(self, t: Tensor) -> bool:
+        """Whether a tensor lies in this file, and `file_sum` found nothing but finite values around it."""
+        start = t.data_ptr() - self.address
+        return self.address > 0 and t.device.type == "cpu" and t.is_contiguous() and any(
+            s.finite and s.dtype == t.dtype and s.start <= start and start + t.nbytes <= s.stop for s in self.spans)
 
     def give_back(self) -> None:
         """Let go of the pages that were read; who reads them again gets them again. Not after something was written into them."""
@@ -186,6 +232,7 @@ def open_file(path: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
 
 def stored(mapped: MappedFile, dtype: torch.dtype, shape: list[int], start: int) -> LazyTensor:
     like = torch.empty(shape, dtype=dtype, device="meta")
+    mapped.add(dtype, start, start + like.nbytes)
     return LazyTensor(like, lambda: mapped.tensor(dtype, shape, start), frozenset([mapped]))
 
 
@@ -209,6 +256,15 @@ def joined(path: Path, files: list[tuple[dict[str, LazyTensor], dict[str, str]]]
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file in memory of their own; ValueError names it when it is broken."""
     return {name: tensor.read().clone() for name, tensor in open_tensors(path).items()}
+
+
+def all_finite(values: np.ndarray, dtype: torch.dtype) -> bool:
+    """Whether bytes hold neither NaN nor infinity, by one pass over their bits where all numbers lie between -2 and 2: their exponents
+    lack the first bit. Else by the largest bits without a sign, and with one."""
+    kind, infinity = BITS[dtype]
+    bits, sign = values.view(f"u{dtype.itemsize}"), 1 << 8 * dtype.itemsize - 1
+    return not np.bitwise_or.reduce(bits) & sign >> 1 or bool(
+        np.maximum.reduce(bits.view(kind)) < infinity and np.maximum.reduce(bits) < infinity + sign)
 
 
 @torch.no_grad()

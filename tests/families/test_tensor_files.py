@@ -1,9 +1,12 @@
 """Files of tensors, one at a time: the bytes of safetensors, lazily, with less memory than the file."""
 
+import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -12,12 +15,15 @@ from tables import CONFIGS, random_ids
 
 import checkpoint
 from checkpoint import STORED, Extras, export, load, save
-from families.tensor_files import LazyTensor, open_tensors, read_tensors, save_tensors, write_shards
+from families import tensor_files
+from families.tensor_files import NAMES, LazyTensor, all_finite, open_tensors, read_tensors, save_tensors, write_shards
 from layers.architecture import ModelConfig, StackConfig
+from layers.int8_base import quantizable
 from lora import LoraConfig, adapters, inject
 from model import MultistreamLM
 from options import read_json
 from streams import Stream, StreamTable
+from system.files import file_sum, write_sums
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.int64, torch.bool, torch.float64, torch.uint8)
 
@@ -111,6 +117,180 @@ def test_official_weights_of_the_wanted_type_are_the_mapped_file(tmp_path: Path)
     lines = [line.split()[0].split("-") for line in open("/proc/self/maps") if str(tmp_path) in line]
     for p in (loaded.embed["text"].weight, loaded.text_head.weight):
         assert any(int(a, 16) <= p.data_ptr() < int(b, 16) for a, b in lines)
+
+
+# ---- one pass over a mapped file ----
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+BROKEN = (float("nan"), float("inf"), -float("inf"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_of_all_numbers_of_16_bits_those_are_found_that_are_not_finite(dtype: torch.dtype) -> None:
+    every = torch.arange(-(1 << 15), 1 << 15).short()
+    finite = every.view(dtype).isfinite()
+    assert all_finite(every[finite].numpy().view(np.uint8), dtype)
+    assert not any(all_finite(every[n : n + 1].numpy().view(np.uint8), dtype) for n in torch.where(~finite)[0])
+
+
+@pytest.mark.parametrize("large", [1.0, 3.0])                  # below and above 2, where the bits are searched again
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_one_number_among_many_is_found(dtype: torch.dtype, large: float) -> None:
+    values = (torch.rand(1000) * 2 - 1).mul(large).to(dtype)
+    values[5], values[6] = (torch.finfo(dtype).max, torch.finfo(dtype).min) if large > 2 else (0.0, -0.0)
+    held = values.view(torch.uint8).numpy()
+    assert all_finite(held, dtype)
+    for value in (*BROKEN, -float("nan")):
+        for at in (0, 7, 500, 999):
+            before, values[at] = values[at].clone(), value
+            assert not all_finite(held, dtype)
+            values[at] = before
+    assert all_finite(held, dtype)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("extra", [0, 8, 8192, 65_536, 100_000])
+def test_a_mapped_file_has_the_checksum_of_its_bytes(threads: int, extra: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensor_files, "workers", lambda: threads)
+    monkeypatch.setattr(tensor_files, "PIECE", 1 << 15)
+    made = {"x": torch.randn(extra // 4), "y": torch.randn(3, 5).bfloat16(), "z": torch.ones(70_001, dtype=torch.int8)}
+    save_tensors(tmp_path / "f", made)
+    lazy = open_tensors(tmp_path / "f")
+    file, = lazy["y"].files
+    x, y = lazy["x"].read(), lazy["y"].read()
+    assert not file.finite(y)                                  # nobody has looked
+    assert file.file_sum() == file_sum(tmp_path / "f")
+    assert file.finite(y) and file.finite(y[1:]) and file.finite(x) == bool(extra)
+    assert not any(map(file.finite, (y.clone(), y.mT, y.float(), y.view(torch.float16), lazy["z"].read(), torch.randn(4))))
+
+
+def test_what_does_not_stand_on_its_boundary_is_not_known(tmp_path: Path) -> None:
+    write_odd(tmp_path / "f", {"x": torch.randn(64), "y": torch.ones(2).half()})
+    lazy = open_tensors(tmp_path / "f")
+    file, = lazy["x"].files
+    assert file.file_sum() == file_sum(tmp_path / "f") and not file.spans and not file.finite(lazy["x"].read())
+
+
+def write_odd(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """A file of tensors that begin at odd bytes."""
+    header, end = {}, 0
+    for name, t in tensors.items():
+        header[name] = {"dtype": NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [end, end := end + t.nbytes]}
+    text = json.dumps(header).encode()
+    text += b" " * (1 - len(text) % 2)
+    content = (t.view(-1).view(torch.uint8).numpy().tobytes() for t in tensors.values())
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(content))
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but tiny weights stay in their file, which has many pieces."""
+    monkeypatch.setattr(checkpoint, "OWN", 1024)
+    monkeypatch.setattr(tensor_files, "PIECE", 4096)
+
+
+def stored_model(folder: Path, dtype: torch.dtype, name: str = "text") -> Path:
+    """A checkpoint of one type, some of its numbers larger than 2."""
+    config = CONFIGS[name]
+    model = MultistreamLM(replace(config, temporal=replace(config.temporal, layers=1)))
+    for p in model.parameters():
+        p.data.view(-1)[::50] = 5.0
+    save(model.to(dtype), folder)
+    return folder / "model.safetensors"
+
+
+def spans(path: Path) -> dict[str, tuple[int, int]]:
+    """Where each tensor lies in a file."""
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    return {name: (start + about["data_offsets"][0], start + about["data_offsets"][1])
+            for name, about in json.loads(content[8:start]).items() if name != "__metadata__"}
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("name", ["text", "depth"])
+def test_a_flipped_bit_in_any_tensor_of_a_mapped_file_is_seen(name: str, tmp_path: Path) -> None:
+    path = stored_model(tmp_path, torch.bfloat16, name)
+    content, places = path.read_bytes(), spans(path)
+    assert load(tmp_path, dtype=STORED).temporal.norm.weight.dtype == torch.bfloat16
+    for n, (start, stop) in enumerate(places.values()):
+        changed = bytearray(content)
+        changed[(start, stop - 1, (start + stop) // 2)[n % 3]] ^= 1 << n % 8
+        path.write_bytes(changed)
+        for dtype in (STORED, "fp32"):
+            with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
+                load(tmp_path, dtype=dtype)
+    path.write_bytes(content)
+    load(tmp_path)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("sums", [True, False])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_weight_that_is_not_finite_is_seen_wherever_it_lies(dtype: torch.dtype, sums: bool, tmp_path: Path) -> None:
+    """In every tensor of a file, the tied one too: mapped, copied, cast or put into 8 bits; with the right checksum or without any."""
+    path = stored_model(tmp_path, dtype)
+    content, places = path.read_bytes(), spans(path)
+    load(tmp_path, dtype=STORED)
+    (tmp_path / "checksums.json").unlink()
+    for n, (name, (start, stop)) in enumerate(places.items()):
+        changed = bytearray(content)
+        at = (start, stop - dtype.itemsize, start + (stop - start) // dtype.itemsize // 2 * dtype.itemsize)[n % 3]
+        changed[at : at + dtype.itemsize] = torch.tensor([BROKEN[n // 3 % 3]], dtype=dtype).view(torch.uint8).numpy().tobytes()
+        path.write_bytes(changed)
+        if sums:
+            write_sums(tmp_path, [path.name])
+        for kind in (STORED, ("fp32", "bf16")[n % 2]):
+            with pytest.raises(ValueError, match=f"{name} holds NaN or infinite"):
+                load(tmp_path, dtype=kind)
+        with pytest.raises(ValueError, match=f"{name.removesuffix('weight')}.* holds NaN or infinite"):
+            load(tmp_path, prepare=lambda model: {f"{p}.weight": torch.int8 for p in quantizable(model.requires_grad_(False), ())})
+
+
+@pytest.mark.usefixtures("small")
+def test_a_weight_at_an_odd_place_that_is_not_finite_is_seen(tmp_path: Path) -> None:
+    path = stored_model(tmp_path, torch.float32)
+    tensors = read_tensors(path)
+
+    def write() -> None:
+        write_odd(path, tensors)
+        write_sums(tmp_path, [path.name])
+
+    write()
+    assert torch.equal(load(tmp_path).temporal.norm.weight, tensors["temporal.norm.weight"])
+    for name, t in tensors.items():
+        before, t.view(-1)[1] = t.view(-1)[1].clone(), float("nan")
+        write()
+        t.view(-1)[1] = before
+        with pytest.raises(ValueError, match=f"{name} holds NaN or infinite"):
+            load(tmp_path, dtype=STORED)
+
+
+@pytest.mark.usefixtures("small")
+def test_what_the_pass_over_a_file_has_seen_is_not_looked_at_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the base of an adapter only once."""
+    stored_model(tmp_path / "base", torch.float32)
+    base = load(tmp_path / "base")
+    model = inject(load(tmp_path / "base"), LoraConfig(rank=2, targets=("attn.q",)))
+    for _, _, adapter in adapters(model):
+        torch.nn.init.normal_(adapter.lora_B)
+    save(model, tmp_path / "tuned", Extras(base=str(tmp_path / "base")))
+    large = {n for n, p in base.named_parameters() if p.nbytes >= 1024}
+    every = {n for n, _ in base.named_parameters()}
+    added = {n for n, _ in model.named_parameters()} - every
+    looked: list[str] = []
+    monkeypatch.setattr(checkpoint, "refuse_not_finite", lambda name, *_: looked.append(name))
+
+    def names(folder: str, **options: object) -> list[str]:
+        looked.clear()
+        load(tmp_path / folder, **options)
+        return sorted(looked)
+
+    assert large and names("base") == sorted(every - large)
+    assert names("base", dtype="bf16") == sorted(every)        # cast: not what the file holds
+    assert names("tuned") == sorted((every - large) | added)
+    (tmp_path / "base/checksums.json").unlink()
+    assert names("base") == sorted(every) and names("tuned") == sorted(every | added)
 
 
 LOAD = """

@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT
 
 from system import files
-from system.files import check_sums, checksum, file_sum, lock, read_pieces, replace_file, unlock, write_sums
+from system.files import check_sums, checksum, file_sum, lock, replace_file, unlock, write_sums
 
 
 def other(code: str, *args: object) -> subprocess.Popen:
@@ -140,7 +140,7 @@ def test_a_checksum_sees_every_bit_and_every_block_out_of_place(size: int) -> No
 def test_the_checksum_of_a_file_is_that_of_its_bytes(size: int, tmp_path: Path) -> None:
     data = np.random.default_rng(1).integers(0, 256, size, np.uint8).tobytes()
     (tmp_path / "x").write_bytes(data)
-    assert file_sum(read_pieces(tmp_path / "x")) == [size, checksum(data)]
+    assert file_sum(tmp_path / "x") == [size, checksum(data)]
 
 
 def test_a_flipped_bit_a_missing_file_and_a_damaged_list_are_named(tmp_path: Path) -> None:

@@ -148,14 +148,7 @@ class MappedFile:
     def __init__(self, path: Path) -> None:
         with open(path, "rb") as file:
             self.path, self.bytes, self.used = path, private(file.fileno()), 0
-        self.address, self.spans = 0, list[Span]()         # an address as soon as `file_sum` has looked
-
-    def add(self, dtype: torch.dtype, start: int, stop: int) -> None:
-        """Remember where numbers stand, unless they cannot be read in place."""
-        if self.spans and self.spans[-1].stop == start and self.spans[-1].dtype == dtype:
-            self.spans[-1].stop = stop
-        elif dtype in BITS and start % dtype.itemsize == 0:
-            self.spans.append(Span(start, stop, dtype))
+        self.address, self.spans = 0, list[Span]()         # an address as soon as `file_sum` has looked at the spans
 
     def tensor(self, dtype: torch.dtype, shape: list[int], start: int) -> Tensor:
         count = math.prod(shape)
@@ -174,17 +167,15 @@ class MappedFile:
         return [size, f"{zlib.crc32(sums):08x}"]
 
     def look(self, at: int) -> bytes:
-        """The block sums of a piece, which comes into the cache as its numbers are searched. Whoever reads the tensors afterwards finds
-        them in memory, as far as they are kept."""
+        """The block sums of a piece, which comes into the cache as its numbers are searched."""
         whole = np.frombuffer(self.bytes, np.uint8)
         for span in self.spans:
             values = whole[max(at, span.start) : min(at + PIECE, span.stop)]
             if len(values) and not all_finite(values, span.dtype):
-                span.finite = False
-        sums = block_sums(whole[at : at + PIECE])
+                span.finite = False                        # never set back: other threads look at other pieces
         self.used += PIECE
         self.give_back()
-        return sums
+        return block_sums(whole[at : at + PIECE])
 
     def finite(self, t: Tensor) -> bool:
         """Whether a tensor lies in this file, and `file_sum` found nothing but finite values around it."""
@@ -232,7 +223,10 @@ def open_file(path: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
 
 def stored(mapped: MappedFile, dtype: torch.dtype, shape: list[int], start: int) -> LazyTensor:
     like = torch.empty(shape, dtype=dtype, device="meta")
-    mapped.add(dtype, start, start + like.nbytes)
+    if mapped.spans and (mapped.spans[-1].stop, mapped.spans[-1].dtype) == (start, dtype):
+        mapped.spans[-1].stop += like.nbytes
+    elif dtype in BITS and start % dtype.itemsize == 0:    # else it cannot be read in place
+        mapped.spans.append(Span(start, start + like.nbytes, dtype))
     return LazyTensor(like, lambda: mapped.tensor(dtype, shape, start), frozenset([mapped]))
 
 
@@ -259,10 +253,8 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
 
 
 def all_finite(values: np.ndarray, dtype: torch.dtype) -> bool:
-    """Whether bytes hold neither NaN nor infinity, by one pass over their bits where all numbers lie between -2 and 2: their exponents
-    lack the first bit. Else by the largest bits without a sign, and with one."""
-    kind, infinity = BITS[dtype]
-    bits, sign = values.view(f"u{dtype.itemsize}"), 1 << 8 * dtype.itemsize - 1
+    """Whether bytes hold neither NaN nor infinity. One pass where no exponent has its first bit (between -2 and 2), else three."""
+    (kind, infinity), bits, sign = BITS[dtype], values.view(f"u{dtype.itemsize}"), 1 << 8 * dtype.itemsize - 1
     return not np.bitwise_or.reduce(bits) & sign >> 1 or bool(
         np.maximum.reduce(bits.view(kind)) < infinity and np.maximum.reduce(bits) < infinity + sign)
 

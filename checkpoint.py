@@ -212,11 +212,8 @@ def refuse_broken(model: MultistreamLM, source: object, known: Callable[[Tensor]
     """The model itself; ValueError names a weight of it, or a scale of 8 bits, that holds NaN or infinite values. One pass over memory,
     on all free cores, but for what is `known` to be finite."""
     rest = [(n, part(t)) for n, t in (*model.named_parameters(), *model.named_buffers()) if not known(t)]
-    rest.sort(key=lambda named: named[1].nbytes)           # so that each thread gets as much as the others
-    count = max(1, workers() // torch.get_num_threads())
-    with ThreadPoolExecutor(count) as pool:
-        for _ in pool.map(lambda n: [refuse_not_finite(*named, source) for named in rest[n::count]], range(count)):
-            pass
+    with ThreadPoolExecutor(max(1, workers() // torch.get_num_threads())) as pool:
+        list(pool.map(lambda named: refuse_not_finite(*named, source), rest))
     return model
 
 
@@ -388,7 +385,7 @@ def fill(model: nn.Module, tensors: Tensors, source: str, device: str | torch.de
     weights, types = model.weights(), types or {}
     check_fit({name: weights[name] for name in names or weights}, tensors, source)
     for name in names or weights:
-        module, leaf = owner(model, name)
+        module, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
         target = getattr(module, leaf)
         rows = value(own_rows(tensors[name], target))
         if not target.is_meta:
@@ -408,12 +405,6 @@ def fill(model: nn.Module, tensors: Tensors, source: str, device: str | torch.de
         del target, rows
         give_back([tensors[name]])
     model.tie()                 # filling gives each head a weight of its own
-
-
-def owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The module that holds a tensor, and what it calls it."""
-    path, _, leaf = name.rpartition(".")
-    return model.get_submodule(path), leaf
 
 
 def base_of(adapter: str) -> str:
@@ -671,14 +662,6 @@ def export_adapter(model: MultistreamLM, folder: Path, to: str) -> Path:
     return folder
 
 
-def plain_model(path: str) -> MultistreamLM:
-    """A model without an adapter, its weights as they are stored; ValueError says what to do with one that has it."""
-    model = load(path, dtype=STORED)
-    if getattr(model, "lora", None) is not None:
-        raise ValueError(f"{path} has an adapter; merge it first (python checkpoint.py merge)")
-    return model
-
-
 def write_made(folder: str | Path, config: ModelConfig, tensors: Tensors, extras: Extras) -> Path:
     """Write a model that was made of others, strictly."""
     with torch.device("meta"):
@@ -691,7 +674,9 @@ def swap_command(path: str, pairs: dict[str, str]) -> str:
     """`checkpoint.py swap-tokenizer`: the same model for other text ids, the new tokenizer beside it."""
     if "tokenizer" not in pairs or "out" not in pairs:
         raise ValueError("swap-tokenizer needs --tokenizer=FILE, the new one, and --out=DIR, the folder to write")
-    model, new = plain_model(path), load_tokenizer(pairs["tokenizer"])
+    model, new = load(path, dtype=STORED), load_tokenizer(pairs["tokenizer"])
+    if getattr(model, "lora", None) is not None:
+        raise ValueError(f"{path} has an adapter; merge it first (python checkpoint.py merge)")
     data = official_files(Path(model.extras.folder)) | dict(model.extras.data or {})
     if "from" not in pairs and "tokenizer" not in data:
         raise ValueError(f"{path} does not say which tokenizer it was trained with; name it with --from=FILE")
@@ -755,10 +740,6 @@ show CKPT                         what a checkpoint holds
 """
 
 
-def usage() -> str:
-    return USAGE + "\n".join(c.usage for family in all_families() for c in family.conversions)
-
-
 def unknown_options(pairs: dict[str, str], known: tuple[str, ...]) -> None:
     for name in pairs.keys() - set(known):
         raise ValueError(unknown(f"--{name}", [f"--{k}" for k in known]))
@@ -768,7 +749,7 @@ def main() -> None:
     words, pairs = split_arguments(sys.argv[1:], ("help",))
     pairs = {key.replace("-", "_"): value for key, value in pairs.items()}
     if "help" in pairs or not words:
-        print(usage())
+        print(USAGE + "\n".join(c.usage for family in all_families() for c in family.conversions))
         return
     command, *words = words
     if any((Path(pairs.get("out", "-")) / name).is_dir() for name in ("ckpt", "state")):

@@ -17,9 +17,9 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -88,7 +88,9 @@ class LazyTensor:
         if function in VALUES:
             return function(*each(args, value), **options)
         like = function(*each(args, lambda t: t.like if isinstance(t, LazyTensor) else t.to("meta")), **options)
-        files = frozenset().union(*(t.files for t in lazies(args)))
+        lazies: list[LazyTensor] = []
+        each(args, lambda t: lazies.append(t) if isinstance(t, LazyTensor) else None)
+        files = frozenset().union(*(t.files for t in lazies))
 
         def make() -> Any:
             return function(*each(args, value), **options)
@@ -107,12 +109,6 @@ def each(args: Any, change: Callable[[Any], Any]) -> Any:
     return type(args)(each(a, change) for a in args) if type(args) in (tuple, list) else args
 
 
-def lazies(args: Any) -> list[LazyTensor]:
-    found: list[LazyTensor] = []
-    each(args, lambda t: found.append(t) if isinstance(t, LazyTensor) else None)
-    return found
-
-
 def value(tensor: Tensor | LazyTensor) -> Tensor:
     """The values of a tensor, read now where they were not."""
     return tensor.read() if isinstance(tensor, LazyTensor) else tensor
@@ -125,30 +121,15 @@ def computed(like: Tensor, make: Callable[[], Tensor]) -> LazyTensor:
 
 # ---- reading ----
 
-def private(file: int) -> mmap.mmap:
-    if not hasattr(mmap, "MAP_PRIVATE"):                   # Windows
-        return mmap.mmap(file, 0, access=mmap.ACCESS_COPY)
-    unreserved = getattr(mmap, "MAP_NORESERVE", 0)         # a file larger than the memory can be mapped as well
-    return mmap.mmap(file, 0, mmap.MAP_PRIVATE | unreserved, mmap.PROT_READ | mmap.PROT_WRITE)
-
-
-@dataclass
-class Span:
-    """Bytes of a file that hold numbers of one type; `finite` until NaN or infinity is found among them."""
-
-    start: int
-    stop: int
-    dtype: torch.dtype
-    finite: bool = True
-
-
 class MappedFile:
     """A file whose bytes are read where they stand."""
 
     def __init__(self, path: Path) -> None:
+        flags = getattr(mmap, "MAP_PRIVATE", 0) | getattr(mmap, "MAP_NORESERVE", 0)       # larger than the memory: can be mapped as well
+        how = {"flags": flags, "prot": mmap.PROT_READ | mmap.PROT_WRITE} if flags else {"access": mmap.ACCESS_COPY}       # Windows
         with open(path, "rb") as file:
-            self.path, self.bytes, self.used = path, private(file.fileno()), 0
-        self.address, self.spans = 0, list[Span]()         # an address as soon as `file_sum` has looked at the spans
+            self.path, self.bytes, self.used = path, mmap.mmap(file.fileno(), 0, **how), 0
+        self.address, self.spans = 0, list[SimpleNamespace]()      # of numbers of one type; an address as soon as `file_sum` has looked
 
     def tensor(self, dtype: torch.dtype, shape: list[int], start: int) -> Tensor:
         count = math.prod(shape)
@@ -159,23 +140,22 @@ class MappedFile:
 
     def file_sum(self) -> list[Any]:
         """Size and checksum of the file, by one pass on all free cores that also looks for NaN: `finite` knows what it found."""
-        size, count = len(self.bytes), workers()
-        with ThreadPoolExecutor(count) as pool:
-            shares = pool.map(lambda n: [self.look(at) for at in range(n * PIECE, size, count * PIECE)], range(count))
-            sums = b"".join(chain.from_iterable(zip_longest(*shares, fillvalue=b"")))
-        self.address = np.frombuffer(self.bytes, np.uint8).ctypes.data
-        return [size, f"{zlib.crc32(sums):08x}"]
+        whole, count = np.frombuffer(self.bytes, np.uint8), workers()
 
-    def look(self, at: int) -> bytes:
-        """The block sums of a piece, which comes into the cache as its numbers are searched."""
-        whole = np.frombuffer(self.bytes, np.uint8)
-        for span in self.spans:
-            values = whole[max(at, span.start) : min(at + PIECE, span.stop)]
-            if len(values) and not all_finite(values, span.dtype):
-                span.finite = False                        # never set back: other threads look at other pieces
-        self.used += PIECE
-        self.give_back()
-        return block_sums(whole[at : at + PIECE])
+        def look(at: int) -> bytes:                        # a piece comes into the cache as its numbers are searched
+            for span in self.spans:
+                values = whole[max(at, span.start) : min(at + PIECE, span.stop)]
+                if len(values) and not all_finite(values, span.dtype):
+                    span.finite = False                    # never set back: other threads look at other pieces
+            self.used += PIECE
+            self.give_back()
+            return block_sums(whole[at : at + PIECE])
+
+        with ThreadPoolExecutor(count) as pool:
+            shares = pool.map(lambda n: [look(at) for at in range(n * PIECE, len(whole), count * PIECE)], range(count))
+            sums = b"".join(chain.from_iterable(zip_longest(*shares, fillvalue=b"")))
+        self.address = whole.ctypes.data
+        return [len(whole), f"{zlib.crc32(sums):08x}"]
 
     def finite(self, t: Tensor) -> bool:
         """Whether a tensor lies in this file, and `file_sum` found nothing but finite values around it."""
@@ -226,7 +206,7 @@ def stored(mapped: MappedFile, dtype: torch.dtype, shape: list[int], start: int)
     if mapped.spans and (mapped.spans[-1].stop, mapped.spans[-1].dtype) == (start, dtype):
         mapped.spans[-1].stop += like.nbytes
     elif dtype in BITS and start % dtype.itemsize == 0:    # else it cannot be read in place
-        mapped.spans.append(Span(start, start + like.nbytes, dtype))
+        mapped.spans.append(SimpleNamespace(start=start, stop=start + like.nbytes, dtype=dtype, finite=True))
     return LazyTensor(like, lambda: mapped.tensor(dtype, shape, start), frozenset([mapped]))
 
 

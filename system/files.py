@@ -212,13 +212,11 @@ def block_sums(data: np.ndarray) -> bytes:
 
 
 def file_sum(path: Path) -> list[Any]:
-    """Size and checksum of a file, which is read through a small buffer: nothing of it stays in memory."""
-    buffer, size, found = np.empty(1 << 20, np.uint8), 0, 0
-    with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            while count < len(buffer) and (more := file.readinto(buffer[count:])):
-                count += more
-            size, found = size + count, zlib.crc32(block_sums(buffer[:count]), found)
+    """Size and checksum of a file, which is read piece by piece: nothing of it stays in memory."""
+    size, found = 0, 0
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            size, found = size + len(piece), zlib.crc32(block_sums(np.frombuffer(piece, np.uint8)), found)
     return [size, f"{found:08x}"]
 
 

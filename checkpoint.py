@@ -282,14 +282,9 @@ def adapter_config(adapter: str | Path, model: MultistreamLM) -> LoraConfig:
     return from_json(LoraConfig, read_about(folder).get("lora") or {}, f"{folder}/config.json lora")
 
 
-def adapter_about(form: AdapterFormat, folder: Path) -> dict[str, Any]:
-    """The config file of another library's adapter, its fields of the types that they should have."""
-    return read_object(folder / form.config_file, "fetch the adapter again", **ADAPTER_FIELDS)
-
-
 def read_adapter(form: AdapterFormat, file: Path, model: MultistreamLM) -> tuple[LoraConfig, dict[str, Tensor]]:
     """An adapter of another library, `file` its tensors, as one of ours for this model."""
-    about, tensors = adapter_about(form, file.parent), adapter_tensors(file)
+    about, tensors = read_object(file.parent / form.config_file, "fetch the adapter again", **ADAPTER_FIELDS), adapter_tensors(file)
     try:
         return form.read(model, about, tensors, str(file.parent))
     except (KeyError, TypeError, AttributeError, IndexError, ArithmeticError, AssertionError, re.error) as error:
@@ -346,8 +341,7 @@ def fitted(config: ModelConfig, stored: ModelConfig, folder: Path) -> ModelConfi
 
 def averages(folder: Path) -> Tensors:
     """The averaged weights of a checkpoint, if the run keeps them."""
-    file = folder / "ema.safetensors"
-    return open_tensors(file) if parts_of(file) else {}
+    return open_tensors(folder / "ema.safetensors") if parts_of(folder / "ema.safetensors") else {}
 
 
 @contextmanager
@@ -411,7 +405,8 @@ def base_of(adapter: str) -> str:
     """Where the weights under an adapter are; ValueError where it does not say."""
     folder = local(adapter)
     if found := find_adapter(folder):
-        base = adapter_about(found[0], found[1].parent).get("base_model_name_or_path") or ""
+        about = read_object(found[1].parent / found[0].config_file, "fetch the adapter again", **ADAPTER_FIELDS)
+        base = about.get("base_model_name_or_path") or ""
     else:
         folder = resolve(adapter)
         base = read_about(folder)["base"] if recognise(folder) is None else ""

@@ -233,9 +233,7 @@ def write_sums(folder: Path, names: Iterable[str] = ()) -> None:
 
 def check_sums(folder: Path, below: bool = True, mapped: Mapping[Path, Callable[[], list[Any]]] | None = None) -> None:
     """Compare files with checksums.json, if there is one; `below`, also those in folders. ValueError names one that differs.
-
-    `mapped`: files that lie in memory already, and what tells their sizes and checksums.
-    """
+    `mapped`: files that lie in memory already, and what tells their sizes and checksums."""
     path = folder / SUMS
     if not path.is_file():
         return                                     # written by another program, or by an older version

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, call, cli
+from conftest import ROOT, call
 from safetensors.torch import save_file
 from test_conversation import CHAT, TINY, Golden, codes, grid
 from test_parity import Golden as Official
@@ -183,7 +183,7 @@ def test_wishes_that_make_no_sense_end_in_one_line(tmp_path: Path) -> None:
 
 
 def run(*args: object) -> str:
-    rc, out, err = cli(*args)
+    rc, out, err = call(*args)
     assert rc == 0, out + err
     return out + err
 

@@ -12,7 +12,7 @@ import pytest
 import soundfile
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, call, cli
+from conftest import ROOT, call
 from safetensors.torch import load_file
 from tables import CONFIGS, random_ids
 from test_parity import with_adapter
@@ -319,9 +319,9 @@ def test_smoke_from_training_to_the_package_and_back(name, tmp_path):
     out = tmp_path / "run"
     base = (f"configs/{name}.py", "--smoke", f"--out={out}", f"--data.cache={tmp_path}/cache")
     for options, words in (((*base, "--steps=6", "--schedule=constant"), "step 5"), ((*base, "--schedule=constant"), "resuming")):
-        rc, told, err = cli("train.py", *options)
+        rc, told, err = call("train.py", *options)
         assert rc == 0 and words in told, told + err
-    rc, told, err = cli("train.py", *base, f"--out={tmp_path}/whole", "--schedule=constant")
+    rc, told, err = call("train.py", *base, f"--out={tmp_path}/whole", "--schedule=constant")
     assert rc == 0, told + err
     file = "adapter.safetensors" if name == "moshi_lora" else "model.safetensors"
     one, other = (load_file(folder / "ckpt/latest" / file) for folder in (out, tmp_path / "whole"))
@@ -335,7 +335,7 @@ def test_smoke_from_training_to_the_package_and_back(name, tmp_path):
     assert soundfile.info(out / "samples/step_000012/001.wav").channels == 2
 
     user = ROOT / "out/cache/dialogues/001.wav"
-    rc, told, err = cli("sample.py", f"--ckpt={out}", f"--user={user}", f"--out={tmp_path}/reply.wav", "--temperature=0")
+    rc, told, err = call("sample.py", f"--ckpt={out}", f"--user={user}", f"--out={tmp_path}/reply.wav", "--temperature=0")
     assert rc == 0, err
     wav, rate = soundfile.read(tmp_path / "reply.wav")
     seconds = soundfile.info(user).duration

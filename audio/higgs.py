@@ -331,7 +331,7 @@ class Rising(nn.ConvTranspose1d):
     """A transposed convolution whose kernel is two strides, so each output is the sum of two: one product where torch's is slow."""
 
     def forward(self, x: Tensor) -> Tensor:         # (B, D, t) -> (B, D', about stride t)
-        if x.is_cuda or self.groups > 1:
+        if x.is_cuda or self.groups > 1 or self.kernel_size[0] != 2 * self.stride[0]:
             return super().forward(x)
         (r,), (p,), (more,) = self.stride, self.padding, self.output_padding
         now, later = (self.weight.flatten(1).mT @ x).view(len(x), -1, 2, r, x.shape[2]).mT.unbind(2)        # two of (B, D', t, r)

@@ -169,6 +169,7 @@ def load(path: str | Path, device: str | torch.device = "cpu", dtype: str | torc
     of their own (training); int8 is a weight of 8 bits, rounded to `dtype` first. It may add adapters and cut the model into
     shards: each rank then reads its own rows only.
     """
+    torch.set_num_threads(torch.get_num_threads())         # a forked process makes torch's pool anew, which two threads may not do at once
     dtype = (DTYPES | {STORED: STORED})[dtype] if isinstance(dtype, str) else dtype or torch.float32
     if not path and config is not None:
         model = load_text_tower(MultistreamLM(config), Path("."), device, dtype)

@@ -166,7 +166,7 @@ class KVCache:
         at = self.count % self.capacity
         wraps = at + n > self.capacity
         self.slots = torch.arange(at, at + n, device=positions.device) % self.capacity if wraps else slice(at, at + n)
-        if n > 1:                       # a later single column is never padding
+        if n > 1 or not self.count:     # a later single column is never padding
             self.plain = self.plain and bool((positions[:, 0] >= 0).all() and (positions.diff(dim=1) == 1).all())
         self.positions[:, self.slots] = positions
         if audio is not None:

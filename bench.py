@@ -1,6 +1,6 @@
 """Side-by-side benchmarks of this code and its peers, in one process, on equal weights and equal tokens.
 
-    python bench.py higgs                           train, decode and ops with the peer; also moshi, qwen, moss, tiny
+    python bench.py higgs                           train, decode and ops with the peer; also moshi, qwen, csm, moss, tiny
     python bench.py train --model=higgs --peer      a LoRA training step against transformers + PEFT (moshi: against moshi)
     python bench.py decode --model=moshi --peer     greedy frames against LMGen (higgs, qwen: against transformers generate), then
                                                     single sampled frames after a prompt of --context columns, --batch at once
@@ -81,9 +81,9 @@ from training import parallel
 from training.plan import need_of_training
 
 BYTES, FLOPS = 4.3e12, 790e12      # an H200: bytes a second of a copy, bf16 operations a second of a product, both measured
-RATES = {"higgs": 25.0, "moshi": 12.5, "moss": 12.5, "tiny": 25.0}           # frames of a second of speech
-TARGETS = {"train higgs": 0.8, "train moshi": 0.7, **dict.fromkeys(("decode higgs", "decode moshi", "decode qwen"), 0.5),     # ours / peer
-           **dict.fromkeys(("prefill higgs", "prefill qwen"), 0.9)}
+RATES = {"higgs": 25.0, "moshi": 12.5, "moss": 12.5, "csm": 12.5, "tiny": 25.0}           # frames of a second of speech
+TARGETS = {"train higgs": 0.8, "train moshi": 0.7, "train csm": 0.6, "decode csm": 0.4,                           # ours / peer
+           **dict.fromkeys(("decode higgs", "decode moshi", "decode qwen"), 0.5), **dict.fromkeys(("prefill higgs", "prefill qwen"), 0.9)}
 PAGE = 4096 / 2**20                # MiB: less cannot be measured on a CPU
 LIMITS = {"moshi": 600, "higgs": 80, "qwen": 80}             # operations a frame, at the tiny preset
 

@@ -142,12 +142,7 @@ class HiggsCodec(nn.Module):
     @property
     def context(self) -> int:
         """Frames before and behind one that its samples depend on, rounded up: 11 for the published ratios."""
-        frames, rate = 3.0, 1                       # the first convolution; samples a frame so far
-        for ratio in self.config.ratios:
-            frames += 1 / rate                      # what a transposed convolution joins
-            rate *= ratio
-            frames += 3 * sum(DILATIONS) / rate
-        return math.ceil(frames + 3 / rate)
+        return math.ceil(reach(self.config.ratios))
 
     @classmethod
     def load(cls, path: str | Path, config: HiggsCodecConfig | None = None, pad: str = "mult960", device: str = "cpu") -> "HiggsCodec":
@@ -164,6 +159,16 @@ class HiggsCodec(nn.Module):
         found = {name.removeprefix(inside): tensor for name, tensor in read_tensors(file, begin=inside).items()}
         load_strict(codec, found, official_names(config), UNUSED, str(file))
         return codec.to(device).eval().requires_grad_(False)
+
+
+def reach(ratios: Sequence[int]) -> float:
+    """Inputs before and behind one that the samples of a decoder depend on, which makes them longer by these ratios."""
+    inputs, rate = 3.0, 1                           # the first convolution; samples an input so far
+    for ratio in ratios:
+        inputs += 1 / rate                          # what a transposed convolution joins
+        rate *= ratio
+        inputs += 3 * sum(DILATIONS) / rate
+    return inputs + 3 / rate
 
 
 class HiggsStream:

@@ -112,17 +112,19 @@ class MimiCodec(nn.Module):
 
     @torch.no_grad()
     def decode_frames(self, codes: Tensor, past: Past) -> Tensor:
-        """The next frames of a stream of codes, (B, q, t) -> (B, 1, 1920 t); `past` is brought up to date."""
+        """The next frames of a stream of codes, (B, q, t) -> (B, 1, 1920 t); `past` is brought up to date. Also that of Qwen's codec."""
         check_codes(codes, self.num_codebooks, self.codebook_size)
-        wavs = [torch.zeros(len(codes), 1, 0, dtype=self.downsample.conv.weight.dtype, device=codes.device)]
+        wavs = [torch.zeros(len(codes), 1, 0, dtype=next(self.parameters()).dtype, device=codes.device)]
         for piece in codes.split(1 if past.ring else PIECE, 2):
             if piece.shape[2]:
                 x = self.semantic.decode(piece[:, :1])                                  # -> (B, D, t)
                 if piece.shape[1] > 1:
                     x = x + self.acoustic.decode(piece[:, 1:])
-                x = self.decoder_transformer(self.upsample(x, past), past)              # -> (B, D, 2 t)
-                wavs.append(self.decoder(x, past))
+                wavs.append(self.synthesise(x, past))
         return torch.cat(wavs, 2)
+
+    def synthesise(self, x: Tensor, past: Past) -> Tensor:          # decoded codes (B, D, t) -> (B, 1, 1920 t)
+        return self.decoder(self.decoder_transformer(self.upsample(x, past), past), past)
 
     def stream(self, exact_moshi: bool = False) -> "MimiStream":
         """A fresh stateful encoder and decoder.  exact_moshi: what moshi computes live, from 10 s on not quite what it does offline."""

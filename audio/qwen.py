@@ -24,22 +24,8 @@ from torch import Tensor, nn
 
 from audio.higgs import _json, check_wav, read_tensors
 from audio.hubert import check_sizes, load_strict
-from audio.mimi import (
-    FIELDS,
-    PIECE,
-    RATE,
-    Conv,
-    ConvTranspose,
-    MimiCodec,
-    MimiConfig,
-    MimiStream,
-    Past,
-    ProjectedRVQ,
-    official_names,
-    our_tensors,
-)
+from audio.mimi import FIELDS, RATE, Conv, ConvTranspose, MimiCodec, MimiConfig, MimiStream, Past, ProjectedRVQ, official_names, our_tensors
 from audio.mimi import FIXED as MIMI_FIXED
-from audio.rvq import check_codes
 
 KIND = "qwen3_tts_tokenizer_12hz"
 WINDOW = 2**20              # positions that one of the encoder sees: all of 11 hours
@@ -115,21 +101,14 @@ class QwenCodec(nn.Module):
         """The next whole frames of a sound, or its end, (B, 1, 1920 t) -> codes (B, 16, t); `past` is brought up to date."""
         return self.encoder.encode_frames(wav, past)
 
-    @torch.no_grad()
-    def decode_frames(self, codes: Tensor, past: Past) -> Tensor:
-        """The next frames of a stream of codes, (B, q, t) -> (B, 1, 1920 t); `past` is brought up to date."""
-        check_codes(codes, self.num_codebooks, self.codebook_size)
-        wavs = [torch.zeros(len(codes), 1, 0, dtype=self.first.conv.weight.dtype, device=codes.device)]
-        for piece in codes.split(PIECE, 2):
-            if piece.shape[2]:
-                x = self.semantic.decode(piece[:, :1])                                  # -> (B, 512, t)
-                if piece.shape[1] > 1:
-                    x = x + self.acoustic.decode(piece[:, 1:])
-                x = self.transformer(self.pre_conv(x, past), past)                      # -> (B, 1024, t)
-                for module in (*self.upsample, self.first, *self.blocks):
-                    x = module(x, past)
-                wavs.append(self.last(self.snake(x), past).clamp(-1, 1))
-        return torch.cat(wavs, 2)
+    decode_frames = MimiCodec.decode_frames
+
+    def synthesise(self, x: Tensor, past: Past) -> Tensor:
+        """Decoded codes (B, 512, t) -> (B, 1, 1920 t)"""
+        x = self.transformer(self.pre_conv(x, past), past)                              # -> (B, 1024, t)
+        for module in (*self.upsample, self.first, *self.blocks):
+            x = module(x, past)
+        return self.last(self.snake(x), past).clamp(-1, 1)
 
     def stream(self) -> MimiStream:
         """A fresh stateful encoder and decoder."""

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from audio.higgs import DILATIONS, HiggsStream, Snake, _json, check_wav, read_tensors, weights_file
+from audio.higgs import DILATIONS, HiggsStream, Snake, _json, check_wav, reach, read_tensors, weights_file
 from audio.hubert import check_sizes, load_strict
 from audio.rvq import check_codes, nearest
 
@@ -116,12 +116,7 @@ class SnacCodec(nn.Module):
     @property
     def context(self) -> int:
         """Frames before and behind one that its samples depend on, rounded up: 3 for the published rates."""
-        latents, rate = 3.0, 1                      # the first convolution; samples a latent so far
-        for stride in self.config.decoder_rates:
-            latents += 1 / rate                     # what a transposed convolution joins
-            rate *= stride
-            latents += 3 * sum(DILATIONS) / rate
-        return math.ceil((latents + 3 / rate) / self.config.vq_strides[0])
+        return math.ceil(reach(self.config.decoder_rates) / self.config.vq_strides[0])
 
     @classmethod
     def load(cls, path: str | Path, device: str = "cpu") -> "SnacCodec":

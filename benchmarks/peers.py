@@ -1,7 +1,7 @@
 """Small models with random weights, and the peers of bench.py: other libraries that run the same work.
 
-    higgs, qwen    transformers + PEFT: its classes, its loss, its generate
-    moshi          the moshi package: LMModel with its own LoRA and the loss of moshi-finetune, LMGen
+    higgs, qwen, csm    transformers + PEFT: its classes, its loss, its generate
+    moshi               the moshi package: LMModel with its own LoRA and the loss of moshi-finetune, LMGen
 
 A side (measure.py) does the work once and returns its result: the loss, or all tokens. Only workloads.py and bench.py
 import this file. Next: workloads.py.
@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ if not torch.cuda.is_available():
     os.environ["NO_TORCH_COMPILE"] = "1"                     # moshi reads it on import; compiling on a CPU only costs time
 
 from benchmarks.measure import ON_GPU, Side
+from families.csm import CSM_1B
 from families.higgs import HIGGS_V2_3B
 from families.moshi import MOSHI_7B
 from families.moss import MOSS_9B
@@ -35,7 +37,7 @@ from options import read_json, run_config
 from streams import delay, is_audio, undelay
 
 TINY = Path(__file__).resolve().parents[1] / "configs" / "tiny.py"
-NEEDS = {"higgs": ("transformers", "peft"), "qwen": ("transformers", "peft"), "moshi": ("moshi",)}
+NEEDS = {**dict.fromkeys(("higgs", "qwen", "csm"), ("transformers", "peft")), "moshi": ("moshi",)}
 Training = tuple[nn.Module, Side]        # the network, and its loss with a gradient
 WARM = 0.8                               # temperature of sampling that is not greedy
 
@@ -63,12 +65,12 @@ def architecture(name: str, D: int, layers: int = 4) -> ModelConfig:
     """The family small, layers of width D and 4,096 words, or with D = 0 as published. Without stop ids."""
     if name == "tiny":
         return replace(run_config(TINY).model, dropout=0.0, input_drop=0.0)
-    full, moshi = {"higgs": HIGGS_V2_3B, "moshi": MOSHI_7B, "moss": MOSS_9B, "qwen": QWEN2_5_1_5B}[name], name == "moshi"
-    table = replace(full.table, stop=())
+    full = {"higgs": HIGGS_V2_3B, "moshi": MOSHI_7B, "moss": MOSS_9B, "qwen": QWEN2_5_1_5B, "csm": CSM_1B}[name]
+    table, moshi = replace(full.table, stop=()), name == "moshi"
     if not D:
         return replace(full, table=table)
-    text = replace(table.streams[0], vocab=4096 + moshi, classes=4096, start=4096 if moshi else -1)
-    steering = {"higgs": {"audio_start": 4000, "audio_end": 4001}, "moss": {"audio_start": 4000}}.get(name, {})
+    text = replace(table.streams[0], vocab=4096 + moshi, classes=full.table.streams[0].classes and 4096, start=4096 if moshi else -1)
+    steering = {"higgs": {"audio_start": 4000, "audio_end": 4001}, **dict.fromkeys(("moss", "csm"), {"audio_start": 4000})}.get(name, {})
     stack = replace(full.temporal, dim=D, layers=layers, heads=4, kv_heads=0 if moshi else 2, head_dim=0, ffn=11 * D // 4, rope_scaling=(),
                     window=256 if moshi else 0)
     return replace(full, table=replace(table, streams=(text, *table.streams[1:]), **steering), temporal=stack, tail=min(full.tail, 1),
@@ -103,7 +105,9 @@ def training_batch(model: MultistreamLM, lengths: Sequence[int]) -> tuple[Tensor
         for row, length in zip(tokens, lengths, strict=True):
             quarter = length // 4 if table.audio else length
             row[0, quarter:], row[1:, :quarter], row[:, length:] = -1, -1, -1
-        return tokens, (tokens >= 0).float()
+        weights = (tokens >= 0) * (table.column("classes") > 0).float()
+        weights[:, 1:2] *= 1 if model.config.depth is None else len(table.audio) - 1      # CSM: as much for the first as for all others
+        return tokens, weights
     padding = torch.rand(batch, columns, generator=torch.Generator().manual_seed(2)) < 0.65
     tokens[:, 0].masked_fill_(padding, min(3, table.streams[0].vocab - 1))
     tokens, weights = delay(tokens, table.delays, table.column("start")), torch.zeros(batch, len(table), columns + 1)
@@ -127,6 +131,7 @@ def training_side(net: nn.Module, loss: Side) -> Side:
     optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-4, fused=True)
 
     def side() -> Tensor:
+        torch.manual_seed(0)                       # both sides draw the same frames where only a share is trained
         value = loss()
         value.backward()
         optimizer.step()
@@ -187,9 +192,16 @@ def transformers_model(folder: Path, model: MultistreamLM) -> nn.Module:
     import transformers
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    audio = bool(model.table.audio)
-    kind = transformers.HiggsAudioV2ForConditionalGeneration if audio else transformers.AutoModelForCausalLM
-    return kind.from_pretrained(folder, dtype=like(model).dtype, **({"use_text_head": True} if audio else {})).to(like(model).device)
+    kind, options = transformers.AutoModelForCausalLM, {}
+    if model.table.audio:
+        kind, options = transformers.HiggsAudioV2ForConditionalGeneration, {"use_text_head": True}
+    if model.config.depth is not None:                       # a small codec, replaced below
+        kind, options = transformers.CsmForConditionalGeneration, {"codec_config": transformers.MimiConfig(num_filters=2)}
+    net = kind.from_pretrained(folder, dtype=like(model).dtype, **options)
+    if model.config.depth is not None:
+        del net.codec_model                                  # "waveforms" (1, Q, T) hold codes already: neither side encodes
+        net.codec_model = SimpleNamespace(encode=lambda wave: SimpleNamespace(audio_codes=wave), get_audio_codes_mask=lambda mask: mask)
+    return net.to(like(model).device)
 
 
 def transformers_training(folder: Path, model: MultistreamLM, tokens: Tensor, weights: Tensor) -> Training:
@@ -202,16 +214,22 @@ def transformers_training(folder: Path, model: MultistreamLM, tokens: Tensor, we
     real = (tokens >= 0).any(1)
     given: dict[str, Any] = {"input_ids": tokens[:, 0].clamp(min=0), "labels": tokens[:, 0].masked_fill(weights[:, 0] == 0, -100)}
     given |= {} if bool(real.all()) else {"attention_mask": real.long()}
+    audio, share = is_audio(tokens, model.table), model.config.depth is not None
     if model.table.audio:
-        audio = is_audio(tokens, model.table)
         codes = [row[:, at].T for row, at in zip(tokens[:, model.table.audio], audio, strict=True)]
         codes = nn.utils.rnn.pad_sequence(codes, batch_first=True, padding_value=-100)
-        given |= {"input_ids": given["input_ids"].masked_fill(audio, net.config.audio_token_id), "audio_input_ids": codes.clamp(min=0),
-                  "audio_labels": codes, "audio_input_ids_mask": codes[..., 0] >= 0}
-
-    half = autocast(model)
+        given["input_ids"].masked_fill_(audio, net.config.audio_token_id)
+    if share:                                                # CSM: labels say which frames train the depth transformer, below
+        given |= {"input_values": codes.clamp(min=0).mT, "input_values_cutoffs": audio.sum(1)[:, None]}
+    elif model.table.audio:
+        given |= {"audio_input_ids": codes.clamp(min=0), "audio_labels": codes, "audio_input_ids_mask": codes[..., 0] >= 0}
+    half, rows, S = autocast(model), audio[:, 1:].flatten().nonzero()[:, 0], tokens.shape[2]
 
     def loss() -> Tensor:
+        if share:
+            given["labels"] = torch.full_like(audio, -100, dtype=torch.long).masked_fill_(audio, -101)
+            chosen = model.depth_rows(rows)
+            given["labels"].view(-1)[chosen + chosen // (S - 1) + 1] = net.config.audio_token_id
         with half:
             return net(**given, use_cache=False).loss
 
@@ -219,19 +237,19 @@ def transformers_training(folder: Path, model: MultistreamLM, tokens: Tensor, we
 
 
 def transformers_decoding(net: nn.Module, model: MultistreamLM, prompt: Tensor, top_k: int) -> Side:
-    """Greedy where top_k is 0. Its stopping criteria run after every column and call `tick`."""
+    """Greedy where top_k is 0. A hook calls `tick` after every column."""
     ids = {"input_ids": prompt[:, 0], "attention_mask": torch.ones_like(prompt[:, 0])}
     rules = {"do_sample": True, "temperature": WARM, "top_k": top_k} if top_k else {"do_sample": False}
+    if model.config.depth is not None:
+        rules |= {f"depth_decoder_{name}": rule for name, rule in rules.items()}
 
     def side(columns: int, tick: Callable[[], None] | None = None) -> Tensor:
-        def ask(ids: Tensor, scores: Any, **_: Any) -> Tensor:
-            tick()
-            return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-
+        hook = net.register_forward_hook(lambda *_: tick and tick())
         with torch.inference_mode():
-            made = net.generate(**ids, **rules, max_new_tokens=columns, eos_token_id=None, pad_token_id=0,
-                                stopping_criteria=[ask] if tick else None)
-        return undelay(made.transpose(1, 2), model.table.delays[1:]) if model.table.audio else made[:, None, prompt.shape[2] :]
+            made = net.generate(**ids, **rules, max_new_tokens=columns, eos_token_id=None, pad_token_id=0)
+        hook.remove()
+        made = made.mT if model.table.audio else made[:, None, prompt.shape[2] :]
+        return undelay(made, model.table.delays[1:]) if any(model.table.delays) else made
 
     return side
 

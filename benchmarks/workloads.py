@@ -29,14 +29,15 @@ from model import MultistreamLM
 from sample import generate
 from streams import delay, is_audio
 
-LORA = {"higgs": ("attn.*", "audio_ffn.*"), "moshi": ("*",), **dict.fromkeys(("qwen", "tiny", "moss"), ("attn.*", "ffn.*"))}
+LORA = {"higgs": ("attn.*", "audio_ffn.*"), "moshi": ("*",), "csm": ("temporal.*", "depth.layers.*"),
+        **dict.fromkeys(("qwen", "tiny", "moss"), ("attn.*", "ffn.*"))}
 
 
 @dataclass(frozen=True)
 class Job:
     """Options of a measurement."""
 
-    model: str = "tiny"        # tiny, higgs, moshi, moss or qwen
+    model: str = "tiny"        # tiny, higgs, moshi, moss, qwen or csm
     preset: str = "tiny"       # tiny: small shapes, fp32; full: the published shape with random weights, bf16
     peer: bool = False         # also run the peer, alternately
     width: int = 128           # of the tiny preset, a multiple of 32; from 256 on both sides are limited by memory bandwidth
@@ -128,8 +129,8 @@ def train_workload(job: Job, folder: Path) -> Comparison:
     padded = peers.training_batch(model, lengths)
     grid = pack(*padded, lengths) if job.packed else padded
     plan, weights = make_plan(model.config, *grid).to(device), grid[1]     # on the host, as train.py does
-    # transformers adds up the means of eight codebooks, the others take one mean over all of them
-    config = LossConfig(audio=float(len(model.table.audio_out)) if job.model == "higgs" else 1.0)
+    # transformers adds up the means of Higgs' eight codebooks, and of CSM's first and its others; the rest take one mean over all
+    config = LossConfig(audio={"higgs": 8.0, "csm": 2.0}.get(job.model, 1.0))
     scale, peer = loss_scale(weights[..., 1:].sum((0, 2)), model.table, config).to(device), None
     padded, grid = ([t.to(device) for t in tensors] for tensors in (padded, grid))
     if not why:
@@ -153,14 +154,15 @@ def useful_flops(comparison: Comparison) -> float:
     audio = is_audio(comparison.tokens[..., :-1], table)                         # (B, S)
     both, spoken = audio.numel(), int(audio.sum())
     texts, sounds = (int(wanted[:, rows].any(1).sum()) if rows else 0 for rows in (table.text_out, table.audio_out))
-    special = {"embed": texts if c.tied else 0, "text_head": texts, "audio_head": sounds, "depth": sounds}
+    trained, steps = sounds * c.depth_share, c.depth.steps if c.depth is not None and c.depth.prefix else 1
+    special = {"embed": texts if c.tied else 0, "text_head": texts, "audio_head": sounds, "depth.head": trained, "depth": trained * steps}
 
-    def columns(name: str) -> int:
+    def columns(name: str) -> float:
         """How many columns are multiplied with a parameter."""
         if name.startswith(("depth.text.", "depth.audio.")):               # embeddings are looked up
             return 0
         dual = {".ffn.": both - spoken, ".audio_ffn.": spoken} if c.dual_ffn else {}
-        return special.get(name.partition(".")[0], next((n for part, n in dual.items() if part in name), both))
+        return next((n for part, n in (special | dual).items() if part in name), both)
 
     products = sum((6 if p.requires_grad else 4) * p.numel() * columns(name)
                    for name, p in comparison.model.named_parameters() if p.dim() > 1)

@@ -29,8 +29,8 @@ def embed_sum_ref(ids: Tensor, weight: Tensor, offsets: Sequence[int]) -> Tensor
     return total
 
 
-def embed_row(ids: Tensor, weight: Tensor, offset: int) -> Tensor:
-    """One row.   ids (...) -> (..., D)"""
+def embed_row(ids: Tensor, weight: Tensor, offset: int | Tensor) -> Tensor:
+    """One row, or n rows with the offsets (n,) of their tables.   ids (...) or (..., n) -> as ids, with D behind"""
     vectors = F.embedding(ids.clamp(min=0) + offset, weight)
     return vectors * (ids >= 0).unsqueeze(-1).to(vectors.dtype)
 

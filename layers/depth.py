@@ -20,7 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.attention import KVCache
+from kernels.choice import device_constant
 from kernels.decode import RopeTable, column_step, per_step
+from kernels.embed_sum import embed_row
 from kernels.rope import rope_tables
 from layers.architecture import FusionConfig, ModelConfig, StackConfig
 from layers.batch_plan import Context
@@ -152,8 +154,8 @@ class PrefixDepth(nn.Module):
     def forward(self, h: Tensor, codes: Tensor, tables: nn.Module | None = None, level: int = 0) -> Tensor:
         """All positions at once, with the true codes.   h (N, D), codes (N, Q - 1): codebooks 0..Q-2 -> (Q - 1, N, d)"""
         N, audio = len(h), tables if self.tied else self.audio
-        embedded = [audio.row(k, codes[:, k]) for k in range(self.steps - 1)]
-        x = self.project(torch.stack([h, *embedded], 1))                                     # -> (N, Q, d)
+        embedded = embed_row(codes, audio.weight, device_constant(audio.offsets[: self.steps - 1], h.device))
+        x = self.project(torch.cat([h[:, None], embedded], 1))                               # -> (N, Q, d)
         positions = torch.arange(self.steps, device=h.device).expand(N, -1)
         context = Context(rope=rope_tables(self.c.head, self.c.rope_theta, self.c.rope_scaling, positions))
         return self.norm(self.run(self.layers, x, context, level=level)[:, 1:]).transpose(0, 1)

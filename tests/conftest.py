@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from safetensors.torch import load_file
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")           # here, and in the processes that tests start
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -123,3 +124,36 @@ def call(*args, cwd: Path | None = None) -> tuple[int, str, str]:
             signal.signal(number, handler)
         torch.set_num_threads(threads)                    # bench.py sets its own; other counts round differently
     return rc, out.getvalue(), err.getvalue()
+
+
+KILLED = """import os, runpy, signal, sys
+import torch
+
+last, sys.argv, clip = int(sys.argv[1]), sys.argv[2:], torch.nn.utils.clip_grad_norm_
+
+
+def clip_or_die(*args, left=iter(range(last))):
+    return os.kill(os.getpid(), signal.SIGKILL) if next(left, None) is None else clip(*args)
+
+
+torch.nn.utils.clip_grad_norm_ = clip_or_die
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def killed_and_resumed(name: str, out: Path, *options, whole: bool = False) -> None:
+    """Train a smoke run of four steps, SIGKILL its process inside step 3, whose gradients are made and whose weights are not changed
+    yet, behind the checkpoint of step 2; then the same command again. `whole`: its weights are those of a run that nobody killed."""
+    command = ["train.py", f"configs/{name}.py", "--smoke", *options, "--save_every=2", "--steps=4"]
+    variables = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    killed = [sys.executable, "-c", KILLED, "3", *command, f"--out={out}"]
+    done = subprocess.run(killed, env=variables, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
+    rc, text, err = call(*command, f"--out={out}")
+    assert rc == 0 and "at step 2" in text, err
+    if whole:
+        assert call(*command, f"--out={out}_whole")[0] == 0
+        folders = (Path(folder) / "ckpt" / "latest" for folder in (out, f"{out}_whole"))
+        one, other = ({path.name: load_file(path) for path in folder.glob("*.safetensors")} for folder in folders)
+        assert one and one.keys() == other.keys()
+        assert all(one[f].keys() == other[f].keys() and all(torch.equal(t, other[f][n]) for n, t in one[f].items()) for f in one)

@@ -180,7 +180,7 @@ def test_useful_operations_are_those_of_the_published_size_and_of_a_counter(tmp_
     tokens, weights = torch.zeros(1, 17, 1251, dtype=torch.long), torch.ones(1, 17, 1251)
     flops = workloads.useful_flops(workloads.Comparison(None, None, "", model, tokens, weights, [1250]))
     assert flops / 1250 == pytest.approx(32.8e9, rel=0.02)
-    for name in ("higgs", "qwen", "moshi"):
+    for name in ("higgs", "qwen", "moshi", "csm"):
         pairs = [workloads.train_workload(workloads.Job(model=name, width=64, columns=64, checkpoint=level), tmp_path) for level in (0, 4)]
         with Products() as counter:
             pairs[0].ours()
@@ -271,8 +271,9 @@ def test_processes_average_and_are_measured():
     assert row["what"] == "2 processes higgs" and row["sent_MiB"] * 2**20 == adapters and row["ours"]["per_second"] > 0
 
 
-@pytest.mark.parametrize("words", [["train", "--model=moshi"], ["train", "--model=higgs", "--dtype=bf16", "--checkpoint=3", "--batch=1",
-                                   "--columns=40", "--rank=4"], ["decode", "--model=moss", "--frames=3"], ["ops", "--model=moss"]])
+@pytest.mark.parametrize("words", [["train", "--model=moshi"], ["train", "--model=csm"], ["ops", "--model=moss"],
+                                   ["train", "--model=higgs", "--dtype=bf16", "--checkpoint=3", "--batch=1", "--columns=40", "--rank=4"],
+                                   ["decode", "--model=moss", "--frames=3"]])
 def test_our_side_runs_alone(words):
     rc, out, _ = call("bench.py", *words, "--width=32", "--pairs=1", "--json")
     assert rc == 0 and all(json.loads(line)["checked"].startswith("not measured") for line in out.splitlines())

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, call
+from conftest import ROOT, call, killed_and_resumed
 from safetensors.torch import load_file
 from test_parity import GATE, Golden, check
 
@@ -165,11 +165,9 @@ def test_turns_are_written_as_the_official_template_writes_them():
 @pytest.mark.slow
 def test_smoke_trains_resumes_samples_exports_and_reads_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     out = tmp_path / "csm"
-    options = ("--smoke", f"--out={out}", f"--data.cache={tmp_path}/cache", "--data.sources=assets/speech/chat.jsonl", "--eval_every=0",
-               "--prompts=()", "--listen=0", "--save_every=3")
-    assert call("train.py", "configs/csm.py", *options, "--steps=3")[0] == 0
-    code, text, err = call("train.py", "configs/csm.py", *options, "--steps=6")
-    assert code == 0 and "at step 3" in text, err
+    options = (f"--data.cache={tmp_path}/cache", "--data.sources=assets/speech/chat.jsonl", "--eval_every=0",
+               "--prompts=()", "--listen=0")
+    killed_and_resumed("csm", out, *options, whole=True)
     monkeypatch.chdir(ROOT)
     data = replace(SMOKE.data, tokenizer=str(ROOT / SMOKE.data.tokenizer))
     model = load(out)

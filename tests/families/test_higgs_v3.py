@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, call
+from conftest import ROOT, call, killed_and_resumed
 from safetensors.torch import load_file
 from test_parity import Golden, check
 from test_sample import overfit
@@ -142,11 +142,9 @@ def test_an_adapter_on_the_tied_head_is_not_merged():
 @pytest.mark.slow
 def test_smoke_trains_resumes_samples_exports_and_reads_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     out = tmp_path / "higgs_v3"
-    options = ("--smoke", f"--out={out}", f"--data.cache={tmp_path}/cache", "--data.sources=assets/speech/chat.jsonl", "--eval_every=0",
-               "--prompts=()", "--listen=0", "--save_every=3")
-    assert call("train.py", "configs/higgs_v3.py", *options, "--steps=3")[0] == 0
-    code, text, err = call("train.py", "configs/higgs_v3.py", *options, "--steps=6")
-    assert code == 0 and "at step 3" in text, err
+    options = (f"--data.cache={tmp_path}/cache", "--data.sources=assets/speech/chat.jsonl", "--eval_every=0",
+               "--prompts=()", "--listen=0")
+    killed_and_resumed("higgs_v3", out, *options)
     monkeypatch.chdir(ROOT)
     data = replace(SMOKE.data, tokenizer=str(ROOT / SMOKE.data.tokenizer))
     model = load(out)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import soundfile
 import torch
-from conftest import ROOT, call
+from conftest import ROOT, call, killed_and_resumed
 from test_parity import Golden, check, same_tensors
 from torch import Tensor
 
@@ -213,11 +213,8 @@ def test_the_presets_weigh_as_they_say(roles):
 
 @pytest.mark.slow
 def test_smoke_trains_resumes_answers_exports_and_reads_back(tmp_path):
-    out, base = tmp_path / "run", ("--smoke", f"--out={tmp_path}/run", f"--data.cache={tmp_path}/cache", "--schedule=constant",
-                                   "--eval_every=0", "--prompts=()", "--save_every=2")
-    assert call("train.py", "configs/personaplex.py", *base, "--steps=2")[0] == 0
-    code, text, err = call("train.py", "configs/personaplex.py", *base, "--steps=4")
-    assert code == 0 and "at step 2" in text, err
+    out = tmp_path / "run"
+    killed_and_resumed("personaplex", out, f"--data.cache={tmp_path}/cache", "--eval_every=0", "--prompts=()")
     user = ROOT / "out/cache/roles/001.wav"
     code, text, err = call("sample.py", f"--ckpt={out}", f"--user={user}", f"--ref={user}", f"--out={tmp_path}/x.wav",
                            "--system=please hold")

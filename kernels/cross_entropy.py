@@ -214,7 +214,7 @@ class ScaledCE(torch.autograd.Function):
             x, t_w = h[part].detach().requires_grad_(needed[0]), columns_of(part, targets, weights)
             with torch.enable_grad():
                 logits = head(x, inputs[part])
-            edge = get_gradient_edge(logits)             # overwritten, a view gets a new history: two copies
+            edge = get_gradient_edge(logits) if logits.requires_grad else None       # overwritten, a view gets a new history: two copies
             gradient, values, row = chunk_gradient(logits, *t_w, scale, z)
             sums = sums + values
             places.append(row)

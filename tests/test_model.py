@@ -389,3 +389,24 @@ def test_a_planned_step_waits_for_nothing(name: str, scaled: bool) -> None:
         sums = model(tokens, weights, positions, segments, scale=scale if scaled else None, plan=plan)
         (sums.total if scaled else sums.nll.sum()).backward()
     assert waits.found == [] and sums.stacked().abs().sum() > 0
+
+
+@pytest.mark.parametrize("trained", ["depth.", "temporal.", "embed", "text_head", "audio_head"])
+@pytest.mark.parametrize("name", NAMES)
+def test_training_a_part_of_a_model_gives_that_part_its_gradient(name: str, trained: str) -> None:
+    """A head whose parameters and states are both frozen has no gradient at all, and is no obstacle."""
+    whole, part = make(name), make(name)
+    for n, p in part.named_parameters():
+        p.requires_grad_(n.startswith(trained))
+    if not any(p.requires_grad for p in part.parameters()):
+        pytest.skip(f"it has no {trained}")
+    tokens, weights = grid(whole.config)
+    scale = torch.full((len(whole.table),), 1 / 9)
+    for model in (whole, part):
+        model(tokens, weights, scale=scale).total.backward()
+    own = dict(part.named_parameters())
+    for n, p in whole.named_parameters():
+        if own[n].requires_grad:
+            assert p.grad is None and own[n].grad is None or torch.allclose(own[n].grad, p.grad, atol=1e-6), n
+        else:
+            assert own[n].grad is None, n

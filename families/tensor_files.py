@@ -43,7 +43,7 @@ BITS = {torch.float16: (np.int16, 0x7C00), torch.bfloat16: (np.int16, 0x7F80), t
 OWN = 1 << 20                      # smaller tensors are copied: a page each is no saving
 VALUES = {torch.equal, Tensor.tolist, Tensor.item, Tensor.numpy}         # what needs the values at once
 PIECE = 1 << 20                    # bytes of a file that stay in the cache of a core; whole blocks of a checksum
-KEPT = 256 << 20                   # how much of a file may be in memory before its pages are given back
+KEPT = 192 << 20                   # how much of a file may be in memory before its pages are given back
 
 
 class LazyTensor:

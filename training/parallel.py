@@ -112,7 +112,7 @@ def shard(model: nn.Module, block: type[nn.Module], device: torch.device, dtype:
     mesh = init_device_mesh(device.type, (world // size, size) if size else (world,), mesh_dim_names=("copy", "shard") if size else None)
     for module in [m for m in model.modules() if isinstance(m, block)] + [model]:
         fully_shard(module, mesh=mesh, mp_policy=policy)
-    for group in model._get_fsdp_state()._fsdp_param_groups:
+    if group := model._get_fsdp_state()._fsdp_param_group:         # a name that older versions of torch have, too
         group.unshard_async_op = True      # else it holds the gathered buffer until the first block has been gathered
 
 

@@ -122,8 +122,9 @@ class Need:
     averages: int = 0
     activations: int = 0            # what a step, or reading a prompt, adds at its peak
     cache: int = 0                  # of one conversation
-    gathered: int = 0               # weights that a rank of --shard holds whole at a time
-    copied: int = 0                 # of them, what FSDP2 has twice while it gathers: the weights outside the blocks
+    uncut: int = 0                  # of the weights, what every rank of --shard has whole: the frozen ones outside the blocks
+    gathered: int = 0               # what a rank of --shard gathers of the others at a time
+    copied: int = 0                 # of that, what FSDP2 has twice while it gathers: the trained weights outside the blocks
 
     @property
     def total(self) -> int:
@@ -133,7 +134,7 @@ class Need:
         """The same where weights, and what belongs to them, are cut among ranks. Nothing is copied when activations are at their peak."""
         if ranks == 1:
             return self
-        return replace(self, weights=self.weights // ranks + self.gathered, gradients=self.gradients // ranks,
+        return replace(self, weights=(self.weights - self.uncut) // ranks + self.uncut + self.gathered, gradients=self.gradients // ranks,
                        optimizer=self.optimizer // ranks, averages=self.averages // ranks, activations=max(self.activations, self.copied))
 
 

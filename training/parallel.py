@@ -4,11 +4,9 @@
     FSDP2    a rank has 1/world of each weight, gradient and moment; a block is gathered just before it runs
     HSDP     FSDP2 within groups of `--shard_size` ranks (a node), gradients averaged over the groups
 
-What a rank of FSDP2 holds beside its shards: from the first forward to the end of the backward the weights outside the blocks,
-whole (embeddings and heads), and two blocks; and before the first block the weights outside the blocks a second time: PyTorch
-gathers into one buffer and copies from it into the parameters. Qwen2.5-1.5B, LoRA on bf16, two ranks: 1.62 GB loaded and 2 x 0.47
-for the tied embedding (python tests/big.py --models=qwen --steps=shards). Less takes a look-up and a loss over rows of the
-embedding (tensor parallelism), which FSDP2 does not have. `train.py --plan` counts all of it.
+What a rank of FSDP2 holds beside its shards: two blocks; the frozen weights outside the blocks (embeddings, heads), which are in use all
+through a step, so that to cut them would save nothing at its peak; a gathered copy of the trained ones there, and before the first
+block a second one, because PyTorch gathers into a buffer and copies from it. `train.py --plan` counts all of it.
 
 Without torchrun all of this does nothing. Functions marked collective must be called by all ranks in the same order.
 Of a tensor that is cut each rank has its own rows. Imports nothing of ours: any file may use it. FSDP takes as long to import
@@ -90,11 +88,11 @@ def is_cut(t: Any) -> bool:
 
 
 def shard(model: nn.Module, block: type[nn.Module], device: torch.device, dtype: torch.dtype, size: int = 0) -> None:
-    """Shard every weight over the ranks, in place; a single process shards nothing, and what is cut stays as it is. Collective.
+    """Shard the weights over the ranks, in place; a single process shards nothing, and what is cut stays as it is. Collective.
 
-    A module of type `block` is gathered while it runs, all other weights with the whole model. Shards, gradients and moments
-    keep their dtype; gathered weights are in `dtype`, and gradients are summed in fp32. `size` ranks share one copy of the
-    weights, 0 = all. A model on the meta device is cut before it has weights.
+    A module of type `block` is gathered while it runs, what is trained outside with the whole model; what is frozen outside stays
+    whole. Shards, gradients and moments keep their dtype; gathered weights are in `dtype`, and gradients are summed in fp32.
+    `size` ranks share one copy of the weights, 0 = all. A model on the meta device is cut before it has weights.
     """
     if not dist.is_initialized() or is_sharded(model):
         return
@@ -110,8 +108,10 @@ def shard(model: nn.Module, block: type[nn.Module], device: torch.device, dtype:
 
     policy = MixedPrecisionPolicy(None if dtype == torch.float32 else dtype, torch.float32, cast_forward_inputs=False)
     mesh = init_device_mesh(device.type, (world // size, size) if size else (world,), mesh_dim_names=("copy", "shard") if size else None)
-    for module in [m for m in model.modules() if isinstance(m, block)] + [model]:
-        fully_shard(module, mesh=mesh, mp_policy=policy)
+    blocks = [m for m in model.modules() if isinstance(m, block)]
+    whole = {p for p in model.parameters() if not p.requires_grad}.difference(*(m.parameters() for m in blocks))
+    for module in [*blocks, model]:
+        fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=whole)
     if group := model._get_fsdp_state()._fsdp_param_group:         # a name that older versions of torch have, too
         group.unshard_async_op = True      # else it holds the gathered buffer until the first block has been gathered
 

@@ -70,13 +70,12 @@ def need_of_training(config: Any, dtype: torch.dtype, device: str, ranks: int = 
     if config.dpo is not None:
         step *= 2                                          # both replies of a pair
     # of shards, two blocks are whole at a time, and what is in no block
-    def whole(module: nn.Module) -> int:
-        return sum(p.numel() * min(p.itemsize, dtype.itemsize) for p in module.parameters())
-
-    blocks = [whole(m) for m in model.modules() if isinstance(m, Block)]
-    copied = whole(model) - sum(blocks)
+    blocks = [m for m in model.modules() if isinstance(m, Block)]
+    outside = set(model.parameters()).difference(*(m.parameters() for m in blocks))
+    copied = sum(p.numel() for p in outside if p.requires_grad) * dtype.itemsize
+    block = max(sum(p.numel() * min(p.itemsize, dtype.itemsize) for p in m.parameters()) for m in blocks)
     need = Need(every, count, weights_held, 4 * count, 8 * count, 4 * count if config.ema else 0, step,
-                gathered=copied + 2 * max(blocks), copied=copied)
+                uncut=sum(p.nbytes for p in outside if not p.requires_grad), gathered=copied + 2 * block, copied=copied)
     return need.shared(ranks if config.shard else 1)
 
 

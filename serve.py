@@ -96,8 +96,7 @@ class Server:
         self.roles = self.family.persona is not None
         self.voices, self.users = voices_of(job.voices, said=not self.roles), users_of(job.users, tokenizer)
         log = self.write_log if job.log else None
-        self.chat = ChatSocket(self.scheduler, self.gate, self.usual, tokenizer, job.skip_first_frame, log, self.voices,
-                               data.system)
+        self.chat = ChatSocket(self.scheduler, self.gate, self.usual, tokenizer, job.skip_first_frame, log, self.voices, data.system)
         self.api = OpenAI(self.scheduler, self.gate, self.usual, data, tokenizer, self.voices, job.lookup, log)
         self.samples = RunSamples(Path(job.run), self.gate) if job.run else None
         self.log_lock = threading.Lock()

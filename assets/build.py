@@ -113,8 +113,7 @@ def hashed(name: str) -> str:
 def choose_held_out(texts: dict[str, str]) -> set[str]:
     """24 prompts by hash: three words or more, spoken in no other clip, so that training never heard them."""
     spoken = list(texts.values())
-    able = [name for name, text in texts.items()
-            if group_of(name) == "prompt" and len(text.split()) >= 3 and spoken.count(text) == 1]
+    able = [name for name, text in texts.items() if group_of(name) == "prompt" and len(text.split()) >= 3 and spoken.count(text) == 1]
     return set(sorted(able, key=hashed)[:HELD_OUT])
 
 
@@ -224,8 +223,7 @@ def spectral_loss(output: Tensor, target: Tensor) -> Tensor:
     loss = F.l1_loss(*mels)
     for size in (128, 256, 512, 1024, 2048):
         window = torch.hann_window(size)
-        y, t = (torch.stft(x, size, size // 4, window=window, return_complex=True).abs().clamp(min=1e-5)
-                for x in (output, target))
+        y, t = (torch.stft(x, size, size // 4, window=window, return_complex=True).abs().clamp(min=1e-5) for x in (output, target))
         loss = loss + ((t - y).norm() / t.norm() + F.l1_loss((y + 1e-2).log(), (t + 1e-2).log())) / 5
     return loss
 
@@ -317,8 +315,7 @@ def build_codec(steps: int, seed: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("speech", "codec"))
     parser.add_argument("--work", type=Path, default=Path("build"), help="scratch folder for packages")
     parser.add_argument("--steps", type=int, default=4500, help="vocoder steps; 0 stops after the tables")

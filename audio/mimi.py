@@ -80,8 +80,7 @@ class MimiCodec(nn.Module):
             raise ValueError(f"num_codebooks is {num_codebooks}, this Mimi has 1..{config.num_codebooks}; choose among them")
         self.frame_rate, self.num_codebooks, self.codebook_size = RATE / config.hop, num_codebooks, config.codebook_size
         self.encoder, self.decoder = seanet_encoder(config), seanet_decoder(config)
-        self.encoder_transformer, self.decoder_transformer = (
-            Chain(*(Layer(config) for _ in range(config.layers))) for _ in range(2))
+        self.encoder_transformer, self.decoder_transformer = (Chain(*(Layer(config) for _ in range(config.layers))) for _ in range(2))
         self.downsample = Conv(config.dim, config.dim, 4, 2, bias=False, replicate=True)
         self.upsample = ConvTranspose(config.dim, config.dim, 4, 2, groups=config.dim, bias=False)
         self.semantic, self.acoustic = ProjectedRVQ(config, 1), ProjectedRVQ(config, num_codebooks - 1)

@@ -164,8 +164,7 @@ def spoken(wav: Tensor, rate: int, leak: float = 25) -> list[tuple[float, float,
     if wav.shape[1] < step:
         return []
     level = frame_levels(wav, step)                                                     # (2, n)
-    spans = sorted((*span, channel) for channel in (0, 1)
-                   for span in speech(level[channel], level[1 - channel] - leak))
+    spans = sorted((*span, channel) for channel in (0, 1) for span in speech(level[channel], level[1 - channel] - leak))
     return [(start * step / rate, end * step / rate, channel) for start, end, channel in spans]
 
 

@@ -6,7 +6,7 @@ Next: bench.py.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -48,6 +48,7 @@ class Job:
     packed: bool = False       # train: log_normal_lengths sequences of that length on average, ours packed into one row, the peer's padded
     codec: bool = False        # train: moshi encodes its recordings in every step, as moshi-finetune does
     rank: int = 16             # train: rank of the adapters
+    share: float = 0.0         # train csm: share of the frames that train the depth transformer, 0 = 1/16 as the recipe; transformers: 1
     checkpoint: int = 0        # train: model.checkpoint, 0 to 4; above 0 the peer recomputes everything
     compile: bool = False      # train: torch.compile our blocks
     context: int = 0           # decode, prefill: columns of the prompt, 0 = 32, of a prefill 2000; aligned families: 1
@@ -68,6 +69,7 @@ class Job:
         assert self.quantize in ("", "int8"), f"quantize {self.quantize!r} is neither empty nor int8"
         assert not self.packed or self.model not in ("moshi", "tiny"), "packed is for families whose text and audio take turns"
         assert not self.codec or self.model == "moshi", "codec is for moshi"
+        assert 0 <= self.share <= 1 and (self.model == "csm" or not self.share), "share is for csm, at most 1"
         assert self.clock in CLOCKS, f"clock {self.clock!r} is neither wall nor cpu"
         assert self.rows > 0, "rows is at least 1"
         assert self.pairs > 0 and self.threads > 0 and self.width % 32 == 0 < self.width, "pairs and threads are at least 1, width is 32 n"
@@ -94,6 +96,8 @@ def build_and_export(job: Job, folder: Path) -> tuple[MultistreamLM, str]:
     """Build the model and export it in the peer's layout; returns it and the reason why there is no peer, "" if there is one."""
     dtype, why = DTYPES["bf16" if job.half else "fp32"], peers.missing(job.model)
     model = peers.build(job.model, job.width if job.preset == "tiny" else 0, dtype, job.checkpoint, job.layers)
+    if job.share:
+        model.config = replace(model.config, depth_share=job.share)
     why = why or ("" if job.peer else "not measured: add --peer")
     if not why:
         export(model, folder, "moshi" if job.model == "moshi" else "hf")

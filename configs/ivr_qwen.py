@@ -48,8 +48,7 @@ seed = replace(config, out="out/ivr_seed", epochs=0, steps=500, batch_size=16, a
 # seed: 5 epochs and max_steps 200, of which the trainer obeys the second: 49 passes over 65 lines. Here what ends first.
 second = replace(config, init_adapter="out/ivr_qwen", out="out/ivr_second", epochs=5, steps=200, lr=1e-4)
 
-table = with_tokenizer_ids(StreamTable((Stream("text", "text", 544, 544),), "qwen2", stop=(0, 0)),
-                           load_tokenizer(TINY))
+table = with_tokenizer_ids(StreamTable((Stream("text", "text", 544, 544),), "qwen2", stop=(0, 0)), load_tokenizer(TINY))
 tiny = ModelConfig(
     table, StackConfig(dim=96, layers=2, heads=6, kv_heads=2, ffn=192, norm_eps=1e-6, rope_theta=1e6, qkv_bias=True), tied=True)
 smoke = replace(

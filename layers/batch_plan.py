@@ -58,8 +58,7 @@ def make_plan(c: ModelConfig, tokens: Tensor, weights: Tensor | None = None, pos
 
 def input_plan(c: ModelConfig, audio: Tensor, positions: Tensor | None = None, segments: Tensor | None = None) -> Plan:
     """The part of a plan that does not depend on targets.   audio (B, S) bool"""
-    plan = Plan(runs=None if positions is None or segments is None
-                else PackedRows.from_segments(positions, segments, c.temporal.window))
+    plan = Plan(runs=None if positions is None or segments is None else PackedRows.from_segments(positions, segments, c.temporal.window))
     if c.dual_ffn:
         flat = audio.flatten()
         plan.texts = flat.numel() - int(flat.sum())

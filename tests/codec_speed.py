@@ -44,7 +44,8 @@ def codecs(name: str, folder: Path) -> tuple[Any, dict[str, Side], str]:
         from transformers import HiggsAudioV2TokenizerConfig, HiggsAudioV2TokenizerModel
         ratios = HiggsCodecConfig().ratios
         dac = {"downsampling_ratios": ratios, "upsampling_ratios": ratios, "decoder_hidden_size": 1024, "hidden_size": 256}
-        net, books = HiggsAudioV2TokenizerModel(HiggsAudioV2TokenizerConfig(acoustic_model_config=dac)), "codebook.embed"
+        config = HiggsAudioV2TokenizerConfig(acoustic_model_config=dac, target_bandwidths=(0.5, 1, 1.5, 2))      # 8 codebooks
+        net, books = HiggsAudioV2TokenizerModel(config), "codebook.embed"
         sides = {"encode": lambda wav: net.encode(wav).audio_codes, "decode": lambda codes: net.decode(codes).audio_values}
     for book in (tensor for place, tensor in net.eval().named_buffers() if place.endswith(books)):
         book.normal_()

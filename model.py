@@ -123,8 +123,7 @@ class Attention(nn.Module):
             q, k = (rope(t, context.rope, c.rope_interleaved) for t in (q, k))
         if context.cache is not None:
             k, v = context.cache.update(layer, k, v)
-        y = attend(q, k, v, mask)
-        return self.o(y.permute((2, 0, 1, 3) if c.steps else (0, 2, 1, 3)).flatten(-2), step)
+        return self.o(attend(q, k, v, mask).permute((2, 0, 1, 3) if c.steps else (0, 2, 1, 3)).flatten(-2), step)
 
 
 class FeedForward(nn.Module):

@@ -208,5 +208,4 @@ def diarisation_error(truth: Sequence[tuple[float, float, object]], found: Seque
     width = max(len(names), len(guesses))
     shared = F.pad(right, (0, 0, 0, width - len(names))) @ F.pad(guess, (0, 0, 0, width - len(guesses))).T      # (width, width)
     hits = max(sum(int(shared[i, j]) for i, j in enumerate(order)) for order in permutations(range(width)))
-    wrong = int(torch.maximum(right.sum(0), guess.sum(0)).sum()) - hits
-    return wrong / max(1, int(right.sum()))
+    return (int(torch.maximum(right.sum(0), guess.sum(0)).sum()) - hits) / max(1, int(right.sum()))

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from audio.higgs import snake
+
 RATE, MELS = 24_000, 80
 FRAME = 480                 # samples in a frame of mel: 20 ms
 UPS, KERNELS = (8, 5, 3), (16, 11, 7)           # strides and kernels of the upsampling, times STEP
@@ -151,5 +153,4 @@ class Snake(nn.Module):
         self.alpha = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:         # (B, D, W)
-        alpha = self.alpha[:, None]
-        return x + torch.sin(alpha * x).square() / (alpha + 1e-9)
+        return snake(x, self.alpha[:, None], self.alpha[:, None])

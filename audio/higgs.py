@@ -118,8 +118,7 @@ class HiggsCodec(nn.Module):
             side = hop // 2 if self.pad == "hf" else 160 * self.config.semantic_stride
             acoustic = self.acoustic_encoder(F.pad(wav, (side, side)))
         T = min(acoustic.shape[2], semantic.shape[2])
-        x = torch.cat([acoustic[..., :T], semantic[..., :T]], 1)                            # -> (B, 1024, T)
-        return self.quantizer.encode(self.fc(x.transpose(1, 2)))
+        return self.quantizer.encode(self.fc(torch.cat([acoustic[..., :T], semantic[..., :T]], 1).transpose(1, 2)))     # of (B, 1024, T)
 
     def semantic_states(self, wav: Tensor) -> Tensor:
         """(B, W) at 24 kHz -> the mean of HuBERT's states at the codec's frame rate, (B, D, T)."""
@@ -132,8 +131,7 @@ class HiggsCodec(nn.Module):
         check_codes(codes, self.num_codebooks, self.codebook_size)
         if codes.shape[2] == 0:
             return torch.zeros(len(codes), 1, 0, device=codes.device)
-        x = self.fc2(self.quantizer.decode(codes.long()))                                          # (B, T, 256)
-        return self.acoustic_decoder(x.transpose(1, 2))
+        return self.acoustic_decoder(self.fc2(self.quantizer.decode(codes.long())).transpose(1, 2))       # of (B, T, 256)
 
     def stream(self) -> "HiggsStream":
         """A fresh stateful decoder over this codec."""
@@ -280,20 +278,25 @@ class ProjectedVQ(nn.Module):
         return self.project_out(F.embedding(code, self.codebook.embed))
 
 
+def snake(x: Tensor, rate: Tensor, height: Tensor) -> Tensor:
+    """x + sin^2(rate x) / height (arXiv:2006.08195), with memory taken once: to get it costs more than to compute."""
+    return (rate * x).sin_().square_().div_(height + 1e-9).add_(x)
+
+
 class Snake(nn.Module):
-    """x + sin^2(a x) / a, one a for each channel (arXiv:2006.08195): periodic where a voice is, yet never flat."""
+    """With one rate for each channel, which is its height too: periodic where a voice is, yet never flat."""
 
     def __init__(self, dim: int):
         super().__init__()
         self.alpha = nn.Parameter(torch.ones(1, dim, 1))
 
     def forward(self, x: Tensor) -> Tensor:         # (B, D, W)
-        return x + torch.sin(self.alpha * x).square() / (self.alpha + 1e-9)
+        return snake(x, self.alpha, self.alpha)
 
 
 class Residual(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
-        return x + super().forward(x)
+        return super().forward(x).add_(x)
 
 
 def chain(kind: type[nn.Sequential] = nn.Sequential, **modules: nn.Module) -> nn.Sequential:
@@ -316,7 +319,7 @@ def acoustic_encoder(width: int, ratios: Sequence[int], dim: int) -> nn.Sequenti
     """DAC's: sound (B, 1, W) -> (B, D, about W / 960).  A block has `stride` times fewer samples, twice the channels."""
     widths = [width << n for n in range(len(ratios) + 1)]
     blocks = [chain(**acoustic_units(width), snake1=Snake(width),
-                    conv1=nn.Conv1d(width, 2 * width, 2 * stride, stride, padding=math.ceil(stride / 2)))
+                    conv1=Falling(width, 2 * width, 2 * stride, stride, padding=math.ceil(stride / 2)))
               for width, stride in zip(widths, ratios, strict=False)]
     return chain(conv1=nn.Conv1d(1, width, 7, padding=3), block=nn.Sequential(*blocks),
                  snake1=Snake(widths[-1]), conv2=nn.Conv1d(widths[-1], dim, 3, padding=1))
@@ -330,6 +333,16 @@ def acoustic_decoder(width: int, ratios: Sequence[int], dim: int) -> nn.Sequenti
                     **acoustic_units(width // 2)) for width, stride in zip(widths, ratios, strict=False)]
     return chain(conv1=nn.Conv1d(dim, width, 7, padding=3), block=nn.Sequential(*blocks),
                  snake1=Snake(widths[-1]), conv2=nn.Conv1d(widths[-1], 1, 7, padding=3))
+
+
+class Falling(nn.Conv1d):
+    """A convolution; a large one with strides is one product on a CPU, where torch would put its weights into another order each time."""
+
+    def forward(self, x: Tensor) -> Tensor:         # (B, D, stride t) -> (B, D', about t)
+        if x.is_cuda or self.stride == (1,) or self.groups > 1 or self.dilation != (1,) or self.weight.numel() < 1 << 22:
+            return super().forward(x)
+        parts = F.pad(x, 2 * self.padding).unfold(2, *self.kernel_size, *self.stride).transpose(1, 2).flatten(2)       # (B, t, D k)
+        return F.linear(parts, self.weight.flatten(1), self.bias).mT
 
 
 class Rising(nn.ConvTranspose1d):

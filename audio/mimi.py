@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from audio.higgs import Rising, _json, check_wav, read_tensors, tensor_names
+from audio.higgs import Falling, Rising, _json, check_wav, read_tensors, tensor_names
 from audio.hubert import check_sizes, load_strict
 from audio.rvq import check_codes
 
@@ -191,7 +191,7 @@ class Conv(nn.Module):
     def __init__(self, inner: int, outer: int, kernel: int, stride: int = 1, bias: bool = True, replicate: bool = False, dilation: int = 1,
                  groups: int = 1):
         super().__init__()
-        self.conv = nn.Conv1d(inner, outer, kernel, stride, bias=bias, dilation=dilation, groups=groups)
+        self.conv = Falling(inner, outer, kernel, stride, bias=bias, dilation=dilation, groups=groups)
         self.overlap, self.replicate, self.stride = (kernel - 1) * dilation + 1 - stride, replicate, stride
 
     def forward(self, x: Tensor, past: Past) -> Tensor:             # (B, D, stride * t) -> (B, D', t)
@@ -233,7 +233,7 @@ class Chain(nn.Sequential):
 
 class Residual(Chain):
     def forward(self, x: Tensor, past: Past) -> Tensor:
-        return x + super().forward(x, past)
+        return super().forward(x, past).add_(x)
 
 
 def seanet_encoder(config: MimiConfig) -> Chain:

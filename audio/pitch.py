@@ -24,8 +24,7 @@ def frames(wav: Tensor, rate: int, seconds: float) -> Tensor:
     width, hop = 2 * round(seconds * rate / 2), STEP * rate
     count = int((len(wav) - width) / hop) + 1 if len(wav) >= width else 0
     first = (len(wav) - width - (count - 1) * hop) / 2
-    starts = (first + hop * torch.arange(count, dtype=torch.float64)).round().long()
-    return wav[starts[:, None] + torch.arange(width)]
+    return wav[(first + hop * torch.arange(count, dtype=torch.float64)).round().long()[:, None] + torch.arange(width)]
 
 
 def loudness(wav: Tensor, rate: int, lowest: float = 100.0) -> Tensor:

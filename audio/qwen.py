@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from audio.higgs import _json, check_wav, read_tensors
+from audio.higgs import _json, check_wav, read_tensors, snake
 from audio.hubert import check_sizes, load_strict
 from audio.mimi import FIELDS, RATE, Conv, ConvTranspose, MimiCodec, MimiConfig, MimiStream, Past, ProjectedRVQ, official_names, our_tensors
 from audio.mimi import FIXED as MIMI_FIXED
@@ -136,14 +136,14 @@ class QwenCodec(nn.Module):
 # ---- modules ----
 
 class SnakeBeta(nn.Module):
-    """x + sin^2(x e^alpha) / e^beta for each channel."""
+    """`snake` of rate e^alpha and height e^beta for each channel."""
 
     def __init__(self, width: int):
         super().__init__()
         self.alpha, self.beta = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor) -> Tensor:                         # (B, D, t)
-        return x + torch.sin(x * self.alpha.exp()[:, None]).square() / (self.beta.exp()[:, None] + 1e-9)
+        return snake(x, self.alpha.exp()[:, None], self.beta.exp()[:, None])
 
 
 class ConvNeXt(nn.Module):

@@ -33,8 +33,7 @@ class ResidualVQ(nn.Module):
         """Sum the entries of codes (B, q, T), q <= Q, into (B, D, T)."""
         check_codes(codes, self.codebooks.shape[0], self.codebooks.shape[1])
         books = self.codebooks[:codes.shape[1]]
-        x = sum(book[code] for book, code in zip(books, codes.unbind(1), strict=True))      # (B, T, D)
-        return x.transpose(1, 2)
+        return sum(book[code] for book, code in zip(books, codes.unbind(1), strict=True)).transpose(1, 2)      # (B, T, D)
 
 
 def check_codes(codes: Tensor, num_codebooks: int, codebook_size: int) -> None:

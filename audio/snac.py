@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from audio.higgs import DILATIONS, HiggsStream, Snake, _json, check_wav, reach, read_tensors, weights_file
+from audio.higgs import DILATIONS, Falling, HiggsStream, Snake, _json, check_wav, reach, read_tensors, weights_file
 from audio.hubert import check_sizes, load_strict
 from audio.rvq import check_codes, nearest
 
@@ -150,7 +150,7 @@ class Encoder(nn.Module):
         widths = [c.encoder_dim << n for n in range(len(c.encoder_rates) + 1)]
         blocks = []
         for width, stride in zip(widths, c.encoder_rates, strict=False):
-            down = nn.Conv1d(width, 2 * width, 2 * stride, stride, padding=math.ceil(stride / 2))
+            down = Falling(width, 2 * width, 2 * stride, stride, padding=math.ceil(stride / 2))
             blocks.append(Block(*units(width), Snake(width), down))
         last = widths[-1]
         self.block = nn.Sequential(conv(1, widths[0], 7), *blocks, conv(last, last, 7, groups=last))
@@ -237,8 +237,7 @@ class Level(nn.Module):
 
     def encode(self, x: Tensor) -> Tensor:          # (B, D, T) -> (B, T / stride)
         x = self.in_proj(F.avg_pool1d(x, self.stride, self.stride)).transpose(1, 2)
-        found = nearest(F.normalize(x.flatten(0, 1)), F.normalize(self.codebook.weight))
-        return found.view(x.shape[:2])
+        return nearest(F.normalize(x.flatten(0, 1)), F.normalize(self.codebook.weight)).view(x.shape[:2])
 
     def decode(self, codes: Tensor) -> Tensor:      # (B, T / stride) -> (B, D, T)
         return self.out_proj(self.codebook(codes).transpose(1, 2)).repeat_interleave(self.stride, -1)

@@ -43,8 +43,7 @@ config = TrainConfig(
     out="out/ivr_moss", epochs=3, steps=2000, batch_size=1, accum=4, lr=1e-4, schedule="linear", warmup=20, warmup_offset=1,
     betas=(0.9, 0.95), weight_decay=0.0, clip=1.0, eval_every=50, eval_batches=16, patience=3, save_every=50, keep=2, log_every=1)
 
-table = with_tokenizer_ids(StreamTable((Stream("text", "text", 544, 544), *codebooks(1, 384, 384, -1, 256)), "moss"),
-                load_tokenizer(TINY))
+table = with_tokenizer_ids(StreamTable((Stream("text", "text", 544, 544), *codebooks(1, 384, 384, -1, 256)), "moss"), load_tokenizer(TINY))
 
 def smoke() -> TrainConfig:
     calls = demo_calls("out/cache/calls")                   # made of the bundled clips when they are not there

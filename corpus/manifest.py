@@ -176,8 +176,7 @@ def label(value: Any) -> str:
 
 def own_id(m: Manifest, name: str) -> str:
     """An id for a row that has none: rows that share a clip are numbered."""
-    numbered = (f"{name} ({n})" for n in count(2))
-    return next(found for found in chain([name], numbered) if found not in m.clips)
+    return next(found for found in chain([name], (f"{name} ({n})" for n in count(2))) if found not in m.clips)
 
 
 def recordings_beside(row: Row) -> dict[str, Row]:

@@ -200,8 +200,7 @@ class Reader:
 
     def side(self, part: Row, where: str) -> Tensor:
         """Codes of the left or only channel, (Q, T)."""
-        codes = self.codes(part["audio"], where)[0]
-        return codes[: len(self.table.codes_out)]
+        return self.codes(part["audio"], where)[0][: len(self.table.codes_out)]
 
     def dialogue(self, parts: Sequence[Row], scored: int, where: str) -> Clip:
         """Frames of a dialogue: the clip is the agent's side; the user's side is silence or the right channel of a stereo file."""

@@ -556,8 +556,7 @@ def import_moshi_lora(model: MultistreamLM, about: About, tensors: Tensors, sour
         raise ValueError(f"adapter {source}: lora_rank is {about['lora_rank']} in its config.json and {strange.pop()} in its tensors; "
                          + "mend one of them")
     scale = about.get("lora_scaling", 2.0)                  # moshi multiplies by it as it is, whatever the rank
-    alphas = {path: scale * rank for path, rank in ranks.items()}
-    return adapter_config(model, ours, alphas, 0.0, False, False), ours
+    return adapter_config(model, ours, {path: scale * rank for path, rank in ranks.items()}, 0.0, False, False), ours
 
 
 # ---- what the rest of the code asks ----

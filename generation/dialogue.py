@@ -89,8 +89,7 @@ def voice_codes(path: str, codec: Any) -> Tensor:
     """Codes (Q, t) of the recording of a voice, as loud as voices are."""
     wav = load_wav(path, codec.sample_rate, max_seconds=60)[0]
     wav = wav * 10 ** (LOUDNESS / 20) / wav.square().mean().sqrt().clamp(min=1e-4)
-    device = next(iter(codec.buffers()), torch.zeros(0)).device
-    return codec.encode(wav.clamp(-1, 1)[None].to(device))[0].cpu().clone()
+    return codec.encode(wav.clamp(-1, 1)[None].to(next(iter(codec.buffers()), torch.zeros(0)).device))[0].cpu().clone()
 
 
 def dialogue_prompt(path: str | Path, codec: Any, tokenizer: Tokenizer, table: StreamTable, data: Any) -> Tensor:

@@ -136,8 +136,7 @@ def note_ending(state: DecodeState, turn: ItemState, codes: Sequence[int], place
 
 def note_endings(state: DecodeState, codes: Tensor) -> bool:
     """`note_ending` for every item that generates audio.   codes (B, Q)"""
-    return any([turn.speaking and note_ending(state, turn, row, turn.count)
-                for turn, row in zip(state.turns, codes.tolist(), strict=True)])
+    return any([turn.speaking and note_ending(state, turn, row, turn.count) for turn, row in zip(state.turns, codes.tolist(), strict=True)])
 
 
 def with_endings(state: DecodeState, column: Tensor, given: Tensor | None = None) -> Tensor:

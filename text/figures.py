@@ -101,8 +101,7 @@ def of_times(hour: int, minute: int, half: str = "", exact: bool = False) -> set
     if hour > 24 or minute > 59 or (half and not 1 <= hour <= 12):
         return set() if hour > 24 or minute > 59 else of_times(hour, minute, "", True)
     either = [hour % 24] if exact or not 1 <= hour <= 12 else [hour % 12, hour % 12 + 12]
-    hours = {"a": [hour % 12], "p": [hour % 12 + 12]}.get(half, either)
-    return {Value("time", 60 * h + minute) for h in hours}
+    return {Value("time", 60 * h + minute) for h in {"a": [hour % 12], "p": [hour % 12 + 12]}.get(half, either)}
 
 
 def of_dates(year: int, month: int, day: int) -> set[Value]:

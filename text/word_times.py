@@ -184,8 +184,7 @@ def interleave(tokens: Sequence[Timed], frames: int, frame_rate: float, interlea
 
 def text_weights(text: Tensor, padding: float, pad: int = PAD, epad: int = EPAD) -> Tensor:
     """Target weights of a text row: `padding` for PAD and EPAD, 1 for words, 0 for -1.   (T,) -> (T,)"""
-    weights = torch.where((text == pad) | (text == epad), padding, 1.0)
-    return weights * (text >= 0)
+    return torch.where((text == pad) | (text == epad), padding, 1.0) * (text >= 0)
 
 
 def check_length(words: Sequence[Alignment], seconds: float) -> None:

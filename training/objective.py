@@ -118,8 +118,7 @@ class Preference:
 
     def real(self, segments: Tensor) -> Tensor:
         """Mask of the pairs that exist, among the P that a row could have.   (B, S) -> (B, P)"""
-        pairs = torch.arange(-(-segments.shape[1] // 2), device=segments.device)
-        return 2 * pairs < segments.amax(1, keepdim=True)
+        return 2 * torch.arange(-(-segments.shape[1] // 2), device=segments.device) < segments.amax(1, keepdim=True)
 
     def rewards(self, policy: Tensor, reference: Tensor, segments: Tensor) -> Tensor:
         """Weighted nll of every position (B * (S-1),) under both models, segments (B, S) -> rewards (B, P, 2): chosen, rejected.

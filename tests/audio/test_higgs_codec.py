@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from audio import load_codec
-from audio.higgs import UNUSED, HiggsCodec, HiggsCodecConfig, is_higgs, official_names, read_config, resample_24_to_16
+from audio.higgs import UNUSED, Falling, HiggsCodec, HiggsCodecConfig, is_higgs, official_names, read_config, resample_24_to_16, snake
 from audio.hubert import NAMES, Hubert, HubertConfig, fold_weight_norm, hubert_names, load_strict
 from audio.whisper import WhisperConfig, WhisperEncoder, log_mel
 
@@ -488,3 +488,21 @@ def test_the_full_tower_has_the_published_size():
 def test_ignored_tensors_are_of_training_only():
     for name in ("fc2.bias", "fc_post2.bias", "quantizer.quantizers.0.codebook.embed", "quantizer.vq.layers.0._codebook.embed"):
         assert not re.fullmatch(UNUSED, name)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kernel, stride, padding", [(6, 3, 2), (5, 2, 0), (16, 8, 4)])
+def test_a_large_strided_convolution_as_one_product_is_that_of_torch(kernel, stride, padding):
+    conv = Falling(256, 1 << 15, kernel, stride, padding=padding) if kernel < 6 else Falling(512, 2048, kernel, stride, padding=padding)
+    assert conv.weight.numel() >= 1 << 22                            # else it is torch's own
+    for length in (kernel, 41):
+        x = torch.randn(2, conv.in_channels, length)
+        want, got = torch.nn.functional.conv1d(x, conv.weight, conv.bias, stride, padding), conv(x)
+        assert got.shape == want.shape and torch.allclose(got, want, atol=GATE)
+
+
+def test_the_snake_leaves_what_it_is_given_and_has_a_gradient():
+    x, rate = torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True), torch.tensor([[0.3], [1.0], [4.0]], dtype=torch.float64)
+    kept = x.detach().clone()
+    assert torch.allclose(snake(x, rate, 2 * rate), x + (rate * x).sin() ** 2 / (2 * rate), atol=1e-8) and torch.equal(x, kept)
+    assert torch.autograd.gradcheck(lambda x: snake(x, rate, rate), x)

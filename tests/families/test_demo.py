@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, cli
+from conftest import ROOT, call
 
 from audio import load_codec
 from audio.wav import load_wav
@@ -37,14 +37,14 @@ def test_a_minute_of_training_makes_digit_strings_that_a_recogniser_understands(
     options = (f"--data.sources={tmp_path}/digits.jsonl", "--data.allow_outside=true",
                f"--data.cache={tmp_path}/cache", f"--out={tmp_path}/run",
                "--steps=220", "--eval_batches=1", "--eval_every=0", "--save_every=0", "--prompts=")
-    rc, said, wrong = cli("train.py", "configs/tiny.py", *options, timeout=400)
+    rc, said, wrong = call("train.py", "configs/tiny.py", *options)
     assert rc == 0, said + wrong
-    rc, said, wrong = cli("sample.py", f"--ckpt={tmp_path}/run", "--texts=assets/demo.txt", f"--out={tmp_path}/wavs")
+    rc, said, wrong = call("sample.py", f"--ckpt={tmp_path}/run", "--texts=assets/demo.txt", f"--out={tmp_path}/wavs")
     assert rc == 0 and said.count("ended by itself") >= 17, said + wrong
     rows = [json.loads(line) for line in (tmp_path / "wavs/samples.jsonl").read_text().splitlines()]
     assert [row["text"] for row in rows] == SPOKEN and all(Path(row["wav"]).is_file() for row in rows)
     assert torch.tensor([row["seconds"] for row in rows]).min() > 0.3
-    rc, said, wrong = cli("evaluate.py", tmp_path / "wavs/samples.jsonl")
+    rc, said, wrong = call("evaluate.py", tmp_path / "wavs/samples.jsonl")
     assert rc == 0, said + wrong
     scored = json.loads((tmp_path / "wavs/wer.json").read_text())["rows"][:16]
     assert sum(row["wer"] for row in scored) / 16 <= 0.20, said

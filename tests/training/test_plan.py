@@ -56,8 +56,8 @@ trained = [p for p in net.parameters() if p.requires_grad]
 optimizer = torch.optim.AdamW(trained, fused=True)
 tokens, counted = typical_batch(table, 2, case["columns"])
 places = torch.arange(case["columns"]).expand(2, -1)
-for _ in range(2):
-    net(tokens, counted, places, torch.zeros_like(places), scale=torch.ones(9) / 1000).total.backward()
+for n in (16, case["columns"]):                                         # the first step makes the moments, the second has the peak
+    net(tokens[..., :n], counted[..., :n], places[:, :n], torch.zeros_like(places)[:, :n], scale=torch.ones(9) / 1000).total.backward()
     optimizer.step()
     optimizer.zero_grad()
 measured = now("VmHWM") - before

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import random
 import shutil
 import signal
@@ -36,17 +37,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def command(folder: Path, *options: str, ranks: int = 0) -> list[str]:
-    start = [sys.executable] if not ranks else [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(random.randint(20000, 50000))]
-    return [*start, "train.py", str(folder / "config.py"), *options]
+def command(folder: Path, *options: str) -> list[str]:
+    return [sys.executable, "train.py", str(folder / "config.py"), *options]
 
 
-def train(folder: Path, *options: str, ranks: int = 0, expect: int = 0) -> str:
+def train(folder: Path, *options: str, ranks: int = 0, torchrun: bool = False, expect: int = 0) -> str:
     """Run train.py to its end, with ranks as processes of their own; returns what it printed."""
-    if ranks:
-        done = subprocess.run(command(folder, *options, ranks=ranks), cwd=ROOT, capture_output=True, text=True, timeout=240)
+    if torchrun:
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+        done = subprocess.run([*start, *command(folder, *options)[1:]], cwd=ROOT, capture_output=True, text=True, timeout=240)
         rc, out, err = done.returncode, done.stdout, done.stderr
+    elif ranks:                                                # what torchrun starts, without the seconds that it takes itself
+        here = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(random.randint(20000, 30000))}
+        started = [subprocess.Popen(command(folder, *options), cwd=ROOT, env={**os.environ, **here, "RANK": str(n), "LOCAL_RANK": str(n)},
+                                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for n in range(ranks)]
+        said = [process.communicate(timeout=240)[0] for process in started]
+        rc, out, err = max(abs(process.returncode) for process in started), "".join(said), ""
     else:
         rc, out, err = call("train.py", folder / "config.py", *options)
     assert rc == expect, out + err
@@ -115,7 +121,7 @@ def test_training_learns(whole: Path) -> None:
 def test_ranks_and_accumulation_change_nothing(folder: Path) -> None:
     common = ("--steps=4", *NO_NOISE, "--schedule=constant")
     train(folder, f"--out={folder}/r1", "--accum=4", *common)
-    train(folder, f"--out={folder}/r2", "--accum=2", *common, ranks=2)
+    train(folder, f"--out={folder}/r2", "--accum=2", *common, ranks=2, torchrun=True)
     train(folder, f"--out={folder}/r4", "--accum=1", "--shard=true", "--shard_size=2", *common, ranks=4)     # two copies, two parts
     for out in ("r2", "r4"):
         for (step, one), (_, other) in zip(losses(folder / "r1"), losses(folder / out), strict=True):

@@ -100,8 +100,7 @@ def noise_like(voice: Tensor, rate: int, snr: float, number: int, noises: list[P
     noise = load_wav(noises[number % len(noises)], rate)[0].mean(0)
     start = number % max(1, len(noise) - len(voice) + 1)
     noise = noise[start:].repeat(-(-len(voice) // len(noise[start:])))[: len(voice)]
-    power = noise.square().mean()
-    return noise * (voice.square().mean() / power.clamp(min=1e-20) / 10 ** (snr / 10)).sqrt()
+    return noise * (voice.square().mean() / noise.square().mean().clamp(min=1e-20) / 10 ** (snr / 10)).sqrt()
 
 
 def echo(voice: Tensor, samples: int, factor: float) -> Tensor:

@@ -16,7 +16,6 @@ for sample; encoding does not, since HuBERT normalises and attends over the whol
 
 import json
 import math
-import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -434,8 +433,6 @@ def read_tensors(path: Path, unread: Sequence[str] = (), begin: str = "") -> Map
                 return {name: file.get_tensor(name) for name in file.keys() if name.startswith(begin)}
         except SafetensorError as error:
             raise ValueError(f"{path} is not a whole safetensors file ({error}); fetch it again") from error
-    if not zipfile.is_zipfile(path):                # torch's format; anything else is cut off, or no weights at all
-        raise ValueError(f"{path} is neither a safetensors file nor a whole one of torch's; fetch it again")
     return torch_tensors(path, unread)
 
 

@@ -137,12 +137,14 @@ def check_sizes(config: Any, what: str) -> None:
     for field in fields(config):
         value, usual = getattr(config, field.name), field.default
         numbers = value if isinstance(value, tuple) and isinstance(usual, tuple) else (value,)
-        if isinstance(usual, float):
+        if isinstance(usual, bool):
+            fits = type(value) is bool
+        elif isinstance(usual, float):
             fits = type(value) in (int, float) and 0 < value < math.inf
         else:
             fits = not isinstance(usual, (int, tuple)) or all(type(n) is int and 0 < n <= LARGEST for n in numbers)
         if not fits:
-            kind = "a number" if isinstance(usual, float) else f"integers from 1 to {LARGEST}"
+            kind = {bool: "true or false", float: "a number"}.get(type(usual), f"integers from 1 to {LARGEST}")
             raise ValueError(f"{what} {field.name} is {value!r}, expected {kind}; fix its config.json")
 
 

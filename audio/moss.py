@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from audio.flow import AHEAD, HEAD, MOST, RATIO, Flow, FlowConfig
 from audio.hift import BEHIND, FRAME, MELS, RATE, Hift, HiftConfig, HiftStream
 from audio.higgs import _json, check_wav, read_tensors, resample_24_to_16
-from audio.hubert import listed, load_strict
+from audio.hubert import LARGEST, listed, load_strict
 from audio.rvq import check_codes, nearest
 from audio.whisper import HOP, WINDOW, WhisperConfig, WhisperEncoder, floored, log_mel, log_power, mel_filters
 from audio.whisper import RATE as WHISPER_RATE
@@ -317,8 +317,7 @@ def fbank(wav: Tensor) -> Tensor:
     edges = torch.linspace(kaldi_mel(20.0), kaldi_mel(WHISPER_RATE / 2), MELS + 2, dtype=torch.float64)
     bins = torch.tensor([kaldi_mel(n * WHISPER_RATE / 512) for n in range(256)], dtype=torch.float64)
     up, down = (bins - edges[:-2, None]) / (edges[1] - edges[0]), (edges[2:, None] - bins) / (edges[1] - edges[0])
-    filters = torch.minimum(up, down).clamp(min=0).to(power)                            # (80, 256), straight on the mel scale
-    return (power @ filters.T).clamp(min=torch.finfo(torch.float32).eps).log()
+    return (power @ torch.minimum(up, down).clamp(min=0).to(power).T).clamp(min=torch.finfo(torch.float32).eps).log()     # straight on mel
 
 
 def kaldi_mel(hertz: float) -> float:
@@ -352,8 +351,7 @@ def read_config(path: Path) -> MossCodecConfig:
     for name, wanted in (FIXED | {"pooling_position": encoder.layers}).items():
         if about.get(name, wanted) != wanted:
             raise ValueError(f"{path}: {name} is {about[name]!r}, this codec supports {wanted!r}; name the MOSS-Speech codec")
-    wrong = [name for name, value in (*vars(encoder).items(), ("quantize_vocab_size", size)) if type(value) not in (int, bool) or value < 0]
-    if wrong or encoder.pool != 4 or encoder.positions < 4 * PIECE or encoder.dim % encoder.heads:
+    if (type(size), encoder.pool) != (int, 4) or not 0 < size <= LARGEST or encoder.positions < 4 * PIECE or encoder.dim % encoder.heads:
         raise ValueError(f"{path} asks for {encoder} and {size} codes, which is no codec of 12.5 Hz; fetch it again")
     return MossCodecConfig(encoder, size)
 

@@ -57,8 +57,7 @@ def encode_table(law: str) -> Tensor:
     size = (size >> 2).clamp(max=8158) + 33 if law == "mu" else size >> 2
     segment = (size[:, None] >= 64 << torch.arange(7)).sum(1)
     place = size >> (segment + 1 if law == "mu" else segment.clamp(min=1) + 1) & 15
-    code = segment << 4 | place | torch.where(sample < 0, 128, 0)
-    return (code ^ (0xFF if law == "mu" else 0xD5)).to(torch.uint8)
+    return ((segment << 4 | place | torch.where(sample < 0, 128, 0)) ^ (0xFF if law == "mu" else 0xD5)).to(torch.uint8)
 
 
 def g711_encode(wav: Tensor, law: str = "mu") -> Tensor:

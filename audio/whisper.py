@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from audio.hubert import check_sizes
+
 RATE = 16_000
 WINDOW = 400                # 25 ms
 HOP = 160                   # 10 ms
@@ -34,6 +36,9 @@ class WhisperConfig:
     pool: int = 1
     causal: bool = False
     final_norm: bool = True
+
+    def __post_init__(self) -> None:
+        check_sizes(self, "the Whisper encoder's")
 
 
 class WhisperEncoder(nn.Module):

@@ -10,6 +10,7 @@ import torch
 from conftest import ROOT, call, killed_and_resumed
 from safetensors.torch import load_file
 from test_parity import GATE, Golden, check
+from test_sample import overfit
 
 from audio import load_codec
 from checkpoint import export, load
@@ -144,6 +145,17 @@ def test_a_frame_of_zeros_ends_a_turn_and_a_single_zero_does_not():
     given[:, 2:, 1] = 9
     got = list(generate(model, prompt, SampleConfig(temperature=0, max_frames=9), given=given))
     assert len(got) == 3 and (got[2] == -1).all() and got[0][0, 1:].tolist() == [7] * 8 and got[1][0, 1:].tolist() == [0, *[9] * 7]
+
+
+def test_an_overfitted_clip_comes_back_exactly():
+    """Behind the voice of a turn before; a frame of zeros ends it."""
+    voice, codes = torch.randint(1, 250, (2, 8, 5), generator=torch.Generator().manual_seed(1))
+    chat, past = Chat(TOKENIZER, TEMPLATE), [("One two.", voice)]
+    none = torch.zeros(0, dtype=torch.long)
+    model = overfit(replace(SMOKE.model, depth_share=1.0), Example(none, segments=chat.spoken("Hello there.", codes, past)))
+    prompt, _ = lay_out(Example(none, segments=chat.prompt("Hello there.", past)), model.table)
+    got = torch.stack(list(generate(model, prompt, SampleConfig(temperature=0, max_frames=20))), -1)[0, 1:]
+    assert torch.equal(got[:, :5], codes) and got.shape[1] == 6 and bool((got[:, 5] == -1).all())
 
 
 def test_turns_are_written_as_the_official_template_writes_them():

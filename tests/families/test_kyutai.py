@@ -12,6 +12,7 @@ import torch
 from conftest import ROOT, call, killed_and_resumed
 from safetensors.torch import save_file
 from test_parity import Golden, same_tensors
+from test_sample import overfit, roomy
 from torch import Tensor
 
 from checkpoint import export, load
@@ -209,6 +210,28 @@ def test_every_code_of_a_recording_is_trained_behind_its_text(smoke, monkeypatch
     text = model(tokens[None])[0][0]
     nll = torch.nn.functional.cross_entropy(text, torch.where(tokens[1, 1:] == 0, 0, 3), reduction="none")
     assert torch.allclose(sums.nll[0], (nll * weights[0, 1:]).sum(), atol=1e-3)
+
+
+def test_an_overfitted_clip_is_spoken_again_word_by_word(smoke):
+    config = roomy(smoke[0].model)
+    table, codes = config.table, torch.randint(0, 256, (8, 20), generator=torch.Generator().manual_seed(1))
+    model = overfit(config, Example(fed_rows([([10, 11], 0.1), ([12], 0.3)], 20, 25.0, table), codes), 400)
+    feed = WordFeed([torch.tensor([-1, 10, 11, -1, 12])], table)
+    got = torch.stack(list(generate(model, table.column("start"), GREEDY, feed)), -1)[0, table.audio_out, table.timing.frames :]
+    T = 20 - table.timing.frames - max(table.delays)                     # later columns are not in the grid
+    assert got.shape[1] > T > 8 and torch.equal(got[:, :T], codes[:, :T])
+
+
+@pytest.mark.parametrize("name", ["kyutai_stt", "hibiki"])
+def test_an_overfitted_recording_is_heard_and_translated_again(name):
+    config = run_config(ROOT / f"configs/{name}.py", "smoke").model
+    table, draw = config.table, torch.Generator().manual_seed(1)
+    Q, text = len(table.audio_out), torch.randint(4, 8, (16,), generator=draw)
+    codes, user = torch.randint(0, 256, (2, 8, 16), generator=draw)
+    example = Example(text, codes, user=user) if Q else Example(text, user)
+    model = overfit(roomy(config) if Q else config, example, 400)
+    got, late, T = reply(model, user[None], GREEDY)[0], max(0, -table.timing.frames), 16 - max(table.delays)
+    assert T > 8 and torch.equal(got[table.audio_out, :T], codes[:Q, :T]) and torch.equal(got[0, late:T], text[: T - late])
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import soundfile
 import torch
 from conftest import ROOT, call, killed_and_resumed
 from test_parity import Golden, check, same_tensors
+from test_sample import overfit, roomy
 from torch import Tensor
 
 from audio.wav import load_wav
@@ -28,7 +29,7 @@ from loss import LossConfig, loss_scale
 from model import MultistreamLM
 from options import run_config
 from sample import generate, reply
-from streams import delay
+from streams import Example, delay
 from text.tokenizers import load_tokenizer
 
 GREEDY = SampleConfig(temperature=0)
@@ -199,6 +200,17 @@ def test_the_prompt_of_sampling_is_that_of_training(roles, tmp_path):
     prompt, given = behind(persona.frames, table)
     S = prompt.shape[1]
     assert torch.equal(grid[:, :S], prompt) and torch.equal(grid[:, S][given[:, 0] >= 0], given[:, 0][given[:, 0] >= 0])
+
+
+def test_an_overfitted_exchange_comes_back_behind_its_persona(roles):
+    """What the agent says and writes while it hears the user, greedily; the late codes of the prompt are heard, too."""
+    table, draw = roles.model.table, torch.Generator().manual_seed(1)
+    codes, user = torch.randint(0, 256, (2, 8, 9), generator=draw)
+    text = torch.randint(4, 8, (9,), generator=draw)
+    persona = make_persona("please hold", (), None, load_tokenizer(roles.data.tokenizer), table)
+    model = overfit(roomy(roles.model), Example(text, codes, user=user, prompt=persona.frames), 400)
+    got = reply(model, user[None], GREEDY, persona=persona)[0]
+    assert torch.equal(got[1:9, :8], codes[:, :8]) and torch.equal(got[0, :8], text[:8])
 
 
 def test_the_presets_weigh_as_they_say(roles):

@@ -1,5 +1,7 @@
 """Sampling: rules, delays, ends, batches; what was trained comes back."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tables import CONFIGS, END, START, aligned_table, clone_table, example, grid, sequential_example
@@ -161,6 +163,12 @@ def overfit(config: ModelConfig, ex: Example, steps: int = 250) -> MultistreamLM
         if sums.nll.sum() / sums.weight.sum() < 1e-3:
             break
     return model
+
+
+def roomy(config: ModelConfig) -> ModelConfig:
+    """A smoke twin wide enough to learn a clip by heart."""
+    return replace(config, temporal=replace(config.temporal, dim=64, ffn=128), depth=replace(config.depth, dim=48, ffn=96), dropout=0.0,
+                   input_drop=0.0)
 
 
 SMALL = StackConfig(dim=48, layers=2, heads=4, kv_heads=2, ffn=64)

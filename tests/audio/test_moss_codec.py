@@ -436,7 +436,10 @@ def with_(name: str, tensor):
     ("config", with_("encoder_causal_attention", False), "encoder_causal_attention is False, this codec supports True"),
     ("config", with_("pooling_position", 3), "pooling_position is 3, this codec supports 2"),
     ("config", with_("pooling_kernel_size", 2), r"no codec of 12\.5 Hz"),
-    ("config", with_("d_model", "16"), r"no codec of 12\.5 Hz"),
+    ("config", with_("d_model", "16"), r"dim is '16', expected integers from 1 to"),
+    ("config", with_("encoder_attention_heads", 0), "heads is 0, expected integers from 1"),
+    ("config", with_("encoder_ffn_dim", 10**30), f"ffn is {10**30}, expected integers from 1"),
+    ("config", with_("quantize_vocab_size", 10**30), r"no codec of 12\.5 Hz"),
 ])
 def test_files_are_read_strictly(tmp_path, file, change, message):
     with pytest.raises(ValueError, match=message):

@@ -119,8 +119,7 @@ def lose_packets(wav: Tensor, loss: float, seed: int = 0, packet: int = PACKET) 
     place = torch.arange(packets.shape[-2], device=wav.device).expand(lost.shape)
     came = torch.where(lost, -1, place).cummax(-1).values                               # the last packet received, -1 for none
     audible = packets.gather(-2, came.clamp(min=0)[..., None].expand(packets.shape))
-    gain = torch.where(came < 0, 0.0, 0.5 ** (place - came)).to(wav)
-    return (audible * gain[..., None]).flatten(-2)[..., :W], lost
+    return (audible * torch.where(came < 0, 0.0, 0.5 ** (place - came)).to(wav)[..., None]).flatten(-2)[..., :W], lost
 
 
 # ---- calls ----

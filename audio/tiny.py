@@ -221,8 +221,7 @@ def mel_filters() -> Tensor:
     edges = 700 * (10 ** (torch.linspace(0, top, MELS + 2, dtype=torch.float64) / 2595) - 1)    # Hz
     bins = torch.arange(WINDOW // 2 + 1, dtype=torch.float64) * RATE / WINDOW
     up = (bins - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
-    down = (edges[2:, None] - bins) / (edges[2:] - edges[1:-1])[:, None]
-    return torch.minimum(up, down).clamp(min=0)
+    return torch.minimum(up, (edges[2:, None] - bins) / (edges[2:] - edges[1:-1])[:, None]).clamp(min=0)
 
 
 def overlap_add(frames: Tensor) -> Tensor:

@@ -152,8 +152,7 @@ def voice_features(files: Sequence[str]) -> Tensor:
         found.append(tensors["speaker_wavs"][0].T.float())                                       # (1, F, t) -> (t, F)
     if len(files) > MOST_VOICES:
         raise ValueError(f"{len(files)} voices were given, the model tells {MOST_VOICES} apart; leave the others out")
-    nobody = torch.full_like(found[0], torch.nan)
-    return torch.cat([*found, *[nobody] * (MOST_VOICES - len(found))])
+    return torch.cat([*found, *[torch.full_like(found[0], torch.nan)] * (MOST_VOICES - len(found))])
 
 
 def speech_rules(table: StreamTable) -> dict[str, Any]:

@@ -112,6 +112,9 @@ def shard(model: nn.Module, block: type[nn.Module], device: torch.device, dtype:
     whole = {p for p in model.parameters() if not p.requires_grad}.difference(*(m.parameters() for m in blocks))
     for module in [*blocks, model]:
         fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=whole)
+        if device.type == "cpu":           # where nothing overlaps: no block is gathered before its turn, no buffer stays behind it
+            module.set_modules_to_backward_prefetch([module])
+            module._set_unshard_async_op(True)
     if group := model._get_fsdp_state()._fsdp_param_group:         # a name that older versions of torch have, too
         group.unshard_async_op = True      # else it holds the gathered buffer until the first block has been gathered
 

@@ -58,8 +58,7 @@ def load_speaker_encoder() -> SpeakerEncoder:
 def without_pauses(wav: Tensor) -> Tensor:
     """(W,) without the stretches of 25 ms in which nobody speaks."""
     level, n = levels(wav[None], RATE), RATE // 40
-    kept = wav[: len(level) * n].reshape(-1, n)[level > level.max() - QUIET] if len(wav) >= n else wav
-    return kept.reshape(-1)
+    return (wav[: len(level) * n].reshape(-1, n)[level > level.max() - QUIET] if len(wav) >= n else wav).reshape(-1)
 
 
 def mel_power(wav: Tensor) -> Tensor:

@@ -241,8 +241,7 @@ def report_losses(models: Models, held: Held, job: Evaluation, summary: Row, pag
     page.table(["stream", "model", "loss", "perplexity", "accuracy", "targets"], shown, "Loss in nats a target.")
     for stream, name, loss, ppl, *_ in shown:
         print(f"{stream} {name}: loss {show(loss)}, perplexity {show(ppl)}")
-    main = table.text_out or table.audio_out
-    return {name: sums[:, main].sum(1)[:, :2] for name, sums in found.items()}
+    return {name: sums[:, table.text_out or table.audio_out].sum(1)[:, :2] for name, sums in found.items()}
 
 
 # ---- conversations ----

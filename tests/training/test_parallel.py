@@ -120,7 +120,7 @@ RANK = """
 import json, sys
 from pathlib import Path
 import torch
-from big import peak
+from big import peak, train_step
 from checkpoint import load
 from families.qwen import qwen
 from lora import LoraConfig, inject
@@ -139,11 +139,13 @@ def prepare(model):
 for name, sizes in (("small", (1, 64, 64, 1, 1)), ("base", (4, 2048, 4096, 8, 2))):     # with the first the libraries wake up
     before = peak()
     model = inject(load(Path(sys.argv[1]) / name, dtype="bf16", config=qwen(*sizes, generation=2, vocab=8000), prepare=prepare), adapters)
-    had = [0] * 2
-    torch.distributed.all_gather_object(had, peak() - before)
+    loaded, had = peak() - before, [0] * 2
+    train_step(model, 8)
+    torch.distributed.all_gather_object(had, (loaded, peak() - before))
+block = max(sum(2 * p.numel() for p in m.parameters()) for m in model.modules() if isinstance(m, Block))
 frozen, trained = (sum(p.nbytes for p in model.parameters() if p.requires_grad == own) for own in (False, True))
 if parallel.ranks()[0] == 0:
-    print(json.dumps([had, frozen // 2 + max(p.numel() * 2 for p in model.parameters()) + trained]))
+    print(json.dumps([*zip(*had), frozen // 2 + max(p.numel() * 2 for p in model.parameters()) + trained, block]))
 parallel.end()
 """
 
@@ -151,12 +153,14 @@ parallel.end()
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").is_file(), reason="Linux says how much memory a process had")
 def test_no_rank_ever_holds_more_than_its_part_of_the_base(tmp_path: Path):
+    """And in a step two blocks more: what one gathers and what it is gathered from."""
     for name, sizes in (("small", (1, 64, 64, 1, 1)), ("base", (4, 2048, 4096, 8, 2))):
         write_official(qwen(*sizes, generation=2, vocab=8000), tmp_path / name)
     (tmp_path / "rank.py").write_text(RANK)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "rank.py", tmp_path]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found, most = json.loads(done.stdout.splitlines()[-1])
+    loaded, stepped, most, block = json.loads(done.stdout.splitlines()[-1])
     whole = (tmp_path / "base/model.safetensors").stat().st_size
-    assert most < 0.65 * whole and max(found) < most + (32 << 20), (found, most, whole)
+    assert most < 0.65 * whole and max(loaded) < most + (32 << 20), (loaded, most, whole)
+    assert block > 48 << 20 and max(stepped) < most + 2 * block + (32 << 20), (stepped, most, block)

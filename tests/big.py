@@ -1,6 +1,7 @@
 """Full size, without anybody's weights: random checkpoints in the official sharded layout, and everything that is done with them.
 
     python tests/big.py                                               Qwen2.5-1.5B and Higgs v2 3B in out/big: `make big`
+    python tests/big.py --models=higgs --steps=lora8 --dtype=fp32     a step on a CPU without bf16 in hardware, where that takes an hour
     python tests/big.py --models=qwen --steps=shards                  two ranks of --shard, what each holds
     python tests/big.py --models=higgs --layers=7 --steps=time        a quarter of the layers: load against transformers
 
@@ -27,7 +28,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from checkpoint import SHARD, STORED, Extras, export, load, save
+from checkpoint import DTYPES, SHARD, STORED, Extras, export, load, save
 from families.family import choose_format, export_model
 from families.higgs import HIGGS_V2_3B
 from families.qwen import QWEN2_5_1_5B, qwen
@@ -61,6 +62,7 @@ class Job:
     folder: str = "out/big"    # needs about three times the weights
     columns: int = 256         # of the training step
     layers: int = 0            # of the transformer, 0 = all
+    dtype: str = "bf16"        # that lora, lora8 and shards compute in; fp32 for a CPU without bf16, beside a base of 8 bits
 
     def __post_init__(self) -> None:
         assert set(self.models) <= MODELS.keys(), f"models are {', '.join(MODELS)}"
@@ -97,40 +99,40 @@ def peak() -> int:
     return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
 
 
-def adapted(config: ModelConfig, base: Path, eight: str, cut: bool = False) -> MultistreamLM:
+def adapted(config: ModelConfig, base: Path, eight: str, cut: bool = False, dtype: str = "bf16") -> MultistreamLM:
     """A model with adapters on attention, its base as training holds it; `cut` among ranks as train.py --shard does it."""
     lora = LoraConfig(rank=8, alpha=16.0, targets=("attn.*",))
 
     def prepare(model: MultistreamLM) -> dict[str, torch.dtype]:
         types = held_types(model, lora, (), eight)
         if cut:
-            parallel.shard(inject(model, lora), Block, torch.device("cpu"), torch.bfloat16)
+            parallel.shard(inject(model, lora), Block, torch.device("cpu"), DTYPES[dtype])
         return types
 
-    return inject(load(base, dtype="bf16", config=config, prepare=prepare), lora).train()
+    return inject(load(base, dtype=dtype, config=config, prepare=prepare), lora).train()
 
 
-def train_step(model: MultistreamLM, columns: int) -> None:
+def train_step(model: MultistreamLM, columns: int, dtype: str = "bf16") -> None:
     table = model.config.table
     tokens, weights = typical_batch(table, 1, columns)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3, fused=True)
     for _ in range(2):                                     # B starts at zero: A has no gradient before the second step
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
             sums = model(tokens, weights, scale=torch.ones(len(table)) / columns)
         sums.total.backward()
         optimizer.step()
         optimizer.zero_grad()
 
 
-def in_shards(config: ModelConfig, base: Path, columns: int) -> None:
+def in_shards(config: ModelConfig, base: Path, columns: int, dtype: str) -> None:
     """What each rank has when a model is loaded in shards, and what after two training steps; rank 0 prints it."""
     parallel.start("cpu", 0)
-    train_step(adapted(SMALL, base.with_name("small"), "", cut=True), 4)
+    train_step(adapted(SMALL, base.with_name("small"), "", cut=True, dtype=dtype), 4, dtype)
     before = peak()
-    model = adapted(config, base, "", cut=True)
+    model = adapted(config, base, "", cut=True, dtype=dtype)
     loaded = peak() - before
-    train_step(model, columns)
+    train_step(model, columns, dtype)
     had = [(0, 0)] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(had, (loaded, peak() - before))
     trained = sum(3 * p.nbytes for p in model.parameters() if p.requires_grad)             # AdamW's moments, too
@@ -186,18 +188,18 @@ def against(kind: str, base: Path) -> list[str]:
 
 
 @torch.no_grad()
-def run(step: str, config: ModelConfig, folder: Path, columns: int) -> None:
+def run(step: str, config: ModelConfig, folder: Path, columns: int, dtype: str) -> None:
     base = folder / "official"
     if step == "load":
         for p in load(base, dtype=STORED).parameters():
             p.sum()
     elif step == "shards":
         with torch.enable_grad():
-            in_shards(config, base.resolve(), columns)
+            in_shards(config, base.resolve(), columns, dtype)
     elif step in ("lora", "lora8"):
-        model = adapted(config, base, "int8" if step == "lora8" else "")
+        model = adapted(config, base, "int8" if step == "lora8" else "", dtype=dtype)
         with torch.enable_grad():
-            train_step(model, columns)
+            train_step(model, columns, dtype)
         model.extras = Extras(base=str(base))
         save(model, folder / "adapter")
     elif step in ("sample", "sample8"):
@@ -219,7 +221,8 @@ def main() -> None:
     if len(words) == 3:                                    # one step, in a process of its own
         name, step, folder = words
         before, began = peak(), time.perf_counter()
-        run(step, apply(Job(), pairs).model(name), Path(folder), int(pairs["columns"]))
+        job = apply(Job(), pairs)
+        run(step, job.model(name), Path(folder), job.columns, job.dtype)
         return print(f"peak {peak() - before} {time.perf_counter() - began:.1f}") if parallel.ranks()[0] == 0 else None
     if "help" in pairs:
         return print(__doc__)
@@ -238,9 +241,9 @@ def main() -> None:
             if step == "shards" and not (folder / "small").is_dir():
                 make(SMALL, folder / "small")
             ranks = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2") if step == "shards" else ()
-            done = subprocess.run([sys.executable, *ranks, __file__, name, step, str(folder), f"--columns={job.columns}",
-                                   f"--layers={job.layers}"], capture_output=True, text=True, cwd=ROOT if folder.is_absolute() else None,
-                                  env={**os.environ, "PYTHONPATH": str(ROOT)})
+            options = (f"--columns={job.columns}", f"--layers={job.layers}", f"--dtype={job.dtype}")
+            done = subprocess.run([sys.executable, *ranks, __file__, name, step, str(folder), *options], capture_output=True, text=True,
+                                  cwd=ROOT if folder.is_absolute() else None, env={**os.environ, "PYTHONPATH": str(ROOT)})
             if done.returncode:
                 raise ValueError(f"{name} {step} ended with {done.returncode}: {done.stderr[-2000:]}")
             *told, last = done.stdout.strip().splitlines()

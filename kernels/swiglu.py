@@ -100,4 +100,6 @@ class SwiGlu(torch.autograd.Function):
 def swiglu(gate: Tensor, up: Tensor | None = None, activation: str = "silu") -> Tensor:
     """`swiglu_ref`"""
     assert activation in ACTIVATIONS, activation
+    if up is not None and up.dtype == gate.dtype and not torch.is_grad_enabled() and not use_triton(gate):
+        return ACTIVATIONS[activation](gate).mul_(up)                # memory is taken once
     return SwiGlu.apply(gate, up, activation) if use_triton(gate) else swiglu_ref(gate, up, activation)

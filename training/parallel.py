@@ -109,9 +109,9 @@ def shard(model: nn.Module, block: type[nn.Module], device: torch.device, dtype:
     policy = MixedPrecisionPolicy(None if dtype == torch.float32 else dtype, torch.float32, cast_forward_inputs=False)
     mesh = init_device_mesh(device.type, (world // size, size) if size else (world,), mesh_dim_names=("copy", "shard") if size else None)
     blocks = [m for m in model.modules() if isinstance(m, block)]
-    whole = {p for p in model.parameters() if not p.requires_grad}.difference(*(m.parameters() for m in blocks))
+    uncut = {p for p in model.parameters() if not p.requires_grad}.difference(*(m.parameters() for m in blocks))
     for module in [*blocks, model]:
-        fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=whole)
+        fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=uncut)
         if device.type == "cpu":           # where nothing overlaps: no block is gathered before its turn, no buffer stays behind it
             module.set_modules_to_backward_prefetch([module])
             module._set_unshard_async_op(True)

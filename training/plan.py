@@ -69,7 +69,7 @@ def need_of_training(config: Any, dtype: torch.dtype, device: str, ranks: int = 
     step = max(0, tally.most - 4 * count)                  # the gradients are counted on their own
     if config.dpo is not None:
         step *= 2                                          # both replies of a pair
-    # of shards, two blocks are whole at a time, and what is in no block
+    # of shards, two blocks are whole at a time, and what is in no block: gathered where it trains, never cut where it is frozen
     blocks = [m for m in model.modules() if isinstance(m, Block)]
     outside = set(model.parameters()).difference(*(m.parameters() for m in blocks))
     copied = sum(p.numel() for p in outside if p.requires_grad) * dtype.itemsize

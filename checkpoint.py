@@ -48,6 +48,7 @@ from families.formats import (
     weight_files,
 )
 from families.tensor_files import (
+    KEPT,
     OWN,
     LazyTensor,
     computed,
@@ -70,7 +71,7 @@ from streams import StreamTable
 from system.files import check_sums, copy_file, write_sums
 from system.progress import workers
 from text.tokenizers import load_tokenizer, tokenizer_file
-from training.parallel import is_sharded, joined, own_rows, part, ranks, whole
+from training.parallel import is_cut, is_sharded, joined, own_rows, part, ranks, whole
 
 FORMAT, VERSION = "multistream", 1
 ADAPTER_FIELDS = {f"{name}?": kind for kind, names in ((str | None, ("peft_type", "base_model_name_or_path")), (int, ("r",)),
@@ -392,13 +393,13 @@ def fill(model: nn.Module, tensors: Tensors, source: str, device: str | torch.de
         else:
             kind = types.get(name, rows.dtype if dtype == STORED else dtype)
             held = rows.to(device, kind)
-            own = not isinstance(tensors[name], LazyTensor) or name in types or rows.nbytes < OWN or not rows.is_contiguous()
-            if own and held.data_ptr() == rows.data_ptr():
+            own = name in types or is_cut(target) or rows.nbytes < OWN or not rows.is_contiguous()      # of a cut one, pages hold more
+            if (own or not isinstance(tensors[name], LazyTensor)) and held.data_ptr() == rows.data_ptr():
                 held = rows.clone(memory_format=torch.contiguous_format)
             held = joined(held, target)
             setattr(module, leaf, nn.Parameter(held, target.requires_grad) if leaf in module._parameters else held)
+        give_back([tensors[name]], 0 if is_cut(target) else KEPT)
         del target, rows
-        give_back([tensors[name]])
     model.tie()                 # filling gives each head a weight of its own
 
 

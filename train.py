@@ -34,7 +34,7 @@ from families.other_trainers import with_other_trainer
 from kernels.choice import slow_dtype
 from layers.batch_plan import make_plan
 from layers.fusion import remember
-from model import Block, MultistreamLM
+from model import Block, Linear, MultistreamLM
 from options import difference, exit_on_error, from_json, load_config, read_json, write_json
 from system.files import SUMS, lock, unlock
 from training import evaluation_samples, monitor, parallel, plan, sweep
@@ -110,7 +110,7 @@ def prepare(model: MultistreamLM) -> dict[str, torch.dtype]:
     types = plan.held_types(model, adapters, config.rates, config.quantize)
     if config.shard and base:                    # cut before it has weights, adapters included
         model = model if adapters is None else lora.inject(model, adapters)
-        parallel.shard(model, Block, device, dtype, config.shard_size)
+        parallel.shard(model, Block, Linear, device, dtype, config.shard_size)
     return types
 
 
@@ -129,7 +129,7 @@ if config.compile:
     for block in raw.temporal.layers:
         block.compile()
 if config.shard:
-    parallel.shard(raw, Block, device, dtype, config.shard_size)
+    parallel.shard(raw, Block, Linear, device, dtype, config.shard_size)
 trained = {n: p for n, p in raw.named_parameters() if p.requires_grad}
 ema = {n: p.detach().clone() for n, p in trained.items()} if config.ema else {}
 

@@ -163,9 +163,9 @@ class MappedFile:
         return self.address > 0 and t.device.type == "cpu" and t.is_contiguous() and any(
             s.finite and s.dtype == t.dtype and s.start <= start and start + t.nbytes <= s.stop for s in self.spans)
 
-    def give_back(self) -> None:
+    def give_back(self, kept: int = KEPT) -> None:
         """Let go of the pages that were read; who reads them again gets them again. Not after something was written into them."""
-        if self.used > KEPT and hasattr(self.bytes, "madvise"):
+        if self.used > kept and hasattr(self.bytes, "madvise"):
             self.bytes.madvise(mmap.MADV_DONTNEED)
             self.used = 0
 
@@ -302,11 +302,11 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor | LazyTensor], metadat
         raise
 
 
-def give_back(tensors: Iterable[Tensor | LazyTensor]) -> None:
-    """Let go of the pages of files that were read for these tensors."""
+def give_back(tensors: Iterable[Tensor | LazyTensor], kept: int = KEPT) -> None:
+    """Let go of the pages of files that were read for these tensors, where more than `kept` bytes of a file were."""
     for t in tensors:
         for file in t.files if isinstance(t, LazyTensor) else ():
-            file.give_back()
+            file.give_back(kept)
 
 
 def write_shards(folder: Path, name: str, tensors: Mapping[str, Tensor | LazyTensor], most: int) -> None:

@@ -38,7 +38,7 @@ from generation.plan import typical_batch
 from layers.architecture import ModelConfig
 from layers.int8_base import quantize
 from lora import LoraConfig, inject
-from model import Block, MultistreamLM
+from model import Block, Linear, MultistreamLM
 from options import apply, edge, split_arguments, write_json
 from sample import generate
 from streams import is_audio
@@ -106,7 +106,7 @@ def adapted(config: ModelConfig, base: Path, eight: str, cut: bool = False, dtyp
     def prepare(model: MultistreamLM) -> dict[str, torch.dtype]:
         types = held_types(model, lora, (), eight)
         if cut:
-            parallel.shard(inject(model, lora), Block, torch.device("cpu"), DTYPES[dtype])
+            parallel.shard(inject(model, lora), Block, Linear, torch.device("cpu"), DTYPES[dtype])
         return types
 
     return inject(load(base, dtype=dtype, config=config, prepare=prepare), lora).train()

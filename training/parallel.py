@@ -1,12 +1,12 @@
 """Training one model with several processes: ranks, sums over ranks, DDP and sharding.
 
     DDP      every rank has all weights; gradients are averaged                 for all that fits
-    FSDP2    a rank has 1/world of each weight, gradient and moment; a block is gathered just before it runs
+    FSDP2    a rank has 1/world of each weight, gradient and moment; a block, on a CPU a Linear, is gathered just before it runs
     HSDP     FSDP2 within groups of `--shard_size` ranks (a node), gradients averaged over the groups
 
-What a rank of FSDP2 holds beside its shards: two blocks; the frozen weights outside the blocks (embeddings, heads), which are in use all
-through a step, so that to cut them would save nothing at its peak; a gathered copy of the trained ones there, and before the first
-block a second one, because PyTorch gathers into a buffer and copies from it. `train.py --plan` counts all of it.
+What a rank of FSDP2 holds beside its shards: two blocks, on a CPU two Linears; the frozen weights outside the blocks (embeddings,
+heads), which are in use all through a step, so that to cut them would save nothing at its peak; a gathered copy of the trained ones
+there, and at first a second one, because PyTorch gathers into a buffer and copies from it. `train.py --plan` counts it, with blocks.
 
 Without torchrun all of this does nothing. Functions marked collective must be called by all ranks in the same order.
 Of a tensor that is cut each rank has its own rows. Imports nothing of ours: any file may use it. FSDP takes as long to import
@@ -87,11 +87,13 @@ def is_cut(t: Any) -> bool:
     return hasattr(t, "placements")
 
 
-def shard(model: nn.Module, block: type[nn.Module], device: torch.device, dtype: torch.dtype, size: int = 0) -> None:
+def shard(model: nn.Module, block: type[nn.Module], linear: type[nn.Module], device: torch.device, dtype: torch.dtype,
+          size: int = 0) -> None:
     """Shard the weights over the ranks, in place; a single process shards nothing, and what is cut stays as it is. Collective.
 
-    A module of type `block` is gathered while it runs, what is trained outside with the whole model; what is frozen outside stays
-    whole. Shards, gradients and moments keep their dtype; gathered weights are in `dtype`, and gradients are summed in fp32.
+    A module of type `block` is gathered while it runs, on a CPU, where nothing overlaps, each `linear` in it while that runs; what is
+    trained outside with the whole model; what is frozen outside stays whole. Shards, gradients and moments keep their dtype; gathered
+    weights are in `dtype`, and gradients are summed in fp32.
     `size` ranks share one copy of the weights, 0 = all. A model on the meta device is cut before it has weights.
     """
     if not dist.is_initialized() or is_sharded(model):
@@ -110,13 +112,9 @@ def shard(model: nn.Module, block: type[nn.Module], device: torch.device, dtype:
     mesh = init_device_mesh(device.type, (world // size, size) if size else (world,), mesh_dim_names=("copy", "shard") if size else None)
     blocks = [m for m in model.modules() if isinstance(m, block)]
     uncut = {p for p in model.parameters() if not p.requires_grad}.difference(*(m.parameters() for m in blocks))
-    for module in [*blocks, model]:
+    linears = [m for b in blocks for m in b.modules() if isinstance(m, linear)] if device.type == "cpu" else []
+    for module in [*linears, *blocks, model]:
         fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=uncut)
-        if device.type == "cpu":           # where nothing overlaps: no block is gathered before its turn, no buffer stays behind it
-            module.set_modules_to_backward_prefetch([module])
-            module._set_unshard_async_op(True)
-    if group := model._get_fsdp_state()._fsdp_param_group:         # a name that older versions of torch have, too
-        group.unshard_async_op = True      # else it holds the gathered buffer until the first block has been gathered
 
 
 def wrap(model: nn.Module, device: torch.device) -> nn.Module:

@@ -21,7 +21,7 @@ import sys
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from audio import hub
 from corpus.swap_tokenizer import swap_tokenizer
 from families.adapters import adapter_formats, adapter_tensors, find_adapter, untie
 from families.family import all_families, choose_format, export_model, family_of, on_base, other_grid, recognise_format
-from families.folder_files import carry, remember
+from families.folder_files import carry, one_end, remember
 from families.formats import (
     AdapterFormat,
     Conversion,
@@ -468,7 +468,8 @@ def load_text_tower(model: MultistreamLM, folder: Path, device: str | torch.devi
         raise ValueError(f"{fusion.source} is not the text model that {folder} was made with (fingerprint {found}, not {fusion.revision}); "
                          + "name that one with --model.fusion.source")
     body.config = fusion.tower
-    model.tower.body = cast(body, device, dtype, {}).requires_grad_(False).eval()
+    kind = model.text_head.weight.dtype if dtype == STORED else dtype                      # of the files beside it: it computes with those
+    model.tower.body = cast(body, device, kind, {}).requires_grad_(False).eval()
     return model
 
 
@@ -560,7 +561,7 @@ def export(model_or_dir: MultistreamLM | str | Path, dir: str | Path, to: str = 
     if any(path in model.config.tied_heads for path, *_ in lora.adapters(model)):
         raise ValueError("an adapter on a tied head cannot be merged: it would change the embedding too; export --to=peft")
     tensors = merged_weights(model) if tensors is None else tensors
-    dtype = next(iter(tensors.values())).dtype
+    dtype = min((t.dtype for t in tensors.values() if t.dtype.is_floating_point), key=lambda t: t.itemsize)
     if count := len(list(lora.adapters(model))):
         difference, largest = merge_error(model)
         about = f"{count} adapters merged in fp32: logits differ by at most {difference:.2g}, the largest is {largest:.2g}"
@@ -572,6 +573,7 @@ def export(model_or_dir: MultistreamLM | str | Path, dir: str | Path, to: str = 
         form = choose_format(model.config, to)
         theirs |= codec_beside(model, form, tell)
         write_shards(Path(dir), form.weight_file(about), theirs, SHARD if form.shards else sys.maxsize)
+        about = one_end(about, Path(dir))
         write_json(Path(dir) / "config.json", about)
         carry_files(model, Path(dir), about, form)
         return Path(dir)
@@ -633,12 +635,11 @@ def merge_error(model: MultistreamLM, merged: MultistreamLM | None = None) -> tu
         tokens[:, table.audio, :5] = tokens[:, table.audio, 12:] = -1
         tokens[:, table.text, 5:12] = -1
     tokens = tokens.to(next(model.parameters()).device)
-    ours = model.eval()(tokens)
-    if merged is None:
-        with lora.merging(model):
-            theirs = model(tokens)
-    else:
-        theirs = merged.eval().to(tokens.device)(tokens)
+    kinds = {p.dtype for name, p in model.named_parameters() if p.is_floating_point() and ".adapter." not in name}
+    with torch.autocast(tokens.device.type, min(kinds, key=lambda t: t.itemsize), enabled=len(kinds) > 1):        # stored so, a part each
+        ours = model.eval()(tokens)
+        with lora.merging(model) if merged is None else nullcontext():
+            theirs = (merged or model).eval().to(tokens.device)(tokens)
     model.train(training)
     pairs = [(a[b != -torch.inf].float(), b[b != -torch.inf].float()) for a, b in zip(ours, theirs, strict=True)       # ids without a head
              if a is not None]

@@ -110,10 +110,12 @@ def prepare(model: MultistreamLM) -> dict[str, torch.dtype]:
     types = plan.held_types(model, adapters, config.rates, config.quantize)
     if config.shard and base:                    # cut before it has weights, adapters included
         model = model if adapters is None else lora.inject(model, adapters)
+        factors.update(lora.rate_factors(model, config.rates))           # what is frozen outside the blocks stays whole
         parallel.shard(model, Block, Linear, device, dtype, config.shard_size)
     return types
 
 
+factors: dict[str, float] = {}
 raw = load(base, device, dtype, config=config.model, prepare=prepare)
 torch.manual_seed(config.seed)                   # equal initial adapters, whether the base was initialised now or loaded
 if config.init_adapter:                          # its own ranks and targets replace those of config.lora
@@ -121,7 +123,8 @@ if config.init_adapter:                          # its own ranks and targets rep
     log_line(*(f"adapter {config.init_adapter}: lora.{line}" for line in difference(config.lora, raw.lora)))
 elif config.lora is not None:
     lora.inject(raw, config.lora)
-factors = lora.rate_factors(raw, config.rates)
+if not factors or getattr(raw, "lora", None):    # adapters are trained anew where they were put on again
+    factors = lora.rate_factors(raw, config.rates)
 if config.model.fusion and config.model.fusion.remember:
     raw.remembered = remember(raw, config.model.fusion.remember)
 raw.train()

@@ -34,7 +34,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from audio.recogniser import load_whisper, prepare  # noqa: E402
-from audio.tiny import EDGE, FRAME, STACK, TinyCodec, fit_tables, log_mel  # noqa: E402  (the root has to be on the path first)
+from audio.rvq import fit_rvq  # noqa: E402  (the root has to be on the path first)
+from audio.tiny import DIM, EDGE, FRAME, MELS, STACK, TinyCodec, log_mel  # noqa: E402
 from audio.wav import load_wav, resample  # noqa: E402
 from evaluation.metrics import normalise  # noqa: E402
 from options import read_rows, write_rows  # noqa: E402
@@ -295,6 +296,24 @@ def synthetic_rows(texts: dict[str, str], work: Path) -> list[dict]:
                            "espeak-ar", "ar", "train", "digits" if name in "0123456789" else
                            "numbers" if name == "10" else "prompt"))
     return rows
+
+
+@torch.no_grad()
+def fit_tables(clips: list[Tensor], iterations: int = 20, shifts: int = 4, seed: int = 0) -> TinyCodec:
+    """Fit mean, PCA and codebooks on clips (W,) at 16 kHz, each taken at `shifts` starts within a frame."""
+    rows = []
+    for clip in clips:
+        for start in range(0, FRAME, FRAME // shifts):
+            wav = F.pad(clip, (EDGE + start, EDGE + -(len(clip) + start) % FRAME))
+            rows.append(log_mel(wav[None].double()).reshape(-1, STACK * MELS))
+    x = torch.cat(rows)                                                         # (N, 320)
+    codec = TinyCodec("griffin_lim")
+    codec.mean.copy_(x.mean(0))
+    _, vectors = torch.linalg.eigh((x - x.mean(0)).T @ (x - x.mean(0)))         # ascending
+    codec.basis.copy_(vectors[:, -DIM:].flip(1).T)
+    x = ((x - x.mean(0)) @ codec.basis.double().T).float()                      # -> (N, 64)
+    codec.rvq = fit_rvq(x, codec.num_codebooks, codec.codebook_size, iterations, seed)
+    return codec.half().float().eval()          # as the file will hold it: saving changes no code
 
 
 def build_codec(steps: int, seed: int) -> None:

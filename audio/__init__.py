@@ -5,6 +5,7 @@
     wav = codec.decode(codes)       # -> (B, 1, W)
 """
 
+from functools import partial
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -33,7 +34,7 @@ def _is_tiny(path: Path) -> bool:
 
 OWN = ("speech_tokenizer/*", "model.pth", "tokenizer-*.safetensors", "mimi-*.safetensors")     # codec weights in official repositories
 REST = ("model.safetensors", "pytorch_model.bin", "voice.safetensors", "flow/*")       # other files of a codec
-NAMES = {"tiny": (TinyCodec.load, TINY), "tiny:1": (TinyCodec.load_coarse, TINY)}       # name -> (loader, the file it reads)
+NAMES = {"tiny": (TinyCodec.load, TINY), **{f"tiny:{n}": (partial(TinyCodec.load_coarse, codebooks=n), TINY) for n in range(1, 8)}}
 KINDS = [                                           # (recogniser of a file or folder, loader)
     (_is_tiny, TinyCodec.load), (is_higgs, HiggsCodec.load), (is_moss, MossCodec.load), (is_snac, SnacCodec.load),
     (is_qwen, QwenCodec.load), (is_mimi, MimiCodec.load)]
@@ -51,7 +52,7 @@ def load_codec(path_or_name, device: str = "cpu", codebooks: int = 0):
     for fits, loader in KINDS:
         if fits(path):
             return loader(path, device=device, **({"num_codebooks": codebooks or None} if fits is is_mimi else {}))
-    kinds = f"{', '.join(NAMES)}, a tiny codec's file, the folder of a Higgs, SNAC, Qwen or MOSS codec, Mimi's file or folder, or a hub id"
+    kinds = "tiny, tiny:1, a tiny codec's file, the folder of a Higgs, SNAC, Qwen or MOSS codec, Mimi's file or folder, or a hub id"
     state = "contains no known codec" if path.exists() else "is neither a codec's name nor a file"
     raise ValueError(f"{path_or_name} {state}; name one of: {kinds}")
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from audio.rvq import ResidualVQ, fit_rvq
+from audio.rvq import ResidualVQ
 from system.files import replace_file
 
 RATE = 16_000
@@ -113,10 +113,10 @@ class TinyCodec(nn.Module):
         return codec.to(device).eval()
 
     @classmethod
-    def load_coarse(cls, path, device: str = "cpu") -> "TinyCodec":
-        """The same with its first codebook alone, for models of one stream; intelligible speech, but no more."""
+    def load_coarse(cls, path, device: str = "cpu", codebooks: int = 1) -> "TinyCodec":
+        """The same with its first codebooks alone, for models of fewer streams; one is intelligible speech, but no more."""
         codec = cls.load(path, device=device)
-        codec.num_codebooks, codec.name = 1, "tiny:1"
+        codec.num_codebooks, codec.name = codebooks, f"tiny:{codebooks}"
         return codec
 
     @classmethod
@@ -337,23 +337,3 @@ def griffin_lim(mel: Tensor, iterations: int = 32, momentum: float = 0.99) -> Te
         angles = angles / angles.abs().clamp(min=1e-9)
         before = after
     return overlap_add(torch.fft.irfft(magnitude * angles, WINDOW))
-
-
-# ---- fitting ----
-
-@torch.no_grad()
-def fit_tables(clips: list[Tensor], iterations: int = 20, shifts: int = 4, seed: int = 0) -> TinyCodec:
-    """Fit mean, PCA and codebooks on clips (W,) at 16 kHz, each taken at `shifts` starts within a frame."""
-    rows = []
-    for clip in clips:
-        for start in range(0, FRAME, FRAME // shifts):
-            wav = F.pad(clip, (EDGE + start, EDGE + -(len(clip) + start) % FRAME))
-            rows.append(log_mel(wav[None].double()).reshape(-1, STACK * MELS))
-    x = torch.cat(rows)                                                         # (N, 320)
-    codec = TinyCodec("griffin_lim")
-    codec.mean.copy_(x.mean(0))
-    _, vectors = torch.linalg.eigh((x - x.mean(0)).T @ (x - x.mean(0)))         # ascending
-    codec.basis.copy_(vectors[:, -DIM:].flip(1).T)
-    x = ((x - x.mean(0)) @ codec.basis.double().T).float()                      # -> (N, 64)
-    codec.rvq = fit_rvq(x, codec.num_codebooks, codec.codebook_size, iterations, seed)
-    return codec.half().float().eval()          # as the file will hold it: saving changes no code

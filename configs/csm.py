@@ -6,8 +6,9 @@
     python checkpoint.py export out/csm --to=hf --out=official
 
 The loss is that of transformers: the mean of the first codebook plus the mean of the 31 others, which are trained on a
-random sixteenth of the frames (`model.depth_share`). Needs the released model and Mimi with 32 codebooks.
-Expect: not yet measured on the released weights.
+random sixteenth of the frames (`model.depth_share`). Needs 3.9 GiB (`--plan`), the released model and Mimi with 32 codebooks.
+Expect first losses far below a random guess, ln 2051 = 7.6; half an hour to 5 hours of a voice, 1 to 5 epochs
+(davidbrowne17/csm-streaming#9).
 """
 
 from dataclasses import replace

@@ -3,7 +3,7 @@
     python evaluate.py sae configs/dsaa_ae.py --run=out/dsaa
     python evaluate.py sae configs/dsaa_ae.py --smoke        on out/smoke_dsaa, the run of configs/dsaa.py --smoke
 
-Needs: not yet measured.  Expect: not yet measured.  The reference uses (width, k) = (2048, 16) for the concatenated state and
+Not measured on released weights.  The reference uses (width, k) = (2048, 16) for the concatenated state and
 (1024, 8) for the input of each depth step, six epochs at 1e-3; it validates on training batches, here a share is held out.
 """
 

@@ -9,7 +9,7 @@ Data as for moshi_lora.py; the alignments are those of the translation, which be
 "text_conditions": {"description": "good"} says how well it sounds; without it that is "very_good", as when sampling, and --cfg guides
 against "very_bad". The mark that the user is over, and the end of the text behind it, are those of the released model: no row teaches
 them anew.
-Needs and expect: not yet measured on the released weights.
+Needs 6.8 GiB (`--plan`).  Expect first losses far below a random guess: ln 48,000 = 10.8 for text, ln 2048 = 7.6 for codes.
 """
 
 from dataclasses import replace

@@ -8,7 +8,7 @@
 Nobody has published a trainer: the loss is that of v2 (configs/higgs_ar.py), every codebook alike. Half of the examples have a
 reference of the same speaker before them. Needs the released model (its licence forbids commercial use) and the tokenizer of v2;
 --data.codec=THE MODEL'S FOLDER takes the copy of it that lies in the model's own file.
-Expect: not yet measured on the released weights.
+Needs 8.6 GiB (`--plan`). Expect a first audio loss far below a random guess, ln 1026 = 6.9.
 """
 
 from dataclasses import replace

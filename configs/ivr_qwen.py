@@ -12,7 +12,7 @@
 Needs the released model with its tokenizer.json in models/ (huggingface-cli download Qwen/Qwen2.5-1.5B-Instruct --local-dir
 models/Qwen2.5-1.5B-Instruct). Any size is a change of two lines: families/qwen.py has 0.5B to 8B. r = 8 on q, k, v, o trains
 2,179,072 parameters; the seed recipe states 3,670,016, which assumes four square projections of width 2048.
-The bundled dialogues (58 families of calls) only teach style. Expect: not yet measured on the released weights.
+The bundled dialogues (58 families of calls) only teach style. Needs 3.1 GiB (`--plan`). Expect a first loss far below ln 151,936 = 11.9.
 """
 
 from dataclasses import replace

@@ -8,7 +8,7 @@
 
 Rows are recordings with word times ("words" or "alignments"; data.py transcribe and annotate write them). Words are laid out as late
 as the model writes them, between the silences that it hears when sampling. The heads that tell pauses stay as they are.
-Needs and expect: not yet measured on the released weights.
+Needs 2.4 GiB (`--plan`).  Expect a first loss far below a random guess, ln 8000 = 9.0.
 """
 
 from dataclasses import replace

@@ -9,7 +9,7 @@
 Rows are recordings with word times ("words" or "alignments"; data.py transcribe and annotate write them). What is trained: when a
 word begins, and the codes, 16 frames behind the words. Kyutai keeps what turns a recording into the features of a voice, so a
 tuned voice is spoken without --ref. Rows without text_conditions count as what is asked for when sampling.
-Needs and expect: not yet measured on the released weights.
+Needs 7.8 GiB (`--plan`).  Expect first losses far below a random guess: ln 2048 = 7.6 for codes. Half an hour to 5 hours of a voice.
 """
 
 from dataclasses import replace

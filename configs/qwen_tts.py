@@ -10,7 +10,7 @@ The loss is the one that the official script means: the mean of the first codebo
 against the state in front of its frame (families/qwen_tts.py). `--model.table.choice` says what stands in every prompt, a language
 and a speaker; by default it is what add-voice was told. With --data.reference=0.5 half of the examples stand behind a recording of
 the same speaker, as in cloning. The codec lies in the folder speech_tokenizer of the released model.
-Expect: not yet measured on the released weights.
+Needs 2.3 GiB (`--plan`). Expect first losses far below a random guess: ln 3072 = 8.0, ln 2048 = 7.6 behind the first codebook.
 """
 
 from dataclasses import replace

@@ -18,9 +18,9 @@ from system.files import copy_file
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json")
 LEFT = ("config.json", "moshi_lm_kwargs.json", "adapter_config.json", "README.md")
 TOKENIZER = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template")        # how names of its files begin
-# Facts of a base that no weight shows; ours are the class's defaults.
-ITS_OWN = ("max_position_embeddings", "bos_token_id", "pad_token_id", "initializer_range", "max_window_layers", "sliding_window",
-           "audio_in_token_idx", "audio_out_token_idx", "audio_token_id", "audio_delay_token_id")
+# Facts of a base that no weight shows; ours are the class's defaults. All ids that end a text are in generation_config.json.
+ITS_OWN = ("eos_token_id", "max_position_embeddings", "bos_token_id", "pad_token_id", "initializer_range", "max_window_layers",
+           "sliding_window", "audio_in_token_idx", "audio_out_token_idx", "audio_token_id", "audio_delay_token_id")
 # What our own fields say in another way, or what was true of the base only.
 STALE = ("rope_parameters", "rope_scaling", "rope_theta", "dtype", "torch_dtype", "transformers_version", "quantization_config",
          "_name_or_path", "transformers_weights", "moshi_name", "lora_name", "lora_rank", "lora_scaling")
@@ -97,6 +97,15 @@ def carry(source: Path, out: Path, about: About | None, stop: Sequence[int], tok
         for path in sorted(Path(codec).iterdir()) if Path(codec).is_dir() else [Path(codec)]:
             (out / path.relative_to(source)).parent.mkdir(exist_ok=True)
             copy_file(path, out / path.relative_to(source))
+
+
+def one_end(about: About, out: Path) -> About:
+    """The config.json of an export with one id that ends a text, which is all that a class may take (Higgs'), nested ones too; beside it
+    generation_config.json names all of them."""
+    if isinstance(found := about.get("eos_token_id"), list) and found:
+        write_json(out / "generation_config.json", {"eos_token_id": found})
+        about = about | {"eos_token_id": found[0]}
+    return {key: one_end(value, out) if isinstance(value, dict) else value for key, value in about.items()}
 
 
 def same_pieces(source: Path, tokenizer: Path) -> bool:

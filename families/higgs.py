@@ -190,7 +190,7 @@ def write_boson(c: ModelConfig, dtype: str) -> About:
 
 
 def is_higgs(c: ModelConfig) -> bool:
-    return bool(c.table.audio) and not c.table.aligned and not c.table.bare and not c.tail
+    return bool(c.table.audio) and not c.table.aligned and not c.table.bare and not c.tail and c.depth is None
 
 
 # How the official generation example draws; RAS looks back 7 columns and redraws what was there twice.

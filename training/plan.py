@@ -23,7 +23,7 @@ from generation.plan import GIB, Need, Tally, build, gib, held, lines, parse_siz
 from kernels.choice import has_bf16
 from layers.batch_plan import make_plan
 from layers.int8_base import quantizable
-from lora import LoraConfig, trained_parameters, within
+from lora import LoraConfig, rate_factors, trained_parameters, within
 from model import Block, MultistreamLM
 from options import CONFIGS, load_config, run_config
 
@@ -54,6 +54,7 @@ def need_of_training(config: Any, dtype: torch.dtype, device: str, ranks: int = 
             return t if t is None else torch.empty(t.shape, dtype=t.dtype, device=device)
 
         model = build(config.model, config.lora, types, dtype, device).train()
+        rate_factors(model, config.rates)                  # freezes those whose rate is 0
         trained = [p for p in model.parameters() if p.requires_grad]
         count, every, weights_held = sum(p.numel() for p in trained), sum(p.numel() for p in model.parameters()), held(model)
         plan = replace(plan, order=shadow(plan.order), back=shadow(plan.back), text_rows=[shadow(t) for t in plan.text_rows],
@@ -69,13 +70,13 @@ def need_of_training(config: Any, dtype: torch.dtype, device: str, ranks: int = 
     step = max(0, tally.most - 4 * count)                  # the gradients are counted on their own
     if config.dpo is not None:
         step *= 2                                          # both replies of a pair
-    # of shards, two blocks are whole at a time, and what is in no block: gathered where it trains, never cut where it is frozen
+    # of shards, two blocks are whole at a time, and what is in no block: gathered where it trains, never cut where it is frozen (a tower)
     blocks = [m for m in model.modules() if isinstance(m, Block)]
-    outside = set(model.parameters()).difference(*(m.parameters() for m in blocks))
-    copied = sum(p.numel() for p in outside if p.requires_grad) * dtype.itemsize
+    inside = {p for m in blocks for p in m.parameters()}
+    copied = sum(p.numel() for p in trained if p not in inside) * dtype.itemsize
     block = max(sum(p.numel() * min(p.itemsize, dtype.itemsize) for p in m.parameters()) for m in blocks)
     need = Need(every, count, weights_held, 4 * count, 8 * count, 4 * count if config.ema else 0, step,
-                uncut=sum(p.nbytes for p in outside if not p.requires_grad), gathered=copied + 2 * block, copied=copied)
+                uncut=weights_held - sum(p.nbytes for p in inside.union(trained)), gathered=copied + 2 * block, copied=copied)
     return need.shared(ranks if config.shard else 1)
 
 
@@ -94,7 +95,8 @@ def changes(config: Any) -> list[tuple[str, Any]]:
         now = replace(now, batch_size=batch, accum=now.accum * 2)
         found.append((f"--batch_size={batch} --accum={now.accum}", now))
     if now.lora is None:
-        small, option = replace(now, lora=LoraConfig(targets=("temporal.*",)), shard=False), "--lora.rank=16 --lora.targets=temporal.*"
+        small = replace(now, lora=LoraConfig(targets=("temporal.*",)), shard=False, rates=())
+        option = "--lora.rank=16 --lora.targets=temporal.*" + " --rates=()" * bool(now.rates)
         found += [(f"{option} (adapters instead of all weights)", small), (f"{option} --quantize=int8", replace(small, quantize="int8"))]
     return found
 

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import call
+from conftest import ROOT, call
 from safetensors import safe_open
 
 import families
 from audio.wav import save_wav
 from checkpoint import export, load
 from families.family import Family, all_families, closings, family_of, lay_out
-from options import read_json
+from options import read_json, run_config
 from streams import Example, Stream, StreamTable, codebooks
 
 TOY = '''"""Toy: speech first, then what it says (a recogniser without a template)."""
@@ -100,3 +100,13 @@ def test_a_toy_family_is_one_file(toy: Path):
         assert "block.0.attn.q" in file.keys() and read_json(toy / "official" / "config.json")["model_type"] == "toy"
     ours, again = load(toy / "run"), load(toy / "official")
     assert all(torch.equal(p, again.state_dict()[name]) for name, p in ours.state_dict().items())
+
+
+def test_the_layouts_that_fit_a_model_are_of_one_family(monkeypatch):
+    """Else names of another family are taken for its own: adapters of PEFT, --to=hf."""
+    monkeypatch.chdir(ROOT)
+    for path in sorted((ROOT / "configs").glob("*.py")):
+        for preset in ("config", "smoke"):
+            config = getattr(run_config(path, preset), "model", None)
+            fitting = [family.name for family in all_families() if config and any(form.fits(config) for form in family.formats)]
+            assert len(fitting) < 2, (path, fitting)

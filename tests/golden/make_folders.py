@@ -1,6 +1,6 @@
 """Write tests/golden/folders: tiny models as the official loaders save them, with the files that stand around released weights.
 
-    python tests/golden/make_folders.py                              torch 2.13.0, transformers 5.24.0, peft 0.21.2
+    python tests/golden/make_folders.py                              torch 2.13.0, transformers 5.24.0, peft 0.21.2, moshi 0.2.13
     python tests/golden/make_folders.py boson                        environment B of make.py
     PYTHONPATH=CHECKOUT python tests/golden/make_folders.py dsaa     environment of make_dsaa.py, behind qwen2
 
@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from make import scramble
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 HERE = Path(__file__).parent
@@ -175,6 +176,86 @@ def dsaa(name: str, folder: Path) -> None:
     write(folder / "expected.json", {"user": user[0].tolist(), "frames": steps, "ids": ids})
 
 
+def orpheus(name: str, folder: Path) -> None:
+    """A Llama whose vocabulary ends in the codes of codec tiny, as released but for `speech_tokens`, which says where they begin."""
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    tokens = ASSETS / "tiny_marks_tokenizer.json"
+    size = 1 + max(t["id"] for t in json.loads(tokens.read_text())["added_tokens"])
+    ids = {t["content"]: t["id"] for t in json.loads(tokens.read_text())["added_tokens"]}
+    end = ids["<custom_token_2>"]
+    config = LlamaConfig(
+        vocab_size=size - 1 + 8 * 256, hidden_size=24, intermediate_size=52, num_hidden_layers=2, num_attention_heads=3,
+        num_key_value_heads=1, head_dim=8, max_position_embeddings=131072, tie_word_embeddings=True, bos_token_id=ids["<|begin_of_text|>"],
+        eos_token_id=end, rope_parameters={
+            "rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192})
+    model = scramble(LlamaForCausalLM(config), 71).to(torch.bfloat16)
+    model.generation_config = GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=end, do_sample=True, temperature=0.6)
+    model.save_pretrained(folder)
+    write(folder / "config.json", json.loads((folder / "config.json").read_text()) | {"speech_tokens": [size - 1, 8, 256]})
+    PreTrainedTokenizerFast(tokenizer_file=str(tokens), bos_token="<|begin_of_text|>", eos_token="<|eot_id|>",
+                            chat_template="{{ messages }}").save_pretrained(folder)
+
+
+def kyutai(name: str, folder: Path) -> None:
+    """As Kyutai publishes: weights of the package's own class, flat config.json that names the files beside it, a SentencePiece model.
+
+    Codes are those of codec tiny:2; its Mimi, of one fixed size, is too large to lie here. `expected.json` is what LMGen makes of a user,
+    the first frame given twice and Hibiki told to sound very good, as run_inference.py does both.
+    """
+    import sentencepiece
+    from make import MOSHI
+    from make_moshi import HIBIKI, STT, build, conditions, frames
+    words = json.loads((ASSETS / "speech/words.json").read_text())
+    with open(folder / "tokenizer_spm_32k_3.model", "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(words), model_writer=file, vocab_size=96, pad_id=3, byte_fallback=False, minloglevel=2,
+            normalization_rule_name="identity", character_coverage=1.0, num_threads=1)
+    size = sentencepiece.SentencePieceProcessor(str(folder / "tokenizer_spm_32k_3.model")).vocab_size()
+    shape = {"moshi": MOSHI | {"delays": [0, 0, 1, 0, 1]}, "hibiki": HIBIKI | {"delays": [0, 0, 2, 0, 2]},
+             "stt": STT | {"delays": [0] * 3}}[name] | {"card": 256, "text_card": size, "context": 40}
+    shape |= {"n_q": 2, "dep_q": 0} if name == "stt" else {"n_q": 4, "dep_q": 2}
+    model, hibiki = build(shape, 51).to(torch.bfloat16), name == "hibiki"
+    save_file(model.state_dict(), folder / "model.safetensors", {"format": "pt"})
+    model.float()
+    write(folder / "config.json", shape | {
+        "model_type": name, "model_id": {"sig": "0123abcd", "epoch": 7}, "moshi_name": "model.safetensors",
+        "mimi_name": "tokenizer-e351c8d8-checkpoint125.safetensors", "tokenizer_name": "tokenizer_spm_32k_3.model", "lm_gen_config": {
+            "temp": 0.8, "temp_text": 0.7, "top_k": 250, "top_k_text": 25}, **({"stt_config": {
+                "audio_delay_seconds": 0.5, "audio_silence_prefix_seconds": 0.0}} if name == "stt" else {})})
+    user = torch.randint(0, 256, (1, 2, 14), generator=torch.Generator().manual_seed(5))
+    if hibiki:                                          # what run_inference.py does before it begins is in the package's loader
+        model.text_emb.weight.data[2] = model.text_emb.weight.data[3]
+    told = {"condition_tensors": conditions(model, {"description": "very_good"})} if hibiki else {}
+    found = frames(model, torch.cat([user[..., :1], user], 2), **told)
+    write(folder / "expected.json", {"user": user[0].tolist(), "frames": found[0].mT.tolist()})
+
+
+def moss(name: str, folder: Path) -> None:
+    """MOSS-Speech: no package has its class, two Qwen3 that share their first layers compute what its modeling file does; its files are
+    those of the released repository. Codes are those of codec tiny:1."""
+    from make import moss_pair, write_moss
+    from transformers import PreTrainedTokenizerFast
+    tokens = json.loads((ASSETS / "tiny_qwen_tokenizer.json").read_text())
+    ids = {t["content"]: t["id"] for t in tokens["added_tokens"]}
+    text, audio = moss_pair(2, 1, 544, 320, 61)
+    about = {"modality_pad_token_id": 543, "sosp_token_id": ids["<|object_ref_start|>"], "eosp_token_id": 256,
+             "eos_token_id": [CLOSE, END], "bos_token_id": END, "pad_token_id": END}
+    write_moss("moss_folder", text, audio, 2, about)
+    case = HERE / "moss_folder.safetensors"
+    with safe_open(case, "pt") as file:
+        write(folder / "config.json", json.loads(file.metadata()["config"]) | {"auto_map": {
+            "AutoConfig": "configuration_moss_speech.MossSpeechConfig",
+            "AutoModelForCausalLM": "modeling_moss_speech.MossSpeechForCausalLM"}})
+        tensors = {key.removeprefix("weights/"): file.get_tensor(key) for key in file.keys()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    case.unlink()
+    write(folder / "generation_config.json", GENERATION["qwen3"] | {"temperature": 0.7, "top_p": 0.95})
+    PreTrainedTokenizerFast(tokenizer_file=str(ASSETS / "tiny_qwen_tokenizer.json"), eos_token="<|im_end|>", pad_token="<|endoftext|>",
+                            chat_template=CHATML).save_pretrained(folder)
+    write(folder / "preprocessor_config.json", {"processor_class": "MossSpeechProcessor"})
+
+
 # Of a base whose head is its embedding: one of the two trained in full, both, the head with an adapter.
 TIED = {"peft_embed": {"modules_to_save": ["embed_tokens"]}, "peft_head": {"target_modules": ["q_proj", "lm_head"]},
         "peft_both": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}}
@@ -199,7 +280,8 @@ def peft(name: str, folder: Path) -> None:
     save_file({"ids": ids, "logits": logits}, HERE / f"{name}.safetensors")
 
 
-MAKE = {"qwen2": qwen, "qwen3": qwen, "higgs": higgs, "csm": csm, "boson": boson, "dsaa": dsaa, **dict.fromkeys(TIED, peft)}
+MAKE = {"qwen2": qwen, "qwen3": qwen, "higgs": higgs, "csm": csm, "boson": boson, "dsaa": dsaa, "moss": moss, "orpheus": orpheus,
+        **dict.fromkeys(("moshi", "hibiki", "stt"), kyutai), **dict.fromkeys(TIED, peft)}
 ELSEWHERE = ("boson", "dsaa")                   # each in an environment of its own
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,16 @@ def test_a_tally_counts_what_lives() -> None:
         assert tally.now == 4000 and len(b) == 8                # a view keeps its tensor
 
 
+def test_what_a_rate_of_zero_freezes_is_planned_as_frozen() -> None:
+    config = run_config(ROOT / "configs/moshi_full.py", "smoke")
+    whole = need_of_training(config, torch.bfloat16, "cpu")
+    part = need_of_training(replace(config, rates=(("temporal", 0.0), ("embed", 0.0))), torch.bfloat16, "cpu")
+    model = MultistreamLM(config.model)
+    frozen = sum(p.numel() for name, p in model.named_parameters() if name.startswith(("temporal.", "embed.")))
+    assert part.trained == whole.trained - frozen > 0
+    assert (part.gradients, part.optimizer, part.weights) == (4 * part.trained, 8 * part.trained, whole.weights - 2 * frozen)
+
+
 def test_sizes_are_read_and_others_refused() -> None:
     assert parse_size("24GB") == 24 * 10**9 and parse_size("16GiB") == 2**34 and parse_size("8") == 8 * 10**9 and parse_size("") == 0
     with pytest.raises(ValueError, match="--plan=big is no size"):
@@ -107,14 +118,15 @@ def test_train_says_what_it_needs_and_what_makes_it_fit() -> None:
 
 
 @pytest.mark.slow
-def test_the_table_in_benchmarks_is_what_the_command_prints(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One row is counted again here, all of them by `train.py --plan=table`."""
+def test_the_table_in_the_readme_is_what_the_command_prints(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two rows are counted again here, all of them by `train.py --plan=table`; the configs say what theirs says."""
     monkeypatch.chdir(ROOT)
-    text = (ROOT / "BENCHMARKS.md").read_text()
-    head, line, row = table([ROOT / "configs/ivr_qwen.py"])
-    rows = text.partition(f"{head}\n{line}\n")[2].partition("\n\n")[0].splitlines()
+    head, line, *counted = table([ROOT / f"configs/{name}.py" for name in ("ivr_qwen", "kyutai_stt")])
+    rows = (ROOT / "README.md").read_text().partition(f"{head}\n{line}\n")[2].partition("\n\n")[0].splitlines()
     names, known = [row.split(",")[0] for row in rows], [f"| {path.stem}" for path in recipes()]
-    assert row in rows and names == known, ("write the output of python train.py --plan=table into BENCHMARKS.md", row, names, known)
+    assert {*counted} <= {*rows} and names == known, ("write the output of train.py --plan=table into README.md", counted, names, known)
+    for path, row in zip(recipes(), rows, strict=True):
+        assert f"Needs {row.split(' | ')[2]} GiB" in path.read_text().partition('"""\n')[0], path
     rc, _, err = call("train.py", "configs/tiny.py", "--plan=table")
     assert rc == 2 and "takes no other word" in err
 

@@ -1,17 +1,18 @@
 """Full size, without anybody's weights: random checkpoints in the official sharded layout, and everything that is done with them.
 
     python tests/big.py                                               Qwen2.5-1.5B and Higgs v2 3B in out/big: `make big`
-    python tests/big.py --models=higgs --steps=lora8 --dtype=fp32     a step on a CPU without bf16 in hardware, where that takes an hour
+    python tests/big.py --models=higgs --steps=lora8 --dtype=fp32     a training step in fp32 on a base of 8 bits
     python tests/big.py --models=qwen --steps=shards                  two ranks of --shard, what each holds
     python tests/big.py --models=higgs --layers=7 --steps=time        a quarter of the layers: load against transformers
 
-Each step is a process of its own, and says its peak of memory beside the bytes of the weights: load, a training step of LoRA
-(bf16, then on a base of 8 bits), 20 columns sampled, merge, export. `shards`: that step by two processes (gloo), each with half
-of the base, beside what its libraries take, and the most that a rank should need: weights / 2 + the largest tensor + what is
-trained. `time`: load a model, here and by transformers, alternating with warm files, with one thread and with two, until every
-weight has been read: our load does so itself (it looks for NaN), theirs maps the file, so that each of its weights is summed
-up; and once more, both sides summed up. Where transformers is not installed it says so. The folder of a model stays in
---folder, remove it when done. Linux only: it tells how much a process had.
+Each step is a process of its own, and says its peak of memory beside the bytes of the weights: load, a training step of LoRA (on
+the base as it is, then on one of 8 bits), 20 columns sampled, merge, export. On a CPU without bf16 in hardware, where such a step
+takes hours, training computes in fp32, on the base as it is only where that fits the memory. `shards`: that step by two processes
+(gloo), each with half of the base, beside what its libraries take, and the most that a rank should need: weights / 2 + the
+largest tensor + what is trained. `time`: load a model, here and by transformers, alternating with warm files, with one thread and
+with two, until every weight has been read: our load does so itself (it looks for NaN), theirs maps the file, so that each of its
+weights is summed up; and once more, both sides summed up. Where transformers is not installed it says so. The folder of a model
+stays in --folder, remove it when done. Linux only: it tells how much a process had.
 """
 
 import importlib.util
@@ -35,6 +36,7 @@ from families.qwen import QWEN2_5_1_5B, qwen
 from families.tensor_files import computed, write_shards
 from generation.decode_step import SampleConfig
 from generation.plan import typical_batch
+from kernels.choice import has_bf16
 from layers.architecture import ModelConfig
 from layers.int8_base import quantize
 from lora import LoraConfig, inject
@@ -62,7 +64,7 @@ class Job:
     folder: str = "out/big"    # needs about three times the weights
     columns: int = 256         # of the training step
     layers: int = 0            # of the transformer, 0 = all
-    dtype: str = "bf16"        # that lora, lora8 and shards compute in; fp32 for a CPU without bf16, beside a base of 8 bits
+    dtype: str = "bf16" if has_bf16("cpu") else "fp32"      # that lora, lora8 and shards compute in
 
     def __post_init__(self) -> None:
         assert set(self.models) <= MODELS.keys(), f"models are {', '.join(MODELS)}"
@@ -237,6 +239,9 @@ def main() -> None:
         for step in job.steps:
             if step == "time":
                 print(f"{name} time:", *against(CLASSES[name], (folder / "official").resolve()), flush=True)
+                continue
+            if step == "lora" and job.dtype == "fp32" and 2 * weights > 0.8 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+                print(f"{name} lora: not run, {2 * weights / 1e9:.0f} GB of weights in fp32 do not fit; this CPU has no bf16", flush=True)
                 continue
             if step == "shards" and not (folder / "small").is_dir():
                 make(SMALL, folder / "small")

@@ -138,7 +138,7 @@ def official_folder(extras: Extras) -> Path | None:
     folder = Path(extras.folder) if extras.folder else None
     if folder is not None and (folder / "official").is_dir():
         return folder / "official"
-    if folder is not None and config_file(folder).is_file() and recognise(folder) is not None:
+    if folder is not None and config_file(folder).is_file() and recognise(folder) is not None and not lone_adapter(folder):
         return folder
     if not extras.base:
         return None
@@ -412,10 +412,12 @@ def base_of(adapter: str) -> str:
     else:
         folder = resolve(adapter)
         base = read_about(folder)["base"] if recognise(folder) is None else ""
-    if not base:
-        raise ValueError(f"adapter {adapter} does not say which model it belongs to; name both: --ckpt=MODEL --adapter={adapter}, "
+    place = resolve_base(base, folder) if base else ""
+    if not Path(place or "/-").exists() and not hub.is_id(place):
+        what = f"was made for {base}, which is not here" if base else "does not say which model it belongs to"
+        raise ValueError(f"adapter {adapter} {what}; name both: --ckpt=MODEL --adapter={adapter}, "
                          + "or to train on, --init=MODEL --init_adapter=ADAPTER")
-    return resolve_base(base, folder)
+    return place
 
 
 def recognise(folder: Path) -> Format | None:
@@ -448,9 +450,10 @@ def official_tensors(form: Format, folder: Path, about: dict[str, Any], file: Pa
     named, usual = form.named(about), folder / form.weight_file(about)
     if not named and (named := str(about.get("transformers_weights") or "")) and Path(named).name != named:
         raise ValueError(f"{folder}/config.json: transformers_weights {named!r} is outside its folder; fetch it again")
-    if named:                                                     # in CSM's folder, beside weights of another layout
+    own, tuned = file if file is not None and file.is_file() and file.name != "config.json" else None, folder / "consolidated.safetensors"
+    if named and own is None and (not tuned.is_file() or (folder / named).is_file()):                # moshi-finetune keeps the base's names
         usual = named_file(folder, named, f"the weights in {folder}/config.json", "give the file itself")
-    return open_official_files(folder, file if file is not None and file.is_file() else usual)
+    return open_official_files(folder, own or (tuned if named and not usual.is_file() else usual))
 
 
 def load_text_tower(model: MultistreamLM, folder: Path, device: str | torch.device = "cpu",
@@ -523,7 +526,10 @@ def resolve(path: str | Path) -> Path:
         raise FileNotFoundError(f"{path} holds no checkpoint, but weights without a config.json; "
                                 + "fetch that of their repository, or check the path")
     if path.exists():
-        raise FileNotFoundError(f"{path} holds no checkpoint (config.json with model or adapter weights); train first or check the path")
+        inside = [p.parent for mark in ("*/adapter_config.json", "consolidated/config.json", "*/consolidated/config.json",
+                                        "checkpoints/*/consolidated/config.json") for p in sorted(path.glob(mark))]
+        raise FileNotFoundError(f"{path} holds no checkpoint (config.json with model or adapter weights, .safetensors); "
+                                + (f"give {inside[-1]}" if inside else "train first or check the path"))
     return from_hub(str(path))
 
 

@@ -51,12 +51,11 @@ def generate(model: MultistreamLM, prompt: Tensor, config: SampleConfig | None =
              given: Tensor | None = None, voice: Tensor | None = None, inputs: Tensor | None = None) -> Iterator[Tensor]:
     """Continue a prompt grid (B, K, S) or (K, S); yield frames (B, K) int64 on the host as they become complete.
 
-    Rows that have nothing in a frame hold -1; an item that has ended holds -1 everywhere. Prompts of different lengths
-    are padded on the left with columns of -1. `feed(column) -> column` fills the rows that the model only reads (word
-    rows, the user's codes); its `may_end()`, if it has one, tells which items may close their audio. `given` (B, K, n)
-    are the ids of the next n columns, FREE where the model draws: forced text or codes, or -1 for nothing. `voice` (B, n, F)
-    are voice features of the speakers, for models that attend to them; `inputs` (B, n, D) stand for the embeddings of the
-    prompt's first n columns.
+    Rows that have nothing in a frame hold -1; an item that has ended holds -1 everywhere. Prompts of different lengths are padded on the
+    left with columns of -1. `feed(column) -> column` fills the rows that the model only reads (word rows, the user's codes); its
+    `may_end()`, if it has one, tells which items may close their audio. `given` (B, K, n) are the ids of the next n columns, FREE where the
+    model draws: forced text or codes, or -1 for nothing. `voice` (B, n, F) are voice features of the speakers, for models that attend to
+    them; `inputs` (B, n, D) stand for the embeddings of the prompt's first n columns.
     """
     config, table, training = config or SampleConfig(), model.table, model.training
     model.eval()
@@ -175,11 +174,10 @@ def reply(model: MultistreamLM, user: Tensor | None, config: SampleConfig, skip_
           ends: tuple[int, int] | None = None) -> Tensor:
     """Talk with a recorded user: hear codes (B, Q, T) frame by frame.   -> frames (B, K, T), both sides and the text
 
-    `before` (B, K, t) are the first frames of all rows: the model goes on from there, and `user` is None when it speaks
-    for both (max_frames says how long). `conditions` (C, 1) or (B, C, 1) are the ids of the condition rows, `given` as in
-    `generate`. `skip_first_frame`: as the official generator, which skips the first frame and yields fewer. Behind a
-    `persona` that is one of its own frames, and what is heard after it comes whole. `ends`: frames that the user speaks, and the text
-    id that ends the reply after them.
+    `before` (B, K, t) are the first frames of all rows: the model goes on from there, and `user` is None when it speaks for both
+    (max_frames says how long). `conditions` (C, 1) or (B, C, 1) are the ids of the condition rows, `given` as in `generate`.
+    `skip_first_frame`: as the official generator, which skips the first frame and yields fewer. Behind a `persona` that is one of its own
+    frames, and what is heard after it comes whole. `ends`: frames that the user speaks, and the text id that ends the reply after them.
     """
     table, lag, first, inputs = model.table, max(model.table.delays), 0, None
     if persona is not None:

@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from audio.recogniser import load_whisper, prepare  # noqa: E402
-from audio.rvq import fit_rvq  # noqa: E402  (the root has to be on the path first)
+from audio.rvq import ResidualVQ, nearest  # noqa: E402  (the root has to be on the path first)
 from audio.tiny import DIM, EDGE, FRAME, MELS, STACK, TinyCodec, log_mel  # noqa: E402
 from audio.wav import load_wav, resample  # noqa: E402
 from evaluation.metrics import normalise  # noqa: E402
@@ -296,6 +296,30 @@ def synthetic_rows(texts: dict[str, str], work: Path) -> list[dict]:
                            "espeak-ar", "ar", "train", "digits" if name in "0123456789" else
                            "numbers" if name == "10" else "prompt"))
     return rows
+
+
+@torch.no_grad()
+def fit_rvq(x: Tensor, num_codebooks: int, codebook_size: int, iterations: int = 20, seed: int = 0) -> ResidualVQ:
+    """Fit a quantiser to x (N, D) by k-means on what each codebook leaves over.
+
+    Raises ValueError with fewer rows than entries.  An entry that wins nothing moves to a random row.
+    """
+    N, D = x.shape
+    if codebook_size > N:
+        raise ValueError(f"{N} vectors cannot fill a codebook of {codebook_size}; add speech or lower codebook_size")
+    generator = torch.Generator().manual_seed(seed)
+    quantiser = ResidualVQ(num_codebooks, codebook_size, D).to(x)
+    residual = x
+    for book in quantiser.codebooks:
+        book.copy_(residual[torch.randperm(N, generator=generator)[:codebook_size]])
+        for _ in range(iterations):
+            code = nearest(residual, book)
+            count = torch.bincount(code, minlength=codebook_size)
+            total = torch.zeros_like(book).index_add_(0, code, residual)
+            spare = residual[torch.randint(N, (codebook_size,), generator=generator)]
+            book.copy_(torch.where((count > 0)[:, None], total / count.clamp(min=1)[:, None], spare))
+        residual = residual - book[nearest(residual, book)]
+    return quantiser
 
 
 @torch.no_grad()

@@ -129,7 +129,9 @@ class MossCodec(nn.Module):
         states["encoder"] = {name.removeprefix("encoder."): t for name, t in states["encoder"].items() if name.startswith("encoder.")}
         states["hift"] = {name.removeprefix("generator."): t for name, t in states["hift"].items()}
         config = replace(config, chunk=CHUNKS[flow.name], flow=flow_config(states["flow"], flow))
-        config = replace(config, hift=hift_config(states["hift"], files["hift"]))
+        hift = [_shape(states["hift"], name, axes, files["hift"])[-1] for name, axes in (
+            ("conv_pre.bias", 1), ("m_source.l_linear.weight", 2), ("f0_predictor.classifier.weight", 2))]
+        config = replace(config, hift=HiftConfig(hift[0], hift[1] - 1, hift[2]))
         with torch.device("meta"):                  # no time spent on weights that are overwritten
             codec = cls(config)
         for name, state in states.items():
@@ -376,11 +378,6 @@ def flow_config(state: Mapping[str, Tensor], source: Path) -> FlowConfig:
         _shape(state, "decoder.estimator.final_proj.weight", 3, source)[1],
         _shape(state, f"{stage}.1.0.attn1.to_q.weight", 2, source)[0] // HEAD, _count(state, re.escape(f"{stage}.1")),
         _count(state, r"decoder\.estimator\.mid_blocks"))
-
-
-def hift_config(state: Mapping[str, Tensor], source: Path) -> HiftConfig:
-    return HiftConfig(_shape(state, "conv_pre.bias", 1, source)[0], _shape(state, "m_source.l_linear.weight", 2, source)[1] - 1,
-                      _shape(state, "f0_predictor.classifier.weight", 2, source)[1])
 
 
 def _shape(state: Mapping[str, Tensor], name: str, axes: int, source: Path) -> torch.Size:

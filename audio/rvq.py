@@ -3,7 +3,7 @@
     r_0 = x;   code_q = argmin_v |r_q - c_qv|^2;   r_{q+1} = r_q - c_q[code_q];   x ~ sum_q c_q[code_q]
 
 Each codebook describes what the ones before it left over, so any prefix of the codes is a coarser version of
-the whole.  The tiny codec fits its tables here by k-means; others load theirs. Next: tiny.py.
+the whole.  assets/build.py fits those of the tiny codec by k-means. Next: tiny.py.
 """
 
 import torch
@@ -49,27 +49,3 @@ def check_codes(codes: Tensor, num_codebooks: int, codebook_size: int) -> None:
 def nearest(x: Tensor, book: Tensor) -> Tensor:
     """Index (N,) of the entry of book (V, D) closest to each row of x (N, D)."""
     return (book.square().sum(1) - 2 * x @ book.T).argmin(1)        # |x|^2 is the same for every entry
-
-
-@torch.no_grad()
-def fit_rvq(x: Tensor, num_codebooks: int, codebook_size: int, iterations: int = 20, seed: int = 0) -> ResidualVQ:
-    """Fit a quantiser to x (N, D) by k-means on what each codebook leaves over.
-
-    Raises ValueError with fewer rows than entries.  An entry that wins nothing moves to a random row.
-    """
-    N, D = x.shape
-    if codebook_size > N:
-        raise ValueError(f"{N} vectors cannot fill a codebook of {codebook_size}; add speech or lower codebook_size")
-    generator = torch.Generator().manual_seed(seed)
-    quantiser = ResidualVQ(num_codebooks, codebook_size, D).to(x)
-    residual = x
-    for book in quantiser.codebooks:
-        book.copy_(residual[torch.randperm(N, generator=generator)[:codebook_size]])
-        for _ in range(iterations):
-            code = nearest(residual, book)
-            count = torch.bincount(code, minlength=codebook_size)
-            total = torch.zeros_like(book).index_add_(0, code, residual)
-            spare = residual[torch.randint(N, (codebook_size,), generator=generator)]
-            book.copy_(torch.where((count > 0)[:, None], total / count.clamp(min=1)[:, None], spare))
-        residual = residual - book[nearest(residual, book)]
-    return quantiser

@@ -81,11 +81,6 @@ def differs(row: Row) -> bool:
     return "heard" in row and wer(row["text"], str(row["heard"])) > 0.5 < cer(row["text"], str(row["heard"]))
 
 
-def mixing_faults(wav: Tensor) -> list[Fault]:
-    """What is said of a recording (C, W) that is mixed to one channel: nothing where both are the same."""
-    return [] if len(wav) == 1 or same_channels(wav) else [OPPOSITE if opposite(wav) else STEREO]
-
-
 def same_channels(wav: Tensor) -> bool:
     return float((wav[0] - wav[1]).square().mean()) < 1e-4 * float(wav.square().mean())
 
@@ -159,7 +154,8 @@ def judge_clip(row: Row, limits: tuple[float, float]) -> Verdict:
     except Unusable as error:
         return Verdict([("reject", *error.args)])
     dialogue = "alignments" in row
-    about = list(stereo_faults(wav, rate, row) if row.get("stereo") else mixing_faults(wav))
+    mixed = [] if len(wav) == 1 or same_channels(wav) else [OPPOSITE if opposite(wav) else STEREO]       # of one channel of two
+    about = list(stereo_faults(wav, rate, row) if row.get("stereo") else mixed)
     found = faults(wav if row.get("stereo") else mix(wav), rate, row["text"], limits)
     about += [HEARD] * differs(row)
     return Verdict([*(f for f in found if not (dialogue and f[1] in (PACE, SILENCE))), *about], wav.shape[-1] / rate, rate)
@@ -423,16 +419,12 @@ def describe(rows: Sequence[Row], verdicts: dict[str, Verdict]) -> Iterator[str]
     yield visible(f"voices (minutes): {', '.join(named)}{f' and {len(minutes) - 8} more' if len(minutes) > 8 else ''}")
     rates = Counter(v.rate for v in spoken.values())
     yield f"sample rates: {', '.join(f'{rate} Hz ({n})' for rate, n in rates.most_common())}" if rates else "no recordings, texts only"
-    scripts = Counter(script for row in rows for script in scripts_of(row["text"]))
+    scripts = Counter(script for row in rows for script in {              # by the first word of the Unicode names of its letters
+        unicodedata.name(letter, "unknown").split()[0].capitalize() for letter in set(row["text"]) if letter.isalpha()})
     yield f"scripts of the texts: {', '.join(f'{script} ({n} rows)' for script, n in scripts.most_common(6)) or 'none'}"
     pace = sorted(len(row["text"].strip()) / spoken[row["id"]].seconds for row in rows if row["id"] in spoken)
     if pace:
         yield f"characters a second: {pace[len(pace) // 2]:.1f} in the middle, {pace[0]:.1f} to {pace[-1]:.1f}"
-
-
-def scripts_of(text: str) -> set[str]:
-    """The scripts of the letters of a text, by the first word of their Unicode names."""
-    return {unicodedata.name(letter, "unknown").split()[0].capitalize() for letter in set(text) if letter.isalpha()}
 
 
 def recipe_for(m: Manifest) -> str:
@@ -445,8 +437,7 @@ def recipe_for(m: Manifest) -> str:
 def write_lists(m: Manifest, folder: Path) -> Path:
     """Write the kept rows as a manifest into `folder`, and the rejected ones as a second file; returns the first.
 
-    Recordings that do not lie below `folder` are linked into it, or copied where a link is not possible: the manifest can be
-    used as it is.
+    Recordings that do not lie below `folder` are linked into it, or copied where a link is not possible: the manifest can be used as it is.
     """
     folder.mkdir(parents=True, exist_ok=True)
     stem = m.path.resolve().name if m.path.is_dir() else m.path.stem

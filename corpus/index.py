@@ -164,7 +164,8 @@ def write_index(config: DataConfig, table: StreamTable) -> Index:
     manifests, encoded = encode_sources(config, codec, duplex, silence=table.timing.around)
     info = {"version": CACHE_VERSION, "frame_rate": codec.frame_rate if codec else 0.0, "duplex": duplex}
     index = Index(folder, info, [], chat=chat, padding=(config.text_padding_weight, table.pad, table.epad))
-    indexer = Indexer(index, with_fitting_split(config, manifests), table, tokenizer, composed_audio(manifests))
+    composed = {m.clips[p]["mark"] for m in manifests for r in m.rows if r.get("split", "train") == "train" for p in r.get("parts", [])}
+    indexer = Indexer(index, with_fitting_split(config, manifests), table, tokenizer, composed - {""})      # never held out on their own
     for source, m in enumerate(manifests):
         indexer.add(m, source)
     index.verdict = verdict_lines(manifests, config.doubtful)
@@ -290,12 +291,6 @@ def open_cache(config: DataConfig, table: StreamTable) -> Index:
     info, entries = open_entries(folder / f"{now['content']}.json", now["checksum"])
     return Index(folder, info, entries, chat=chat, content=now["content"], verdict=now.get("verdict", []),
                  padding=(config.text_padding_weight, table.pad, table.epad)).open()
-
-
-def composed_audio(manifests: list[Manifest]) -> set[str]:
-    """Hashes of the audio in composed training rows; such clips are never held out on their own."""
-    return {m.clips[p]["mark"] for m in manifests for row in m.rows if row.get("split", "train") == "train"
-            for p in row.get("parts", [])} - {""}
 
 
 def split_of(row: Row, mark: str, config: DataConfig) -> str:

@@ -156,7 +156,8 @@ def accept(m: Manifest, where: str, row: Row) -> None:
         part |= CACHE_FIELDS | {"file": audio_file(m, part)}
     start = f"@{row['offset']}" if row.get("offset") else ""
     named = row.get("audio") and row["audio"] != INLINE
-    row["id"] = label(row.get("id")) or own_id(m, os.path.splitext(str(row["audio"]))[0] + start if named else where)
+    name = os.path.splitext(str(row["audio"]))[0] + start if named else where         # rows that share a clip are numbered
+    row["id"] = label(row.get("id")) or next(s for s in chain([name], (f"{name} ({n})" for n in count(2))) if s not in m.clips)
     row["speaker"] = label(row.get("speaker"))
     try:
         check_fields(m, row, list(beside.values()))
@@ -172,11 +173,6 @@ def accept(m: Manifest, where: str, row: Row) -> None:
 def label(value: Any) -> str:
     """A name as text: 0 is one; nothing, None and the NaN that tables write are none."""
     return "" if value is None or value != value else str(value)
-
-
-def own_id(m: Manifest, name: str) -> str:
-    """An id for a row that has none: rows that share a clip are numbered."""
-    return next(found for found in chain([name], (f"{name} ({n})" for n in count(2))) if found not in m.clips)
 
 
 def recordings_beside(row: Row) -> dict[str, Row]:
@@ -238,7 +234,8 @@ def check_fields(m: Manifest, row: Row, others: list[Row]) -> None:
     words = row.get("words", [])
     if isinstance(row.get("text"), (int, float)):
         raise Unusable("the text is a number", "write the transcript in quotes, in the words that are spoken")
-    if not isinstance(row.get("text"), str) or not (row["text"].strip() or "alignments" in row or needs_no_text(row)):
+    heard = "clips" in row and any(clips(m["content"]) for m in row["messages"] if m["role"] == "user")    # is trained on its codes
+    if not isinstance(row.get("text"), str) or not (row["text"].strip() or "alignments" in row or heard):
         raise Unusable("empty text", "write the transcript, or remove the row")
     if "\ufffd" in row["text"]:
         raise Unusable("bad encoding", "the text contains U+FFFD: save it again as UTF-8 from its source")
@@ -256,11 +253,6 @@ def check_fields(m: Manifest, row: Row, others: list[Row]) -> None:
     if not isinstance(words, list) or not all(
             isinstance(w, list) and len(w) == 2 and isinstance(w[0], str) and is_time(w[1]) for w in words):
         raise Unusable("malformed field", 'words look like [["four", 0.08], ...]')
-
-
-def needs_no_text(row: Row) -> bool:
-    """Whether a row may have an empty transcript: conversations with a recorded user turn are trained on their codes."""
-    return "clips" in row and any(clips(m["content"]) for m in row["messages"] if m["role"] == "user")
 
 
 def hash_fraction(*words: object) -> float:

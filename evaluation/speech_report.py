@@ -318,19 +318,14 @@ def bench_samples(folder: Path) -> list[Path]:
     """The samples below a folder; stereo conversations in it are written as samples first."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} does not exist; name a folder of Full-Duplex-Bench, or of stereo conversations")
-    found = sample_folders(folder)
+    found = {path.parent for name in ("input.wav", "output.wav", "output.json") for path in folder.rglob(name)}
+    found = sorted(found, key=lambda path: (path.parent, len(path.name) if path.name.isdigit() else 0, path.name))       # numbers in order
     if not found:
         talks = [path for path in sorted(folder.glob("*.wav")) if load_wav(path, None, None)[0].shape[0] == 2]
         found = [as_sample(path, folder / "full_duplex_bench" / path.stem) for path in talks]
     if not found:
         raise ValueError(f"{folder} holds no SAMPLE/input.wav and no stereo wav; name the folder whose folders are the samples")
     return found
-
-
-def sample_folders(folder: Path) -> list[Path]:
-    """The folders below that hold a sample, numbers in their order."""
-    found = {path.parent for name in ("input.wav", "output.wav", "output.json") for path in folder.rglob(name)}
-    return sorted(found, key=lambda path: (path.parent, len(path.name) if path.name.isdigit() else 0, path.name))
 
 
 def answer_samples(found: Sequence[Path], job: DuplexConfig) -> None:

@@ -64,19 +64,27 @@ def export_peft(model: MultistreamLM, base: str, dtype: str) -> tuple[About, Ten
     for name, parameter in model.named_parameters():
         path, _, part = name.partition(".adapter.")
         if part or module_path(names.get(name, "")) in saved:
-            tensors[PREFIX + (f"{official[path]}.{PARTS[part]}" if part else names[name])] = parameter.detach()
-    if model.config.tied and module_path(names["embed.text.weight"]) in saved:       # PEFT would leave the head as it was
-        saved = sorted({*saved, module_path(names["text_head.weight"])})
-        tensors[PREFIX + names["text_head.weight"]] = tensors[PREFIX + names["embed.text.weight"]].clone()
+            tensor = turned(layout, names.get(name), parameter.detach())
+            tensors[PREFIX + (f"{official[path]}.{PARTS[part]}" if part else names[name])] = tensor
+    tied = [(names["embed.text.weight"], names["text_head.weight"])] if model.config.tied else []
+    for name, copy in (*layout.shared, *tied):
+        if module_path(name) in saved:                                      # PEFT would leave the other module as it was
+            saved = sorted({*saved, module_path(copy)})
+            tensors[PREFIX + copy] = tensors[PREFIX + name].clone()
     about = {
         "peft_type": "LORA", "task_type": layout.task_type,
         "base_model_name_or_path": base, "revision": None, "inference_mode": True, "bias": "none", "fan_in_fan_out": False,
         "init_lora_weights": True, "r": config.rank, "lora_alpha": config.alpha, "lora_dropout": config.dropout,
         "use_rslora": config.rslora, "use_dora": config.dora, "modules_to_save": saved or None,
-        "target_modules": suffixes(set(found), set(official.values())),
+        "target_modules": sorted(found) if layout.codec else suffixes(set(found), set(official.values())),      # whose names are alike
         "rank_pattern": {n: a.rank for n, a in found.items() if a.rank != config.rank},
         "alpha_pattern": {n: a.alpha for n, a in found.items() if a.alpha != config.alpha}}
     return about, tensors
+
+
+def turned(layout: Format, name: str | None, t: torch.Tensor) -> torch.Tensor:
+    """A tensor of an official name as the other side stores it."""
+    return t.mT.contiguous() if name in layout.turned else t
 
 
 def suffixes(chosen: set[str], everything: set[str]) -> list[str]:
@@ -99,7 +107,8 @@ qalora_group_size ensure_weight_tying""".split()                   # read, impli
 def import_peft(model: MultistreamLM, about: About, tensors: Tensors, source: str) -> tuple[LoraConfig, Tensors]:
     """Read a PEFT adapter, in either official naming of this model's family."""
     # how EVA drew the first A leaves no trace in the result
-    require(about, PEFT_FIXED | {key: (None, {}) for key in about if key.endswith("_config") and key != "eva_config"})
+    require(about, PEFT_FIXED | {key: (None, {}) for key in about if key.endswith("_config") and key != "eva_config"},
+            f"{source}/adapter_config.json", "; merge it with the library that wrote it, or train it again without")
     strange = [key for key, value in about.items() if value and key not in PEFT_READ and key not in PEFT_FIXED and key != "eva_config"]
     if strange:
         raise ValueError(f"adapter {source} has {strange[0]} = {about[strange[0]]!r}, which is not supported; "
@@ -109,7 +118,8 @@ def import_peft(model: MultistreamLM, about: About, tensors: Tensors, source: st
     if not fitting:
         raise ValueError(f"{source}: PEFT has no names for this family; use the adapter format of the family")
     layout = max(fitting, key=lambda x: len(adapter_keys(model, x).keys() & bare.keys()))
-    bare = separate(model, {ours: theirs for ours, (theirs, *_) in theirs_of(model, layout).items()}, bare, source)
+    bare = without_codec(layout, bare, source)
+    bare = separate(model, layout, {ours: theirs for ours, (theirs, *_) in theirs_of(model, layout).items()}, bare, source)
     ours, names = adapter_to_ours(model, layout, bare, source), theirs_of(model, layout)
     paths = {module_path(module_path(n)) for n in ours if n.endswith("lora_A")}
     official = {p: module_path(names[f"{p}.weight"][0]) for p in paths}
@@ -119,10 +129,20 @@ def import_peft(model: MultistreamLM, about: About, tensors: Tensors, source: st
     return adapter_config(model, ours, alphas, *flags), ours
 
 
-def separate(model: MultistreamLM, names: dict[str, str], tensors: Tensors, source: str) -> Tensors:
+def without_codec(layout: Format, tensors: Tensors, source: str) -> Tensors:
+    """An adapter without the pairs that PEFT put into a codec beside the model because its Linears have the same names."""
+    own = {name: t for name, t in tensors.items() if not (layout.codec and name.startswith(layout.codec))}
+    if changed := sorted(name for name in tensors.keys() - own.keys() if not name.endswith("lora_A.weight") and tensors[name].any()):
+        raise ValueError(f"adapter {source} changes the codec ({changed[0]}), which stays as it is here; train it with target_modules "
+                         + "that name the layers of the model only")
+    return own
+
+
+def separate(model: MultistreamLM, layout: Format, names: dict[str, str], tensors: Tensors, source: str) -> Tensors:
     """What PEFT makes of a head that is tied to the embedding: as soon as one of the two is adapted they are two.
 
-    Equal copies of both are one again. Of an adapted head its own weight is written, too, which must be the model's.
+    Equal copies of both are one again. Of an adapted head its own weight is written, too, which must be the model's. Of a table that
+    two transformers share ours are one; ValueError where the adapter makes them two.
     """
     tensors = dict(tensors)
     for ours, official in names.items():
@@ -130,6 +150,12 @@ def separate(model: MultistreamLM, names: dict[str, str], tensors: Tensors, sour
         own = model.get_parameter(ours)
         if copy is not None and not own.is_meta and not torch.equal(copy.to(own.dtype), own.detach().cpu()):
             raise ValueError(f"adapter {source} brings a {official} that is not this model's; it was trained on another base")
+    for name, copy in layout.shared:
+        found = [tensors.get(n) for n in (name, copy)]
+        if any(t is not None for t in found) and (any(t is None for t in found) or not torch.equal(*found)):
+            raise ValueError(f"adapter {source} trains {module_path(name)} apart from {module_path(copy)}, which are one here; "
+                             + "name both in modules_to_save, or neither")
+        tensors.pop(copy, None)
     if not model.config.tied:
         return tensors
     embedding, head = names["embed.text.weight"], names["text_head.weight"]
@@ -175,13 +201,13 @@ def adapter_to_ours(model: MultistreamLM, layout: Format, tensors: Tensors, sour
                          + "use an adapter for this model, without embeddings and convolutions")
     for name, tensor in tensors.items():
         ours, k, count = keys[name]
-        groups.setdefault(ours, [None] * count)[k] = tensor
+        groups.setdefault(ours, [None] * count)[k] = turned(layout, name, tensor)
     broken = sorted(n for n, parts in groups.items() if any(p is None for p in parts))
     if broken:
         raise ValueError(f"adapter {source} lacks some depth steps of {broken[:3]}; use a complete adapter file")
     shapes = {n: p.shape for n, p in model.named_parameters()}
     sets = {path for path, linear in lora.linears(model).items() if linear.weight.dim() == 3}
-    return {n: (parts[0].view(shapes[n]) if n in shapes else parts[0]) if len(parts) == 1 and module_path(module_path(n)) not in sets else
+    return {n: parts[0] if len(parts) == 1 and module_path(module_path(n)) not in sets else
             join(parts, shapes.get(n, torch.Size((len(parts), 0, 0)))) for n, parts in groups.items()}
 
 

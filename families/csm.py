@@ -65,22 +65,22 @@ NAMES = (("embed.text.weight", "embed_text_tokens.weight"),
          ("audio_head.weight", "lm_head.weight"), *stack("depth.layers", f"{DEPTH}.layers"), ("depth.norm.weight", f"{DEPTH}.norm.weight"),
          ("depth.input.weight", f"{DEPTH}.inputs_embeds_projector.weight"), ("depth.head.weight", "depth_decoder.codebooks_head.weight"))
 CODEC = "codec_model."                                   # Mimi's weights, which audio/ reads from their own file
+TABLES = ("backbone_model.embed_tokens.embed_audio_tokens.weight", f"{DEPTH}.embed_tokens.weight")
 HEADS = "depth_decoder.codebooks_head.weight"           # (Q - 1, d, V) there, (Q - 1, V, d) here
 
 
 def tidy(tensors: Tensors, config: ModelConfig) -> Tensors:
     """Without the codec, which audio/ reads; one copy of the tables that both transformers share."""
     kept = {n: t.transpose(1, 2) if n == HEADS else t for n, t in tensors.items() if not n.startswith(CODEC)}
-    drop_duplicate(kept, "backbone_model.embed_tokens.embed_audio_tokens.weight", f"{DEPTH}.embed_tokens.weight")
-    if f"{DEPTH}.embed_tokens.weight" in kept:          # transformers may store the shared tables under this name alone
-        kept["backbone_model.embed_tokens.embed_audio_tokens.weight"] = kept.pop(f"{DEPTH}.embed_tokens.weight")
+    drop_duplicate(kept, *TABLES)
+    if TABLES[1] in kept:                               # transformers may store the shared tables under this name alone
+        kept[TABLES[0]] = kept.pop(TABLES[1])
     return kept
 
 
 def untidy(tensors: Tensors, config: ModelConfig) -> Tensors:
     """Undo `tidy`: the depth transformer's name of the shared tables is the one that transformers stores."""
-    names = {"backbone_model.embed_tokens.embed_audio_tokens.weight": f"{DEPTH}.embed_tokens.weight"}
-    return {names.get(n, n): t.transpose(1, 2) if n == HEADS else t for n, t in tensors.items()}
+    return {TABLES[1] if n == TABLES[0] else n: t.transpose(1, 2) if n == HEADS else t for n, t in tensors.items()}
 
 
 def read(about: About, tensors: Tensors) -> ModelConfig:
@@ -120,4 +120,4 @@ FAMILIES = (Family(
     companions={"codec": "kyutai/mimi"}, text_to_speech=True, references=99,
     formats=(Format("csm", "hf", lambda c: NAMES, read, write, lambda c: c.table.joint_end and c.depth is not None and c.depth.prefix,
                     by_model_type("csm"), tidy, untidy,
-                    stacked=True, peft=True, codec=CODEC),)),)
+                    stacked=True, peft=True, codec=CODEC, turned=(HEADS,), shared=(TABLES,)),)),)

@@ -59,6 +59,8 @@ class Format:
     peft: bool = False                                          # PEFT adapters use these names
     task_type: str | None = None                                # task_type of PEFT
     weight_file: Callable[[About], str] = lambda about: "model.safetensors"
+    turned: tuple[str, ...] = ()                                # tensors that are stored with their last two axes swapped
+    shared: tuple[tuple[str, str], ...] = ()                    # names of one tensor that two modules share
     codec: str = ""                                             # how names of a codec or encoder begin whose weights lie in the same file
     named: Callable[[About], str] = lambda about: ""            # the file of weights that a config.json names, "" = it names none
     adapter: Callable[[About], str] = lambda about: ""          # the adapter that it names
@@ -175,11 +177,11 @@ def drop_duplicate(tensors: Tensors, name: str, copy: str) -> None:
         del tensors[copy]
 
 
-def require(about: About, allowed: dict[str, tuple[Any, ...]]) -> None:
+def require(about: About, allowed: dict[str, tuple[Any, ...]], file: str = "config.json", fix: str = "") -> None:
     """ValueError when a field has an unsupported value; the first allowed value is the default of an absent field."""
     for key, values in allowed.items():
         if about.get(key, values[0]) not in values:
-            raise ValueError(f"config.json has {key} = {about[key]!r}, supported is only {' or '.join(map(repr, values))}")
+            raise ValueError(f"{file} has {key} = {about[key]!r}, supported is only {' or '.join(map(repr, values))}{fix}")
 
 
 SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")      # of rope_type llama3
@@ -189,8 +191,12 @@ FIXED = {"attention_bias": (False,), "mlp_bias": (False,), "use_sliding_window":
 def llama(about: About, layers: int, eps: float, **more: Any) -> StackConfig:
     """Read the Llama-like stack of a transformers config, with old or new RoPE fields; absent fields have their class defaults."""
     require(about, FIXED)
-    rope = about.get("rope_parameters") or about.get("rope_scaling") or {}
-    require({"rope_type": rope.get("rope_type", rope.get("type", "default"))}, {"rope_type": ("default", "llama3")})
+    new, old = about.get("rope_parameters") or {}, about.get("rope_scaling") or {}
+    old = {"rope_type": old.get("type", "default"), **{key: value for key, value in old.items() if key != "type"}} if old else {}
+    if any(new.get(key, value) != value for key, value in old.items()):
+        raise ValueError(f"config.json has rope_parameters {new} and another rope_scaling {old}; keep one of them")
+    rope = {"rope_type": new.get("type", "default")} | new | old
+    require(rope, {"rope_type": ("default", "llama3")})
     heads, dim = about["num_attention_heads"], about["hidden_size"]
     kv, head = about.get("num_key_value_heads") or heads, about.get("head_dim") or 0
     return StackConfig(

@@ -155,11 +155,6 @@ def voice_features(files: Sequence[str]) -> Tensor:
     return torch.cat([*found, *[torch.full_like(found[0], torch.nan)] * (MOST_VOICES - len(found))])
 
 
-def speech_rules(table: StreamTable) -> dict[str, Any]:
-    """moshi's: T = 0.6 for all, top-k as in its generator; five minutes at most."""
-    return moshi_rules(table) | {"temperature": 0.6, "max_frames": 3750}
-
-
 def speech_condition(table: StreamTable) -> str:
     """Good recordings, and as if guided by 2: the model was trained on what guidance makes."""
     usual = {"control": "ok", "cfg": "2.0"}
@@ -176,11 +171,6 @@ def condition(table: StreamTable) -> str:
     return "description=very_good" if any("very_good" in table.streams[k].values for k in table.conditions) else ""
 
 
-def translation_rules(table: StreamTable) -> dict[str, Any]:
-    """Moshi's; guidance, where it is asked for, is against the worst."""
-    return moshi_rules(table) | ({"cfg_condition": "description=very_bad"} if condition(table) else {})
-
-
 @torch.no_grad()
 def before_sampling(model: Any) -> None:
     """Hibiki writes its end too early at times: from then on it reads padding instead, as in moshi's loader."""
@@ -190,10 +180,12 @@ def before_sampling(model: Any) -> None:
 
 
 FAMILIES = (
-    Family("Kyutai TTS", "kyutai_tts", "Kyutai TTS: speech from fed words, in the voices of files", duplex_grid, rules=speech_rules,
+    Family("Kyutai TTS", "kyutai_tts", "Kyutai TTS: speech from fed words, in the voices of files", duplex_grid,
+           rules=lambda table: moshi_rules(table) | {"temperature": 0.6, "max_frames": 3750},              # five minutes at most
            feed=WordFeed, spell=spell, text_rows=fed_rows, voice_features=voice_features, condition=speech_condition, text_to_speech=True,
            references=MOST_VOICES),
     Family("Kyutai STT", "kyutai_stt", "Kyutai STT: words and their times, and when a speaker pauses", duplex_grid, rules=moshi_rules,
            user_audio="duplex"),
-    Family("Hibiki", "hibiki", "Hibiki: translation while somebody speaks", duplex_grid, rules=translation_rules, condition=condition,
+    Family("Hibiki", "hibiki", "Hibiki: translation while somebody speaks", duplex_grid, condition=condition,
+           rules=lambda table: moshi_rules(table) | ({"cfg_condition": "description=very_bad"} if condition(table) else {}),
            before_sampling=before_sampling, user_audio="duplex", ends=END))

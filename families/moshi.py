@@ -223,7 +223,7 @@ def tidy_moshi(tensors: Tensors, config: ModelConfig) -> Tensors:
         if match is None:
             result[name] = tensor
             continue
-        sets = weight_sets(config.depth) if name.startswith("depformer.") and config.depth else 1
+        sets = len(set(config.depth.schedule)) or config.depth.steps if name.startswith("depformer.") and config.depth else 1
         result |= {f"{match[1]}s.{k}{match[2] or '.weight'}": part for k, part in enumerate(tensor.chunk(sets))}
     return result
 
@@ -271,10 +271,6 @@ def split_moshi_hf(tensors: Tensors, config: ModelConfig) -> Tensors:
             q, k = (t.unflatten(0, (-1, config.temporal.head // 2, 2)).transpose(1, 2).flatten(0, 2) for t in (q, k))
         result |= {name.replace("qkv_proj", f"{x}_proj"): t for x, t in zip("qkv", (q, k, v), strict=True)}
     return result
-
-
-def weight_sets(c: StackConfig) -> int:
-    return len(set(c.schedule)) or c.steps
 
 
 NORMS = {"rms_norm_f32": 1e-8, "rms_norm": 1e-5}       # the first computes in fp32 whatever the model's type, as ours does
@@ -528,11 +524,6 @@ def export_moshi_lora(model: MultistreamLM, base: str, dtype: str) -> tuple[Abou
     return {**write_moshi(model.config, dtype), "lora": True, "lora_rank": rank, "lora_scaling": scale}, result
 
 
-def differing(one: ModelConfig, other: ModelConfig) -> list[str]:
-    """What differs between what two files say of a model: its grid, or its sizes."""
-    return other_grid(one.table, other.table) or config_differences(one, replace(other, table=one.table))
-
-
 def padded(linear: nn.Module, adapter: lora.Adapter | None, rank: int, scale: float) -> tuple[Tensor, Tensor]:
     """A and B of every step, zero where there is no adapter or a smaller rank.   -> (steps, R, in), (steps, out, R)"""
     *sets, outputs, inputs = linear.weight.shape
@@ -546,16 +537,21 @@ def padded(linear: nn.Module, adapter: lora.Adapter | None, rank: int, scale: fl
 def import_moshi_lora(model: MultistreamLM, about: About, tensors: Tensors, source: str) -> tuple[LoraConfig, Tensors]:
     """Read moshi's own adapter file; pairs that are all zero are left out."""
     require(about, {"lora": (True,)})
-    if about.keys() >= KEYS and (gone := differing(read_moshi(about, tensors), model.config)):
+    made = read_moshi(about, tensors) if about.keys() >= KEYS else model.config
+    if gone := other_grid(made.table, model.table) or config_differences(made, replace(model.config, table=made.table)):
         raise ValueError(f"adapter {source} was made for another model than this one ({'; '.join(gone[:3])}); use its own base")
     ours = adapter_to_ours(model, FORMAT, tidy_moshi(tensors, model.config), source)
+    scale = about.get("lora_scaling", 2.0)                  # moshi multiplies by it as it is, whatever the rank
+    for path in {module_path(module_path(n)) for n in ours if n.endswith("lora_A")}:
+        if f"{path}.weight" in ours:                        # a narrow table's map, trained beside its pair: one weight here
+            a, b = (ours.pop(f"{path}.adapter.lora_{x}").float() for x in "AB")
+            ours[f"{path}.weight"] = ours[f"{path}.weight"].float() + scale * (b @ a)
     empty = [module_path(n) for n, t in ours.items() if n.endswith("lora_B") and not t.any()]
     ours = {n: t.float() for n, t in ours.items() if module_path(n) not in empty}
     ranks = {module_path(module_path(n)): t.shape[-2] for n, t in ours.items() if n.endswith("lora_A")}
     if strange := {rank for rank in ranks.values() if about.get("lora_rank") not in (None, rank)}:
         raise ValueError(f"adapter {source}: lora_rank is {about['lora_rank']} in its config.json and {strange.pop()} in its tensors; "
                          + "mend one of them")
-    scale = about.get("lora_scaling", 2.0)                  # moshi multiplies by it as it is, whatever the rank
     return adapter_config(model, ours, {path: scale * rank for path, rank in ranks.items()}, 0.0, False, False), ours
 
 

@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 import evaluate  # noqa: E402
 from audio import load_codec, recogniser  # noqa: E402
-from audio.rvq import ResidualVQ, fit_rvq, nearest  # noqa: E402
+from audio.rvq import ResidualVQ, nearest  # noqa: E402
 from audio.tiny import FRAME, LOOKAHEAD, TinyCodec, griffin_lim, log_mel, mel_filters  # noqa: E402
 from audio.together import together  # noqa: E402
 from audio.wav import WavWriter, load_wav, resample, save_wav  # noqa: E402
@@ -25,6 +25,8 @@ from evaluation import metrics  # noqa: E402
 
 SPEECH = ROOT / "assets" / "speech"
 CODEC = ROOT / "assets" / "tiny_codec.safetensors"
+BUILD = runpy.run_path(str(ROOT / "assets/build.py"))
+fit_rvq = BUILD["fit_rvq"]
 
 
 @lru_cache
@@ -341,8 +343,7 @@ def test_unknown_codec_says_what_is_known(tmp_path):
 
 
 def test_tables_fitted_on_a_few_clips_describe_them():
-    fit_tables = runpy.run_path(str(ROOT / "assets/build.py"))["fit_tables"]
-    fitted = fit_tables([clip(f"digits/{d}")[0, 0] for d in range(10)], iterations=3)
+    fitted = BUILD["fit_tables"]([clip(f"digits/{d}")[0, 0] for d in range(10)], iterations=3)
     torch.testing.assert_close(fitted.basis @ fitted.basis.T, torch.eye(64), atol=2e-3, rtol=0)     # orthonormal, in fp16
     assert mel_error(fitted, clip("digits/4"), 8) < 0.3
     assert TinyCodec.load(CODEC, "griffin_lim").state_dict().keys() == fitted.state_dict().keys()

@@ -180,6 +180,21 @@ def test_weights_are_the_file_that_a_config_names_and_null_is_the_usual_one(tmp_
     assert all(torch.equal(t, expected[n]) for n, t in load(folder).weights().items())
 
 
+def test_a_finetuned_folder_keeps_the_names_of_its_base(tmp_path):
+    """moshi-finetune copies config.json and writes consolidated.safetensors beside it."""
+    folder = kyutai(tmp_path / "checkpoints/checkpoint_000500/consolidated", moshi_name="model.safetensors", lora=False)
+    (folder / "model.safetensors").rename(folder / "consolidated.safetensors")
+    expected = load(kyutai(tmp_path / "plain")).weights()
+    for path in (folder, folder / "consolidated.safetensors", folder / "config.json"):
+        assert all(torch.equal(t, expected[n]) for n, t in load(path).weights().items())
+    with pytest.raises(FileNotFoundError, match="give .*checkpoint_000500/consolidated"):
+        load(tmp_path)
+    other = tmp_path / "plain/other.safetensors"
+    save_file({n: t + 1 for n, t in Golden("moshi").weights.items()}, other)
+    edit(tmp_path / "plain/config.json", moshi_name="model.safetensors")
+    assert not torch.equal(load(other).text_head.weight, expected["text_head.weight"])      # the file that was given, not the one named
+
+
 def test_the_adapter_that_a_config_names_is_applied(tmp_path):
     run = adapter_run(kyutai(tmp_path / "base"), tmp_path / "run", targets=("temporal.*",))
     adapter = export(run, tmp_path / "adapter", to="moshi-lora")
@@ -297,6 +312,40 @@ def test_embeddings_trained_beside_a_moshi_adapter_go_and_come(name, tmp_path):
     assert torch.equal(rows, model.embed["audio"].weight[: len(rows)])
 
 
+@torch.no_grad()
+def test_a_narrow_table_trained_beside_its_pair_is_one_weight(tmp_path):
+    """ft_embed of moshi-finetune where LoRA has wrapped the map of the table, too."""
+    base = kyutai(tmp_path / "base", "tts")
+    model = load(base)
+    lora.inject(model, LoraConfig(rank=3, alpha=6.0, targets=("temporal.*",), train=("embed.*", "depth.text", "depth.audio")))
+    for _, _, pair in lora.adapters(model):
+        pair.lora_B.normal_()
+    adapter = export(model, tmp_path / "adapter", to="moshi-lora")
+    tensors = load_file(adapter / "lora.safetensors")
+    name = next(n for n in tensors if n.endswith("low_rank.frozen_W.weight"))
+    stem = name.removesuffix("frozen_W.weight")
+    a, b = torch.randn(3, tensors[name].shape[1]), torch.randn(tensors[name].shape[0], 3)
+    save_file(tensors | {f"{stem}lora_A.weight": a, f"{stem}lora_B.weight": b}, adapter / "lora.safetensors")
+    about = json.loads((adapter / "config.json").read_text())
+    plain = export(model, tmp_path / "other", to="moshi-lora")
+    one, other = (dict(load(base, adapter=path).named_parameters()) for path in (adapter, plain))
+    changed = [n for n in one if not torch.equal(one[n], other[n])]
+    assert len(changed) == 1 and one.keys() == other.keys()
+    difference = one[changed[0]] - other[changed[0]]
+    wanted = about["lora_scaling"] * b @ a
+    assert any(torch.allclose(part, wanted, atol=1e-5) for part in (difference if difference.dim() == 3 else [difference]))
+
+
+def test_the_files_of_a_moshi_serve_under_an_adapter_of_its_trainer(tmp_path):
+    base = official("moshi", tmp_path / "base")
+    adapter = export(adapter_run(base, tmp_path / "run", targets=("temporal.*",)), tmp_path / "adapter", to="moshi-lora")
+    for keep in (True, False):                                              # names of files that lie beside the base, or none
+        edit(adapter / "config.json", **({} if keep else dict.fromkeys(("tokenizer_name", "mimi_name", "moshi_name"), "gone")))
+        (adapter / "tokenizer_spm_32k_3.model").unlink(missing_ok=True)
+        _, data = load_for_sampling(Job(ckpt=str(base), adapter=str(adapter), codec="tiny:2"))
+        assert data.tokenizer == str(base / "tokenizer_spm_32k_3.model")
+
+
 def test_an_adapter_alone_finds_its_base_or_says_how_to_name_it(tmp_path):
     base, _, adapter = moshi_adapter(tmp_path)
     rc, _, err = call("sample.py", f"--ckpt={adapter}", "--user=x.wav")
@@ -314,6 +363,66 @@ def test_an_adapter_alone_finds_its_base_or_says_how_to_name_it(tmp_path):
     assert lora.norms(load(peft)) == pytest.approx(expected)
     with pytest.raises(ValueError, match="are both adapters"):
         load(peft, adapter=peft)
+
+
+def test_what_an_adapter_of_peft_says_wrongly_is_one_line(tmp_path):
+    qwen = official("qwen2", tmp_path / "qwen")
+    peft = export(adapter_run(qwen, tmp_path / "run"), tmp_path / "peft", to="peft")
+    for change, words in (({"peft_type": "VERA"}, "peft/adapter_config.json has peft_type = 'VERA'.*merge it"),
+                          ({"base_model_name_or_path": "./gone/base"}, "was made for ./gone/base, which is not here; name both")):
+        kept = (peft / "adapter_config.json").read_text()
+        edit(peft / "adapter_config.json", **change)
+        with pytest.raises(ValueError, match=words):
+            load(peft)
+        (peft / "adapter_config.json").write_text(kept)
+    tensors = load_file(peft / "adapter_model.safetensors")
+    resized = torch.zeros(551, 24)
+    save_file(tensors | {"base_model.model.model.embed_tokens.weight": resized, "base_model.model.lm_head.weight": resized.clone()},
+              peft / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"embed.text.weight is \(551, 24\), the model needs \(544, 24\)"):
+        load(peft)
+    with pytest.raises(FileNotFoundError, match="holds no checkpoint .*; give .*/peft"):
+        load(tmp_path / "peft" / "..")
+
+
+@torch.no_grad()
+def test_an_adapter_of_csm_keeps_head_table_and_codec_as_peft_has_them(tmp_path):
+    """Its head lies turned there, two modules share its tables, and Mimi's Linears have the same names as the model's."""
+    base = official("csm", tmp_path / "base")
+    model = load(base)
+    lora.inject(model, LoraConfig(rank=2, targets=("attn.q",), train=("depth.head", "embed.audio")))
+    for p in lora.trained_parameters(model, model.lora).values():
+        p.add_(torch.randn(p.shape))
+    for _, _, pair in lora.adapters(model):
+        pair.lora_B.normal_()
+    peft = export(model, tmp_path / "peft", to="peft")
+    again, tensors = dict(load(base, adapter=peft).named_parameters()), load_file(peft / "adapter_model.safetensors")
+    assert all(torch.equal(p, again[n]) for n, p in model.named_parameters())
+    head = "base_model.model.depth_decoder.codebooks_head.weight"
+    assert torch.equal(tensors[head], model.get_parameter("depth.head.weight").mT)
+    about = json.loads((peft / "adapter_config.json").read_text())
+    assert "depth_decoder.model.embed_tokens" in about["modules_to_save"] and all("." in name for name in about["target_modules"])
+    file = peft / "adapter_model.safetensors"
+    pair = {f"base_model.model.codec_model.x.q_proj.lora_{x}.weight": torch.full((2, 2), float(x == "A")) for x in "AB"}
+    save_file(tensors | pair, file)
+    assert all(torch.equal(p, load(base, adapter=peft).get_parameter(n)) for n, p in list(model.named_parameters())[:3])
+    for broken, words in ((tensors | {n: t + 1 for n, t in pair.items()}, "changes the codec"),
+                          ({n: t for n, t in tensors.items() if "depth_decoder.model.embed_tokens" not in n}, "which are one here"),
+                          ({n: t + ("depth_decoder.model.embed_tokens" in n) for n, t in tensors.items()}, "which are one here")):
+        save_file(broken, file)
+        with pytest.raises(ValueError, match=words):
+            load(base, adapter=peft)
+
+
+def test_two_statements_of_how_positions_turn_are_compared(tmp_path):
+    """transformers takes rope_scaling where somebody added it to a config with rope_parameters."""
+    base = official("qwen2", tmp_path / "base")
+    expected = load(base).config
+    edit(base / "config.json", rope_scaling={"type": "default"})
+    assert load(base).config == expected
+    edit(base / "config.json", rope_scaling={"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64})
+    with pytest.raises(ValueError, match="rope_parameters .* and another rope_scaling .*keep one"):
+        load(base)
 
 
 def test_weights_in_pytorchs_own_file_are_read_and_nothing_in_it_is_run(tmp_path):

@@ -76,6 +76,29 @@ def test_a_yaml_of_dsaa_counts_its_list_of_steps(tmp_path):
     assert said[1].endswith("left out: optim.finetune_lr=\"1e-5\", only_text=true")
 
 
+def test_fields_that_are_absent_or_empty_are_the_trainers_own_defaults(tmp_path):
+    pytest.importorskip("yaml")
+    path = tmp_path / "x.yaml"
+    path.write_text("duration_sec: 20\nfull_finetuning: true\nlora:\noptim:\nnum_ckpt_keep: null\nwandb:\n  key: s3cret\nmystery: 0\n")
+    c, said = made(path, "moshi_lora")
+    assert c.lora is None and (c.lr, c.batch_size, c.steps, c.warmup) == (1e-4, 1, 100, 5) and c.keep > 1000
+    assert c.data.stream_weights == (1.0, 1.0, *[1.0] * 7, *[0.0] * 8) and c.consolidated == "moshi" and c.save_every == 0
+    assert said[1] == "without a counterpart, left out: wandb.key, mystery=0"
+    path.write_text("duration_sec: 20\nlora:\n  enable: true\nfirst_codebook_weight_multiplier: 50\n")
+    c, _ = made(path, "hibiki")
+    assert len(c.data.stream_weights) == len(c.model.table) and c.data.stream_weights[c.model.table.audio_out[0]] == 50.0
+    path.write_text("text_llm:\n  enable: false\n  hf_repo_id: x/y\nlora:\n  enable: true\noptim:\n  lr: 2e-6\n  proj_lr: 1e-4\n")
+    c, said = made(path, "moshi_lora")
+    assert c.lr == 2e-6 and "(DSAA)" in said[0] and "optim.proj_lr" in said[1] and 'text_llm.hf_repo_id="x/y"' in said[1]
+    for text, words in (("duration_sec: long\n", "duration_sec is 'long'"), ("duration_sec: 2\nmax_steps: [a]\n", r"max_steps is \['a'\]"),
+                        ("duration_sec: 2\nfull_finetuning: false\n", "full_finetuning says the opposite"),
+                        ("duration_sec: 2\nfull_finetuning: true\nlora:\n  enable: true\n", "full_finetuning says the same"),
+                        ("duration_sec: 2\nfull_finetuning: true\ngradient_checkpointing: 'false'\n", "expected true or false")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=f"x.yaml: .*{words}"):
+            made(path, "moshi_lora")
+
+
 def test_an_adapter_config_of_peft(tmp_path):
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps({
@@ -103,6 +126,11 @@ def test_training_arguments_of_transformers(tmp_path):
     assert said[1] == "without a counterpart, left out: group_by_length=true"
     path.write_text(json.dumps({"learning_rate": 1e-4, "num_train_epochs": 3}))
     assert made(path, "ivr_qwen")[0].epochs == 3
+    path.write_text(json.dumps({"learning_rate": 1e-4, "num_train_epochs": 2.5, "max_steps": 20, "warmup_steps": 0.1}))
+    c, said = made(path, "ivr_qwen")
+    assert (c.steps, c.warmup) == (20, 2)
+    path.write_text(json.dumps({"learning_rate": 1e-4, "num_train_epochs": 2.5}))
+    assert "num_train_epochs=2.5" in made(path, "ivr_qwen")[1][1]
 
 
 def test_what_is_no_config_of_a_trainer_is_one_line(tmp_path):

@@ -34,7 +34,7 @@ from audio import hub
 from corpus.swap_tokenizer import swap_tokenizer
 from families.adapters import adapter_formats, adapter_tensors, find_adapter, untie
 from families.family import all_families, choose_format, export_model, family_of, on_base, other_grid, recognise_format
-from families.folder_files import carry, one_end, remember
+from families.folder_files import carry, generation_config, one_end, remember
 from families.formats import (
     AdapterFormat,
     Conversion,
@@ -431,8 +431,8 @@ def open_official(form: Format, folder: Path, config: ModelConfig | None = None,
     """The model of an official config.json on the meta device, and its weights by our names, of one file or of shards."""
     about = read_json(config_file(folder))
     tensors = official_tensors(form, folder, about, file)
-    if (folder / "generation_config.json").is_file():             # it knows all ids that end a text, config.json often one
-        about |= {k: v for k, v in read_json(folder / "generation_config.json").items() if k == "eos_token_id" and v is not None}
+    ends = generation_config(folder).get("eos_token_id")          # it knows all ids that end a text, config.json often one
+    about |= {} if ends is None else {"eos_token_id": ends}
     about = form.complete(about, tensors, str(folder), lambda name: open_model(name)[0])
     stored = read_config(form, about, tensors, str(folder))
     changed = config_differences(stored, replace(config, table=stored.table)) if config is not None else []

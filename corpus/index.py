@@ -25,7 +25,7 @@ from corpus.data_config import PROMPT_FIELDS, DataConfig, source_weight
 from corpus.manifest import Manifest, Row, hash_fraction, label
 from families.family import family_of, lay_out
 from layers.conditioning import chosen, condition_ids
-from options import load_config, locate, parse_shard, read_json, split_arguments, to_json, visible, write_json
+from options import load_config, locate, parse_shard, read_object, split_arguments, to_json, visible, write_json
 from streams import Example, StreamTable
 from system.files import lock, unlock
 from system.unchanged import fingerprint
@@ -203,7 +203,7 @@ def thought_of(config: DataConfig) -> str:
     if config.thought or config.tokenizer == "bytes":
         return config.thought
     beside, about = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-    template = read_json(about).get("chat_template") if about.is_file() else ""
+    template = read_object(about, "fetch it again").get("chat_template") if about.is_file() else ""
     template = beside.read_text(encoding="utf-8") if beside.is_file() else template
     return "none" if template and "enable_thinking" not in str(template) else ""
 

@@ -61,13 +61,11 @@ def export_peft(model: MultistreamLM, base: str, dtype: str) -> tuple[About, Ten
     found = {official[path]: adapter for path, _, adapter in lora.adapters(model)}
     saved = sorted({module_path(names[n]) for n in lora.trained_parameters(model, config)})
     tensors = {}
-    for name, parameter in model.named_parameters():
+    for name, p in model.named_parameters():
         path, _, part = name.partition(".adapter.")
         if part or module_path(names.get(name, "")) in saved:
-            tensor = turned(layout, names.get(name), parameter.detach())
-            tensors[PREFIX + (f"{official[path]}.{PARTS[part]}" if part else names[name])] = tensor
-    tied = [(names["embed.text.weight"], names["text_head.weight"])] if model.config.tied else []
-    for name, copy in (*layout.shared, *tied):
+            tensors[PREFIX + (f"{official[path]}.{PARTS[part]}" if part else names[name])] = turned(layout, names.get(name), p.detach())
+    for name, copy in (*layout.shared, *([(names["embed.text.weight"], names["text_head.weight"])] if model.config.tied else [])):
         if module_path(name) in saved:                                      # PEFT would leave the other module as it was
             saved = sorted({*saved, module_path(copy)})
             tensors[PREFIX + copy] = tensors[PREFIX + name].clone()

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from families.formats import About, config_file, official_files
-from options import read_json, write_json
+from families.formats import About, config_file, ids, official_files
+from options import read_json, read_object, write_json
 from streams import StreamTable
 from system.files import copy_file
 
@@ -35,13 +35,18 @@ def small_files(folder: Path) -> list[Path]:
 
 OURS = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "ras_win_len": "ras_window",
         "ras_win_max_num_repeat": "ras_repeats", "repetition_penalty": "repetition_penalty"}
+GENERATION = {f"{name}?": int | float | None for name in OURS} | {"eos_token_id?": int | list | None}
 WITHOUT = {"no_repeat_ngram_size": 0, "num_beams": 1, "typical_p": 1.0, "epsilon_cutoff": 0.0}
+
+
+def generation_config(folder: Path) -> About:
+    file = folder / "generation_config.json"
+    return read_object(file, "fetch it again", **GENERATION) if file.is_file() else {}
 
 
 def sampling_rules(folder: Path, table: StreamTable, say: Callable[[str], Any]) -> dict[str, Any]:
     """How the files beside official weights want to be sampled: generation_config.json, or lm_gen_config of a config of moshi's."""
-    file = folder / "generation_config.json"
-    about = read_json(file) if file.is_file() else {}
+    about = generation_config(folder)
     rules = {ours: about[theirs] for theirs, ours in OURS.items() if about.get(theirs) is not None}
     Q = len(table.codes_out)
     for ours, theirs in (("temperature", "subtalker_temperature"), ("top_k", "subtalker_top_k"), ("top_p", "subtalker_top_p")):
@@ -50,8 +55,9 @@ def sampling_rules(folder: Path, table: StreamTable, say: Callable[[str], Any]) 
     if about.get("do_sample") is False and rules.keys() & {"temperature", "top_k", "top_p"}:
         rules["temperature"] = 0.0
     if ignored := [f"{key} {about[key]}" for key, none in WITHOUT.items() if about.get(key) not in (None, none)]:
-        say(f"{file.name} asks for {', '.join(ignored)}, which is not done here")
-    told, Q = read_json(config_file(folder)).get("lm_gen_config") or {}, len(table.audio_out)
+        say(f"generation_config.json asks for {', '.join(ignored)}, which is not done here")
+    told = read_object(config_file(folder), "fetch it again", **{"lm_gen_config?": dict | None}).get("lm_gen_config") or {}
+    Q = len(table.audio_out)
     if told.keys() & {"temp", "temp_text", "use_sampling"}:
         greedy = told.get("use_sampling") is False
         rules["temperature"] = 0.0 if greedy else (told.get("temp_text", 0.7), *[told.get("temp", 0.8)] * Q)
@@ -81,12 +87,9 @@ def carry(source: Path, out: Path, about: About | None, stop: Sequence[int], tok
         files = [path for path in files if not path.name.startswith(TOKENIZER) and path.suffix != ".model"] + [tokenizer]
     for path in files:
         copy_file(path, out / path.name)
-    generation = out / "generation_config.json"
-    if generation.is_file() and stop:
-        known = (found := read_json(generation)).get("eos_token_id")
-        known = known if isinstance(known, list) else [] if known is None else [known]
-        if more := [i for i in stop if i not in known]:
-            write_json(generation, found | {"eos_token_id": [*known, *more]})
+    known = ids((found := generation_config(out)).get("eos_token_id"))
+    if found and (more := [i for i in stop if i not in known]):
+        write_json(out / "generation_config.json", found | {"eos_token_id": [*known, *more]})
     if about is None:
         return
     base = read_json(config_file(source))
@@ -100,8 +103,7 @@ def carry(source: Path, out: Path, about: About | None, stop: Sequence[int], tok
 
 
 def one_end(about: About, out: Path) -> About:
-    """The config.json of an export with one id that ends a text, which is all that a class may take (Higgs'), nested ones too; beside it
-    generation_config.json names all of them."""
+    """The config.json of an export with one id that ends a text, all that a class may take (Higgs'); generation_config.json has all."""
     if isinstance(found := about.get("eos_token_id"), list) and found:
         write_json(out / "generation_config.json", {"eos_token_id": found})
         about = about | {"eos_token_id": found[0]}

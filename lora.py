@@ -43,7 +43,8 @@ class LoraConfig:
     alphas: tuple[tuple[str, float], ...] = ()   # (pattern, alpha) pairs that override alpha; the first match applies
 
     def __post_init__(self) -> None:
-        assert self.rank > 0 and 0 <= self.dropout < 1, f"rank {self.rank} and dropout {self.dropout} are out of range"
+        assert all(0 < r <= 2**20 for r in (self.rank, *dict(self.ranks).values())) and 0 <= self.dropout < 1, (
+            f"rank {self.rank}, ranks {self.ranks} or dropout {self.dropout} is out of range")
 
 
 class Adapter(nn.Module):

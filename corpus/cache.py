@@ -210,9 +210,9 @@ class Shard:
 
     def place(self, key: str) -> tuple[int, int, int, int]:
         """Where an array begins, its rows and columns, and its checksum or -1."""
-        _, known, found = self.said.get(key, "").partition(SUM)
+        frames, known, found = self.said.get(key, "").partition(SUM)
         begin, shape = self.arrays.get(key, (0, []))
-        if len(shape) != 2 or known and re.fullmatch("[0-9a-f]{1,8}", found) is None:
+        if len(shape) != 2 or re.fullmatch(r"[\d ]*", frames) is None or known and re.fullmatch("[0-9a-f]{1,8}", found) is None:
             raise ValueError(damaged_message(self.path, f"{key} has the shape {shape}" if key in self.arrays else f"it has no {key}"))
         return begin, *shape, int(found, 16) if known else -1
 

@@ -150,7 +150,6 @@ HF: Table = {
     "report_to": lambda value, f: {"trackers": ",".join(x for x in ([value] if isinstance(value, str) else value)
                                                        if x in ("wandb", "tensorboard", "trackio"))}}
 SILENT = {"null", "false", '""', "[]", "{}", '"none"'}         # what says nothing, in every trainer, as JSON
-SECRET = ("wandb.key", "neptune_key", "hub_token")
 
 
 def flat(value: Any, prefix: str = "") -> Pairs:
@@ -216,7 +215,7 @@ def with_other_trainer(argv: Sequence[str], say: Callable[[str], Any] | None = N
         set_ |= found
         shown = json.dumps(value, ensure_ascii=False, default=str)
         if not found and rule is not never and field in given and shown not in SILENT:
-            left.append(field if field in SECRET else f"{field}={shown[:40]}")
+            left.append(field if field.endswith(("key", "token")) else f"{field}={shown[:40]}")
     options = [f"--{key}={value}" for key, value in set_.items()]
     say(f"{path} ({name}) sets {' '.join(options) or 'nothing'}")
     if left:

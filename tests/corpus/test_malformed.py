@@ -492,6 +492,8 @@ CACHES = {      # name: (command, how the cache is spoilt, what the line says)
     "one bit of the ids": ("show", lambda c: each(c, "*/index.json", lambda f: flip(content_of(f).with_suffix(".safetensors"))),
                            (".safetensors is damaged (the checksum of", "delete it and run")),
     "one bit of the codes": ("show", lambda c: each(c, "codes/*.safetensors", flip), ("is damaged (the checksum of", "delete it and run")),
+    "no sum beside the codes": ("show", lambda c: each(c, "codes/*.safetensors", lambda f: f.write_bytes(
+        f.read_bytes().replace(b"sum:", b"sun:"))), ("is damaged", "delete it and run")),
     "index cut": ("show", lambda c: each(c, "*/index.json", lambda f: cut(f, 0.5)), ("index.json is not valid JSON", "remove it")),
     "index of garbage": ("show", lambda c: each(c, "*/index.json", lambda f: f.write_bytes(b"\x00\xff" * 99)),
                          ("index.json is not valid JSON", "remove it")),

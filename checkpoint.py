@@ -413,7 +413,7 @@ def base_of(adapter: str) -> str:
         folder = resolve(adapter)
         base = read_about(folder)["base"] if recognise(folder) is None else ""
     place = resolve_base(base, folder) if base else ""
-    if not Path(place or "/-").exists() and not hub.is_id(place):
+    if not place or not (Path(place).exists() or hub.is_id(place)):
         what = f"was made for {base}, which is not here" if base else "does not say which model it belongs to"
         raise ValueError(f"adapter {adapter} {what}; name both: --ckpt=MODEL --adapter={adapter}, "
                          + "or to train on, --init=MODEL --init_adapter=ADAPTER")

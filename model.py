@@ -352,12 +352,13 @@ class MultistreamLM(nn.Module):
                 plan: Plan | None = None, z_loss: float = 0.0) -> Sums | tuple[Tensor | None, Tensor | None]:
         """Predict columns 1..S-1 from columns 0..S-2.
 
-        tokens (B, K, S) int64, weights (B, K, S) or None, positions and segments (B, S) of packed rows or None; `voice` (B, n, D) is the
-        output of self.voice. Without weights -> logits: text (B, S-1, V_text) or None, audio (B, Q, S-1, V_audio) or None. With weights ->
-        Sums: weighted nll, weight, hits and count of every stream, each (K,), and nll of every position, B * (S-1); with speakers (B, S) of
-        packed rows also the contrastive loss. With `scale` (K,) of each stream, only `total` carries the gradient; it is computed in the
-        forward pass, which takes less memory and one matmul less. `plan` is batch_plan.make_plan of the batch; made on the CPU it avoids a
-        device sync.
+        tokens (B, K, S) int64, weights (B, K, S) or None, positions and segments (B, S) of packed rows or None; `voice`
+        (B, n, D) is the output of self.voice.
+        Without weights -> logits: text (B, S-1, V_text) or None, audio (B, Q, S-1, V_audio) or None.
+        With weights -> Sums: weighted nll, weight, hits and count of every stream, each (K,), and nll of every position, B * (S-1);
+        with speakers (B, S) of packed rows also the contrastive loss.
+        With `scale` (K,) of each stream, only `total` carries the gradient; it is computed in the forward pass, which takes less
+        memory and one matmul less. `plan` is batch_plan.make_plan of the batch; made on the CPU it avoids a device sync.
         """
         B, K, S = tokens.shape
         assert len(self.table) == K, f"{K} rows for a table of {len(self.table)}"

@@ -78,9 +78,10 @@ class HiggsCodecConfig:
 class HiggsCodec(nn.Module):
     """Encode and decode speech; `HiggsCodec.load(path)` gives one with weights.
 
-    pad says how the two branches come to the same number of frames when W is no multiple of 960: "mult960" fills the last frame with
-    silence first: both official codecs then give the same codes; "boson" and "hf" run the acoustic encoder again on sound with 320 or 480
-    more samples of silence on each side, which is what those two do, and why some 5 % of their codes differ for W % 960 in about 240..640.
+    pad says how the two branches come to the same number of frames when W is no multiple of 960:
+    "mult960" fills the last frame with silence first: both official codecs then give the same codes;
+    "boson" and "hf" run the acoustic encoder again on sound with 320 or 480 more samples of silence on each side,
+    which is what those two do, and why some 5 % of their codes differ for W % 960 in about 240..640.
     """
     name = "higgs"
     sample_rate = RATE

@@ -154,8 +154,8 @@ def judge_clip(row: Row, limits: tuple[float, float]) -> Verdict:
     except Unusable as error:
         return Verdict([("reject", *error.args)])
     dialogue = "alignments" in row
-    mixed = [] if len(wav) == 1 or same_channels(wav) else [OPPOSITE if opposite(wav) else STEREO]       # of one channel of two
-    about = list(stereo_faults(wav, rate, row) if row.get("stereo") else mixed)
+    about = list(stereo_faults(wav, rate, row)) if row.get("stereo") else (          # else two channels are mixed to one
+        [] if len(wav) == 1 or same_channels(wav) else [OPPOSITE if opposite(wav) else STEREO])
     found = faults(wav if row.get("stereo") else mix(wav), rate, row["text"], limits)
     about += [HEARD] * differs(row)
     return Verdict([*(f for f in found if not (dialogue and f[1] in (PACE, SILENCE))), *about], wav.shape[-1] / rate, rate)

@@ -234,8 +234,8 @@ def check_fields(m: Manifest, row: Row, others: list[Row]) -> None:
     words = row.get("words", [])
     if isinstance(row.get("text"), (int, float)):
         raise Unusable("the text is a number", "write the transcript in quotes, in the words that are spoken")
-    heard = "clips" in row and any(clips(m["content"]) for m in row["messages"] if m["role"] == "user")    # is trained on its codes
-    if not isinstance(row.get("text"), str) or not (row["text"].strip() or "alignments" in row or heard):
+    if not isinstance(row.get("text"), str) or not (row["text"].strip() or "alignments" in row or "clips" in row and any(
+            clips(m["content"]) for m in row["messages"] if m["role"] == "user")):         # a recorded user turn is trained on its codes
         raise Unusable("empty text", "write the transcript, or remove the row")
     if "\ufffd" in row["text"]:
         raise Unusable("bad encoding", "the text contains U+FFFD: save it again as UTF-8 from its source")

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from options import locate, read_json, run_config
+from options import load_config, read_json, split_arguments
 
 FRAME_RATE = 12.5
 Pairs = dict[str, Any]
@@ -39,9 +39,8 @@ def paths(name: str) -> Callable[[Any, Pairs], Pairs]:
 
 
 def repository(value: Any, f: Pairs) -> Pairs:
-    given = {"init": "moshi_paths.moshi_path", "data.codec": "moshi_paths.mimi_path", "data.tokenizer": "moshi_paths.tokenizer_path"}
-    given = {"data.codec": given["data.codec"]} if f.get("text_llm.enable") else given      # DSAA begins with both models and Qwen's pieces
-    return {ours: value for ours, theirs in given.items() if value and not f.get(theirs)}
+    own = {"data.codec": "mimi_path"} | ({} if f.get("text_llm.enable") else {"init": "moshi_path", "data.tokenizer": "tokenizer_path"})
+    return {ours: value for ours, theirs in own.items() if value and not f.get(f"moshi_paths.{theirs}")}     # DSAA's other two are its own
 
 
 def seconds(value: Any, f: Pairs) -> Pairs:
@@ -74,19 +73,18 @@ def rates(name: str, alone: str, fused: str) -> Table:
             for field, on in ((alone, False), (fused, True))}
 
 
-# What moshi-finetune and DSAA take for a field that is absent or empty.
 MOSHI_USUAL: Pairs = {
     "first_codebook_weight_multiplier": 1.0, "text_padding_weight": 0.5, "optim.lr": 1e-4, "optim.weight_decay": 0.1, "optim.proj_lr": 1e-4,
     "optim.proj_wd": 0.05, "optim.pct_start": 0.05, "seed": 0, "num_microbatches": 1, "duration_sec": 10, "batch_size": 1, "max_norm": 1.0,
     "max_steps": 100, "log_freq": 1, "ckpt_freq": 0, "eval_freq": 0, "gradient_checkpointing": True, "lora.enable": False,
-    "save_adapters": True, "param_dtype": "bfloat16"}
+    "save_adapters": True, "param_dtype": "bfloat16"}      # what moshi-finetune and DSAA take for a field that is absent or empty
 
 
 MOSHI: Table = {
     "data.train_data": lambda value, f: {"data.sources": ",".join(value) if isinstance(value, list) else value},
     "run_dir": "out", "duration_sec": seconds, "seed": "seed", "num_microbatches": "accum", "batch_size": "batch_size", "max_norm": "clip",
     "max_steps": lambda value, f: {"steps": steps_of(f)}, "log_freq": "log_every", "eval_batches": "eval_batches",
-    "num_ckpt_keep": lambda value, f: {"keep": value or 10**6},
+    "num_ckpt_keep": lambda value, f: {"keep": value or 10**6}, "do_eval": never, "text_llm.enable": never,
     "ckpt_freq": lambda value, f: {"save_every": value if f.get("do_ckpt", True) else 0},
     "eval_freq": lambda value, f: {"eval_every": value if f.get("do_eval") else 0},
     "moshi_paths.hf_repo_id": repository, "moshi_paths.moshi_path": paths("init"), "moshi_paths.mimi_path": paths("data.codec"),
@@ -97,7 +95,6 @@ MOSHI: Table = {
     "param_dtype": lambda value, f: {"dtype": PRECISIONS[value]} if value in PRECISIONS else {},
     "gradient_checkpointing": lambda value, f: {"model.checkpoint": 4 if flag(value) else 0},
     "lora.enable": adapters, "lora.rank": never, "lora.scaling": never, "lora.ft_embed": never, "full_finetuning": never, "do_ckpt": never,
-    "do_eval": never, "text_llm.enable": never,
     "save_adapters": lambda value, f: {} if f.get("text_llm.enable") else {
         "consolidated": "moshi-lora" if flag(value) and f.get("lora.enable") else "moshi"},
     "text_llm.hf_repo_id": lambda value, f: {"model.fusion.source": value} if f.get("text_llm.enable") else {},
@@ -185,9 +182,10 @@ def read_other(path: Path) -> tuple[str, Pairs, Table]:
 
 
 def stream_weights(argv: Sequence[str], factor: float) -> list[float]:
-    """The loss weights of the rows of the config that a command line names, the first codebook's times `factor`."""
-    preset = next((word.partition("=")[2] for word in argv if word.startswith("--preset=")), "smoke" if "--smoke" in argv else "config")
-    config = run_config(locate(next(word for word in argv if word.endswith(".py"))), preset)
+    """The loss weights of the rows of the config that a command line names, with `factor` for the first codebook."""
+    words, given = split_arguments(argv, ("help", "smoke", "plan"))
+    chosen = (f"--{key}={given[key]}" for key in ("preset", "smoke") if key in given)
+    config = load_config([next((word for word in words if word.endswith(".py")), ""), *chosen])
     weights, first = list(config.data.stream_weights) or [1.0] * len(config.model.table), config.model.table.audio_out[0]
     return [*weights[:first], factor, *weights[first + 1 :]]
 

@@ -85,8 +85,14 @@ def test_fields_that_are_absent_or_empty_are_the_trainers_own_defaults(tmp_path)
     assert c.data.stream_weights == (1.0, 1.0, *[1.0] * 7, *[0.0] * 8) and c.consolidated == "moshi" and c.save_every == 0
     assert said[1] == "without a counterpart, left out: wandb.key, mystery=0"
     path.write_text("duration_sec: 20\nlora:\n  enable: true\nfirst_codebook_weight_multiplier: 50\n")
-    c, _ = made(path, "hibiki")
+    c, said = made(path, "hibiki")
     assert len(c.data.stream_weights) == len(c.model.table) and c.data.stream_weights[c.model.table.audio_out[0]] == 50.0
+    for words, rows in ((("--preset", "both"), [1.0, 50.0]), (("--smoke",), [1.0, 50.0])):
+        argv = with_other_trainer(["configs/moshi_full.py", f"--from={path}", *words], said.append)
+        given = next(word for word in argv if word.startswith("--data.stream_weights="))
+        assert [float(x) for x in given.partition("=")[2].split(",")][:2] == rows
+    rc, _, err = call("train.py", f"--from={path}")
+    assert rc == 2 and "config file" in err and err.count("\n") == 1, err
     path.write_text("text_llm:\n  enable: false\n  hf_repo_id: x/y\nlora:\n  enable: true\noptim:\n  lr: 2e-6\n  proj_lr: 1e-4\n")
     c, said = made(path, "moshi_lora")
     assert c.lr == 2e-6 and "(DSAA)" in said[0] and "optim.proj_lr" in said[1] and 'text_llm.hf_repo_id="x/y"' in said[1]
